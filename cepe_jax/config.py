@@ -1,0 +1,151 @@
+"""Every default of a model, once: frozen dataclasses, their arithmetic, and the presets.
+
+Letters (used in names, shapes and einsum strings throughout the package):
+B batch, T decoder positions, S key positions, N query heads, K key/value heads, G = N / K, H head width,
+D decoder width, E encoder width, F MLP width, V vocabulary, C chunks per example, L tokens per chunk,
+M = C * L memory length.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary positions (RoFormer), with the scalings that Llama checkpoints use."""
+
+    theta: float = 10_000.0
+    scaling: Literal["default", "linear", "yarn", "llama3"] = "default"
+    factor: float = 1.0  # how many times the original length; all scalings but default
+    original_length: int = 0  # positions of the unscaled model; yarn and llama3
+    beta_fast: float = 32.0  # yarn: rotations over original_length above which nothing is interpolated
+    beta_slow: float = 1.0  # yarn: rotations below which everything is
+    attention_factor: float = 0.0  # yarn: multiplies cos and sin; 0 = 0.1 ln(factor) + 1
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0  # llama3
+
+    def __post_init__(self):
+        _require(self.theta > 0, f"rope theta is {self.theta}: give a number above 0")
+        if self.scaling == "default":
+            _require(self.factor == 1, f"rope factor is {self.factor} without a scaling: name the scaling")
+        _require(self.factor >= 1, f"rope factor is {self.factor}: give 1 or more")
+        if self.scaling in ("yarn", "llama3"):
+            _require(self.original_length > 0, f"rope scaling {self.scaling} needs original_length above 0")
+        if self.scaling == "llama3":
+            _require(
+                self.high_freq_factor > self.low_freq_factor,
+                f"rope high_freq_factor {self.high_freq_factor} must exceed low_freq_factor {self.low_freq_factor}",
+            )
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """The sizes that decoder and encoder share: Llama blocks (RMSNorm, rotary attention, SwiGLU)."""
+
+    vocab_size: int
+    width: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    mlp_width: int
+    norm_eps: float = 1e-5
+    rope: RopeConfig = RopeConfig()
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; weights are cast to it when used
+    remat: Literal["none", "dots", "full"] = "none"  # what the backward pass recomputes in each layer
+
+    def __post_init__(self):
+        sizes = ("vocab_size", "width", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_width")
+        for name in sizes:
+            value = getattr(self, name)
+            _require(value > 0, f"{name} is {value}: give a number above 0")
+        _require(
+            self.num_heads % self.num_kv_heads == 0,
+            f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}",
+        )
+        _require(self.remat in ("none", "dots", "full"), f"remat {self.remat!r}: choose none, dots or full")
+        _require(self.dtype in ("float32", "bfloat16"), f"dtype {self.dtype!r}: choose float32 or bfloat16")
+        _require(self.head_dim % 2 == 0, f"head_dim {self.head_dim} is odd: rotary positions turn pairs")
+
+
+@dataclass(frozen=True)
+class DecoderConfig(TransformerConfig):
+    """A Llama decoder."""
+
+    tied_head: bool = False  # the output head is the embedding
+
+
+@dataclass(frozen=True)
+class EncoderConfig(TransformerConfig):
+    """The bidirectional encoder (paper, section 3.1); its MLM head is always tied to its embedding."""
+
+    norm_eps: float = 1e-6
+    mlm_head: bool = False
+
+
+@dataclass(frozen=True)
+class CepeConfig:
+    """A decoder, an encoder, and cross-attention in the decoder's last `num_cross_layers` layers."""
+
+    decoder: DecoderConfig
+    encoder: EncoderConfig
+    num_cross_layers: int
+
+    def __post_init__(self):
+        _require(
+            0 < self.num_cross_layers <= self.decoder.num_layers,
+            f"num_cross_layers {self.num_cross_layers} is not between 1 and the decoder's {self.decoder.num_layers} layers",
+        )
+
+
+DECODERS = {
+    "llama2_7b": DecoderConfig(
+        vocab_size=32_000, width=4096, num_layers=32, num_heads=32, num_kv_heads=32, head_dim=128, mlp_width=11_008
+    ),
+    "llama3_8b": DecoderConfig(
+        vocab_size=128_256,
+        width=4096,
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=8,
+        head_dim=128,
+        mlp_width=14_336,
+        rope=RopeConfig(theta=500_000.0),
+    ),
+    "smollm2_135m": DecoderConfig(
+        vocab_size=49_152,
+        width=576,
+        num_layers=30,
+        num_heads=9,
+        num_kv_heads=3,
+        head_dim=64,
+        mlp_width=1536,
+        rope=RopeConfig(theta=100_000.0),
+        tied_head=True,
+    ),
+    "tiny": DecoderConfig(
+        vocab_size=2048, width=192, num_layers=4, num_heads=6, num_kv_heads=6, head_dim=32, mlp_width=512
+    ),
+}
+
+ENCODERS = {
+    "mlm_large": EncoderConfig(
+        vocab_size=32_001, width=1024, num_layers=24, num_heads=16, num_kv_heads=16, head_dim=64, mlp_width=4096
+    ),
+    "tiny": EncoderConfig(
+        vocab_size=2049, width=128, num_layers=3, num_heads=4, num_kv_heads=4, head_dim=32, mlp_width=384
+    ),
+}
+
+
+def preset(table: dict, name: str):
+    """The preset called `name`; ValueError lists the known names."""
+    if name not in table:
+        raise ValueError(f"no preset {name!r}: choose one of {', '.join(table)}")
+    return table[name]

@@ -1,0 +1,46 @@
+"""The decoder's key/value cache."""
+
+import dataclasses
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from cepe_jax.config import DecoderConfig
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class KVCache:
+    """Rotated keys, and values, of every layer in S slots; slots fill from the left, rows may leave holes.
+
+    `k_ZBSKH`, `v_ZBSKH`: Z layers. `valid_BS`: slots that hold a real token. `length`: slots written, the same
+    for all rows. `empty` is static: attention over an empty cache is left out of the compiled program.
+    """
+
+    k_ZBSKH: jax.Array
+    v_ZBSKH: jax.Array
+    valid_BS: jax.Array
+    length: jax.Array
+    empty: bool = dataclasses.field(metadata=dict(static=True))
+
+    @classmethod
+    def create(cls, config: DecoderConfig, batch: int, slots: int) -> "KVCache":
+        shape = (config.num_layers, batch, slots, config.num_kv_heads, config.head_dim)
+        zeros = jnp.zeros(shape, config.dtype)
+        return cls(zeros, zeros, jnp.zeros((batch, slots), bool), jnp.zeros((), jnp.int32), empty=True)
+
+    @property
+    def slots(self) -> int:
+        return self.k_ZBSKH.shape[2]
+
+    def append(self, k_ZBTKH: jax.Array, v_ZBTKH: jax.Array, valid_BT: jax.Array) -> "KVCache":
+        """The cache with T more slots written after the present ones. The caller sees to it that they fit."""
+        write = jax.lax.dynamic_update_slice_in_dim
+        return KVCache(
+            write(self.k_ZBSKH, k_ZBTKH, self.length, 2),
+            write(self.v_ZBSKH, v_ZBTKH, self.length, 2),
+            write(self.valid_BS, valid_BT, self.length, 1),
+            self.length + valid_BT.shape[1],
+            empty=False,
+        )

@@ -1,0 +1,125 @@
+"""CEPE: a frozen decoder, an encoder of context chunks, and cross-attention between them."""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from cepe_jax.checks import check_mask, check_tokens
+from cepe_jax.config import CepeConfig, EncoderConfig
+from cepe_jax.model.cache import KVCache
+from cepe_jax.model.encoder import Encoder
+from cepe_jax.model.layers import CrossAttention, RMSNorm, normal
+from cepe_jax.model.llama import Llama
+
+Array = jax.Array
+CrossInit = Literal["copy", "zero", "normal"]
+
+
+def cross_from_self_attention(decoder: Llama, encoder: EncoderConfig, num_layers: int, init: CrossInit, *, key: Array):
+    """Cross-attention for the last `num_layers` layers of `decoder`, started from their self-attention.
+
+    Queries are copied; keys and values keep the first E of their D inputs; the norm is the one before the MLP. The
+    output projection is a copy, zero (the spliced model is then the plain one), or normal with deviation 0.02.
+    ValueError when the encoder is wider than the decoder: there is nothing to copy the rest from.
+    """
+    E, D = encoder.width, decoder.config.width
+    if E > D:
+        raise ValueError(f"encoder width {E} exceeds decoder width {D}: cross-attention cannot start as a copy")
+    last = jax.tree.map(lambda a: jnp.asarray(a[-num_layers:], jnp.float32), decoder.layers)
+    attention = last.attention
+    norm = RMSNorm((num_layers, D), decoder.config.norm_eps, ("layer", "embed"))
+    norm.scale = last.mlp_norm.scale
+    memory_axes = ("layer", "encoder_embed", "kv_heads", "head_dim")
+    match init:
+        case "copy":
+            o = attention.o
+        case "zero":
+            o = jax.tree.map(jnp.zeros_like, attention.o)
+        case "normal":
+            o = normal(key, attention.o.shape, 0.02, attention.o.get_metadata()["axes"])
+        case _:
+            raise ValueError(f"cross-attention init {init!r}: choose copy, zero or normal")
+    k = nnx.Param(attention.k[:, :E], axes=memory_axes)
+    v = nnx.Param(attention.v[:, :E], axes=memory_axes)
+    return CrossAttention(norm, attention.q, k, v, o)
+
+
+class Cepe(nnx.Module):
+    def __init__(self, decoder: Llama, encoder: Encoder, cross: CrossAttention):
+        self.decoder, self.encoder, self.cross = decoder, encoder, cross
+
+    @property
+    def config(self) -> CepeConfig:
+        return CepeConfig(self.decoder.config, self.encoder.config, self.cross.num_layers)
+
+    def __call__(
+        self,
+        tokens_BT: Array,
+        context_BCL: Array | None = None,
+        context_mask_BCL: Array | None = None,
+        token_mask_BT: Array | None = None,
+    ) -> Array:
+        """Logits (B, T, V) in fp32. Without a context, or in rows where all of it is masked, the plain decoder's."""
+        memory_BME = memory_mask_BM = None
+        if context_BCL is not None and context_BCL.size:
+            memory_BME = self.encode(context_BCL, context_mask_BCL)
+            memory_mask_BM = flat_mask(context_mask_BCL)
+        hidden_BTD, _ = self.decode(tokens_BT, memory_BME, memory_mask_BM, token_mask_BT=token_mask_BT)
+        return self.decoder.logits(hidden_BTD)
+
+    def encode(self, context_BCL: Array, context_mask_BCL: Array | None = None) -> Array:
+        """The memory (B, M = C L, E): every chunk read by itself, positions from 0 in each."""
+        check_tokens("context_BCL", context_BCL, 3, self.encoder.config.vocab_size)
+        check_mask("context_mask_BCL", context_mask_BCL, context_BCL.shape)
+        encode = jax.vmap(self.encoder, in_axes=(1, None if context_mask_BCL is None else 1), out_axes=1)
+        hidden_BCLE = encode(context_BCL, context_mask_BCL)
+        B, C, L, E = hidden_BCLE.shape
+        return hidden_BCLE.reshape(B, C * L, E)
+
+    def decode(
+        self,
+        tokens_BT: Array,
+        memory_BME: Array | None = None,
+        memory_mask_BM: Array | None = None,
+        cache: KVCache | None = None,
+        token_mask_BT: Array | None = None,
+    ) -> tuple[Array, KVCache | None]:
+        """Hidden states (B, T, D) of the decoder reading the memory, and the cache with these tokens appended."""
+        if memory_BME is not None:
+            check_mask("memory_mask_BM", memory_mask_BM, memory_BME.shape[:2])
+            memory_BME = memory_BME.astype(self.decoder.config.dtype)
+        return self.decoder.decode(tokens_BT, token_mask_BT, cache, self.cross, memory_BME, memory_mask_BM)
+
+
+def flat_mask(mask_BCL: Array | None) -> Array | None:
+    """(B, C, L) -> (B, M)."""
+    return None if mask_BCL is None else mask_BCL.reshape(mask_BCL.shape[0], -1)
+
+
+Parts = dict[str, nnx.Module]
+
+
+def parts_of(model: Cepe | Llama | Encoder) -> Parts:
+    """The model's top-level parts by name: what trains is chosen among these names."""
+    match model:
+        case Cepe():
+            return {"cross": model.cross, "decoder": model.decoder, "encoder": model.encoder}
+        case Llama():
+            return {"decoder": model}
+        case Encoder():
+            return {"encoder": model}
+
+
+def assemble(parts: Parts) -> Cepe | Llama | Encoder:
+    """The model of these parts; the inverse of `parts_of`."""
+    return Cepe(**parts) if "cross" in parts else next(iter(parts.values()))
+
+
+def split(model: Cepe | Llama | Encoder, train: tuple[str, ...]) -> tuple[Parts, Parts]:
+    """(trainable, frozen): every leaf is in exactly one. `jax.grad` over the first is the whole gradient mask."""
+    parts = parts_of(model)
+    if unknown := set(train) - set(parts):
+        raise ValueError(f"cannot train {', '.join(sorted(unknown))}: this model has {', '.join(parts)}")
+    return {n: p for n, p in parts.items() if n in train}, {n: p for n, p in parts.items() if n not in train}

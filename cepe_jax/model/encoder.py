@@ -1,0 +1,63 @@
+"""The bidirectional encoder of context chunks, and its masked-language-model head."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from cepe_jax.checks import check_mask, check_tokens
+from cepe_jax.config import EncoderConfig
+from cepe_jax.model.attention import Mask
+from cepe_jax.model.layers import Block, RMSNorm, at, embed, normal, project
+from cepe_jax.model.llama import scan_layers
+from cepe_jax.model.rope import rope_table
+from cepe_jax.sharding import constrain
+
+Array = jax.Array
+
+
+class MLMHead(nnx.Module):
+    """dense, GELU, norm; then the embedding transposed, plus a bias (RoBERTa's head with an RMSNorm)."""
+
+    def __init__(self, config: EncoderConfig, *, key: Array):
+        E = config.width
+        self.dense = normal(key, (E, E), E**-0.5, ("encoder_embed", None))
+        self.dense_bias = nnx.Param(jnp.zeros(E), axes=(None,))
+        self.norm = RMSNorm((E,), config.norm_eps, ("encoder_embed",))
+        self.bias = nnx.Param(jnp.zeros(config.vocab_size), axes=("vocab",))
+
+
+class Encoder(nnx.Module):
+    def __init__(self, config: EncoderConfig, *, key: Array):
+        self.config = config
+        embedding, layers, head = jax.random.split(key, 3)
+        self.embed = normal(embedding, (config.vocab_size, config.width), 0.02, ("vocab", "embed"))
+        self.layers = Block(config, key=layers)
+        self.norm = RMSNorm((config.width,), config.norm_eps, ("embed",))
+        if config.mlm_head:
+            self.mlm_head = MLMHead(config, key=head)
+
+    def __call__(self, tokens_BL: Array, mask_BL: Array | None = None) -> Array:
+        """Hidden states (B, L, E) after the final norm; every token sees all real tokens of its own row."""
+        config = self.config
+        check_tokens("tokens_BL", tokens_BL, 2, config.vocab_size)
+        check_mask("mask_BL", mask_BL, tokens_BL.shape)
+        table = rope_table(config.rope, config.head_dim, jnp.arange(tokens_BL.shape[1])[None])
+
+        def layer(x_BLE, index):
+            x_BLE, _ = at(self.layers, index)(x_BLE, table, Mask(valid_BS=mask_BL))
+            return constrain(x_BLE, "batch", "length", "embed"), None
+
+        x_BLE = constrain(embed(self.embed, tokens_BL, config.dtype), "batch", "length", "embed")
+        x_BLE, _ = scan_layers(config, layer, x_BLE, jnp.arange(config.num_layers))
+        return self.norm(x_BLE)
+
+    def mlm_logits(self, hidden_BLE: Array) -> Array:
+        """Logits (B, L, V) in fp32 of the masked tokens, from what the encoder returns."""
+        if not self.config.mlm_head:
+            raise ValueError("this encoder has no MLM head: load or train one with mlm_head")
+        head = self.mlm_head
+        x_BLE = project("BLE,ED->BLD", hidden_BLE, head.dense) + head.dense_bias[...].astype(hidden_BLE.dtype)
+        x_BLE = head.norm(jax.nn.gelu(x_BLE, approximate=False))
+        weight_VE = self.embed[...].astype(x_BLE.dtype)
+        logits = jnp.einsum("BLE,VE->BLV", x_BLE, weight_VE, preferred_element_type=jnp.float32)
+        return logits + head.bias[...].astype(jnp.float32)

@@ -1,0 +1,125 @@
+"""The layers of decoder and encoder. Each module holds the weights of a whole stack: arrays lead with the layer
+axis, and `at(stack, i)` is layer i, with that axis gone. Weights are cast to the activations' dtype when used."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from cepe_jax.config import TransformerConfig
+from cepe_jax.model.attention import Mask, attend, attend_partial, merge
+from cepe_jax.model.rope import rotate
+
+Array = jax.Array
+
+
+def at(stack, index):
+    """Layer `index` of a stack of layers."""
+    return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, index, 0, keepdims=False), stack)
+
+
+def normal(key: Array, shape: tuple[int, ...], std: float, axes: tuple[str | None, ...]) -> nnx.Param:
+    return nnx.Param(jax.random.normal(key, shape, jnp.float32) * std, axes=axes)
+
+
+def project(equation: str, x: Array, weight: nnx.Param) -> Array:
+    return jnp.einsum(equation, x, weight[...].astype(x.dtype))
+
+
+def embed(table: nnx.Param, tokens: Array, dtype) -> Array:
+    """Rows of the (V, D) table; NaN, and so a loud loss, for an id outside it."""
+    return jnp.take(table[...], tokens, axis=0, mode="fill", fill_value=jnp.nan).astype(dtype)
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) * scale, the variance in fp32, rounded to x's dtype before the scale (as Llama does)."""
+
+    def __init__(self, shape: tuple[int, ...], eps: float, axes: tuple[str | None, ...]):
+        self.scale = nnx.Param(jnp.ones(shape, jnp.float32), axes=axes)
+        self.eps = eps
+
+    def __call__(self, x: Array) -> Array:
+        wide = x.astype(jnp.float32)
+        normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        return normed.astype(x.dtype) * self.scale[...].astype(x.dtype)
+
+
+class SelfAttention(nnx.Module):
+    def __init__(self, config: TransformerConfig, *, key: Array):
+        Z, D, N, K, H = config.num_layers, config.width, config.num_heads, config.num_kv_heads, config.head_dim
+        q, k, v, o = jax.random.split(key, 4)
+        self.q = normal(q, (Z, D, N, H), D**-0.5, ("layer", "embed", "heads", "head_dim"))
+        self.k = normal(k, (Z, D, K, H), D**-0.5, ("layer", "embed", "kv_heads", "head_dim"))
+        self.v = normal(v, (Z, D, K, H), D**-0.5, ("layer", "embed", "kv_heads", "head_dim"))
+        self.o = normal(o, (Z, N, H, D), (2 * Z * N * H) ** -0.5, ("layer", "heads", "head_dim", "embed"))
+
+    def __call__(self, x_BTD: Array, table, mask: Mask, cached=None) -> tuple[Array, tuple[Array, Array]]:
+        """The attention's output, and this call's own rotated keys and values.
+
+        `mask` is over the call's own T keys; `cached` = (k_BSKH, v_BSKH, valid_BS) are keys before them.
+        """
+        q_BTNH = rotate(project("BTD,DNH->BTNH", x_BTD, self.q), table)
+        k_BTKH = rotate(project("BTD,DKH->BTKH", x_BTD, self.k), table)
+        v_BTKH = project("BTD,DKH->BTKH", x_BTD, self.v)
+        parts = [attend_partial(q_BTNH, k_BTKH, v_BTKH, mask)]
+        if cached is not None:
+            k_BSKH, v_BSKH, valid_BS = cached
+            parts.append(attend_partial(q_BTNH, k_BSKH, v_BSKH, Mask(valid_BS=valid_BS)))
+        out_BTNH = merge(*parts).astype(x_BTD.dtype)
+        return project("BTNH,NHD->BTD", out_BTNH, self.o), (k_BTKH, v_BTKH)
+
+
+class MLP(nnx.Module):
+    """SwiGLU: down(silu(gate x) * up x)."""
+
+    def __init__(self, config: TransformerConfig, *, key: Array):
+        Z, D, F = config.num_layers, config.width, config.mlp_width
+        gate, up, down = jax.random.split(key, 3)
+        self.gate = normal(gate, (Z, D, F), D**-0.5, ("layer", "embed", "mlp"))
+        self.up = normal(up, (Z, D, F), D**-0.5, ("layer", "embed", "mlp"))
+        self.down = normal(down, (Z, F, D), (2 * Z * F) ** -0.5, ("layer", "mlp", "embed"))
+
+    def __call__(self, x_BTD: Array) -> Array:
+        gated = jax.nn.silu(project("BTD,DF->BTF", x_BTD, self.gate)) * project("BTD,DF->BTF", x_BTD, self.up)
+        return project("BTF,FD->BTD", gated, self.down)
+
+
+class Block(nnx.Module):
+    """A Llama block, with room between self-attention and MLP for a reader of something else."""
+
+    def __init__(self, config: TransformerConfig, *, key: Array):
+        attention, mlp = jax.random.split(key)
+        norm = (config.num_layers, config.width), config.norm_eps, ("layer", "embed")
+        self.attention_norm = RMSNorm(*norm)
+        self.attention = SelfAttention(config, key=attention)
+        self.mlp_norm = RMSNorm(*norm)
+        self.mlp = MLP(config, key=mlp)
+
+    def __call__(
+        self, x_BTD: Array, table, mask: Mask, cached=None, read: Callable[[Array], Array] | None = None
+    ) -> tuple[Array, tuple[Array, Array]]:
+        """x after self-attention, `read` (when given) and MLP, each added to it; and the call's keys and values."""
+        attended, kv = self.attention(self.attention_norm(x_BTD), table, mask, cached)
+        x_BTD = x_BTD + attended
+        if read is not None:
+            x_BTD = x_BTD + read(x_BTD)
+        return x_BTD + self.mlp(self.mlp_norm(x_BTD)), kv
+
+
+class CrossAttention(nnx.Module):
+    """Reads the encoder's memory: own pre-norm, no positions, no causal mask, no gate (paper, section 3.1)."""
+
+    def __init__(self, norm: RMSNorm, q: nnx.Param, k: nnx.Param, v: nnx.Param, o: nnx.Param):
+        self.norm, self.q, self.k, self.v, self.o = norm, q, k, v, o
+
+    @property
+    def num_layers(self) -> int:
+        return self.q.shape[0]
+
+    def __call__(self, x_BTD: Array, memory_BME: Array, mask_BM: Array | None) -> Array:
+        """What to add to x; zero in rows whose memory is wholly masked."""
+        q_BTNH = project("BTD,DNH->BTNH", self.norm(x_BTD), self.q)
+        k_BMKH = project("BME,EKH->BMKH", memory_BME, self.k)
+        v_BMKH = project("BME,EKH->BMKH", memory_BME, self.v)
+        return project("BTNH,NHD->BTD", attend(q_BTNH, k_BMKH, v_BMKH, Mask(valid_BS=mask_BM)), self.o)

@@ -1,0 +1,97 @@
+"""The Llama decoder: plain, or with cross-attention spliced into its last layers."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from cepe_jax.checks import check_mask, check_tokens
+from cepe_jax.config import DecoderConfig, TransformerConfig
+from cepe_jax.model.attention import Mask
+from cepe_jax.model.cache import KVCache
+from cepe_jax.model.layers import Block, CrossAttention, RMSNorm, at, embed, normal
+from cepe_jax.model.rope import rope_table
+from cepe_jax.sharding import constrain
+
+Array = jax.Array
+
+
+def scan_layers(config: TransformerConfig, body: Callable, x_BTD: Array, indices: Array) -> tuple[Array, object]:
+    """`body(x, index) -> (x, ys)` over layer indices. Indices, not slices of the stack: a slice would copy weights."""
+    match config.remat:
+        case "full":
+            body = jax.checkpoint(body)
+        case "dots":
+            body = jax.checkpoint(body, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
+    return jax.lax.scan(body, x_BTD, indices)
+
+
+class Llama(nnx.Module):
+    def __init__(self, config: DecoderConfig, *, key: Array):
+        self.config = config
+        V, D = config.vocab_size, config.width
+        embedding, layers, head = jax.random.split(key, 3)
+        self.embed = normal(embedding, (V, D), 0.02, ("vocab", "embed"))
+        self.layers = Block(config, key=layers)
+        self.norm = RMSNorm((D,), config.norm_eps, ("embed",))
+        if not config.tied_head:
+            self.head = normal(head, (V, D), 0.02, ("vocab", "embed"))
+
+    def __call__(self, tokens_BT: Array, token_mask_BT: Array | None = None) -> Array:
+        """Logits (B, T, V) in fp32. `token_mask_BT`: true for real tokens; positions count real tokens from 0."""
+        hidden_BTD, _ = self.decode(tokens_BT, token_mask_BT)
+        return self.logits(hidden_BTD)
+
+    def logits(self, hidden_BTD: Array) -> Array:
+        """(B, T, V) in fp32 of what `decode` returns."""
+        head = self.embed if self.config.tied_head else self.head
+        weight_VD = head[...].astype(hidden_BTD.dtype)
+        return jnp.einsum("BTD,VD->BTV", hidden_BTD, weight_VD, preferred_element_type=jnp.float32)
+
+    def decode(
+        self,
+        tokens_BT: Array,
+        token_mask_BT: Array | None = None,
+        cache: KVCache | None = None,
+        cross: CrossAttention | None = None,
+        memory_BME: Array | None = None,
+        memory_mask_BM: Array | None = None,
+    ) -> tuple[Array, KVCache | None]:
+        """Hidden states (B, T, D) after the final norm, and the cache with these tokens appended (if one was given).
+
+        `cross` reads `memory_BME` in the last `cross.num_layers` layers, between self-attention and MLP.
+        """
+        config = self.config
+        check_tokens("tokens_BT", tokens_BT, 2, config.vocab_size)
+        check_mask("token_mask_BT", token_mask_BT, tokens_BT.shape)
+        real_BT = jnp.ones(tokens_BT.shape, bool) if token_mask_BT is None else token_mask_BT
+        positions_BT = jnp.cumsum(real_BT, axis=1) - 1
+        if cache is not None:
+            positions_BT += cache.valid_BS.sum(axis=1, keepdims=True)
+        table = rope_table(config.rope, config.head_dim, jnp.where(real_BT, positions_BT, 0))
+        mask = Mask(causal=True, valid_BS=token_mask_BT)
+
+        def layer(x_BTD, index, read=None):
+            cached = None
+            if cache is not None and not cache.empty:
+                cached = at(cache.k_ZBSKH, index), at(cache.v_ZBSKH, index), cache.valid_BS
+            x_BTD, kv = at(self.layers, index)(x_BTD, table, mask, cached, read)
+            return constrain(x_BTD, "batch", "length", "embed"), kv if cache is not None else None
+
+        def spliced_layer(x_BTD, index):
+            reader = at(cross, index - num_plain)
+            return layer(x_BTD, index, lambda x_BTD: reader(x_BTD, memory_BME, memory_mask_BM))
+
+        num_plain = config.num_layers if memory_BME is None else config.num_layers - cross.num_layers
+        spans = (layer, jnp.arange(num_plain)), (spliced_layer, jnp.arange(num_plain, config.num_layers))
+        new_kv = []
+        x_BTD = constrain(embed(self.embed, tokens_BT, config.dtype), "batch", "length", "embed")
+        for body, indices in spans:
+            if indices.size:
+                x_BTD, kv = scan_layers(config, body, x_BTD, indices)
+                new_kv.append(kv)
+        if cache is not None:
+            k_ZBTKH, v_ZBTKH = jax.tree.map(lambda *kv: jnp.concatenate(kv), *new_kv)
+            cache = cache.append(k_ZBTKH, v_ZBTKH, real_BT)
+        return self.norm(x_BTD), cache

@@ -1,0 +1,67 @@
+"""Where arrays live on a mesh: one table from logical axes to mesh axes. Nothing else knows the mesh's names."""
+
+import jax
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+MESH_AXES = ("data", "fsdp", "context", "tensor")
+
+# Logical axis -> mesh axes. Within one array a mesh axis is used once, by the first logical axis that names it:
+# a parameter's "embed" is split over fsdp, an activation's is not, because its "batch" already took fsdp.
+RULES: dict[str | None, tuple[str, ...]] = {
+    "batch": ("data", "fsdp"),
+    "memory": ("context",),
+    "embed": ("fsdp",),
+    "vocab": ("tensor",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "mlp": ("tensor",),
+    "length": (),
+    "layer": (),
+    "head_dim": (),
+    "encoder_embed": ("fsdp",),
+    None: (),
+}
+
+
+def make_mesh(data: int = 1, fsdp: int = 1, context: int = 1, tensor: int = 1) -> jax.sharding.Mesh:
+    """A mesh over all devices; ValueError when the sizes do not multiply to their number."""
+    shape = (data, fsdp, context, tensor)
+    if (product := data * fsdp * context * tensor) != jax.device_count():
+        sizes = ", ".join(f"{name}={size}" for name, size in zip(MESH_AXES, shape, strict=True))
+        raise ValueError(f"mesh {sizes} wants {product} devices and there are {jax.device_count()}: change the sizes")
+    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def partition_spec(axes: tuple[str | None, ...], usable=MESH_AXES) -> PartitionSpec:
+    """The PartitionSpec of an array with these logical axes, over the mesh axes in `usable`."""
+    used: set[str] = set()
+    spec = []
+    for logical in axes:
+        taken = tuple(a for a in RULES[logical] if a in usable and a not in used)
+        used.update(taken)
+        spec.append(taken[0] if len(taken) == 1 else taken or None)
+    return PartitionSpec(*spec)
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """`x`, placed after the table while tracing under a mesh; the same array otherwise."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or not isinstance(x, jax.core.Tracer):
+        return x
+    auto = [name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto]
+    return jax.lax.with_sharding_constraint(x, partition_spec(axes, auto))
+
+
+def is_variable(x) -> bool:
+    return isinstance(x, nnx.Variable)
+
+
+def shardings_of(tree, mesh: jax.sharding.Mesh):
+    """A tree like `tree` with a NamedSharding for each Variable (from its `axes`), replicated for other leaves."""
+
+    def rule(leaf):
+        axes = leaf.get_metadata()["axes"] if is_variable(leaf) else ()
+        return NamedSharding(mesh, partition_spec(axes))
+
+    return jax.tree.map(rule, tree, is_leaf=is_variable)
