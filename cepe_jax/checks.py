@@ -16,7 +16,7 @@ def check_tokens(name: str, tokens, num_dims: int, vocab_size: int) -> None:
         ids = np.asarray(tokens)
         if ids.min() < 0 or ids.max() >= vocab_size:
             bad = ids.max() if ids.max() >= vocab_size else ids.min()
-            raise ValueError(f"{name} holds id {bad}, outside the vocabulary of {vocab_size}: use the model's tokenizer")
+            raise ValueError(f"{name} holds id {bad}, outside the vocabulary of {vocab_size}: use its tokenizer")
 
 
 def check_mask(name: str, mask, shape: tuple[int, ...]) -> None:

@@ -6,7 +6,6 @@ D decoder width, E encoder width, F MLP width, V vocabulary, C chunks per exampl
 M = C * L memory length.
 """
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
@@ -100,7 +99,7 @@ class CepeConfig:
     def __post_init__(self):
         _require(
             0 < self.num_cross_layers <= self.decoder.num_layers,
-            f"num_cross_layers {self.num_cross_layers} is not between 1 and the decoder's {self.decoder.num_layers} layers",
+            f"num_cross_layers {self.num_cross_layers} exceeds the decoder's {self.decoder.num_layers} layers",
         )
 
 

@@ -22,7 +22,7 @@ class KVCache:
     v_ZBSKH: jax.Array
     valid_BS: jax.Array
     length: jax.Array
-    empty: bool = dataclasses.field(metadata=dict(static=True))
+    empty: bool = dataclasses.field(metadata={"static": True})
 
     @classmethod
     def create(cls, config: DecoderConfig, batch: int, slots: int) -> "KVCache":
