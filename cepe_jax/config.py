@@ -99,7 +99,7 @@ class CepeConfig:
     def __post_init__(self):
         _require(
             0 < self.num_cross_layers <= self.decoder.num_layers,
-            f"num_cross_layers {self.num_cross_layers} exceeds the decoder's {self.decoder.num_layers} layers",
+            f"num_cross_layers {self.num_cross_layers} is not between 1 and num_layers {self.decoder.num_layers}",
         )
 
 
