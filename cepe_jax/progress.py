@@ -1,0 +1,37 @@
+"""Progress of anything that takes more than a few seconds."""
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import track as rich_track
+
+Item = TypeVar("Item")
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+def track(iterable: Iterable[Item], description: str, total: int | None = None) -> Iterator[Item]:
+    """The items, their progress shown on stderr: a bar in a terminal, elsewhere a line every ten seconds and at the end.
+
+    `total` is needed where the iterable has no length.
+    """
+    if total is None and hasattr(iterable, "__len__"):
+        total = len(iterable)
+    console = Console(stderr=True)
+    if console.is_terminal:
+        yield from rich_track(iterable, description, total, console=console)
+        return
+    # rich prints only one final line into a file: a job of twenty minutes would look dead in its log.
+    start = last = time.monotonic()
+    done = 0
+    of_total = "" if total is None else f" of {total}"
+    for done, item in enumerate(iterable, 1):
+        yield item
+        now = time.monotonic()
+        if now - last >= SECONDS_BETWEEN_LINES and done != total:
+            last = now
+            print(f"{description}: {done}{of_total}, {now - start:.0f} s", file=sys.stderr, flush=True)
+    print(f"{description}: {done}{of_total} in {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
