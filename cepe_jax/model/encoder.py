@@ -16,7 +16,7 @@ Array = jax.Array
 
 
 class MLMHead(nnx.Module):
-    """dense, GELU, norm; then the embedding transposed, plus a bias (RoBERTa's head with an RMSNorm)."""
+    """dense, SiLU, norm; then the embedding transposed, plus a bias (RoBERTa's head with Llama's parts)."""
 
     def __init__(self, config: EncoderConfig, *, key: Array):
         E = config.width
@@ -57,7 +57,7 @@ class Encoder(nnx.Module):
             raise ValueError("this encoder has no MLM head: load or train one with mlm_head")
         head = self.mlm_head
         x_BLE = project("BLE,ED->BLD", hidden_BLE, head.dense) + head.dense_bias[...].astype(hidden_BLE.dtype)
-        x_BLE = head.norm(jax.nn.gelu(x_BLE, approximate=False))
+        x_BLE = head.norm(jax.nn.silu(x_BLE))
         weight_VE = self.embed[...].astype(x_BLE.dtype)
         logits = jnp.einsum("BLE,VE->BLV", x_BLE, weight_VE, preferred_element_type=jnp.float32)
         return logits + head.bias[...].astype(jnp.float32)

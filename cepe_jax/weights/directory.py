@@ -1,0 +1,188 @@
+"""Our own directory of a model: config.json, safetensors shards with one tensor per layer, hash.json, tokenizer files.
+
+Whole or absent: it is written under another name, its index and config last, and renamed when all of it is there.
+"""
+
+import dataclasses
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from cepe_jax.config import CepeConfig, DecoderConfig, EncoderConfig, RopeConfig
+from cepe_jax.progress import track
+from cepe_jax.weights.files import WeightFiles, describe, digest, read_json, write_json, write_shards
+from cepe_jax.weights.hf_config import facts_of
+from cepe_jax.weights.tensors import Config, Model, shapes, tensors_of
+
+FORMAT = "cepe_jax"
+KINDS = {"llama": DecoderConfig, "encoder": EncoderConfig, "cepe": CepeConfig}
+RUN_TIME = ("dtype", "remat")  # choices of a run, not facts about the weights
+ASSETS = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+)
+
+
+def is_ours(path: Path) -> bool:
+    """Whether config.json says that this directory is in our format; ValueError when there is none."""
+    return read_json(path / "config.json").get("format") == FORMAT
+
+
+class Directory:
+    """A directory in our format, its names, shapes and types checked against its config and its hashes."""
+
+    def __init__(self, path: Path):
+        if not is_ours(path):
+            raise ValueError(f"{path} is not in our format: run scripts/convert.py to-jax on it")
+        written = read_json(path / "config.json")
+        self.path = path
+        self.config = _config_from(written, str(path / "config.json"))
+        self.facts: dict = written.get("huggingface", {})
+        self.hashes = read_json(path / "hash.json")
+        self.files = WeightFiles(path)
+        expected = {name: list(shape) for name, shape in shapes(self.config).items()}
+        found = {name: list(stored.shape) for name, stored in self.files.tensors.items()}
+        check_names(path, set(expected), set(found))
+        for name, stored in self.files.tensors.items():
+            if found[name] != expected[name]:
+                raise ValueError(f"{path}: {name} is {found[name]}, by config.json {expected[name]}: convert again")
+            noted = self.hashes["tensors"].get(name, {})
+            if (noted.get("shape"), noted.get("dtype")) != (found[name], stored.dtype.name):
+                raise ValueError(f"{path}: {name} is not what hash.json describes: convert again")
+
+    def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
+        return self.files.read(name, index)
+
+    @property
+    def base_hash(self) -> str | None:
+        """The hash of the decoder's tensors: two models with the same one have the same frozen base."""
+        return self.hashes["base"]
+
+    def verify(self) -> None:
+        """ValueError unless every tensor has the bytes that were written."""
+        differing = [
+            name
+            for name in track(self.files.tensors, f"verifying {self.path}")
+            if describe(self.read(name)) != self.hashes["tensors"][name]
+        ]
+        if differing:
+            raise ValueError(f"{self.path}: {', '.join(differing)} changed since it was written: copy it again")
+        if _totals(self.hashes["tensors"]) != {key: self.hashes[key] for key in ("base", "all")}:
+            raise ValueError(f"{self.path}/hash.json contradicts itself: copy it again")
+
+
+def check_names(where: Path, expected: set[str], found: set[str]) -> None:
+    """ValueError that names missing and unknown tensors, if there are any."""
+    for word, names in ("lacks", sorted(expected - found)), ("holds unknown", sorted(found - expected)):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise ValueError(f"{where} {word} {', '.join(names[:3])}{more}: its config.json describes another model")
+
+
+def save(model: Model, path: Path | str, assets: Path | str | None = None) -> None:
+    """`model` is at `path` in our format, with the tokenizer files and Hugging Face facts of directory `assets`."""
+    facts = {}
+    if assets is not None:
+        config = read_json(Path(assets) / "config.json") if (Path(assets) / "config.json").is_file() else {}
+        facts = config.get("huggingface", {}) if config.get("format") == FORMAT else facts_of(config)
+    write(path, model.config, track(tensors_of(model), f"writing {path}"), facts, assets)
+
+
+def write(
+    path: Path | str,
+    config: Config,
+    tensors: Iterable[tuple[str, np.ndarray]],
+    facts: dict | None = None,
+    assets: Path | str | None = None,
+) -> None:
+    """The tensors, consumed one by one, are at `path` in our format. `facts` go back into an exported config.json."""
+    expected = shapes(config)
+    with new_directory(Path(path)) as partial:
+        copy_assets(assets, partial)
+        hashes = write_shards(partial, tensors)
+        check_names(Path(path), set(expected), set(hashes))
+        for name, written in hashes.items():
+            if tuple(written["shape"]) != expected[name]:
+                raise ValueError(f"{name} is {written['shape']}, by its config {list(expected[name])}")
+        write_json(partial / "hash.json", _totals(hashes) | {"tensors": hashes})
+        write_json(partial / "config.json", _config_to(config) | {"huggingface": facts or {}})
+
+
+def _totals(hashes: dict[str, dict]) -> dict[str, str | None]:
+    base = {name: described for name, described in hashes.items() if name.startswith("decoder.")}
+    return {"base": digest(base) if base else None, "all": digest(hashes)}
+
+
+@contextmanager
+def new_directory(path: Path) -> Iterator[Path]:
+    """A directory to fill, which is called `path` only once the block has ended well. ValueError if `path` exists."""
+    path = path.absolute()
+    if path.exists():
+        raise ValueError(f"{path} exists: remove it or give another name")
+    partial = path.with_name(f".{path.name}.partial")
+    if partial.exists():
+        shutil.rmtree(partial)  # of a run that was killed
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial)
+        raise
+    partial.rename(path)
+
+
+def copy_assets(source: Path | str | None, to: Path) -> None:
+    """The tokenizer, chat template and generation files of `source`, those that exist, are in `to`."""
+    for name in ASSETS if source is not None else ():
+        if (Path(source) / name).is_file():
+            shutil.copyfile(Path(source) / name, to / name)
+
+
+def _config_to(config: Config) -> dict:
+    kind = next(name for name, cls in KINDS.items() if type(config) is cls)
+    fields = dataclasses.asdict(config)
+    if kind != "cepe":
+        fields = {"encoder" if kind == "encoder" else "decoder": fields}
+    for part in ("decoder", "encoder"):
+        for name in RUN_TIME if part in fields else ():
+            del fields[part][name]
+    return {"format": FORMAT, "kind": kind} | fields
+
+
+def _config_from(written: dict, where: str) -> Config:
+    kind = written.get("kind")
+    fields = {key: value for key, value in written.items() if key not in ("format", "kind", "huggingface")}
+    match kind:
+        case "cepe":
+            parts = {"decoder": DecoderConfig, "encoder": EncoderConfig}
+            fields |= {name: _dataclass(cls, fields.get(name), f"{where}: {name}") for name, cls in parts.items()}
+            return _dataclass(CepeConfig, fields, where)
+        case "llama" | "encoder":
+            part = "decoder" if kind == "llama" else "encoder"
+            if set(fields) != {part}:
+                raise ValueError(f"{where} of kind {kind} holds {', '.join(fields)}: it needs {part} alone")
+            return _dataclass(KINDS[kind], fields[part], f"{where}: {part}")
+    raise ValueError(f"{where}: kind {kind!r}: one of {', '.join(KINDS)}")
+
+
+def _dataclass(cls: type, fields: dict | None, where: str):
+    """`cls` of these fields; ValueError for unknown and missing ones."""
+    fields = dict(fields or {})
+    known = {field.name: field for field in dataclasses.fields(cls) if field.name not in RUN_TIME}
+    if unknown := set(fields) - set(known):
+        raise ValueError(f"{where}: unknown key {', '.join(sorted(unknown))}: it may be from a newer version")
+    required = {name for name, field in known.items() if field.default is dataclasses.MISSING}
+    if missing := required - set(fields):
+        raise ValueError(f"{where} lacks {', '.join(sorted(missing))}")
+    if "rope" in fields:
+        fields["rope"] = _dataclass(RopeConfig, fields["rope"], f"{where}: rope")
+    return cls(**fields)

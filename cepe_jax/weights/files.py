@@ -1,0 +1,198 @@
+"""Weight files: which tensors a directory holds, reading one of them, writing them in shards.
+
+A shard is opened anew for each tensor: pages of a mapped file count as resident until it is closed, and a process
+that converts a large directory must stay small.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+# safetensors' names of the stored types that we read
+DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
+SHARD_BYTES = 1 << 30  # held in memory while a shard is collected; a larger tensor has a shard of its own
+INDEX = "model.safetensors.index.json"
+# What transformers looks for, in its order.
+CANDIDATES = ("model.safetensors", INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file; ValueError when it is missing, not JSON, or names a key twice."""
+
+    def once(pairs):
+        keys = [key for key, _ in pairs]
+        if doubled := {key for key in keys if keys.count(key) > 1}:
+            raise ValueError(f"{path} holds {', '.join(sorted(doubled))} twice: keep one")
+        return dict(pairs)
+
+    if not path.is_file():
+        raise ValueError(f"no {path.name} in {path.parent}: give a directory that holds a model")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not JSON ({error}): copy it again") from error
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where a tensor lies, and what it is."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+
+class WeightFiles:
+    """The tensors of a directory, by key: single file or sharded with an index, safetensors or torch pickles."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        found = next((directory / name for name in CANDIDATES if (directory / name).is_file()), None)
+        if found is None:
+            raise ValueError(f"no weights in {directory}: it has none of {', '.join(CANDIDATES)}")
+        self.tensors: dict[str, Stored] = {}
+        if found.suffix != ".json":
+            self.tensors.update(_contents(found))
+            return
+        index = read_json(found).get("weight_map")
+        if not isinstance(index, dict):
+            raise ValueError(f"{found} has no weight_map: download it again")
+        for name in sorted(set(index.values())):
+            shard = directory / name
+            if not shard.is_file():
+                raise ValueError(f"{found} names shard {name}, which is missing: download it again")
+            contents = _contents(shard)
+            for key in contents:
+                if key not in index:
+                    raise ValueError(f"{shard} holds {key}, which {found.name} does not name: download both again")
+                if index[key] != name:
+                    raise ValueError(f"{key} is in two shards, {index[key]} and {name}: one of them is wrong")
+            for key, shard_name in index.items():
+                if shard_name == name and key not in contents:
+                    raise ValueError(f"{found.name} puts {key} in {name}, which lacks it: download both again")
+            self.tensors.update(contents)
+
+    def read(self, key: str, index: tuple[slice, ...] = ()) -> np.ndarray:
+        """The tensor, or a slice of it; of a safetensors file only the pages of the slice are read."""
+        stored = self.tensors[key]
+        if stored.file.suffix == ".safetensors":
+            with _open(stored.file) as file:
+                return file.get_slice(key)[index] if index else file.get_tensor(key)
+        return np.array(_numpy_of(_load_pickle(stored.file)[key])[index])  # a copy: a view would keep the file mapped
+
+
+@contextmanager
+def _open(path: Path):
+    try:
+        with safe_open(path, "np") as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file ({error}): download it again") from error
+
+
+def _contents(path: Path) -> dict[str, Stored]:
+    if path.suffix == ".safetensors":
+        with _open(path) as file:
+            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+            found = {key: (tuple(s.get_shape()), s.get_dtype()) for key, s in slices.items()}
+    else:
+        tensors = _load_pickle(path)
+        import torch
+
+        names = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+        if other := [key for key, value in tensors.items() if not isinstance(value, torch.Tensor)]:
+            raise ValueError(f"{path} holds {type(tensors[other[0]]).__name__} {other[0]!r}, not a tensor")
+        found = {key: (tuple(t.shape), names.get(t.dtype, str(t.dtype))) for key, t in tensors.items()}
+    for key, (_, dtype) in found.items():
+        if dtype not in DTYPES:
+            raise ValueError(f"{path}: {key} is {dtype}: only {', '.join(DTYPES)} are read")
+    return {key: Stored(path, shape, DTYPES[dtype]) for key, (shape, dtype) in found.items()}
+
+
+def _load_pickle(path: Path) -> dict:
+    try:
+        import torch
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{path} is a torch pickle: pip install torch (or cepe-jax[parity]) to read it") from error
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError and others for a bad file
+        raise ValueError(
+            f"{path} is not a whole torch file of tensors ({str(error)[:80]}...): download it again"
+        ) from error
+    if not isinstance(tensors, dict):
+        raise ValueError(f"{path} holds a {type(tensors).__name__}, not tensors by name")
+    return tensors
+
+
+def _numpy_of(tensor) -> np.ndarray:
+    import torch
+
+    if tensor.dtype == torch.bfloat16:  # numpy has no bfloat16 of its own
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
+
+
+def write_shards(directory: Path, tensors: Iterable[tuple[str, np.ndarray]]) -> dict[str, dict]:
+    """Safetensors shards and, last, their index, in `directory`; {name: {shape, dtype, sha256}} of what was written.
+
+    Arrays are consumed one by one: at most `SHARD_BYTES` are held beside the one at hand. Every name once.
+    """
+    written: dict[str, dict] = {}
+    shard_of: dict[str, int] = {}
+    shard: dict[str, np.ndarray] = {}
+    size = count = 0
+
+    def flush():
+        nonlocal count
+        count += 1
+        _save(shard, directory / f"{count}.safetensors")
+        shard_of.update(dict.fromkeys(shard, count))
+        shard.clear()
+
+    for name, array in tensors:
+        if name in written:
+            raise ValueError(f"{name} is written twice to {directory}")
+        if shard and sum(a.nbytes for a in shard.values()) + array.nbytes > SHARD_BYTES:
+            flush()
+        shard[name] = np.ascontiguousarray(array)
+        written[name] = describe(shard[name])
+        size += array.nbytes
+        del array  # else it lives on while the next one is read
+    flush()
+    final = {n: f"model-{n:05}-of-{count:05}.safetensors" for n in range(1, count + 1)}
+    for number, file in final.items():
+        (directory / f"{number}.safetensors").rename(directory / file)
+    weight_map = {name: final[number] for name, number in shard_of.items()}
+    write_json(directory / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
+    return written
+
+
+def _save(shard: dict[str, np.ndarray], path: Path) -> None:
+    try:
+        save_file(shard, path, metadata={"format": "pt"})  # transformers refuses a file without this word
+    except SafetensorError as error:
+        raise ValueError(f"cannot write {path.parent} ({error}): is the disk full?") from error
+
+
+def describe(array: np.ndarray) -> dict:
+    """{shape, dtype, sha256 of the bytes in C order}."""
+    data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    return {"shape": list(array.shape), "dtype": array.dtype.name, "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def digest(descriptions: dict[str, dict]) -> str:
+    """One sha256 over names, shapes, dtypes and the tensors' own hashes, whatever their order."""
+    return hashlib.sha256(json.dumps(descriptions, sort_keys=True).encode()).hexdigest()
+
+
+def write_json(path: Path, value: dict) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,133 @@
+"""Which tensors a model consists of, one per layer, and a model built from them.
+
+Names are the paths in the model's parts with the layer's number after the stack's: `decoder.layers.3.attention.q`,
+`cross.0.q` (cross-attention counts in its own stack), `encoder.mlm_head.dense`.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from cepe_jax.config import CepeConfig, DecoderConfig, EncoderConfig
+from cepe_jax.model.cepe import Cepe, Parts, assemble, parts_of
+from cepe_jax.model.encoder import Encoder
+from cepe_jax.model.layers import CrossAttention
+from cepe_jax.model.llama import Llama
+from cepe_jax.progress import track
+from cepe_jax.sharding import is_variable, shardings_of
+
+Config = DecoderConfig | EncoderConfig | CepeConfig
+Model = Llama | Encoder | Cepe
+Read = Callable[[str, tuple[slice, ...]], np.ndarray]  # (name, index in our axes) -> that part of the tensor
+
+
+def abstract_parts(config: Config) -> Parts:
+    """The parts of this config's model, shapes in place of arrays."""
+
+    def make() -> Parts:
+        key = jax.random.key(0)
+        match config:
+            case DecoderConfig():
+                return {"decoder": Llama(config, key=key)}
+            case EncoderConfig():
+                return {"encoder": Encoder(config, key=key)}
+            case CepeConfig():
+                decoder = Llama(config.decoder, key=key)
+                cross = _cross(decoder, config.encoder.width, config.num_cross_layers)
+                return {"cross": cross, "decoder": decoder, "encoder": Encoder(config.encoder, key=key)}
+
+    return jax.eval_shape(make)
+
+
+def _cross(decoder: Llama, encoder_width: int, num_layers: int) -> CrossAttention:
+    """Cross-attention for an encoder of any width (starting as a copy of self-attention needs a narrow one)."""
+    attention, norm = jax.tree.map(lambda a: a[:num_layers], (decoder.layers.attention, decoder.layers.mlp_norm))
+
+    def from_memory(weight: nnx.Param) -> nnx.Param:
+        shape = (num_layers, encoder_width, *weight.shape[2:])
+        return nnx.Param(jnp.zeros(shape), axes=("layer", "encoder_embed", "kv_heads", "head_dim"))
+
+    return CrossAttention(norm, attention.q, from_memory(attention.k), from_memory(attention.v), attention.o)
+
+
+def _leaves(parts: Parts) -> Iterator[tuple[list[str], nnx.Variable]]:
+    """Each Variable with the names of its tensors: one per layer where it holds a stack."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(parts, is_leaf=is_variable):
+        names = jax.tree_util.keystr(path, simple=True, separator=".")
+        if leaf.get_metadata()["axes"][0] == "layer":
+            stack = "cross" if names.startswith("cross.") else f"{names.split('.')[0]}.layers"
+            rest = names.removeprefix(stack)
+            yield [f"{stack}.{layer}{rest}" for layer in range(leaf.shape[0])], leaf
+        else:
+            yield [names], leaf
+
+
+def shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor, by name."""
+    found = {}
+    for names, leaf in _leaves(abstract_parts(config)):
+        stacked = leaf.get_metadata()["axes"][0] == "layer"
+        found.update(dict.fromkeys(names, leaf.shape[1:] if stacked else leaf.shape))
+    return found
+
+
+def tensors_of(model: Model) -> Iterator[tuple[str, np.ndarray]]:
+    """Every tensor of a model in memory, fetched from the devices one by one."""
+    for names, leaf in _leaves(parts_of(model)):
+        if leaf.get_metadata()["axes"][0] == "layer":
+            for layer, name in enumerate(names):
+                yield name, np.asarray(leaf[layer])
+        else:
+            yield names[0], np.asarray(leaf[...])
+
+
+def build(config: Config, dtype: Literal["float32", "bfloat16"], read: Read) -> Model:
+    """The model of `config` with weights and activations in `dtype`, filled through `read`.
+
+    Under a mesh (`jax.set_mesh`) each array is born sharded, and only this process's slices of it are read.
+    """
+    parts = abstract_parts(with_dtype(config, dtype))
+    mesh = jax.sharding.get_mesh()
+    treedef = jax.tree.structure(parts, is_leaf=is_variable)
+    if mesh.empty:
+        shardings = [jnp.zeros(()).sharding] * treedef.num_leaves
+    else:
+        shardings = jax.tree.leaves(shardings_of(parts, mesh))
+    filled = []
+    leaves = list(zip(_leaves(parts), shardings, strict=True))
+    for (names, leaf), sharding in track(leaves, "loading weights"):
+        filled.append(leaf.replace(_fill(names, leaf, sharding, dtype, read)))
+    return assemble(jax.tree.unflatten(treedef, filled))
+
+
+def _fill(names: list[str], leaf: nnx.Variable, sharding, dtype: str, read: Read) -> jax.Array:
+    stacked = leaf.get_metadata()["axes"][0] == "layer"
+    slabs: dict[tuple, np.ndarray] = {}  # devices that hold the same slice share one reading of it
+
+    def slab(index: tuple[slice, ...]) -> np.ndarray:
+        bounds = tuple(i.indices(size) for i, size in zip(index, leaf.shape, strict=True))
+        if bounds not in slabs:
+            out = np.empty([stop - start for start, stop, _ in bounds], dtype)
+            if stacked:
+                for row, layer in enumerate(range(*bounds[0])):
+                    out[row] = read(names[layer], index[1:])
+            else:
+                out[...] = read(names[0], index)
+            slabs[bounds] = out
+        return slabs[bounds]
+
+    return jax.make_array_from_callback(leaf.shape, sharding, slab)
+
+
+def with_dtype(config: Config, dtype: str) -> Config:
+    """The config with activations in `dtype`; ValueError for another one than float32 or bfloat16."""
+    if not isinstance(config, CepeConfig):
+        return dataclasses.replace(config, dtype=dtype)
+    return dataclasses.replace(
+        config, decoder=with_dtype(config.decoder, dtype), encoder=with_dtype(config.encoder, dtype)
+    )
