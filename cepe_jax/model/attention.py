@@ -54,7 +54,8 @@ def merge(*parts: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
         peak = jnp.maximum(peak, other)
     values = sum(v * jnp.exp(p - peak) for v, _, p in parts)
     total = sum(t * jnp.exp(p - peak) for _, t, p in parts)
-    out = jnp.where(total > 0, values / jnp.where(total > 0, total, 1.0), 0.0)
+    nothing = total == 0  # not `total > 0`: a NaN must stay one
+    out = jnp.where(nothing, 0.0, values / jnp.where(nothing, 1.0, total))
     B, T, K, G, H = out.shape
     return out.reshape(B, T, K * G, H)
 

@@ -29,7 +29,8 @@ def project(equation: str, x: Array, weight: nnx.Param) -> Array:
 
 def embed(table: nnx.Param, tokens: Array, dtype) -> Array:
     """Rows of the (V, D) table; NaN, and so a loud loss, for an id outside it."""
-    return jnp.take(table[...], tokens, axis=0, mode="fill", fill_value=jnp.nan).astype(dtype)
+    rows = table[...].at[tokens].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+    return rows.astype(dtype)
 
 
 class RMSNorm(nnx.Module):
