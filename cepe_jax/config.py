@@ -31,6 +31,8 @@ class RopeConfig:
 
     def __post_init__(self):
         _require(self.theta > 0, f"rope theta is {self.theta}: give a number above 0")
+        known = ("default", "linear", "yarn", "llama3")
+        _require(self.scaling in known, f"rope scaling {self.scaling!r}: choose default, linear, yarn or llama3")
         if self.scaling == "default":
             _require(self.factor == 1, f"rope factor is {self.factor} without a scaling: name the scaling")
         _require(self.factor >= 1, f"rope factor is {self.factor}: give 1 or more")
@@ -68,6 +70,7 @@ class TransformerConfig:
             self.num_heads % self.num_kv_heads == 0,
             f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}",
         )
+        _require(self.norm_eps > 0, f"norm_eps is {self.norm_eps}: give a number above 0")
         _require(self.remat in ("none", "dots", "full"), f"remat {self.remat!r}: choose none, dots or full")
         _require(self.dtype in ("float32", "bfloat16"), f"dtype {self.dtype!r}: choose float32 or bfloat16")
         _require(self.head_dim % 2 == 0, f"head_dim {self.head_dim} is odd: rotary positions turn pairs")

@@ -27,6 +27,8 @@ def cross_from_self_attention(decoder: Llama, encoder: EncoderConfig, num_layers
     E, D = encoder.width, decoder.config.width
     if E > D:
         raise ValueError(f"encoder width {E} exceeds decoder width {D}: cross-attention cannot start as a copy")
+    if not 0 < num_layers <= decoder.config.num_layers:
+        raise ValueError(f"num_layers {num_layers} is not between 1 and the decoder's {decoder.config.num_layers}")
     last = jax.tree.map(lambda a: jnp.asarray(a[-num_layers:], jnp.float32), decoder.layers)
     attention = last.attention
     norm = RMSNorm((num_layers, D), decoder.config.norm_eps, ("layer", "embed"))
@@ -62,6 +64,8 @@ class Cepe(nnx.Module):
         token_mask_BT: Array | None = None,
     ) -> Array:
         """Logits (B, T, V) in fp32. Without a context, or in rows where all of it is masked, the plain decoder's."""
+        if context_BCL is None and context_mask_BCL is not None:
+            raise ValueError("context_mask_BCL came without its context_BCL: give both")
         memory_BME = memory_mask_BM = None
         if context_BCL is not None and context_BCL.size:
             memory_BME = self.encode(context_BCL, context_mask_BCL)
@@ -88,6 +92,9 @@ class Cepe(nnx.Module):
     ) -> tuple[Array, KVCache | None]:
         """Hidden states (B, T, D) of the decoder reading the memory, and the cache with these tokens appended."""
         if memory_BME is not None:
+            B, E = tokens_BT.shape[0], self.encoder.config.width
+            if memory_BME.ndim != 3 or (memory_BME.shape[0], memory_BME.shape[2]) != (B, E):
+                raise ValueError(f"memory_BME is {list(memory_BME.shape)}: these tokens and encoder want [{B}, M, {E}]")
             check_mask("memory_mask_BM", memory_mask_BM, memory_BME.shape[:2])
             memory_BME = memory_BME.astype(self.decoder.config.dtype)
         return self.decoder.decode(tokens_BT, token_mask_BT, cache, self.cross, memory_BME, memory_mask_BM)
