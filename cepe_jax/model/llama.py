@@ -17,9 +17,16 @@ from cepe_jax.sharding import constrain
 Array = jax.Array
 
 
+def _not_a_weight(primitive, *_, **__) -> bool:
+    """False for what turns a stack into one layer's weights: saved for the backward pass, it would copy the stack."""
+    return primitive.name not in ("dynamic_slice", "squeeze", "reshape", "convert_element_type", "transpose")
+
+
 def scan_layers(config: TransformerConfig, body: Callable, x_BTD: Array, indices: Array) -> tuple[Array, object]:
     """`body(x, index) -> (x, ys)` over layer indices. Indices, not slices of the stack: a slice would copy weights."""
     match config.remat:
+        case "none":
+            body = jax.checkpoint(body, policy=_not_a_weight)
         case "full":
             body = jax.checkpoint(body)
         case "dots":
