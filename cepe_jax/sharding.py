@@ -13,6 +13,7 @@ RULES: dict[str | None, tuple[str, ...]] = {
     "memory": ("context",),
     "embed": ("fsdp",),
     "vocab": ("tensor",),
+    "encoder_vocab": (),  # the tokenizer's vocabulary and a mask id: 32,001 divides by no useful number
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),

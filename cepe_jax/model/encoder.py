@@ -23,14 +23,14 @@ class MLMHead(nnx.Module):
         self.dense = normal(key, (E, E), E**-0.5, ("encoder_embed", None))
         self.dense_bias = nnx.Param(jnp.zeros(E), axes=(None,))
         self.norm = RMSNorm((E,), config.norm_eps, ("encoder_embed",))
-        self.bias = nnx.Param(jnp.zeros(config.vocab_size), axes=("vocab",))
+        self.bias = nnx.Param(jnp.zeros(config.vocab_size), axes=("encoder_vocab",))
 
 
 class Encoder(nnx.Module):
     def __init__(self, config: EncoderConfig, *, key: Array):
         self.config = config
         embedding, layers, head = jax.random.split(key, 3)
-        self.embed = normal(embedding, (config.vocab_size, config.width), 0.02, ("vocab", "embed"))
+        self.embed = normal(embedding, (config.vocab_size, config.width), 0.02, ("encoder_vocab", "embed"))
         self.layers = Block(config, key=layers)
         self.norm = RMSNorm((config.width,), config.norm_eps, ("embed",))
         if config.mlm_head:
