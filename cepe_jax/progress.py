@@ -2,27 +2,34 @@
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
-
-from rich.console import Console
-from rich.progress import track as rich_track
 
 Item = TypeVar("Item")
 
 SECONDS_BETWEEN_LINES = 10.0
 
 
-def track(iterable: Iterable[Item], description: str, total: int | None = None) -> Iterator[Item]:
+def track(
+    iterable: Iterable[Item], description: str, total: int | None = None, status: Callable[[], str] = lambda: ""
+) -> Iterator[Item]:
     """The items, their progress shown on stderr: a bar in a terminal, elsewhere a line every ten seconds and at the end.
 
-    `total` is needed where the iterable has no length.
+    `total` is needed where the iterable has no length. `status()` is shown beside the count.
     """
+    from rich.console import Console  # here, so that what only computes imports without rich
+    from rich.progress import Progress, TextColumn
+
     if total is None and hasattr(iterable, "__len__"):
         total = len(iterable)
     console = Console(stderr=True)
     if console.is_terminal:
-        yield from rich_track(iterable, description, total, console=console)
+        columns = (*Progress.get_default_columns(), TextColumn("{task.completed} {task.fields[status]}"))
+        with Progress(*columns, console=console) as bar:
+            task = bar.add_task(description, total=total, status="")
+            for item in iterable:
+                yield item
+                bar.update(task, advance=1, status=status())
         return
     # rich prints only one final line into a file: a job of twenty minutes would look dead in its log.
     start = last = time.monotonic()
@@ -33,5 +40,7 @@ def track(iterable: Iterable[Item], description: str, total: int | None = None) 
         now = time.monotonic()
         if now - last >= SECONDS_BETWEEN_LINES and done != total:
             last = now
-            print(f"{description}: {done}{of_total}, {now - start:.0f} s", file=sys.stderr, flush=True)
-    print(f"{description}: {done}{of_total} in {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
+            print(f"{description}: {done}{of_total}, {now - start:.0f} s {status()}", file=sys.stderr, flush=True)
+    print(
+        f"{description}: {done}{of_total} in {time.monotonic() - start:.0f} s {status()}", file=sys.stderr, flush=True
+    )

@@ -66,3 +66,10 @@ def shardings_of(tree, mesh: jax.sharding.Mesh):
         return NamedSharding(mesh, partition_spec(axes))
 
     return jax.tree.map(rule, tree, is_leaf=is_variable)
+
+
+def place_batch(batch: dict, mesh: jax.sharding.Mesh) -> dict:
+    """The host's arrays on the mesh, rows over its batch axes."""
+    return jax.tree.map(
+        lambda x: jax.device_put(x, NamedSharding(mesh, partition_spec(("batch", *[None] * (x.ndim - 1))))), batch
+    )

@@ -7,7 +7,7 @@ from flax import nnx
 from cepe_jax.checks import check_mask, check_tokens
 from cepe_jax.config import EncoderConfig
 from cepe_jax.model.attention import Mask
-from cepe_jax.model.layers import Block, RMSNorm, at, embed, normal, project
+from cepe_jax.model.layers import Block, RMSNorm, embed, normal, project
 from cepe_jax.model.llama import scan_layers
 from cepe_jax.model.rope import rope_table
 from cepe_jax.sharding import constrain
@@ -43,12 +43,12 @@ class Encoder(nnx.Module):
         check_mask("mask_BL", mask_BL, tokens_BL.shape)
         table = rope_table(config.rope, config.head_dim, jnp.arange(tokens_BL.shape[1])[None])
 
-        def layer(x_BLE, index):
-            x_BLE, _ = at(self.layers, index)(x_BLE, table, Mask(valid_BS=mask_BL))
+        def layer(x_BLE, block):
+            x_BLE, _ = block(x_BLE, table, Mask(valid_BS=mask_BL))
             return constrain(x_BLE, "batch", "length", "embed"), None
 
         x_BLE = constrain(embed(self.embed, tokens_BL, config.dtype), "batch", "length", "embed")
-        x_BLE, _ = scan_layers(config, layer, x_BLE, jnp.arange(config.num_layers))
+        x_BLE, _ = scan_layers(config, layer, x_BLE, self.layers)
         return self.norm(x_BLE)
 
     def mlm_logits(self, hidden_BLE: Array) -> Array:

@@ -1,6 +1,7 @@
 """The layers of decoder and encoder. Each module holds the weights of a whole stack: arrays lead with the layer
 axis, and `at(stack, i)` is layer i, with that axis gone. Weights are cast to the activations' dtype when used."""
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -24,7 +25,14 @@ def normal(key: Array, shape: tuple[int, ...], std: float, axes: tuple[str | Non
 
 
 def project(equation: str, x: Array, weight: nnx.Param) -> Array:
-    return jnp.einsum(equation, x, weight[...].astype(x.dtype))
+    """The einsum of x's last axes with the weight's first ones, as one matrix product.
+
+    XLA's CPU back end takes half the time for its gradient in this form; on others the two are the same.
+    """
+    summed = len(set(equation.split(",")[0]) & set(equation.split(",")[1].split("->")[0]))
+    matrix = weight[...].astype(x.dtype).reshape(math.prod(weight.shape[:summed]), -1)
+    out = x.reshape(-1, matrix.shape[0]) @ matrix
+    return out.reshape(*x.shape[: x.ndim - summed], *weight.shape[summed:])
 
 
 def embed(table: nnx.Param, tokens: Array, dtype) -> Array:

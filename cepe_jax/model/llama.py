@@ -1,6 +1,7 @@
 """The Llama decoder: plain, or with cross-attention spliced into its last layers."""
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +23,8 @@ def _not_a_weight(primitive, *_, **__) -> bool:
     return primitive.name not in ("dynamic_slice", "squeeze", "reshape", "convert_element_type", "transpose")
 
 
-def scan_layers(config: TransformerConfig, body: Callable, x_BTD: Array, indices: Array) -> tuple[Array, object]:
-    """`body(x, index) -> (x, ys)` over layer indices. Indices, not slices of the stack: a slice would copy weights."""
+def scan_layers(config: TransformerConfig, body: Callable, x_BTD: Array, xs) -> tuple[Array, object]:
+    """`body(x, layer) -> (x, ys)` over the layers in `xs`, recomputing in the backward pass what `config.remat` says."""
     match config.remat:
         case "none":
             body = jax.checkpoint(body, policy=_not_a_weight)
@@ -31,7 +32,7 @@ def scan_layers(config: TransformerConfig, body: Callable, x_BTD: Array, indices
             body = jax.checkpoint(body)
         case "dots":
             body = jax.checkpoint(body, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
-    return jax.lax.scan(body, x_BTD, indices)
+    return jax.lax.scan(body, x_BTD, xs)
 
 
 class Llama(nnx.Module):
@@ -79,24 +80,25 @@ class Llama(nnx.Module):
         table = rope_table(config.rope, config.head_dim, jnp.where(real_BT, positions_BT, 0))
         mask = Mask(causal=True, valid_BS=token_mask_BT)
 
-        def layer(x_BTD, index, read=None):
-            cached = None
+        def layer(x_BTD, xs):
+            index, block, reader = xs
+            cached = read = None
             if cache is not None and not cache.empty:
                 cached = at(cache.k_ZBSKH, index), at(cache.v_ZBSKH, index), cache.valid_BS
-            x_BTD, kv = at(self.layers, index)(x_BTD, table, mask, cached, read)
+            if reader is not None:
+                read = partial(reader, memory_BME=memory_BME, mask_BM=memory_mask_BM)
+            x_BTD, kv = (block or at(self.layers, index))(x_BTD, table, mask, cached, read)
             return constrain(x_BTD, "batch", "length", "embed"), kv if cache is not None else None
 
-        def spliced_layer(x_BTD, index):
-            reader = at(cross, index - num_plain)
-            return layer(x_BTD, index, lambda x_BTD: reader(x_BTD, memory_BME, memory_mask_BM))
-
         num_plain = config.num_layers if memory_BME is None else config.num_layers - cross.num_layers
-        spans = (layer, jnp.arange(num_plain)), (spliced_layer, jnp.arange(num_plain, config.num_layers))
         new_kv = []
         x_BTD = constrain(embed(self.embed, tokens_BT, config.dtype), "batch", "length", "embed")
-        for body, indices in spans:
-            if indices.size:
-                x_BTD, kv = scan_layers(config, body, x_BTD, indices)
+        for first, end, reader in ((0, num_plain, None), (num_plain, config.num_layers, cross)):
+            if first < end:
+                # A part of the stack is indexed inside the scan: slicing it would copy its weights. All of it is
+                # scanned over: were it indexed, each step of its backward pass would add to the whole gradient.
+                whole = self.layers if end - first == config.num_layers else None
+                x_BTD, kv = scan_layers(config, layer, x_BTD, (jnp.arange(first, end), whole, reader))
                 new_kv.append(kv)
         if cache is not None:
             k_ZBTKH, v_ZBTKH = jax.tree.map(lambda *kv: jnp.concatenate(kv), *new_kv)

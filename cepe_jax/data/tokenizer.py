@@ -1,0 +1,122 @@
+"""Text to ids and back: SentencePiece models, and `tokenizer.json` where there is no SentencePiece model."""
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+
+import sentencepiece
+
+
+class Tokenizer:
+    """One tokenizer for decoder and encoder.
+
+    `vocab_size` ids; `bos_id` and `eos_id`; `mask_id` = vocab_size is the encoder's extra id: no text contains it.
+    Special tokens written out in a text are text.
+    """
+
+    def __init__(self, path: str | Path):
+        """Reads `path`: a `.model` or `tokenizer.json` file, or a directory that holds one (the `.model` wins)."""
+        path = Path(path)
+        if path.is_dir():
+            found = [path / name for name in ("tokenizer.model", "tokenizer.json") if (path / name).exists()]
+            if not found:
+                raise FileNotFoundError(f"{path}: no tokenizer.model and no tokenizer.json in this directory")
+            path = found[0]
+        if not path.exists():
+            raise FileNotFoundError(f"{path}: no such tokenizer")
+        self.path = path
+        self._impl = _HuggingFace(path) if path.suffix == ".json" else _SentencePiece(path)
+        self.vocab_size, self.bos_id, self.eos_id = self._impl.vocab_size, self._impl.bos_id, self._impl.eos_id
+
+    @property
+    def mask_id(self) -> int:
+        return self.vocab_size
+
+    def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
+        return [self.bos_id] * bos + self._impl.encode(text) + [self.eos_id] * eos
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of the ids; BOS and EOS have none."""
+        return self._impl.decode([int(i) for i in ids if i not in (self.bos_id, self.eos_id)])
+
+    def fingerprint(self) -> str:
+        """Equal for tokenizers that give equal ids, whatever options their files store."""
+        return hashlib.sha256("\n".join(map(repr, self._impl.table())).encode()).hexdigest()
+
+
+class _SentencePiece:
+    def __init__(self, path: Path):
+        try:
+            self.processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        except (RuntimeError, OSError) as error:
+            raise ValueError(f"{path}: not a SentencePiece model ({str(error).splitlines()[0]})") from None
+        self.vocab_size = self.processor.vocab_size()
+        self.bos_id, self.eos_id = self.processor.bos_id(), self.processor.eos_id()
+        if min(self.bos_id, self.eos_id) < 0:
+            raise ValueError(f"{path}: has no begin- or end-of-sequence piece: train one with both")
+        self.encode, self.decode = self.processor.encode, self.processor.decode
+
+    def table(self):
+        return ((self.processor.id_to_piece(i), self.processor.get_score(i)) for i in range(self.vocab_size))
+
+
+class _HuggingFace:
+    def __init__(self, path: Path):
+        import tokenizers  # only where a tokenizer.json is read
+
+        try:
+            self.tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception
+            raise ValueError(f"{path}: not a tokenizer.json ({error})") from None
+        self.tokenizer.encode_special_tokens = True
+        self.tokenizer.no_padding()
+        self.tokenizer.no_truncation()
+        self.vocab_size = self.tokenizer.get_vocab_size(with_added_tokens=True)
+        self.bos_id, self.eos_id = self._special(path)
+
+    def _special(self, path: Path) -> tuple[int, int]:
+        known = {"bos": ("<s>", "<|begin_of_text|>"), "eos": ("</s>", "<|end_of_text|>")}
+        ids = []
+        for role, names in known.items():
+            present = [i for name in names if (i := self.tokenizer.token_to_id(name)) is not None]
+            if not present:
+                raise ValueError(f"{path}: no {role} token: looked for {' and '.join(names)}")
+            ids.append(present[0])
+        return ids[0], ids[1]
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=False)
+
+    def table(self):
+        return (self.tokenizer.to_str(),)
+
+
+def train(texts: Iterable[str], vocab_size: int, path: Path) -> Tokenizer:
+    """A byte-fallback BPE model at `path` that gives every text back exactly: newlines, tabs and indents are kept."""
+    staged = path.with_suffix(".model.tmp")
+    with open(staged, "wb") as file:
+        try:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=iter(texts),
+                model_writer=file,
+                model_type="bpe",
+                vocab_size=vocab_size,
+                byte_fallback=True,
+                normalization_rule_name="identity",
+                remove_extra_whitespaces=False,
+                add_dummy_prefix=False,
+                allow_whitespace_only_pieces=True,
+                user_defined_symbols=["\n"],
+                split_digits=True,
+                max_sentence_length=1 << 20,
+                num_threads=2,
+                minloglevel=2,
+            )
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[-1]
+            raise ValueError(f"cannot train {vocab_size} pieces on these texts: {reason}") from None
+    staged.rename(path)
+    return Tokenizer(path)

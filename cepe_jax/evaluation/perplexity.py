@@ -1,0 +1,81 @@
+"""How much a context helps: nll of the last tokens of held-out documents against the number of context chunks."""
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cepe_jax.data.examples import Document, chunks_before, window_at
+from cepe_jax.model.cepe import Cepe
+from cepe_jax.progress import track
+from cepe_jax.training.objectives import token_nll
+
+
+@dataclass(frozen=True)
+class Window:
+    """A window of one document and where its contexts end: the same place in the document, and one in another's."""
+
+    document: Document
+    start: int
+    other: Document
+    other_end: int
+
+
+def choose_windows(documents: list[Document], window: int, context: int) -> list[Window]:
+    """One window in the middle of each document that has `context` tokens before it and is long enough.
+
+    The other document of a window is the next one in the list, read up to its own window.
+    """
+    starts = {
+        document.name: max(context, (len(document.tokens) - window) // 2)
+        for document in documents
+        if len(document.tokens) > context + window
+    }
+    chosen = [document for document in documents if document.name in starts]
+    if len(chosen) < 2:
+        raise ValueError(
+            f"{len(chosen)} documents are longer than the {context + window} tokens asked for: 2 are needed"
+        )
+    others = chosen[1:] + chosen[:1]
+    return [Window(d, starts[d.name], o, starts[o.name]) for d, o in zip(chosen, others, strict=True)]
+
+
+@partial(jax.jit, static_argnames="scored")
+def _nll(model: Cepe, tokens_BT, labels_BT, memory_BME, memory_mask_BM, scored: int) -> jax.Array:
+    hidden_BTD, _ = model.decode(tokens_BT, memory_BME, memory_mask_BM)
+    logits = model.decoder.logits(hidden_BTD[:, -scored:])
+    return token_nll(logits, labels_BT[:, -scored:]).mean(axis=1)
+
+
+_encode = jax.jit(lambda model, context, mask: model.encode(context, mask))
+
+
+def context_nll(
+    model: Cepe, windows: list[Window], window: int, scored: int, counts: list[int], chunk_length: int, batch: int = 16
+) -> dict[tuple[str, int], np.ndarray]:
+    """(kind, chunks) -> nll per document in nats per token, over the last `scored` tokens of each window.
+
+    Kinds: `none` with 0 chunks; `previous`, the chunks right before the window; `other`, another document's. All
+    counts read one memory of the largest, the rest of it masked: a masked chunk is an absent one.
+    """
+    most = max(counts)
+    results: dict[tuple[str, int], list] = {("none", 0): []}
+    results |= {(kind, count): [] for kind in ("previous", "other") for count in counts}
+    for first in track(range(0, len(windows), batch), "evaluate"):
+        rows = windows[first : first + batch]
+        rows = rows + [rows[-1]] * (batch - len(rows))  # one shape, one compilation
+        views = [window_at(row.document.tokens, row.start, window) for row in rows]
+        tokens, labels = (np.stack([view[name] for view in views]) for name in ("tokens", "labels"))
+        for kind in ("previous", "other"):
+            ends = [(r.document, r.start) if kind == "previous" else (r.other, r.other_end) for r in rows]
+            contexts = [chunks_before(document.tokens, end, most, chunk_length) for document, end in ends]
+            context, real = (np.stack([c[name] for c in contexts]) for name in ("context", "context_mask"))
+            memory = _encode(model, context, real)
+            for count in counts if kind == "other" else [0, *counts]:
+                read = jnp.arange(most * chunk_length) >= (most - count) * chunk_length
+                mask = real.reshape(batch, -1) & read
+                nll = _nll(model, tokens, labels, memory, mask, scored)
+                results["none" if count == 0 else kind, count].append(nll)
+    return {key: np.concatenate(values)[: len(windows)] for key, values in results.items()}

@@ -1,0 +1,144 @@
+"""What training minimises. Logits exist for one chunk of positions at a time, forward and backward.
+
+An objective is called as `objective(model, batch, weights)` and returns the loss and its terms. `weights` is
+`objective.weights(whole_batch)`, so the losses of a batch's micro-batches add up to the loss of the batch.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from cepe_jax.data.examples import IGNORE
+from cepe_jax.model.cepe import Cepe, flat_mask
+from cepe_jax.model.encoder import Encoder
+from cepe_jax.model.llama import Llama
+
+Array = jax.Array
+Batch = dict[str, Array]
+
+
+def sum_over_chunks(terms: Callable, chunk: int, hidden_BTD: Array, *arrays_BT: tuple[Array, float]):
+    """`terms(hidden, *arrays)`, a tree of sums over positions, added up over chunks of `chunk` positions (0 = one).
+
+    Each of `arrays_BT` comes with the value that pads it and adds nothing. The backward pass recomputes a chunk, so
+    that what `terms` makes of a chunk (its logits) is never stored for another.
+    """
+    arrays = [array for array, _ in arrays_BT]
+    T = hidden_BTD.shape[1]
+    if chunk in (0, T):
+        return terms(hidden_BTD, *arrays)
+
+    def chunked(x_BT, fill):
+        widths = [(0, 0), (0, -T % chunk)] + [(0, 0)] * (x_BT.ndim - 2)
+        padded = jnp.pad(x_BT, widths, constant_values=fill)
+        return jnp.moveaxis(padded.reshape(x_BT.shape[0], -1, chunk, *x_BT.shape[2:]), 1, 0)
+
+    xs = [chunked(hidden_BTD, 0), *(chunked(array, fill) for array, fill in arrays_BT)]
+    sums = jax.lax.map(jax.checkpoint(lambda x: terms(*x)), xs)
+    return jax.tree.map(lambda a: a.sum(axis=0), sums)
+
+
+def token_nll(logits: Array, labels: Array) -> Array:
+    """-log p(label) in nats at every position; 0 where the label is IGNORE."""
+    picked = jnp.take_along_axis(logits, jnp.maximum(labels, 0)[..., None], axis=-1)[..., 0]
+    return jnp.where(labels == IGNORE, 0.0, jax.nn.logsumexp(logits, axis=-1) - picked)
+
+
+def hidden_states(model: Cepe | Llama, batch: Batch) -> Array:
+    """The decoder's (B, T, D) for a batch, with its context where the model reads one."""
+    if isinstance(model, Llama):
+        return model.decode(batch["tokens"], batch.get("token_mask"))[0]
+    memory_BME = model.encode(batch["context"], batch.get("context_mask"))
+    memory_mask_BM = flat_mask(batch.get("context_mask"))
+    return model.decode(batch["tokens"], memory_BME, memory_mask_BM, token_mask_BT=batch.get("token_mask"))[0]
+
+
+def _mean(total: Array, weight: Array) -> Array:
+    return total / jnp.maximum(weight, 1)
+
+
+@dataclass(frozen=True)
+class NextToken:
+    """Cross entropy of the next token, the mean over kept labels (paper, section 3.2)."""
+
+    loss_chunk: int = 0  # positions whose logits exist at once; 0 = all
+
+    def weights(self, batch: Batch) -> dict[str, Array]:
+        return {"nll": (batch["labels"] != IGNORE).sum()}
+
+    def __call__(self, model: Cepe | Llama, batch: Batch, weights) -> tuple[Array, dict[str, Array]]:
+        decoder = model if isinstance(model, Llama) else model.decoder
+
+        def terms(hidden_BTD, labels_BT):
+            return token_nll(decoder.logits(hidden_BTD), labels_BT).sum()
+
+        total = sum_over_chunks(terms, self.loss_chunk, hidden_states(model, batch), (batch["labels"], IGNORE))
+        nll = _mean(total, weights["nll"])
+        return nll, {"nll": nll}
+
+
+@dataclass(frozen=True)
+class MaskedLM:
+    """Cross entropy of the masked tokens, the mean over them."""
+
+    loss_chunk: int = 0
+
+    def weights(self, batch: Batch) -> dict[str, Array]:
+        return {"nll": (batch["labels"] != IGNORE).sum()}
+
+    def __call__(self, model: Encoder, batch: Batch, weights) -> tuple[Array, dict[str, Array]]:
+        def terms(hidden_BLE, labels_BL):
+            return token_nll(model.mlm_logits(hidden_BLE), labels_BL).sum()
+
+        hidden_BLE = model(batch["tokens"], batch.get("token_mask"))
+        nll = _mean(sum_over_chunks(terms, self.loss_chunk, hidden_BLE, (batch["labels"], IGNORE)), weights["nll"])
+        return nll, {"nll": nll}
+
+
+@dataclass(frozen=True)
+class Distill:
+    """CEPED: next-token cross entropy plus KL(teacher || student) over the teacher's top K tokens (section 3.3).
+
+    The batch has `teacher_index` (B, n, K) and `teacher_prob` (B, n, K + 1), the last entry the rest's mass, for the
+    last n positions. KL is averaged over all B n of them, ignored labels too. Without `smooth` the rest's mass is
+    left out and nothing renormalised; with it, it counts, and `smooth` is added to both distributions' K + 1 entries.
+    """
+
+    nll_weight: float = 1.0
+    kl_weight: float = 2.0
+    smooth: float = 0.0
+    loss_chunk: int = 0
+
+    def weights(self, batch: Batch) -> dict[str, Array]:
+        B, n = batch["teacher_index"].shape[:2]
+        return {"nll": (batch["labels"] != IGNORE).sum(), "kl": jnp.asarray(B * n)}
+
+    def __call__(self, model: Cepe, batch: Batch, weights) -> tuple[Array, dict[str, Array]]:
+        def terms(hidden_BTD, labels_BT, prob_BTK, index_BTK, taught_BT):
+            logits = model.decoder.logits(hidden_BTD)
+            kl_BT = self._kl(jax.nn.log_softmax(logits), prob_BTK.astype(jnp.float32), index_BTK)
+            return token_nll(logits, labels_BT).sum(), jnp.where(taught_BT, kl_BT, 0.0).sum()
+
+        T, n = batch["labels"].shape[1], batch["teacher_index"].shape[1]
+        front = (0, 0), (T - n, 0), (0, 0)
+        prob_BTK, index_BTK = jnp.pad(batch["teacher_prob"], front), jnp.pad(batch["teacher_index"], front)
+        taught_BT = jnp.broadcast_to(jnp.arange(T) >= T - n, batch["labels"].shape)
+        per_position = (batch["labels"], IGNORE), (prob_BTK, 0), (index_BTK, 0), (taught_BT, False)
+        nll, kl = sum_over_chunks(terms, self.loss_chunk, hidden_states(model, batch), *per_position)
+        nll, kl = _mean(nll, weights["nll"]), _mean(kl, weights["kl"])
+        return self.nll_weight * nll + self.kl_weight * kl, {"nll": nll, "kl": kl}
+
+    def _kl(self, log_student_BTV: Array, teacher_BTK: Array, index_BTK: Array) -> Array:
+        log_student = jnp.take_along_axis(log_student_BTV, index_BTK, axis=-1)
+        if self.smooth:
+            student = jnp.exp(log_student)
+            student = jnp.concatenate([student, 1 - student.sum(axis=-1, keepdims=True)], axis=-1)
+            entries = teacher_BTK.shape[-1]
+            teacher_BTK = (teacher_BTK + self.smooth) / (1 + self.smooth * entries)
+            log_student = jnp.log((student + self.smooth) / (1 + self.smooth * entries))
+        else:
+            teacher_BTK = teacher_BTK[..., :-1]
+        log_teacher = jnp.log(jnp.where(teacher_BTK > 0, teacher_BTK, 1.0))
+        return (teacher_BTK * (log_teacher - log_student)).sum(axis=-1)

@@ -1,0 +1,155 @@
+"""The stages of the paper as one configuration: what is loaded, what trains, on which examples."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import jax
+
+from cepe_jax.config import DECODERS, ENCODERS
+from cepe_jax.data.corpus import Corpus
+from cepe_jax.data.examples import ExampleConfig
+from cepe_jax.data.loader import Stage, batches, dataset
+from cepe_jax.model.cepe import Cepe, CrossInit, cross_from_self_attention, parts_of, split
+from cepe_jax.model.encoder import Encoder
+from cepe_jax.model.llama import Llama
+from cepe_jax.sharding import make_mesh, shardings_of
+from cepe_jax.training.objectives import MaskedLM, NextToken
+from cepe_jax.training.trainer import OptimizerConfig, Run, init_state, make_train_step, train
+from cepe_jax.weights import directory, huggingface
+from cepe_jax.weights.checkpoint import Checkpoints, digest_of
+
+Dtype = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis of the mesh; their product is the number of devices."""
+
+    data: int = 1
+    fsdp: int = 1
+    context: int = 1
+    tensor: int = 1
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    stage: Stage  # lm: a decoder from scratch; mlm: an encoder; warmup and cepe: as in the paper
+    data: Path  # a prepared dataset
+    out: Path  # gets checkpoints/, metrics.jsonl, config.yaml, and at the end model/
+    steps: int
+    batch_size: int  # sequences per step
+    decoder: str = ""  # a preset (lm), or a model directory
+    encoder: str = ""  # a preset (mlm), or a model directory
+    cepe: str = ""  # a model directory, in place of decoder and encoder
+    num_cross_layers: int = 0  # of the decoder's last layers; 0 = all
+    cross_init: CrossInit = "copy"
+    train: tuple[str, ...] = ("encoder", "cross")  # of the warm-up and main stage
+    examples: ExampleConfig = ExampleConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    accumulate: int = 1  # micro-batches per step
+    loss_chunk: int = 0  # positions whose logits exist at once; 0 = all
+    dtype: Dtype = "float32"  # of activations and of frozen weights; what trains is float32
+    remat: Literal["none", "dots", "full"] = "none"
+    mesh: MeshConfig = MeshConfig()
+    save_every: int = 500  # steps
+    seed: int = 0
+
+    def __post_init__(self):
+        rows = self.mesh.data * self.mesh.fsdp * self.accumulate
+        if self.batch_size % rows:
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of accumulate x mesh.data x mesh.fsdp = {rows}"
+            )
+        needs = {"lm": [["decoder"]], "mlm": [["encoder"]]}.get(self.stage, [["cepe"], ["decoder", "encoder"]])
+        given = [name for name in ("decoder", "encoder", "cepe") if getattr(self, name)]
+        if given not in needs:
+            wanted = " or ".join(" and ".join(names) for names in needs)
+            raise ValueError(f"stage {self.stage} starts from {wanted}; given: {' and '.join(given) or 'none of them'}")
+        Run(self.out, self.steps, self.save_every)
+
+
+def starting_model(config: TrainConfig, vocab_size: int) -> Cepe | Llama | Encoder:
+    """The model of the stage before its first step: presets are initialised at random, directories loaded.
+
+    `vocab_size` is the tokenizer's; an encoder has one more id, the mask.
+    """
+    key = jax.random.key(config.seed)
+
+    def load(path: str, **dtypes: str):
+        return huggingface.load(path, dtypes)
+
+    match config.stage:
+        case "lm" if config.decoder in DECODERS:
+            sizes = dataclasses.replace(DECODERS[config.decoder], vocab_size=vocab_size)
+            return born_sharded(lambda key: Llama(sizes, key=key), key)
+        case "lm":
+            return load(config.decoder, decoder="float32")
+        case "mlm" if config.encoder in ENCODERS:
+            sizes = dataclasses.replace(ENCODERS[config.encoder], vocab_size=vocab_size + 1, mlm_head=True)
+            return born_sharded(lambda key: Encoder(sizes, key=key), key)
+        case "mlm":
+            return load(config.encoder, encoder="float32")
+    dtypes = {part: "float32" if part in config.train else config.dtype for part in ("decoder", "encoder", "cross")}
+    if config.cepe:
+        return load(config.cepe, **dtypes)
+    decoder = load(config.decoder, decoder=dtypes["decoder"])
+    encoder = load(config.encoder, encoder=dtypes["encoder"]).without_mlm_head()
+    layers = config.num_cross_layers or decoder.config.num_layers
+    cross = born_sharded(
+        lambda key: cross_from_self_attention(decoder, encoder.config, layers, config.cross_init, key=key), key
+    )
+    return Cepe(decoder, encoder, cross)
+
+
+def born_sharded(make, key):
+    """`make(key)`, every array created where it belongs on the mesh."""
+    shardings = shardings_of(jax.eval_shape(make, key), jax.sharding.get_mesh())
+    return jax.jit(make, out_shardings=shardings)(key)
+
+
+def run_stage(config: TrainConfig) -> Path:
+    """The directory `config.out/model`, trained; a run that was cut off goes on from its newest checkpoint."""
+    model_dir = config.out / "model"
+    resolved = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    if model_dir.exists():
+        print(f"{model_dir} is finished: remove {config.out} to train again")
+        return model_dir
+    corpus = Corpus(config.data, "train")
+    config.out.mkdir(parents=True, exist_ok=True)
+    (config.out / "config.json").write_text(json.dumps(resolved, indent=1))
+    with jax.set_mesh(make_mesh(**dataclasses.asdict(config.mesh))):
+        model = starting_model(config, corpus.tokenizer.vocab_size)
+        for part in ("decoder", "encoder"):
+            if (module := parts_of(model).get(part)) is not None:
+                needed = corpus.tokenizer.vocab_size + (part == "encoder")
+                if module.config.vocab_size < needed:
+                    raise ValueError(
+                        f"the {part}'s vocabulary of {module.config.vocab_size} is smaller than the {needed} ids of "
+                        f"{config.data}: prepare the data with the model's tokenizer"
+                    )
+                module.config = dataclasses.replace(module.config, dtype=config.dtype, remat=config.remat)
+        names = tuple(parts_of(model)) if config.stage in ("lm", "mlm") else config.train
+        trainable, frozen = split(model, names)
+        count = {n: sum(x.size for x in jax.tree.leaves(p)) for n, p in (("trains", trainable), ("frozen", frozen))}
+        print(f"{config.stage}: {count['trains']:,} parameters train, {count['frozen']:,} are frozen")
+        optimizer = config.optimizer.build(config.optimizer.schedule(config.steps))
+        objective = MaskedLM(config.loss_chunk) if config.stage == "mlm" else NextToken(config.loss_chunk)
+        data = dataset(corpus, config.stage, config.examples, config.batch_size, config.seed)
+        identity = {key: value for key, value in resolved.items() if key not in ("out", "save_every", "mesh")}
+        checkpoints = Checkpoints(config.out / "checkpoints", identity | {"frozen": digest_of(frozen)})
+        state = train(
+            Run(config.out, config.steps, config.save_every),
+            init_state(trainable, optimizer),
+            frozen,
+            make_train_step(objective, optimizer, config.accumulate),
+            lambda first: batches(data, first),
+            checkpoints,
+        )
+        checkpoints.close()
+        from cepe_jax.model.cepe import assemble
+
+        directory.save(assemble(state.trainable | frozen), model_dir, assets=config.data)
+    return model_dir
