@@ -40,7 +40,8 @@ def is_ours(path: Path) -> bool:
 class Directory:
     """A directory in our format, its names, shapes and types checked against its config and its hashes."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path | str):
+        path = Path(path)
         if not is_ours(path):
             raise ValueError(f"{path} is not in our format: run scripts/convert.py to-jax on it")
         written = read_json(path / "config.json")
@@ -94,7 +95,8 @@ def save(model: Model, path: Path | str, assets: Path | str | None = None) -> No
     if assets is not None:
         config = read_json(Path(assets) / "config.json") if (Path(assets) / "config.json").is_file() else {}
         facts = config.get("huggingface", {}) if config.get("format") == FORMAT else facts_of(config)
-    write(path, model.config, track(tensors_of(model), f"writing {path}"), facts, assets)
+    tensors = track(tensors_of(model), f"writing {path}", len(shapes(model.config)))
+    write(path, model.config, tensors, facts, assets)
 
 
 def write(

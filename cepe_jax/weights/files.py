@@ -126,7 +126,7 @@ def _load_pickle(path: Path) -> dict:
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError and others for a bad file
         raise ValueError(
-            f"{path} is not a whole torch file of tensors ({str(error)[:80]}...): download it again"
+            f"{path} is not a whole torch file of tensors ({' '.join(str(error).split())[:80]}...): download it again"
         ) from error
     if not isinstance(tensors, dict):
         raise ValueError(f"{path} holds a {type(tensors).__name__}, not tensors by name")
@@ -177,10 +177,12 @@ def write_shards(directory: Path, tensors: Iterable[tuple[str, np.ndarray]]) -> 
 
 
 def _save(shard: dict[str, np.ndarray], path: Path) -> None:
+    mode = path.parent.stat().st_mode & 0o666  # as any new file's: safetensors makes files that only their owner reads
     try:
         save_file(shard, path, metadata={"format": "pt"})  # transformers refuses a file without this word
     except SafetensorError as error:
         raise ValueError(f"cannot write {path.parent} ({error}): is the disk full?") from error
+    path.chmod(mode)
 
 
 def describe(array: np.ndarray) -> dict:

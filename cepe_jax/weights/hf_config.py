@@ -7,9 +7,9 @@ arithmetic (special ids, `max_position_embeddings`, ...) are kept as `facts` and
 import dataclasses
 
 from cepe_jax.config import CepeConfig, DecoderConfig, EncoderConfig, RopeConfig
+from cepe_jax.weights.tensors import Config
 
 LLAMA, CEPE, MLM = "LlamaForCausalLM", "LlamaForCausalContextLM", "LlamaForMLM"
-Config = DecoderConfig | EncoderConfig | CepeConfig
 
 # Keys, each with the values under which it changes nothing; another value is refused. A missing key is such a value.
 HARMLESS = {
@@ -92,8 +92,6 @@ def from_hf(hf: dict, where: str = "config.json") -> Config:
 
 def _refuse(hf: dict, harmless: dict[str, tuple], where: str) -> None:
     for key, values in harmless.items():
-        if key == "do_cross_attention" and True in values and key not in hf:
-            raise ValueError(f"{where} has no do_cross_attention: is this a CEPE checkpoint?")
         if key in hf and hf[key] not in values:
             raise ValueError(f"{where}: {key} {hf[key]!r} is not computed here: only {values[0]!r} is")
 
@@ -166,16 +164,9 @@ def _rope_of(rope: dict, hf: dict, where: str) -> RopeConfig:
 
 def facts_of(hf: dict) -> dict:
     """What a Hugging Face config.json says beyond our config: kept, and written back by `to_hf_config`."""
-    ours = {*SIZES, "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters", "tie_word_embeddings"}
-    ours |= {
-        "architectures",
-        "torch_dtype",
-        "dtype",
-        "encoder_hidden_size",
-        "num_cross_attn_layers",
-        *HARMLESS,
-        *OF_CEPE,
-    }
+    ours = {*SIZES, "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters", "model_type", "hidden_act"}
+    ours |= {"attention_bias", "mlp_bias", "architectures", "torch_dtype", "dtype", "tie_word_embeddings"}
+    ours |= {"encoder_hidden_size", "num_cross_attn_layers", *OF_CEPE}
     facts = {key: value for key, value in hf.items() if key not in ours}
     if "encoder_config" in facts:
         facts["encoder_config"] = facts_of(facts["encoder_config"])
@@ -185,14 +176,15 @@ def facts_of(hf: dict) -> dict:
 def to_hf_config(config: Config, facts: dict, dtype: str) -> dict:
     """The config.json that transformers (4 and 5) and the reference read; `dtype` is that of the stored tensors."""
     facts = DEFAULT_FACTS | facts
+    stored = {"torch_dtype": dtype, "dtype": dtype}  # of transformers 4 and 5
     inner_facts = facts.pop("encoder_config", {})
     match config:
         case DecoderConfig():
             own = {"architectures": [LLAMA], "tie_word_embeddings": config.tied_head}
-            return facts | own | _sizes(config, dtype)
+            return facts | own | _sizes(config) | stored
         case EncoderConfig():
             own = {"architectures": [MLM], "is_encoder": True, "do_cross_attention": False, "tie_word_embeddings": True}
-            return facts | own | _sizes(config, dtype)
+            return facts | own | _sizes(config) | stored
         case CepeConfig():
             # The encoder reads chunks: its own length is a fact nobody uses, and 512 is the released one's.
             inner = DEFAULT_FACTS | {"max_position_embeddings": 512} | inner_facts
@@ -205,14 +197,14 @@ def to_hf_config(config: Config, facts: dict, dtype: str) -> dict:
                 "num_cross_attn_hidden_states": 1,
                 "num_cross_attn_layers": config.num_cross_layers,
                 "encoder_hidden_size": config.encoder.width,
-                "encoder_config": inner | own_inner | _sizes(config.encoder, dtype),
+                "encoder_config": inner | own_inner | _sizes(config.encoder),
                 "tie_word_embeddings": config.decoder.tied_head,
                 "is_decoder": True,
             }
-            return {"train_batch_mode": "none", "train_encoder": True} | facts | own | _sizes(config.decoder, dtype)
+            return {"train_batch_mode": "none", "train_encoder": True} | facts | own | _sizes(config.decoder) | stored
 
 
-def _sizes(config: DecoderConfig | EncoderConfig, dtype: str) -> dict:
+def _sizes(config: DecoderConfig | EncoderConfig) -> dict:
     rope = config.rope
     fields = {key: getattr(rope, ours) for key, ours in ROPE_FIELDS[rope.scaling].items()}
     if not fields.get("attention_factor", 1):
@@ -228,6 +220,4 @@ def _sizes(config: DecoderConfig | EncoderConfig, dtype: str) -> dict:
         "rope_theta": rope.theta,
         "rope_scaling": None if rope.scaling == "default" else {name: rope.scaling, **fields},
         "rope_parameters": {"rope_theta": rope.theta, "rope_type": rope.scaling, **fields},
-        "torch_dtype": dtype,
-        "dtype": dtype,
     } | {key: getattr(config, ours) for key, ours in SIZES.items()}

@@ -6,7 +6,7 @@ tensor of the model is filled by exactly one key, and every key is accounted for
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -17,8 +17,8 @@ from cepe_jax.config import CepeConfig, DecoderConfig, EncoderConfig
 from cepe_jax.progress import track
 from cepe_jax.weights.directory import Directory, check_names, copy_assets, is_ours, new_directory, write
 from cepe_jax.weights.files import WeightFiles, read_json, write_json, write_shards
-from cepe_jax.weights.hf_config import Config, facts_of, from_hf, to_hf_config
-from cepe_jax.weights.tensors import Model, build, shapes
+from cepe_jax.weights.hf_config import facts_of, from_hf, to_hf_config
+from cepe_jax.weights.tensors import Config, Model, build, shapes
 
 # Our path: torch's key, our axes, torch's axes. Letters that stand together are one axis in torch. The heads' order
 # within an axis and the rotated pairs are the same on both sides.
@@ -124,7 +124,8 @@ def _aliases(config: Config) -> dict[str, str]:
 class HuggingFace:
     """A Hugging Face directory, its keys and shapes checked; tensors are read under our names, in our layout."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path | str):
+        path = Path(path)
         where = path / "config.json"
         written = read_json(where)
         self.path = path
@@ -136,13 +137,17 @@ class HuggingFace:
         # Buffers of old checkpoints, which the config's rotary positions repeat: the only keys passed over.
         keys = {key for key in stored if not key.endswith(".self_attn.rotary_emb.inv_freq")}
         aliases = _aliases(self.config)
-        check_names(path, {entry.key for entry in self.entries.values()}, keys - set(aliases))
+        # A converter that stores a tied tensor once may keep either name.
+        lone = {key: alias for alias, key in aliases.items() if alias in keys and key not in keys}
+        for name, entry in self.entries.items():
+            self.entries[name] = replace(entry, key=lone.get(entry.key, entry.key))
+        check_names(path, {entry.key for entry in self.entries.values()}, keys - (set(aliases) - set(lone.values())))
         for entry in self.entries.values():
             if stored[entry.key].shape != entry.shape:
                 found, expected = list(stored[entry.key].shape), list(entry.shape)
                 raise ValueError(f"{path}: {entry.key} is {found}, by config.json {expected}: one of them is wrong")
         for alias, key in aliases.items():
-            if alias in keys and not _same_bits(self.files.read(alias), self.files.read(key)):
+            if {alias, key} <= keys and not _same_bits(self.files.read(alias), self.files.read(key)):
                 raise ValueError(f"{path}: {alias} and {key} are tied but differ: one of them is wrong")
 
     def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
@@ -161,19 +166,15 @@ def load(path: Path | str, dtype: Literal["float32", "bfloat16"] = "float32") ->
     `path` is a directory in our format or one of Hugging Face's. Under a mesh (`jax.set_mesh`) arrays are born
     sharded; of our format each process reads only its slices, of Hugging Face's whole tensors.
     """
-    source = _open(Path(path))
+    source = Directory(path) if is_ours(Path(path)) else HuggingFace(path)
     return build(source.config, dtype, source.read)
-
-
-def _open(path: Path) -> Directory | HuggingFace:
-    return Directory(path) if is_ours(path) else HuggingFace(path)
 
 
 def to_jax(source: Path | str, target: Path | str, dtype: Literal["float32", "bfloat16"] | None = None) -> None:
     """The Hugging Face directory `source` is at `target` in our format; tensors as stored, or in `dtype`."""
     if is_ours(Path(source)):
         raise ValueError(f"{source} is already in our format: copy it")
-    model = HuggingFace(Path(source))
+    model = HuggingFace(source)
 
     def tensors():
         for name in track(model.entries, f"converting {source}"):
@@ -185,7 +186,7 @@ def to_jax(source: Path | str, target: Path | str, dtype: Literal["float32", "bf
 
 def to_hf(source: Path | str, target: Path | str) -> None:
     """The model at `source`, in our format, is at `target` as transformers or the CEPE reference reads it."""
-    model = Directory(Path(source))
+    model = Directory(source)
     entries = table(model.config)
 
     def tensors():

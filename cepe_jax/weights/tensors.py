@@ -55,31 +55,34 @@ def _cross(decoder: Llama, encoder_width: int, num_layers: int) -> CrossAttentio
     return CrossAttention(norm, attention.q, from_memory(attention.k), from_memory(attention.v), attention.o)
 
 
+def _is_stack(leaf: nnx.Variable) -> bool:
+    return leaf.get_metadata()["axes"][0] == "layer"
+
+
 def _leaves(parts: Parts) -> Iterator[tuple[list[str], nnx.Variable]]:
     """Each Variable with the names of its tensors: one per layer where it holds a stack."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(parts, is_leaf=is_variable):
-        names = jax.tree_util.keystr(path, simple=True, separator=".")
-        if leaf.get_metadata()["axes"][0] == "layer":
-            stack = "cross" if names.startswith("cross.") else f"{names.split('.')[0]}.layers"
-            rest = names.removeprefix(stack)
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        if _is_stack(leaf):
+            stack = "cross" if name.startswith("cross.") else f"{name.split('.')[0]}.layers"
+            rest = name.removeprefix(stack)
             yield [f"{stack}.{layer}{rest}" for layer in range(leaf.shape[0])], leaf
         else:
-            yield [names], leaf
+            yield [name], leaf
 
 
 def shapes(config: Config) -> dict[str, tuple[int, ...]]:
     """The shape of every tensor, by name."""
     found = {}
     for names, leaf in _leaves(abstract_parts(config)):
-        stacked = leaf.get_metadata()["axes"][0] == "layer"
-        found.update(dict.fromkeys(names, leaf.shape[1:] if stacked else leaf.shape))
+        found.update(dict.fromkeys(names, leaf.shape[1:] if _is_stack(leaf) else leaf.shape))
     return found
 
 
 def tensors_of(model: Model) -> Iterator[tuple[str, np.ndarray]]:
     """Every tensor of a model in memory, fetched from the devices one by one."""
     for names, leaf in _leaves(parts_of(model)):
-        if leaf.get_metadata()["axes"][0] == "layer":
+        if _is_stack(leaf):
             for layer, name in enumerate(names):
                 yield name, np.asarray(leaf[layer])
         else:
@@ -106,14 +109,13 @@ def build(config: Config, dtype: Literal["float32", "bfloat16"], read: Read) -> 
 
 
 def _fill(names: list[str], leaf: nnx.Variable, sharding, dtype: str, read: Read) -> jax.Array:
-    stacked = leaf.get_metadata()["axes"][0] == "layer"
     slabs: dict[tuple, np.ndarray] = {}  # devices that hold the same slice share one reading of it
 
     def slab(index: tuple[slice, ...]) -> np.ndarray:
         bounds = tuple(i.indices(size) for i, size in zip(index, leaf.shape, strict=True))
         if bounds not in slabs:
             out = np.empty([stop - start for start, stop, _ in bounds], dtype)
-            if stacked:
+            if _is_stack(leaf):
                 for row, layer in enumerate(range(*bounds[0])):
                     out[row] = read(names[layer], index[1:])
             else:

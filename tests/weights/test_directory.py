@@ -1,0 +1,280 @@
+"""Our directories: round trips bit for bit, whole or absent, each process reading only its slices."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file
+
+from cepe_jax.weights import files
+from cepe_jax.weights.directory import Directory, save, write
+from cepe_jax.weights.huggingface import load, to_hf, to_jax
+from cepe_jax.weights.tensors import tensors_of
+
+
+def same(a, b) -> None:
+    assert a.config == b.config
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def stored(path) -> dict:
+    tensors = {}
+    for file in sorted(path.glob("*.safetensors")):
+        tensors |= load_file(file)
+    return tensors
+
+
+@pytest.mark.parametrize("kind", ["cepe", "llama"])
+def test_to_jax_load_to_hf(kind, tmp_path, request):
+    source = request.getfixturevalue(f"{kind}_source")
+    for name in ("tokenizer.model", "chat_template.jinja"):
+        (source.path / name).write_text(name)
+    to_jax(source.path, tmp_path / "ours")
+    same(load(tmp_path / "ours"), load(source.path))
+    to_hf(tmp_path / "ours", tmp_path / "back")
+    before, after = source.tensors(), stored(tmp_path / "back")
+    assert before.keys() == after.keys()
+    assert all(before[key].tobytes() == after[key].tobytes() for key in before)
+    same(load(tmp_path / "back"), load(source.path))
+    for directory in ("ours", "back"):
+        for name in ("tokenizer.model", "chat_template.jinja"):
+            assert (tmp_path / directory / name).read_text() == name
+    written = json.loads((tmp_path / "back" / "config.json").read_text())
+    for key, value in json.loads((source.path / "config.json").read_text()).items():
+        if key != "encoder_config":
+            assert written[key] == value
+
+
+def test_bfloat16_and_several_shards(cepe_source, tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "SHARD_BYTES", 100_000)
+    to_jax(cepe_source.path, tmp_path / "ours", "bfloat16")
+    shards = sorted(tmp_path.glob("ours/*.safetensors"))
+    assert len(shards) > 3
+    assert [shard.name for shard in shards] == [
+        f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))
+    ]
+    assert all(shard.stat().st_mode == (tmp_path / "ours" / "config.json").stat().st_mode for shard in shards)
+    with safe_open(shards[0], "np") as file:
+        assert {file.get_slice(key).get_dtype() for key in file.keys()} == {"BF16"}  # noqa: SIM118
+    same(load(tmp_path / "ours", "bfloat16"), load(cepe_source.path, "bfloat16"))
+    to_hf(tmp_path / "ours", tmp_path / "back")
+    written = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert written["torch_dtype"] == written["dtype"] == "bfloat16"
+    same(load(tmp_path / "back", "bfloat16"), load(cepe_source.path, "bfloat16"))
+
+
+@pytest.mark.parametrize("kind", ["cepe", "decoder", "encoder"])
+def test_save_and_load(kind, tmp_path, request):
+    model = request.getfixturevalue(kind)
+    save(model, tmp_path / "ours")
+    same(load(tmp_path / "ours"), model)
+    Directory(tmp_path / "ours").verify()
+    if kind != "cepe":  # this one's encoder has an MLM head
+        to_hf(tmp_path / "ours", tmp_path / "hf")
+        same(load(tmp_path / "hf"), model)
+
+
+def test_an_mlm_head_has_no_place_in_a_cepe_checkpoint(cepe, tmp_path):
+    save(cepe, tmp_path / "ours")
+    with pytest.raises(ValueError, match=r"no place for encoder\.mlm_head\.bias"):
+        to_hf(tmp_path / "ours", tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
+
+
+def test_base_hash_is_that_of_the_decoder_alone(cepe, decoder, tmp_path):
+    save(cepe, tmp_path / "cepe")
+    save(decoder, tmp_path / "decoder")
+    base = Directory(tmp_path / "decoder").base_hash
+    assert base == Directory(tmp_path / "cepe").base_hash
+    changed = jax.tree.map(lambda a: a.at[(0,) * a.ndim].add(1e-3), decoder)
+    save(changed, tmp_path / "changed")
+    assert Directory(tmp_path / "changed").base_hash != base
+
+
+def test_facts_and_tokenizer_of_the_base_travel(llama_source, tmp_path):
+    (llama_source.path / "tokenizer.model").write_text("pieces")
+    llama_source.configure(max_position_embeddings=777, bos_token_id=5)
+    to_jax(llama_source.path, tmp_path / "base")
+    for assets in (llama_source.path, tmp_path / "base"):
+        save(load(tmp_path / "base"), tmp_path / assets.name / "again", assets)
+        to_hf(tmp_path / assets.name / "again", tmp_path / assets.name / "hf")
+        written = json.loads((tmp_path / assets.name / "hf" / "config.json").read_text())
+        assert (written["max_position_embeddings"], written["bos_token_id"]) == (777, 5)
+        assert (tmp_path / assets.name / "hf" / "tokenizer.model").read_text() == "pieces"
+
+
+@pytest.mark.parametrize("convert", [to_jax, to_hf])
+def test_never_half_written(convert, cepe_source, tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "SHARD_BYTES", 100_000)
+    source = cepe_source.path
+    if convert is to_hf:
+        to_jax(source, tmp_path / "ours")
+        source = tmp_path / "ours"
+    real, calls = files.save_file, []
+
+    def fails_at_the_second(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        real(*args, **kwargs)
+
+    before = set(tmp_path.iterdir())
+    with monkeypatch.context() as patched:
+        patched.setattr(files, "save_file", fails_at_the_second)
+        with pytest.raises(KeyboardInterrupt):
+            convert(source, tmp_path / "target")
+    assert set(tmp_path.iterdir()) == before
+    # What a killed process leaves has another name, is no model, and is removed by the next run.
+    (tmp_path / ".target.partial").mkdir()
+    (tmp_path / ".target.partial" / "1.safetensors").write_text("half")
+    with pytest.raises(ValueError, match="no config"):
+        load(tmp_path / ".target.partial")
+    convert(source, tmp_path / "target")
+    assert set(tmp_path.iterdir()) == before | {tmp_path / "target"}
+    assert not list((tmp_path / "target").glob("[0-9]*"))
+
+
+def test_existing_target_is_kept(cepe_source, tmp_path):
+    (tmp_path / "target").mkdir()
+    with pytest.raises(ValueError, match="target exists: remove it or give another name"):
+        to_jax(cepe_source.path, tmp_path / "target")
+    assert not list((tmp_path / "target").iterdir())
+
+
+def test_full_disk_is_one_line(cepe_source, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise files.SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(files, "save_file", full)
+    with pytest.raises(ValueError, match=r"No space left on device .*: is the disk full"):
+        to_jax(cepe_source.path, tmp_path / "target")
+    assert not (tmp_path / "target").exists()
+
+
+def test_wrong_direction(cepe_source, tmp_path):
+    with pytest.raises(ValueError, match="is not in our format"):
+        to_hf(cepe_source.path, tmp_path / "target")
+    to_jax(cepe_source.path, tmp_path / "ours")
+    with pytest.raises(ValueError, match="is already in our format"):
+        to_jax(tmp_path / "ours", tmp_path / "target")
+
+
+@pytest.fixture
+def ours(cepe_source, tmp_path):
+    to_jax(cepe_source.path, tmp_path / "ours")
+    return tmp_path / "ours"
+
+
+def test_flipped_bit_is_found(ours):
+    Directory(ours).verify()
+    file = next(ours.glob("*.safetensors"))
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(ValueError, match=r"encoder\.norm\.scale changed since it was written: copy it again"):
+        Directory(ours).verify()
+
+
+def test_spoiled_directories_are_named(ours):
+    def spoil(name: str, change, message: str) -> None:
+        before = (ours / name).read_text()
+        value = json.loads(before)
+        change(value)
+        (ours / name).write_text(json.dumps(value))
+        with pytest.raises(ValueError, match=message):
+            load(ours)
+        (ours / name).write_text(before)
+
+    spoil(
+        "config.json", lambda c: c["decoder"].update(mlp_width=95), r"mlp.down is \[96, 48\], by config.json \[95, 48\]"
+    )
+    spoil("config.json", lambda c: c["decoder"].update(surprise=1), "decoder: unknown key surprise")
+    spoil("config.json", lambda c: c["decoder"]["rope"].update(surprise=1), "rope: unknown key surprise")
+    spoil("config.json", lambda c: c["encoder"].pop("width"), "encoder lacks width")
+    spoil("config.json", lambda c: c.update(num_cross_layers=1), r"holds unknown cross\.1\.k")
+    spoil("config.json", lambda c: c.update(num_cross_layers=3), r"lacks cross\.2\.k")
+    spoil("config.json", lambda c: c.update(kind="other"), "kind 'other'")
+    spoil("config.json", lambda c: c.update(kind="llama"), "it needs decoder alone")
+    spoil("hash.json", lambda c: c["tensors"]["cross.0.q"].update(dtype="bfloat16"), r"cross\.0\.q is not what hash")
+    (ours / "hash.json").unlink()
+    with pytest.raises(ValueError, match=r"no hash\.json"):
+        load(ours)
+
+
+def test_save_refuses_tensors_of_another_model(cepe_source, tmp_path):
+    model = load(cepe_source.path)
+    tensors = dict(tensors_of(model))
+    for spoiled, message in (
+        ({k: v for k, v in tensors.items() if k != "cross.0.q"}, r"lacks cross\.0\.q"),
+        (tensors | {"more": np.zeros(1)}, "holds unknown more"),
+        (tensors | {"cross.0.q": np.zeros((2, 2), np.float32)}, r"cross\.0\.q is \[2, 2\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            write(tmp_path / "target", model.config, spoiled.items())
+        assert not (tmp_path / "target").exists()
+
+
+SHARDED = """
+import sys
+import jax
+import numpy as np
+from cepe_jax.sharding import make_mesh
+from cepe_jax.weights import files
+from cepe_jax.weights.directory import save
+from cepe_jax.weights.huggingface import load
+
+read, elements = files.WeightFiles.read, []
+
+def counted(self, key, index=()):
+    found = read(self, key, index)
+    elements.append(found.size)
+    return found
+
+files.WeightFiles.read = counted
+path, out = sys.argv[1:]
+plain = load(path)
+total = sum(elements)
+assert total == sum(leaf.size for leaf in jax.tree.leaves(plain)), "without a mesh each element is read once"
+elements.clear()
+with jax.set_mesh(make_mesh(data=2, fsdp=2, tensor=2)):
+    model = load(path)
+assert sum(elements) == total, "each slice is read once, whatever the number of devices that hold it"
+gate = model.layers.mlp.gate
+assert gate[...].sharding.shard_shape(gate.shape) == (gate.shape[0], gate.shape[1] // 2, gate.shape[2] // 2)
+assert model.layers.mlp.gate.get_metadata()["axes"] == ("layer", "embed", "mlp")
+jax.tree.map(np.testing.assert_array_equal, model, plain)
+save(model, out)
+"""
+
+
+def test_sharded(decoder, tmp_path):
+    """In a process of 8 devices: born sharded, each slice read once, the same bits, and saved again the same."""
+    save(decoder, tmp_path / "ours")
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", SHARDED, str(tmp_path / "ours"), str(tmp_path / "again")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert Directory(tmp_path / "again").hashes == Directory(tmp_path / "ours").hashes
+
+
+def test_script_errors_are_one_line(cepe_source, tmp_path):
+    script = Path(__file__).parents[2] / "scripts" / "convert.py"
+
+    def convert(*arguments):
+        command = [sys.executable, str(script), *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    done = convert("to-jax", cepe_source.path, tmp_path / "ours", "--dtype", "bfloat16")
+    assert done.returncode == 0, done.stderr
+    assert load(tmp_path / "ours", "bfloat16").decoder.embed.dtype == jnp.bfloat16
+    done = convert("to-jax", cepe_source.path, tmp_path / "ours")
+    assert done.returncode == 1
+    assert done.stderr == f"convert.py: {tmp_path}/ours exists: remove it or give another name\n"
+    assert convert("verify", tmp_path / "ours").returncode == 0
