@@ -1,0 +1,128 @@
+"""Attention against fp64 numpy loops, its merge, and rows without any key."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import relative_error
+
+from cepe_jax.model.attention import Mask, attend, attend_partial, merge
+
+B, T, S, N, K, H = 2, 4, 6, 6, 2, 5
+
+
+@pytest.fixture(scope="module")
+def qkv():
+    rng = np.random.default_rng(0)
+    shapes = (B, T, N, H), (B, S, K, H), (B, S, K, H)
+    return tuple(rng.standard_normal(shape).astype(np.float32) for shape in shapes)
+
+
+@pytest.fixture(scope="module")
+def valid_BS():
+    valid = np.ones((B, S), bool)
+    valid[0, [0, 3]] = False
+    valid[1, :5] = False
+    return valid
+
+
+@partial(jax.jit, static_argnames="causal")
+def run(q, k, v, valid_BS=None, causal=False):
+    return attend(q, k, v, Mask(causal, valid_BS))
+
+
+def oracle(q, k, v, seen_BTS):
+    """Head n reads kv head n // (N / K), stated with loops."""
+    out = np.zeros(q.shape)
+    for b, t, n in np.ndindex(q.shape[:3]):
+        keys = seen_BTS[b, t].nonzero()[0]
+        if len(keys):
+            head = n // (q.shape[2] // k.shape[2])
+            scores = k[b, keys, head].astype(np.float64) @ q[b, t, n].astype(np.float64) / np.sqrt(q.shape[3])
+            weights = np.exp(scores - scores.max())
+            out[b, t, n] = weights / weights.sum() @ v[b, keys, head].astype(np.float64)
+    return out
+
+
+def test_attend_masks_holes_and_groups_heads(qkv, valid_BS):
+    seen = np.broadcast_to(valid_BS[:, None], (B, T, S))
+    assert relative_error(run(*qkv, valid_BS), oracle(*qkv, seen)) < 1e-6
+    assert relative_error(run(*qkv), oracle(*qkv, np.ones((B, T, S), bool))) < 1e-6
+
+
+def test_attend_causal_and_valid_together(qkv, valid_BS):
+    q, k, v = qkv[0], qkv[1][:, :T], qkv[2][:, :T]
+    seen = np.tril(np.ones((T, T), bool)) & valid_BS[:, None, :T]
+    ours = run(q, k, v, valid_BS[:, :T], causal=True)
+    assert relative_error(ours, oracle(q, k, v, seen)) < 1e-6
+    assert not ours[0, 0].any()  # its only key is masked
+
+
+def test_scores_far_apart_stay_finite(qkv):
+    q, k, v = qkv
+    ours = run(q * 1e3, k * 1e3, v)
+    assert relative_error(ours, oracle(q * 1e3, k * 1e3, v, np.ones((B, T, S), bool))) < 1e-6
+
+
+def test_a_row_without_keys_is_zero_with_zero_gradients(qkv):
+    valid = np.ones((B, S), bool)
+    valid[0] = False
+
+    def loss(q, k, v):
+        out = run(q, k, v, valid)
+        return (out**2).sum() + out.sum(), out
+
+    grads, out = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(*qkv)
+    assert not out[0].any()
+    assert out[1].any()
+    for grad in grads:
+        assert not grad[0].any()
+        assert np.isfinite(grad).all()
+        assert grad[1].any()
+
+
+def test_gradients_are_those_of_softmax(qkv, valid_BS):
+    """The detached peak must not change them: central differences of the fp64 oracle."""
+    seen = np.broadcast_to(valid_BS[:, None], (B, T, S))
+    rng = np.random.default_rng(1)
+    weight = rng.standard_normal((B, T, N, H))
+    grads = jax.grad(lambda *x: (run(*x, valid_BS) * weight).sum(), argnums=(0, 1, 2))(*qkv)
+    wide = [x.astype(np.float64) for x in qkv]
+    for i, grad in enumerate(grads):
+        direction = rng.standard_normal(wide[i].shape)
+        up, down = (wide[:i] + [wide[i] + sign * 1e-5 * direction] + wide[i + 1 :] for sign in (1, -1))
+        slope = ((oracle(*up, seen) - oracle(*down, seen)) * weight).sum() / 2e-5
+        assert float((grad * direction).sum()) == pytest.approx(slope, rel=1e-4)
+
+
+@pytest.mark.parametrize("cuts", [(0, 2, 6), (0, 1, 2, 5, 6)])
+def test_merging_split_keys_equals_one_pass(qkv, valid_BS, cuts):
+    """Some parts are wholly masked, and the parts' peaks lie far apart."""
+    q, k, v = qkv[0], qkv[1].copy(), qkv[2]
+    k[:, 2:] *= 20
+    seen = np.broadcast_to(valid_BS[:, None], (B, T, S))
+    parts = [
+        attend_partial(q, k[:, a:b], v[:, a:b], Mask(valid_BS=valid_BS[:, a:b]))
+        for a, b in zip(cuts[:-1], cuts[1:], strict=True)
+    ]
+    wanted = oracle(q, k, v, seen)
+    assert relative_error(merge(*parts), wanted) < 1e-6
+    assert relative_error(merge(*parts[::-1]), wanted) < 1e-6
+
+
+def test_merging_only_masked_parts_is_zero(qkv):
+    q, k, v = qkv
+    nothing = attend_partial(q, k, v, Mask(valid_BS=np.zeros((B, S), bool)))
+    assert not merge(nothing, nothing).any()
+
+
+def test_bfloat16_in_bfloat16_out_with_float32_sums(qkv):
+    narrow = [jnp.asarray(x, jnp.bfloat16) for x in qkv]
+    values, total, peak = attend_partial(*narrow, Mask())
+    assert {values.dtype, total.dtype, peak.dtype} == {jnp.dtype("float32")}
+    ours = run(*narrow)
+    assert ours.dtype == jnp.bfloat16
+    wanted = oracle(*(np.asarray(x, np.float32) for x in narrow), np.ones((B, T, S), bool))
+    assert relative_error(ours, wanted) < 2**-7

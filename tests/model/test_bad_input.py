@@ -1,0 +1,104 @@
+"""What cannot be is refused in one line that names both sides."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from conftest import DECODER, ENCODER
+
+from cepe_jax.config import CepeConfig, RopeConfig
+from cepe_jax.model.cepe import Cepe
+
+TOKENS, CONTEXT = np.zeros((2, 7), np.int32), np.zeros((2, 3, 5), np.int32)
+
+
+def refused(pattern: str, call, *args):
+    with pytest.raises(ValueError, match=pattern) as caught:
+        call(*args)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "args"),
+    [
+        (r"tokens_BT holds id 64, outside the vocabulary of 64", (TOKENS + 64,)),
+        (r"tokens_BT holds id -1, outside the vocabulary of 64", (TOKENS - 1,)),
+        (r"tokens_BT is int32\[7\].*2 axes", (TOKENS[0],)),
+        (r"tokens_BT is float32\[2, 7\]: give integers", (TOKENS.astype(np.float32),)),
+        (r"context_BCL holds id 65, outside the vocabulary of 65", (TOKENS, CONTEXT + 65)),
+        (r"context_BCL is int32\[2, 5\].*3 axes", (TOKENS, CONTEXT[:, 0])),
+        (r"context_mask_BCL is bool\[2, 15\].*\[2, 3, 5\]", (TOKENS, CONTEXT, np.ones((2, 15), bool))),
+        (r"context_mask_BCL is int32\[2, 3, 5\].*booleans", (TOKENS, CONTEXT, CONTEXT)),
+        (r"token_mask_BT is bool\[2, 6\].*\[2, 7\]", (TOKENS, None, None, np.ones((2, 6), bool))),
+        (r"token_mask_BT is float32\[2, 7\].*booleans", (TOKENS, None, None, np.ones((2, 7), np.float32))),
+        (r"context_mask_BCL.*without.*context_BCL", (TOKENS, None, np.ones((2, 3, 5), bool))),
+        (r"memory_BME is \[1, 15, 16\].*\[2, M, 16\]", (TOKENS, CONTEXT[:1])),
+    ],
+)
+def test_calls(cepe, pattern, args):
+    refused(pattern, cepe, *args)
+    if "vocabulary" not in pattern:  # shapes and dtypes are known inside a trace too
+        refused(pattern, jax.eval_shape, Cepe.__call__, cepe, *args)
+
+
+def test_a_memory_of_the_wrong_shape(cepe):
+    memory = np.zeros((2, 15, 16), np.float32)
+    refused(r"memory_mask_BM is bool\[2, 14\].*\[2, 15\]", cepe.decode, TOKENS, memory, np.ones((2, 14), bool))
+    refused(r"memory_BME is \[2, 15, 15\].*\[2, M, 16\]", cepe.decode, TOKENS, memory[..., :15])
+    refused(r"memory_BME is \[2, 16\].*\[2, M, 16\]", cepe.decode, TOKENS, memory[:, 0])
+
+
+def test_the_encoder_and_a_lone_decoder_check_too(encoder, decoder):
+    refused(r"tokens_BL holds id 65, outside the vocabulary of 65", encoder, TOKENS + 65)
+    refused(r"mask_BL is bool\[7\].*\[2, 7\]", encoder, TOKENS, np.ones(7, bool))
+    refused(r"tokens_BT holds id 64, outside the vocabulary of 64", decoder, TOKENS + 64)
+
+
+@pytest.mark.parametrize("wrong", [64, 1000, -1, -64, -100])
+def test_an_id_outside_gives_nan_inside_a_trace(wrong, cepe, forward):
+    """In the logits from its place on, not in other rows; negative ids do not count from the end."""
+    tokens = TOKENS.copy()
+    tokens[1, 3] = wrong
+    logits = np.asarray(forward(cepe, tokens))
+    assert np.isnan(logits[1, 3:]).all()
+    assert np.isfinite(logits[0]).all()
+
+
+@pytest.mark.parametrize(
+    ("pattern", "changes"),
+    [
+        (r"num_heads 5 is not a multiple of num_kv_heads 2", {"num_heads": 5}),
+        (r"head_dim 9 is odd", {"head_dim": 9}),
+        (r"width is 0", {"width": 0}),
+        (r"num_layers is -1", {"num_layers": -1}),
+        (r"'float16'.*float32 or bfloat16", {"dtype": "float16"}),
+        (r"remat 'some'.*none, dots or full", {"remat": "some"}),
+        (r"norm_eps is 0", {"norm_eps": 0.0}),
+    ],
+)
+@pytest.mark.parametrize("config", [DECODER, ENCODER], ids=["decoder", "encoder"])
+def test_configs(config, pattern, changes):
+    refused(pattern, lambda: dataclasses.replace(config, **changes))
+
+
+@pytest.mark.parametrize("wrong", [0, 4])
+def test_more_cross_layers_than_layers(wrong):
+    refused(rf"num_cross_layers {wrong}.*3", CepeConfig, DECODER, ENCODER, wrong)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "fields"),
+    [
+        (r"theta is 0", {"theta": 0.0}),
+        (r"factor is 2.*name the scaling", {"factor": 2.0}),
+        (r"factor is 0.5", {"scaling": "linear", "factor": 0.5}),
+        (r"yarn needs original_length", {"scaling": "yarn", "factor": 2.0}),
+        (r"high_freq_factor 1.*low_freq_factor 2", {
+            "scaling": "llama3", "factor": 2.0, "original_length": 8, "low_freq_factor": 2.0, "high_freq_factor": 1.0,
+        }),
+        (r"scaling 'dynamic'.*default, linear, yarn or llama3", {"scaling": "dynamic", "factor": 2.0}),
+    ],
+)  # fmt: skip
+def test_rope_configs(pattern, fields):
+    refused(pattern, lambda: RopeConfig(**fields))

@@ -1,0 +1,105 @@
+"""Prefill and decode through the cache equal the full forward pass."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import DECODER, relative_error, with_config
+
+from cepe_jax.model.cache import KVCache
+from cepe_jax.model.cepe import Cepe, flat_mask
+
+
+@jax.jit
+def step(model, tokens, memory, memory_mask, cache, token_mask):
+    hidden, cache = Cepe.decode(model, tokens, memory, memory_mask, cache, token_mask)
+    return model.decoder.logits(hidden), cache
+
+
+def run(model, tokens_BT, mask_BT, memory, memory_mask, sizes, slots):
+    """Logits of all tokens, fed in pieces of these sizes; and the cache after them."""
+    cache, start, pieces = KVCache.create(model.decoder.config, tokens_BT.shape[0], slots), 0, []
+    for size in sizes:
+        part = slice(start, start + size)
+        mask = None if mask_BT is None else mask_BT[:, part]
+        logits, cache = step(model, tokens_BT[:, part], memory, memory_mask, cache, mask)
+        pieces.append(np.asarray(logits))
+        start += size
+    return np.concatenate(pieces, axis=1), cache
+
+
+@pytest.fixture(scope="module")
+def memory(cepe, context_BCL, context_mask_BCL):
+    return jax.jit(Cepe.encode)(cepe, context_BCL, context_mask_BCL), flat_mask(context_mask_BCL)
+
+
+@pytest.fixture(scope="module")
+def holes_BT(token_mask_BT):
+    """Left padding in row 1; row 0 has ended after its fifth token, and a prompt token is missing from its middle."""
+    mask = token_mask_BT.copy()
+    mask[0, 1] = mask[0, 5] = False
+    return mask
+
+
+@pytest.mark.parametrize("sizes", [(4, 1, 1, 1), (4, 2, 1)])
+@pytest.mark.parametrize("masked", [False, True], ids=["full", "masked"])
+@pytest.mark.parametrize("reading", [False, True], ids=["plain", "memory"])
+def test_prefill_and_decode_equal_the_full_pass(
+    sizes, masked, reading, cepe, forward, tokens_BT, holes_BT, memory, context_BCL, context_mask_BCL
+):
+    mask = holes_BT if masked else None
+    context = (context_BCL, context_mask_BCL) if reading else (None, None)
+    wanted = np.asarray(forward(cepe, tokens_BT, *context, mask))
+    ours, _ = run(cepe, tokens_BT, mask, *(memory if reading else (None, None)), sizes, slots=9)
+    real = np.ones_like(holes_BT) if mask is None else mask
+    assert relative_error(ours[real], wanted[real]) < 1e-5
+
+
+def test_what_the_cache_holds(cepe, tokens_BT, holes_BT, memory):
+    _, whole = run(cepe, tokens_BT, holes_BT, *memory, (7,), slots=9)
+    _, pieces = run(cepe, tokens_BT, holes_BT, *memory, (4, 2, 1), slots=9)
+    for cache in (whole, pieces):
+        assert not cache.empty
+        assert cache.slots == 9
+        assert int(cache.length) == 7
+        np.testing.assert_array_equal(cache.valid_BS, np.pad(holes_BT, ((0, 0), (0, 2))))
+        assert not cache.k_ZBSKH[:, :, 7:].any()
+    real = holes_BT.nonzero()
+    for name in ("k_ZBSKH", "v_ZBSKH"):
+        ours, wanted = (np.asarray(getattr(c, name))[:, *real] for c in (pieces, whole))
+        assert relative_error(ours, wanted) < 1e-5
+
+
+def test_empty_is_a_statement_about_the_program(cepe, tokens_BT):
+    """A new cache is empty and is not attended to; one whose slots are all invalid gives the same numbers."""
+    new = KVCache.create(DECODER, 2, 9)
+    assert new.empty
+    assert jax.tree.structure(new) != jax.tree.structure(dataclasses.replace(new, empty=False))
+    first, _ = step(cepe, tokens_BT[:, :4], None, None, new, None)
+    attended, cache = step(cepe, tokens_BT[:, :4], None, None, dataclasses.replace(new, empty=False), None)
+    assert relative_error(attended, first) < 1e-6
+    assert int(cache.length) == 4
+
+
+def test_cache_has_the_dtype_of_activations(cepe, tokens_BT):
+    narrow = with_config(cepe.decoder, dtype="bfloat16")
+    cache = KVCache.create(narrow.config, 2, 9)
+    assert cache.k_ZBSKH.dtype == jnp.bfloat16
+    assert cache.k_ZBSKH.shape == (3, 2, 9, 2, 10)
+    hidden, cache = jax.jit(lambda model, tokens, cache: model.decode(tokens, None, cache))(
+        narrow, tokens_BT[:, :4], cache
+    )
+    assert {hidden.dtype, cache.k_ZBSKH.dtype, cache.v_ZBSKH.dtype} == {jnp.dtype("bfloat16")}
+
+
+@pytest.mark.parametrize("reading", [False, True], ids=["plain", "memory"])
+def test_only_the_last_layers_read_the_memory(reading, cepe, tokens_BT, memory):
+    """Layer 1 of 3 is the first that reads, so the keys of layers 0 and 1 do not know of the memory; layer 2's do."""
+    given = memory if reading else (None, None)
+    other = (memory[0] + 1, memory[1])
+    _, cache = run(cepe, tokens_BT, None, *given, (7,), slots=7)
+    _, changed = run(cepe, tokens_BT, None, *other, (7,), slots=7)
+    assert relative_error(changed.k_ZBSKH[:2], cache.k_ZBSKH[:2]) < 1e-6
+    assert relative_error(changed.k_ZBSKH[2], cache.k_ZBSKH[2]) > 1e-2

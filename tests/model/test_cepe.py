@@ -1,0 +1,251 @@
+"""Chunks, masks and memory; how cross-attention starts; what trains and what does not."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import (
+    DECODER,
+    ENCODER,
+    NUM_CROSS_LAYERS,
+    relative_error,
+    with_config,
+)
+
+from cepe_jax.model.cepe import Cepe, assemble, cross_from_self_attention, flat_mask, parts_of, split
+from cepe_jax.model.encoder import Encoder
+from cepe_jax.model.layers import at
+from cepe_jax.model.llama import Llama
+
+
+@pytest.fixture(scope="module")
+def encode():
+    return jax.jit(Cepe.encode)
+
+
+def test_chunks_cannot_see_each_other(cepe, encode, context_BCL):
+    """Changing one chunk changes its own memory, all of it, and no other bit."""
+    before = np.asarray(encode(cepe, context_BCL)).reshape(2, 3, 5, -1)
+    changed = context_BCL.copy()
+    changed[0, 1, 4] = (changed[0, 1, 4] + 7) % ENCODER.vocab_size
+    after = np.asarray(encode(cepe, changed)).reshape(2, 3, 5, -1)
+    moved = np.abs(after - before).max(-1)
+    assert (moved[0, 1] > 1e-3).all()
+    moved[0, 1] = 0
+    assert not moved.any()
+
+
+def test_memory_is_the_encoders_output_chunk_by_chunk(cepe, encode, context_BCL, context_mask_BCL):
+    memory = np.asarray(encode(cepe, context_BCL, context_mask_BCL))
+    wanted = np.asarray(jax.jit(Encoder.__call__)(cepe.encoder, context_BCL[:, 1], context_mask_BCL[:, 1]))
+    real = context_mask_BCL[:, 1]
+    assert relative_error(memory[:, 5:10][real], wanted[real]) < 1e-5
+    np.testing.assert_array_equal(flat_mask(context_mask_BCL)[:, 5:10], real)
+
+
+def test_order_of_chunks_does_not_matter(cepe, forward, tokens_BT, context_BCL, context_mask_BCL):
+    order = [2, 0, 1]
+    before = forward(cepe, tokens_BT, context_BCL, context_mask_BCL)
+    assert relative_error(forward(cepe, tokens_BT, context_BCL[:, order], context_mask_BCL[:, order]), before) < 1e-5
+    assert relative_error(forward(cepe, tokens_BT, context_BCL[:, order], context_mask_BCL), before) > 1e-2
+
+
+def test_a_masked_chunk_is_an_absent_one(cepe, forward, tokens_BT, context_BCL):
+    mask = np.ones_like(context_BCL, bool)
+    mask[:, 1] = False
+    ours = forward(cepe, tokens_BT, context_BCL, mask)
+    assert relative_error(ours, forward(cepe, tokens_BT, context_BCL[:, [0, 2]])) < 1e-5
+    assert relative_error(ours, forward(cepe, tokens_BT, context_BCL)) > 1e-2
+
+
+def test_ids_under_the_mask_do_not_matter(cepe, forward, tokens_BT, context_BCL, context_mask_BCL):
+    before = forward(cepe, tokens_BT, context_BCL, context_mask_BCL)
+    other = np.where(context_mask_BCL, context_BCL, (context_BCL + 9) % ENCODER.vocab_size)
+    np.testing.assert_array_equal(forward(cepe, tokens_BT, other, context_mask_BCL), before)
+
+
+def test_no_context_is_plain_llama_exactly(cepe, forward, plain, tokens_BT, context_BCL, token_mask_BT):
+    wanted = plain(cepe.decoder, tokens_BT)
+    np.testing.assert_array_equal(forward(cepe, tokens_BT), wanted)
+    np.testing.assert_array_equal(forward(cepe, tokens_BT, context_BCL[:, :0]), wanted)
+    nothing = np.zeros_like(context_BCL, bool)
+    assert relative_error(forward(cepe, tokens_BT, context_BCL, nothing), wanted) < 1e-6  # another program: see below
+    padded = np.asarray(plain(cepe.decoder, tokens_BT, token_mask_BT))[token_mask_BT]
+    masked = np.asarray(forward(cepe, tokens_BT, context_BCL, nothing, token_mask_BT))[token_mask_BT]
+    assert relative_error(masked, padded) < 1e-6
+
+
+def test_what_is_read_from_nothing_is_zero_to_the_bit(cepe):
+    """So that a wholly masked memory leaves the decoder as it is, but for how a compiler fuses the sum."""
+    rng = np.random.default_rng(0)
+    x_BTD, memory_BME = rng.standard_normal((2, 4, 24)), rng.standard_normal((2, 5, 16))
+    mask = np.array([[False] * 5, [True] * 5])
+    read = jax.jit(lambda cross, *args: at(cross, 1)(*args))(cepe.cross, x_BTD, memory_BME, mask)
+    assert not read[0].any()
+    assert read[1].any()
+
+
+def test_one_row_without_context_beside_one_with(cepe, forward, plain, tokens_BT, context_BCL):
+    mask = np.ones_like(context_BCL, bool)
+    mask[1] = False
+    ours = np.asarray(forward(cepe, tokens_BT, context_BCL, mask))
+    assert relative_error(ours[1], plain(cepe.decoder, tokens_BT)[1]) < 1e-6
+    assert relative_error(ours[0], forward(cepe, tokens_BT, context_BCL)[0]) < 1e-5
+
+
+def test_rows_read_their_own_memory(cepe, forward, tokens_BT, context_BCL):
+    changed = context_BCL.copy()
+    changed[0] = (changed[0] + 9) % ENCODER.vocab_size
+    before, after = (np.asarray(forward(cepe, tokens_BT, context)) for context in (context_BCL, changed))
+    np.testing.assert_array_equal(after[1], before[1])
+    assert (np.abs(after[0] - before[0]).max(-1) > 1e-2).all()  # every position of row 0 reads it
+
+
+def test_decoder_stays_causal_with_a_memory(cepe, forward, tokens_BT, context_BCL):
+    changed = tokens_BT.copy()
+    changed[:, 4] = (changed[:, 4] + 1) % DECODER.vocab_size
+    before, after = (np.asarray(forward(cepe, tokens, context_BCL)) for tokens in (tokens_BT, changed))
+    np.testing.assert_array_equal(after[:, :4], before[:, :4])
+    assert (np.abs(after[:, 4:] - before[:, 4:]).max(-1) > 1e-3).all()
+
+
+def test_a_bfloat16_decoder_reads_a_float32_encoder(cepe, forward, tokens_BT, context_BCL):
+    narrow = Cepe(with_config(cepe.decoder, dtype="bfloat16"), cepe.encoder, cepe.cross)
+    hidden, _ = jax.jit(lambda c, tokens, context: c.decode(tokens, c.encode(context)))(narrow, tokens_BT, context_BCL)
+    assert hidden.dtype == jnp.bfloat16
+    logits = forward(narrow, tokens_BT, context_BCL)
+    assert logits.dtype == jnp.float32
+    assert 1e-4 < relative_error(logits, forward(cepe, tokens_BT, context_BCL)) < 0.05
+
+
+@pytest.fixture(scope="module")
+def started(decoder):
+    """Cross-attention of every init, started from the decoder."""
+    return {
+        init: cross_from_self_attention(decoder, ENCODER, NUM_CROSS_LAYERS, init, key=jax.random.key(7))
+        for init in ("copy", "zero", "normal")
+    }
+
+
+def test_cross_attention_starts_as_a_copy(decoder, started):
+    """Of the last layers; keys and values keep the first E inputs; the norm is the one before the MLP."""
+    last, E = slice(DECODER.num_layers - NUM_CROSS_LAYERS, None), ENCODER.width
+    attention = decoder.layers.attention
+    for init, cross in started.items():
+        np.testing.assert_array_equal(cross.q[...], attention.q[last])
+        np.testing.assert_array_equal(cross.k[...], attention.k[last, :E])
+        np.testing.assert_array_equal(cross.v[...], attention.v[last, :E])
+        np.testing.assert_array_equal(cross.norm.scale[...], decoder.layers.mlp_norm.scale[last])
+        assert cross.norm.eps == DECODER.norm_eps
+        assert cross.num_layers == NUM_CROSS_LAYERS
+        assert init == "copy" or not np.array_equal(cross.o[...], attention.o[last])
+    np.testing.assert_array_equal(started["copy"].o[...], attention.o[last])
+    assert not started["zero"].o[...].any()
+    assert np.std(started["normal"].o[...]) == pytest.approx(0.02, rel=0.05)
+
+
+def test_cross_attention_is_its_own_and_trains_in_float32(decoder):
+    narrow = jax.tree.map(lambda a: a.astype(jnp.bfloat16), decoder)
+    cross = cross_from_self_attention(narrow, ENCODER, NUM_CROSS_LAYERS, "copy", key=jax.random.key(7))
+    assert {leaf.dtype for leaf in jax.tree.leaves(cross)} == {jnp.dtype("float32")}
+
+
+def test_zero_init_is_the_plain_model(decoder, encoder, started, forward, plain, tokens_BT, context_BCL):
+    wanted = plain(decoder, tokens_BT)
+    assert relative_error(forward(Cepe(decoder, encoder, started["zero"]), tokens_BT, context_BCL), wanted) < 1e-6
+    assert relative_error(forward(Cepe(decoder, encoder, started["copy"]), tokens_BT, context_BCL), wanted) > 1e-2
+
+
+def test_a_start_that_cannot_be(decoder):
+    wide = dataclasses.replace(ENCODER, width=DECODER.width + 1)
+    with pytest.raises(ValueError, match="25.*24"):
+        cross_from_self_attention(decoder, wide, 2, "copy", key=jax.random.key(0))
+    with pytest.raises(ValueError, match="'copied'.*copy, zero or normal"):
+        cross_from_self_attention(decoder, ENCODER, 2, "copied", key=jax.random.key(0))
+    for num_layers in (0, 4):
+        with pytest.raises(ValueError, match=f"{num_layers}.*3"):
+            cross_from_self_attention(decoder, ENCODER, num_layers, "copy", key=jax.random.key(0))
+
+
+def test_config_of_the_whole(cepe):
+    assert cepe.config.num_cross_layers == NUM_CROSS_LAYERS
+    assert (cepe.config.decoder, cepe.config.encoder) == (DECODER, ENCODER)
+
+
+@pytest.mark.parametrize("train", [("encoder", "cross"), ("encoder",), ("cross", "decoder", "encoder"), ()])
+def test_every_leaf_is_in_exactly_one_half(cepe, train):
+    trainable, frozen = split(cepe, train)
+    halves = [id(leaf) for half in (trainable, frozen) for leaf in jax.tree.leaves(half)]
+    assert sorted(halves) == sorted(id(leaf) for leaf in jax.tree.leaves(cepe))
+    assert set(trainable) == set(train)
+    whole = assemble(trainable | frozen)
+    assert jax.tree.structure(whole) == jax.tree.structure(cepe)
+    assert [id(leaf) for leaf in jax.tree.leaves(whole)] == [id(leaf) for leaf in jax.tree.leaves(cepe)]
+
+
+def test_parts_of_a_lone_model(decoder, encoder):
+    for model, name in ((decoder, "decoder"), (encoder, "encoder")):
+        trainable, frozen = split(model, (name,))
+        assert (list(trainable), frozen) == ([name], {})
+        assert assemble(parts_of(model)) is model
+
+
+def test_an_unknown_part_is_refused(cepe, decoder):
+    with pytest.raises(ValueError, match="crossattention.*cross, decoder, encoder"):
+        split(cepe, ("encoder", "crossattention"))
+    with pytest.raises(ValueError, match="encoder.*decoder"):
+        split(decoder, ("encoder",))
+
+
+def loss(trainable, frozen, tokens_BT, context_BCL):
+    return (assemble(trainable | frozen)(tokens_BT, context_BCL) ** 2).mean()
+
+
+def produced_shapes(jaxpr) -> set[tuple[int, ...]]:
+    """Shapes of everything that any equation computes, in inner programs too."""
+    found = set()
+    for equation in jaxpr.eqns:
+        found |= {tuple(out.aval.shape) for out in equation.outvars}
+        for value in jax.tree.leaves(equation.params, is_leaf=lambda v: hasattr(v, "eqns") or hasattr(v, "jaxpr")):
+            inner = getattr(value, "jaxpr", value)  # closed ones hold an open one
+            found |= produced_shapes(inner) if hasattr(inner, "eqns") else set()
+    return found
+
+
+def test_nothing_is_computed_for_frozen_weights(cepe, tokens_BT, context_BCL):
+    """The gradient's program holds no array shaped like a stack of the decoder's weights, unless the decoder trains."""
+    of_decoder = {leaf.shape for leaf in jax.tree.leaves(cepe.decoder.layers.mlp)}
+    of_cross = {cepe.cross.k.shape}
+
+    def shapes(*train):
+        trainable, frozen = split(cepe, train)
+        grad = jax.make_jaxpr(jax.grad(loss))(trainable, frozen, tokens_BT, context_BCL)
+        assert len(grad.out_avals) == len(jax.tree.leaves(trainable))
+        return produced_shapes(grad.jaxpr)
+
+    assert of_decoder <= shapes("decoder")
+    found = shapes("encoder", "cross")
+    assert of_cross <= found
+    assert not of_decoder & found
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_frozen_stack_is_not_copied(remat):
+    """Temporary memory of a compiled gradient stays far below the frozen layers' bytes: neither the scan's inputs nor
+    what it keeps for the backward pass hold weights. (Two layers' worth is the loop's own; a copy would be eight.)"""
+    sizes = {"num_layers": 8, "width": 128, "mlp_width": 512, "head_dim": 32}
+    decoder = dataclasses.replace(DECODER, **sizes, remat=remat)
+    abstract = jax.eval_shape(
+        lambda: Cepe(
+            model := Llama(decoder, key=jax.random.key(0)),
+            Encoder(ENCODER, key=jax.random.key(0)),
+            cross_from_self_attention(model, ENCODER, 4, "copy", key=jax.random.key(0)),
+        )
+    )
+    trainable, frozen = split(abstract, ("cross",))
+    ids = jax.ShapeDtypeStruct((1, 4), jnp.int32), jax.ShapeDtypeStruct((1, 1, 4), jnp.int32)
+    compiled = jax.jit(jax.grad(loss)).lower(trainable, frozen, *ids).compile()
+    stack = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract.decoder.layers))
+    assert compiled.memory_analysis().temp_size_in_bytes < stack / 4
