@@ -29,7 +29,7 @@ def room(module: str) -> int:
 
 
 def imports(module: str) -> set[str]:
-    """Full names of what the module imports, anywhere in it, `from a import b` as a.b where that is a module of ours."""
+    """Full names of what the module imports, anywhere in it; `from a import b` is a.b where that is our module."""
     found = set()
     for node in ast.walk(TREES[module]):
         if isinstance(node, ast.Import):

@@ -47,7 +47,7 @@ def heads(x_TD, w_DNH):
 
 
 def block(x_TD, w, config, positions_T, causal, cross=None, memory_ME=None):
-    """A Llama block; with `cross`, the memory is read between self-attention and MLP (CEPE, section 2, figure 1)."""
+    """A Llama block; with `cross`, the memory is read between self-attention and MLP (CEPE, figure 1)."""
     a, eps, theta = w["attention"], config.norm_eps, config.rope.theta
     y_TD = rms_norm(x_TD, w["attention_norm"], eps)
     q_TNH, k_TKH = (rotate(heads(y_TD, a[name]), positions_T, theta) for name in "qk")

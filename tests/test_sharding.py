@@ -82,7 +82,7 @@ def specs_of_7b() -> dict:
     def row(leaf):
         axes = leaf.get_metadata()["axes"]
         assert len(axes) == len(leaf.shape)
-        return {"shape": list(leaf.shape), "axes": list(axes), "spec": [entry for entry in partition_spec(axes)]}
+        return {"shape": list(leaf.shape), "axes": list(axes), "spec": list(partition_spec(axes))}
 
     flat = nnx.to_flat_state(nnx.state(jax.eval_shape(make)))
     return {".".join(path): row(leaf) for path, leaf in flat}

@@ -113,7 +113,7 @@ def test_decoder_stays_causal_with_a_memory(cepe, forward, tokens_BT, context_BC
 
 def test_a_bfloat16_decoder_reads_a_float32_encoder(cepe, forward, tokens_BT, context_BCL):
     narrow = Cepe(with_config(cepe.decoder, dtype="bfloat16"), cepe.encoder, cepe.cross)
-    hidden, _ = jax.jit(lambda c, tokens, context: c.decode(tokens, c.encode(context)))(narrow, tokens_BT, context_BCL)
+    hidden, _ = jax.eval_shape(lambda c, t, context: c.decode(t, c.encode(context)), narrow, tokens_BT, context_BCL)
     assert hidden.dtype == jnp.bfloat16
     logits = forward(narrow, tokens_BT, context_BCL)
     assert logits.dtype == jnp.float32
@@ -231,7 +231,7 @@ def test_nothing_is_computed_for_frozen_weights(cepe, tokens_BT, context_BCL):
     assert not of_decoder & found
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("remat", ["none", pytest.param("full", marks=pytest.mark.slow)])
 def test_frozen_stack_is_not_copied(remat):
     """Temporary memory of a compiled gradient stays far below the frozen layers' bytes: neither the scan's inputs nor
     what it keeps for the backward pass hold weights. (Two layers' worth is the loop's own; a copy would be eight.)"""

@@ -47,7 +47,7 @@ def formula(config: RopeConfig, i: int) -> float:
         return HEAD_DIM * math.log(config.original_length / (2 * math.pi * times)) / (2 * math.log(config.theta))
 
     low, high = math.floor(pair_turning(config.beta_fast)), math.ceil(pair_turning(config.beta_slow))
-    ramp = min(max((i - low) / (high - low), 0.0), 1.0)  # YaRN, eq. 13 in pairs instead of rotations
+    ramp = min(max((i - low) / (high - low), 0.0), 1.0)  # YaRN's ramp, in pairs
     return plain * (1 - ramp) + plain / config.factor * ramp
 
 
