@@ -13,7 +13,7 @@ SECONDS_BETWEEN_LINES = 10.0
 def track(
     iterable: Iterable[Item], description: str, total: int | None = None, status: Callable[[], str] = lambda: ""
 ) -> Iterator[Item]:
-    """The items, their progress shown on stderr: a bar in a terminal, elsewhere a line every ten seconds and at the end.
+    """The items, with progress on stderr: a bar in a terminal, elsewhere a line every ten seconds and at the end.
 
     `total` is needed where the iterable has no length. `status()` is shown beside the count.
     """

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from cepe_jax.data.examples import Document, chunks_before, window_at
@@ -58,7 +57,7 @@ def context_nll(
     """(kind, chunks) -> nll per document in nats per token, over the last `scored` tokens of each window.
 
     Kinds: `none` with 0 chunks; `previous`, the chunks right before the window; `other`, another document's. All
-    counts read one memory of the largest, the rest of it masked: a masked chunk is an absent one.
+    counts read the end of one memory: chunks do not see each other.
     """
     most = max(counts)
     results: dict[tuple[str, int], list] = {("none", 0): []}
@@ -74,8 +73,7 @@ def context_nll(
             context, real = (np.stack([c[name] for c in contexts]) for name in ("context", "context_mask"))
             memory = _encode(model, context, real)
             for count in counts if kind == "other" else [0, *counts]:
-                read = jnp.arange(most * chunk_length) >= (most - count) * chunk_length
-                mask = real.reshape(batch, -1) & read
-                nll = _nll(model, tokens, labels, memory, mask, scored)
-                results["none" if count == 0 else kind, count].append(nll)
+                last = most * chunk_length - count * chunk_length
+                read = (memory[:, last:], real.reshape(batch, -1)[:, last:]) if count else (None, None)
+                results["none" if count == 0 else kind, count].append(_nll(model, tokens, labels, *read, scored))
     return {key: np.concatenate(values)[: len(windows)] for key, values in results.items()}

@@ -27,8 +27,8 @@ class KVCache:
     @classmethod
     def create(cls, config: DecoderConfig, batch: int, slots: int) -> "KVCache":
         shape = (config.num_layers, batch, slots, config.num_kv_heads, config.head_dim)
-        zeros = jnp.zeros(shape, config.dtype)
-        return cls(zeros, zeros, jnp.zeros((batch, slots), bool), jnp.zeros((), jnp.int32), empty=True)
+        k, v = jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype)  # two buffers: both are donated
+        return cls(k, v, jnp.zeros((batch, slots), bool), jnp.zeros((), jnp.int32), empty=True)
 
     @property
     def slots(self) -> int:

@@ -24,7 +24,7 @@ def _not_a_weight(primitive, *_, **__) -> bool:
 
 
 def scan_layers(config: TransformerConfig, body: Callable, x_BTD: Array, xs) -> tuple[Array, object]:
-    """`body(x, layer) -> (x, ys)` over the layers in `xs`, recomputing in the backward pass what `config.remat` says."""
+    """`body(x, layer) -> (x, ys)` over the layers in `xs`; the backward pass recomputes what `config.remat` says."""
     match config.remat:
         case "none":
             body = jax.checkpoint(body, policy=_not_a_weight)

@@ -12,14 +12,15 @@ from cepe_jax.config import DECODERS, ENCODERS
 from cepe_jax.data.corpus import Corpus
 from cepe_jax.data.examples import ExampleConfig
 from cepe_jax.data.loader import Stage, batches, dataset
-from cepe_jax.model.cepe import Cepe, CrossInit, cross_from_self_attention, parts_of, split
+from cepe_jax.model.cepe import Cepe, CrossInit, assemble, cross_from_self_attention, parts_of, split
 from cepe_jax.model.encoder import Encoder
 from cepe_jax.model.llama import Llama
 from cepe_jax.sharding import make_mesh, shardings_of
 from cepe_jax.training.objectives import MaskedLM, NextToken
 from cepe_jax.training.trainer import OptimizerConfig, Run, init_state, make_train_step, train
-from cepe_jax.weights import directory, huggingface
-from cepe_jax.weights.checkpoint import Checkpoints, digest_of
+from cepe_jax.weights.checkpoint import Checkpoints, digests_of
+from cepe_jax.weights.directory import save
+from cepe_jax.weights.huggingface import load
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -77,26 +78,24 @@ def starting_model(config: TrainConfig, vocab_size: int) -> Cepe | Llama | Encod
     `vocab_size` is the tokenizer's; an encoder has one more id, the mask.
     """
     key = jax.random.key(config.seed)
-
-    def load(path: str, **dtypes: str):
-        return huggingface.load(path, dtypes)
-
     match config.stage:
         case "lm" if config.decoder in DECODERS:
             sizes = dataclasses.replace(DECODERS[config.decoder], vocab_size=vocab_size)
             return born_sharded(lambda key: Llama(sizes, key=key), key)
         case "lm":
-            return load(config.decoder, decoder="float32")
+            return load(config.decoder)
         case "mlm" if config.encoder in ENCODERS:
             sizes = dataclasses.replace(ENCODERS[config.encoder], vocab_size=vocab_size + 1, mlm_head=True)
             return born_sharded(lambda key: Encoder(sizes, key=key), key)
         case "mlm":
-            return load(config.encoder, encoder="float32")
-    dtypes = {part: "float32" if part in config.train else config.dtype for part in ("decoder", "encoder", "cross")}
+            return load(config.encoder)
     if config.cepe:
-        return load(config.cepe, **dtypes)
-    decoder = load(config.decoder, decoder=dtypes["decoder"])
-    encoder = load(config.encoder, encoder=dtypes["encoder"]).without_mlm_head()
+        return load(config.cepe, config.dtype, config.train)
+    decoder = load(config.decoder, config.dtype, tuple({"decoder"} & set(config.train)))
+    encoder = load(config.encoder, config.dtype, tuple({"encoder"} & set(config.train)))
+    if encoder.config.mlm_head:
+        del encoder.mlm_head
+        encoder.config = dataclasses.replace(encoder.config, mlm_head=False)
     layers = config.num_cross_layers or decoder.config.num_layers
     cross = born_sharded(
         lambda key: cross_from_self_attention(decoder, encoder.config, layers, config.cross_init, key=key), key
@@ -110,36 +109,42 @@ def born_sharded(make, key):
     return jax.jit(make, out_shardings=shardings)(key)
 
 
+def prepare_to_run(model: Cepe | Llama | Encoder, config: TrainConfig, vocab_size: int) -> None:
+    """The model computes as the configuration says; ValueError when it cannot read the tokenizer's ids."""
+    for name in ("decoder", "encoder"):
+        if (part := parts_of(model).get(name)) is None:
+            continue
+        needed = vocab_size + (config.stage == "mlm")  # the mask id
+        if part.config.vocab_size < needed:
+            raise ValueError(
+                f"the {name}'s vocabulary of {part.config.vocab_size} is below the {needed} ids of {config.data}: "
+                f"prepare the data with the model's tokenizer"
+            )
+        part.config = dataclasses.replace(part.config, dtype=config.dtype, remat=config.remat)
+
+
 def run_stage(config: TrainConfig) -> Path:
     """The directory `config.out/model`, trained; a run that was cut off goes on from its newest checkpoint."""
     model_dir = config.out / "model"
-    resolved = json.loads(json.dumps(dataclasses.asdict(config), default=str))
     if model_dir.exists():
         print(f"{model_dir} is finished: remove {config.out} to train again")
         return model_dir
     corpus = Corpus(config.data, "train")
-    config.out.mkdir(parents=True, exist_ok=True)
-    (config.out / "config.json").write_text(json.dumps(resolved, indent=1))
+    data = dataset(corpus, config.stage, config.examples, config.batch_size, config.seed)
     with jax.set_mesh(make_mesh(**dataclasses.asdict(config.mesh))):
         model = starting_model(config, corpus.tokenizer.vocab_size)
-        for part in ("decoder", "encoder"):
-            if (module := parts_of(model).get(part)) is not None:
-                needed = corpus.tokenizer.vocab_size + (part == "encoder")
-                if module.config.vocab_size < needed:
-                    raise ValueError(
-                        f"the {part}'s vocabulary of {module.config.vocab_size} is smaller than the {needed} ids of "
-                        f"{config.data}: prepare the data with the model's tokenizer"
-                    )
-                module.config = dataclasses.replace(module.config, dtype=config.dtype, remat=config.remat)
-        names = tuple(parts_of(model)) if config.stage in ("lm", "mlm") else config.train
-        trainable, frozen = split(model, names)
-        count = {n: sum(x.size for x in jax.tree.leaves(p)) for n, p in (("trains", trainable), ("frozen", frozen))}
-        print(f"{config.stage}: {count['trains']:,} parameters train, {count['frozen']:,} are frozen")
+        prepare_to_run(model, config, corpus.tokenizer.vocab_size)
+        whole = config.stage in ("lm", "mlm")
+        trainable, frozen = split(model, tuple(parts_of(model)) if whole else config.train)
+        sizes = [sum(x.size for x in jax.tree.leaves(parts)) for parts in (trainable, frozen)]
+        print(f"{config.stage}: {sizes[0]:,} parameters train, {sizes[1]:,} are frozen")
         optimizer = config.optimizer.build(config.optimizer.schedule(config.steps))
         objective = MaskedLM(config.loss_chunk) if config.stage == "mlm" else NextToken(config.loss_chunk)
-        data = dataset(corpus, config.stage, config.examples, config.batch_size, config.seed)
+        resolved = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+        config.out.mkdir(parents=True, exist_ok=True)
+        (config.out / "config.json").write_text(json.dumps(resolved, indent=1))
         identity = {key: value for key, value in resolved.items() if key not in ("out", "save_every", "mesh")}
-        checkpoints = Checkpoints(config.out / "checkpoints", identity | {"frozen": digest_of(frozen)})
+        checkpoints = Checkpoints(config.out / "checkpoints", identity | {"frozen": digests_of(frozen)})
         state = train(
             Run(config.out, config.steps, config.save_every),
             init_state(trainable, optimizer),
@@ -149,7 +154,12 @@ def run_stage(config: TrainConfig) -> Path:
             checkpoints,
         )
         checkpoints.close()
-        from cepe_jax.model.cepe import assemble
-
-        directory.save(assemble(state.trainable | frozen), model_dir, assets=config.data)
+        save(assemble(state.trainable | frozen), model_dir, assets=tokenizer_home(config))
     return model_dir
+
+
+def tokenizer_home(config: TrainConfig) -> Path:
+    """The directory whose tokenizer, chat template and generation settings go with the trained model."""
+    candidates = [Path(path) for path in (config.cepe, config.decoder) if path]
+    with_tokenizer = (p for p in candidates if (p / "tokenizer.model").exists() or (p / "tokenizer.json").exists())
+    return next(with_tokenizer, config.data)

@@ -13,14 +13,23 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 
-@jax.jit
+def digests_of(state) -> dict[str, int]:
+    """A number for every array of `state` by path, the same for every sharding, another for other bits."""
+    return {name: int(value) for name, value in jax.device_get(_digests(_flat(state))).items()}
+
+
 def _digest(x: jax.Array) -> jax.Array:
-    """A position-dependent sum of the bits, the same for every sharding."""
+    """A position-dependent sum of the bits; unsigned sums wrap, so their order does not matter."""
     bits = jax.lax.bitcast_convert_type(x, {2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]).astype(jnp.uint32)
     index = jnp.zeros((), jnp.uint32)
     for axis, size in enumerate(x.shape):
         index = index * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
     return jnp.sum(bits * (2 * index + 1), dtype=jnp.uint32)
+
+
+@jax.jit
+def _digests(flat: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return {name: _digest(x) for name, x in flat.items()}
 
 
 def _flat(state) -> dict[str, jax.Array]:
@@ -51,7 +60,7 @@ class Checkpoints:
     def save(self, step: int, state) -> None:
         """Starts saving; the arrays may be donated as soon as this returns."""
         flat = _flat(state)
-        facts = {"identity": self.identity, "digests": {name: int(_digest(x)) for name, x in flat.items()}}
+        facts = {"identity": self.identity, "digests": digests_of(state)}
         self.manager.save(
             step, args=ocp.args.Composite(state=ocp.args.StandardSave(flat), facts=ocp.args.JsonSave(facts))
         )
@@ -84,10 +93,11 @@ class Checkpoints:
             ]
         except Exception as error:
             raise ValueError(f"{where}: damaged or of other shapes ({_first_line(error)}): {mend}") from None
-        for name, x in flat.items():
-            if int(_digest(x)) != stored[name]:
+        state = _unflat(flat, like)
+        for name, value in digests_of(state).items():
+            if value != stored[name]:
                 raise ValueError(f"{where}: {name} is damaged, its digest differs from the stored one: {mend}")
-        return step, _unflat(flat, like)
+        return step, state
 
     def close(self) -> None:
         """Returns when the last save is on disk; raises what went wrong with it."""

@@ -74,6 +74,8 @@ def _rows(config: Config) -> Iterator[tuple[str, str, str, str]]:
             if not config.tied_head:
                 yield "decoder.head", "lm_head.weight", "VD", "V D"
         case EncoderConfig():
+            if not config.mlm_head:
+                raise ValueError("PyTorch has no class for an encoder without its MLM head: export its Cepe")
             yield from _stack("encoder", "model", config.num_layers)
             for path, (key, ours, torchs) in MLM_HEAD.items():
                 yield f"encoder.mlm_head.{path}", key, ours, torchs
@@ -160,14 +162,15 @@ def _same_bits(a: np.ndarray, b: np.ndarray) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and np.array_equal(a.view(bits), b.view(bits))
 
 
-def load(path: Path | str, dtype: Literal["float32", "bfloat16"] = "float32") -> Model:
+def load(path: Path | str, dtype: Literal["float32", "bfloat16"] = "float32", master: tuple[str, ...] = ()) -> Model:
     """The `Llama`, `Cepe` or `Encoder` at `path`, weights and activations in `dtype`.
 
+    `master` names parts (`decoder`, `encoder`, `cross`) whose weights are float32 all the same, to be trained.
     `path` is a directory in our format or one of Hugging Face's. Under a mesh (`jax.set_mesh`) arrays are born
     sharded; of our format each process reads only its slices, of Hugging Face's whole tensors.
     """
     source = Directory(path) if is_ours(Path(path)) else HuggingFace(path)
-    return build(source.config, dtype, source.read)
+    return build(source.config, dtype, source.read, master)
 
 
 def to_jax(source: Path | str, target: Path | str, dtype: Literal["float32", "bfloat16"] | None = None) -> None:

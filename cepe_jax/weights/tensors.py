@@ -89,12 +89,16 @@ def tensors_of(model: Model) -> Iterator[tuple[str, np.ndarray]]:
             yield names[0], np.asarray(leaf[...])
 
 
-def build(config: Config, dtype: Literal["float32", "bfloat16"], read: Read) -> Model:
+def build(config: Config, dtype: Literal["float32", "bfloat16"], read: Read, master: tuple[str, ...] = ()) -> Model:
     """The model of `config` with weights and activations in `dtype`, filled through `read`.
+
+    The weights of the parts named in `master` are float32 all the same.
 
     Under a mesh (`jax.set_mesh`) each array is born sharded, and only this process's slices of it are read.
     """
     parts = abstract_parts(with_dtype(config, dtype))
+    if unknown := set(master) - set(parts):
+        raise ValueError(f"no part {', '.join(sorted(unknown))} to keep in float32: this model has {', '.join(parts)}")
     mesh = jax.sharding.get_mesh()
     treedef = jax.tree.structure(parts, is_leaf=is_variable)
     if mesh.empty:
@@ -104,7 +108,8 @@ def build(config: Config, dtype: Literal["float32", "bfloat16"], read: Read) -> 
     filled = []
     leaves = list(zip(_leaves(parts), shardings, strict=True))
     for (names, leaf), sharding in track(leaves, "loading weights"):
-        filled.append(leaf.replace(_fill(names, leaf, sharding, dtype, read)))
+        weights = "float32" if names[0].split(".")[0] in master else dtype
+        filled.append(leaf.replace(_fill(names, leaf, sharding, weights, read)))
     return assemble(jax.tree.unflatten(treedef, filled))
 
 
