@@ -49,6 +49,8 @@ class Directory:
         self.config = _config_from(written, str(path / "config.json"))
         self.facts: dict = written.get("huggingface", {})
         self.hashes = read_json(path / "hash.json")
+        if set(self.hashes) != {"base", "all", "tensors"}:
+            raise ValueError(f"{path}/hash.json is not one of ours: convert again")
         self.files = WeightFiles(path)
         expected = {name: list(shape) for name, shape in shapes(self.config).items()}
         found = {name: list(stored.shape) for name, stored in self.files.tensors.items()}

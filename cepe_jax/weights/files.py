@@ -36,9 +36,12 @@ def read_json(path: Path) -> dict:
     if not path.is_file():
         raise ValueError(f"no {path.name} in {path.parent}: give a directory that holds a model")
     try:
-        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once)
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not JSON ({error}): copy it again") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is not a JSON object: copy it again")
+    return value
 
 
 @dataclass(frozen=True)

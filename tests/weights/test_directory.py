@@ -88,6 +88,13 @@ def test_an_mlm_head_has_no_place_in_a_cepe_checkpoint(cepe, tmp_path):
     assert not (tmp_path / "hf").exists()
 
 
+def test_an_encoder_without_its_head_has_no_class(cepe_source, tmp_path):
+    save(load(cepe_source.path).encoder, tmp_path / "ours")
+    assert not load(tmp_path / "ours").config.mlm_head
+    with pytest.raises(ValueError, match="no class for an encoder without its MLM head"):
+        to_hf(tmp_path / "ours", tmp_path / "hf")
+
+
 def test_base_hash_is_that_of_the_decoder_alone(cepe, decoder, tmp_path):
     save(cepe, tmp_path / "cepe")
     save(decoder, tmp_path / "decoder")
@@ -203,6 +210,7 @@ def test_spoiled_directories_are_named(ours):
     spoil("config.json", lambda c: c.update(kind="other"), "kind 'other'")
     spoil("config.json", lambda c: c.update(kind="llama"), "it needs decoder alone")
     spoil("hash.json", lambda c: c["tensors"]["cross.0.q"].update(dtype="bfloat16"), r"cross\.0\.q is not what hash")
+    spoil("hash.json", lambda c: c.pop("base"), "hash.json is not one of ours")
     (ours / "hash.json").unlink()
     with pytest.raises(ValueError, match=r"no hash\.json"):
         load(ours)

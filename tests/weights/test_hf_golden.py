@@ -80,6 +80,15 @@ def test_edge_in_bfloat16():
     assert error(logits, golden["logits"]) <= 1.5 * golden["bf16_error"]
 
 
+def test_master_weights_stay_in_float32():
+    model = load(GOLDEN / "tiny_edge", "bfloat16", master=("encoder", "cross"))
+    assert {leaf.dtype for leaf in jax.tree.leaves((model.encoder, model.cross))} == {jnp.dtype("float32")}
+    assert {leaf.dtype for leaf in jax.tree.leaves(model.decoder)} == {jnp.dtype("bfloat16")}
+    assert model.config.encoder.dtype == "bfloat16"
+    with pytest.raises(ValueError, match="no part head to keep in float32"):
+        load(GOLDEN / "tiny_edge", master=("head",))
+
+
 def test_mlm():
     model, golden = read("tiny_mlm")
     assert isinstance(model, Encoder)

@@ -196,6 +196,8 @@ def test_no_weights_no_config(llama_source):
     refused(llama_source, "no weights in")
     (llama_source.path / "config.json").write_text('{"model_type": ')
     refused(llama_source, "config.json is not JSON")
+    (llama_source.path / "config.json").write_text("[]")
+    refused(llama_source, "config.json is not a JSON object")
     (llama_source.path / "config.json").unlink()
     refused(llama_source, "no config.json in")
     with pytest.raises(ValueError, match=r"no config\.json in"):
