@@ -65,18 +65,21 @@ class Llama(nnx.Module):
         cross: CrossAttention | None = None,
         memory_BME: Array | None = None,
         memory_mask_BM: Array | None = None,
+        positions_BT: Array | None = None,
     ) -> tuple[Array, KVCache | None]:
         """Hidden states (B, T, D) after the final norm, and the cache with these tokens appended (if one was given).
 
+        `positions_BT`: where not given, real tokens are counted, those in the cache first.
         `cross` reads `memory_BME` in the last `cross.num_layers` layers, between self-attention and MLP.
         """
         config = self.config
         check_tokens("tokens_BT", tokens_BT, 2, config.vocab_size)
         check_mask("token_mask_BT", token_mask_BT, tokens_BT.shape)
         real_BT = jnp.ones(tokens_BT.shape, bool) if token_mask_BT is None else token_mask_BT
-        positions_BT = jnp.cumsum(real_BT, axis=1) - 1
-        if cache is not None:
-            positions_BT += cache.valid_BS.sum(axis=1, keepdims=True)
+        if positions_BT is None:
+            positions_BT = jnp.cumsum(real_BT, axis=1) - 1
+            if cache is not None:
+                positions_BT += cache.valid_BS.sum(axis=1, keepdims=True)
         table = rope_table(config.rope, config.head_dim, jnp.where(real_BT, positions_BT, 0))
         mask = Mask(causal=True, valid_BS=token_mask_BT)
 
