@@ -1,8 +1,9 @@
 """What all scripts share: configuration from a file and the command line, and errors of one line."""
 
+import dataclasses
 import difflib
-import re
 import sys
+import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -21,6 +22,8 @@ class _UniqueKeys(yaml.SafeLoader):
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             line = key_node.start_mark.line + 1
+            if not isinstance(key, str):
+                raise ValueError(f"line {line}: {key!r} is no name of a setting")
             if key in lines:
                 raise ValueError(f"line {line}: {key} is given twice, first on line {lines[key]}")
             lines[key] = line
@@ -35,9 +38,10 @@ def read_yaml(path: Path) -> dict:
         values = yaml.load(path.read_text(), _UniqueKeys)
     except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from None
-    if not isinstance(values or {}, dict):
+    values = {} if values is None else values
+    if not isinstance(values, dict):
         raise ValueError(f"{path}: is {type(values).__name__}, not a mapping of settings")
-    return values or {}
+    return values
 
 
 def _set(values: dict, dotted: str, value) -> None:
@@ -50,18 +54,67 @@ def _set(values: dict, dotted: str, value) -> None:
 
 
 def decode(config_class: type[Config], values: dict) -> Config:
-    """`values` as a configuration; ValueError names an unknown key and the nearest known one."""
+    """`values` as a configuration; ValueError names a setting of the wrong type, or an unknown one and the nearest."""
+    _check(config_class, values, config_class, "")
+    return _decode(config_class, values)
+
+
+def _decode(kind, value):
     try:
-        return draccus.decode(config_class, values)
+        return draccus.decode(kind, value)
     except Exception as error:  # draccus wraps what a dataclass raises in its own kinds
         while isinstance(error.__cause__, Exception):
             error = error.__cause__
-        message = str(error)
-        if found := re.search(r"The fields? (.*) (?:is|are) not valid for (\w+)", message):
-            unknown = found[1].split(",")[0].strip("` ")
-            near = difflib.get_close_matches(unknown, _field_names(config_class), 1, cutoff=0.5)
-            message = f"unknown setting {unknown}" + (f": did you mean {near[0]}?" if near else f" in {found[2]}")
-        raise ValueError(message) from None
+        raise ValueError(str(error)) from None
+
+
+def _check(config_class, values: dict, root, group: str) -> None:
+    """ValueError where `values` are not this class's: draccus reads text as a list of its letters, and names little."""
+    for name, value in values.items():
+        setting = f"{group}{name}"
+        if name not in config_class.__dataclass_fields__:
+            near = difflib.get_close_matches(name, _field_names(root), 1, cutoff=0.5)
+            hint = f": did you mean {near[0]}?" if near else f" in {config_class.__name__}"
+            raise ValueError(f"unknown setting {setting}{hint}")
+        kind = config_class.__dataclass_fields__[name].type
+        if value is None and type(None) not in typing.get_args(kind):
+            raise ValueError(f"{setting} has no value: give one, or leave it out")
+        if dataclasses.is_dataclass(kind):
+            if not isinstance(value, dict):
+                raise ValueError(f"{setting} is {value!r}: it is a group of settings, give them by name")
+            _check(kind, value, root, f"{setting}.")
+        elif typing.get_origin(kind) is tuple and not isinstance(value, list):
+            raise ValueError(f"{setting} is {value!r}: give a list, [a, b]")
+        elif _is_text(kind):
+            if not isinstance(value, str | None):
+                raise ValueError(f"{setting} is {value!r}: give text, in YAML in quotes")
+        else:
+            try:
+                _decode(kind, value)
+            except ValueError as error:
+                raise ValueError(f"{setting} is {value!r}: {error}") from None
+
+
+def _kind(config_class, dotted: str):
+    """The type of the setting; None where there is none."""
+    for name in dotted.split("."):
+        field = getattr(config_class, "__dataclass_fields__", {}).get(name)
+        config_class = field and field.type
+    return config_class
+
+
+def _is_text(kind) -> bool:
+    return kind in (str, Path, Path | None)
+
+
+def _from_text(config_class, name: str, text: str):
+    """The value of a setting on the command line: text as it stands where the setting is text, else YAML."""
+    if _is_text(_kind(config_class, name)):
+        return text
+    try:
+        return yaml.load(text, _UniqueKeys)
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"--{name}={text}: {error}") from None
 
 
 def _field_names(config_class) -> set[str]:
@@ -87,7 +140,7 @@ def parse(config_class: type[Config]) -> Config:
         else:
             overrides.append((name[2:], value))
     for name, value in overrides:
-        _set(values, name, yaml.safe_load(value))
+        _set(values, name, _from_text(config_class, name, value))
     return decode(config_class, values)
 
 

@@ -69,7 +69,11 @@ def shardings_of(tree, mesh: jax.sharding.Mesh):
 
 
 def place_batch(batch: dict, mesh: jax.sharding.Mesh) -> dict:
-    """The host's arrays on the mesh, rows over its batch axes."""
-    return jax.tree.map(
-        lambda x: jax.device_put(x, NamedSharding(mesh, partition_spec(("batch", *[None] * (x.ndim - 1))))), batch
-    )
+    """The host's arrays on the mesh, rows over its batch axes; where there is no mesh, as they are."""
+    if mesh.empty:
+        return batch
+
+    def place(x):
+        return jax.device_put(x, NamedSharding(mesh, partition_spec(("batch", *[None] * (x.ndim - 1)))))
+
+    return jax.tree.map(place, batch)

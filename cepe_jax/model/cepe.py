@@ -29,7 +29,8 @@ def cross_from_self_attention(decoder: Llama, encoder: EncoderConfig, num_layers
         raise ValueError(f"encoder width {E} exceeds decoder width {D}: cross-attention cannot start as a copy")
     if not 0 < num_layers <= decoder.config.num_layers:
         raise ValueError(f"num_layers {num_layers} is not between 1 and the decoder's {decoder.config.num_layers}")
-    last = jax.tree.map(lambda a: jnp.asarray(a[-num_layers:], jnp.float32), decoder.layers)
+    # Copies: what trains is donated, and must not share a buffer with what is frozen.
+    last = jax.tree.map(lambda a: jnp.array(a[-num_layers:], jnp.float32, copy=True), decoder.layers)
     attention = last.attention
     norm = RMSNorm((num_layers, D), decoder.config.norm_eps, ("layer", "embed"))
     norm.scale = last.mlp_norm.scale

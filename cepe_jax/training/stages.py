@@ -98,15 +98,17 @@ def starting_model(config: TrainConfig, vocab_size: int) -> Cepe | Llama | Encod
         encoder.config = dataclasses.replace(encoder.config, mlm_head=False)
     layers = config.num_cross_layers or decoder.config.num_layers
     cross = born_sharded(
-        lambda key: cross_from_self_attention(decoder, encoder.config, layers, config.cross_init, key=key), key
+        lambda key, decoder: cross_from_self_attention(decoder, encoder.config, layers, config.cross_init, key=key),
+        key,
+        decoder,
     )
     return Cepe(decoder, encoder, cross)
 
 
-def born_sharded(make, key):
-    """`make(key)`, every array created where it belongs on the mesh."""
-    shardings = shardings_of(jax.eval_shape(make, key), jax.sharding.get_mesh())
-    return jax.jit(make, out_shardings=shardings)(key)
+def born_sharded(make, *args):
+    """`make(*args)`, every array created where it belongs on the mesh."""
+    shardings = shardings_of(jax.eval_shape(make, *args), jax.sharding.get_mesh())
+    return jax.jit(make, out_shardings=shardings)(*args)
 
 
 def prepare_to_run(model: Cepe | Llama | Encoder, config: TrainConfig, vocab_size: int) -> None:

@@ -89,7 +89,7 @@ def make_train_step(objective, optimizer: optax.GradientTransformation, accumula
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient_of, first))
             (terms, gradient), _ = jax.lax.scan(add, zeros, micros)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.trainable)
-        metrics = terms | {"grad_norm": optax.global_norm(gradient)}
+        metrics = terms | {"grad_norm": optax.tree.norm(gradient)}
         return TrainState(optax.apply_updates(state.trainable, updates), opt_state, state.step + 1), metrics
 
     return jax.jit(train_step, donate_argnums=0)

@@ -1,0 +1,205 @@
+"""Losses and gradients against the PyTorch reference's (see golden/README.md); chunks change nothing."""
+
+import dataclasses
+import math
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from cepe_jax.data.examples import IGNORE
+from cepe_jax.model.cepe import assemble, parts_of, split
+from cepe_jax.training.objectives import Distill, MaskedLM, NextToken, sum_over_chunks
+from cepe_jax.training.trainer import OptimizerConfig, init_state, make_train_step
+from cepe_jax.weights.huggingface import load, table
+from cepe_jax.weights.tensors import tensors_of
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+def error(ours, wanted) -> float:
+    ours, wanted = np.asarray(ours, np.float64), np.asarray(wanted, np.float64)
+    assert ours.shape == wanted.shape
+    return np.abs(ours - wanted).max() / (np.abs(wanted).max() or 1.0)
+
+
+def read(name: str):
+    if list((GOLDEN / name).glob("*.bin")):
+        pytest.importorskip("torch")
+    return load(GOLDEN / name), dict(np.load(GOLDEN / name / "expected.npz"))
+
+
+def shifted(labels_BT: np.ndarray) -> np.ndarray:
+    """The reference's labels stand on their own token; ours on the token before."""
+    return np.concatenate([labels_BT[:, 1:], np.full_like(labels_BT[:, :1], IGNORE)], axis=1)
+
+
+def cepe_batch(golden: dict, mask: str = "encoder_attention_mask") -> dict:
+    return {
+        "tokens": golden["input_ids"],
+        "labels": shifted(golden["labels"]),
+        "context": golden["encoder_input_ids"],
+        "context_mask": golden[mask].astype(bool),
+    }
+
+
+def loss_and_gradient(objective, model, batch, train=("encoder", "cross")):
+    trainable, frozen = split(model, train)
+
+    @jax.jit
+    def run(trainable, frozen, batch):
+        def loss(trainable):
+            return objective(assemble(trainable | frozen), batch, objective.weights(batch))[0]
+
+        return jax.value_and_grad(loss)(trainable)
+
+    return run(trainable, frozen, batch)
+
+
+def in_torch_layout(model, parts: dict) -> dict[str, np.ndarray]:
+    """Torch key -> array of what has the shape of `model` in the parts given (gradients, trained weights)."""
+    entries = table(model.config)
+    whole = assemble(parts_of(model) | parts)
+    names = {name: array for name, array in tensors_of(whole) if name.split(".")[0] in parts}
+    return {entries[name].key: entries[name].to_torch(array) for name, array in names.items()}
+
+
+def check_gradients(model, gradient, golden: dict, prefix: str) -> None:
+    ours = in_torch_layout(model, gradient)
+    wanted = {key.removeprefix(prefix): value for key, value in golden.items() if key.startswith(prefix)}
+    assert set(ours) == set(wanted)
+    worst = {key: error(ours[key], wanted[key]) for key in wanted}
+    assert max(worst.values()) <= 1e-4, max(worst, key=worst.get)
+
+
+@pytest.mark.parametrize(("name", "mask"), [
+    ("tiny_mha", "encoder_attention_mask"),
+    ("tiny_gqa_last2", "encoder_attention_mask"),
+    ("tiny_edge", "mask_holes"),
+])  # fmt: skip
+def test_next_token_is_the_references(name, mask):
+    model, golden = read(name)
+    loss, gradient = loss_and_gradient(NextToken(loss_chunk=7), model, cepe_batch(golden, mask))
+    assert error(loss, golden["loss_lm"]) <= 1e-4
+    check_gradients(model, gradient, golden, "grad_lm/")
+
+
+@pytest.mark.parametrize("name", ["tiny_mha", "tiny_gqa_last2"])
+def test_distillation_is_the_references(name):
+    model, golden = read(name)
+    taught = {"teacher_prob": golden["distill_prob"], "teacher_index": golden["distill_index"]}
+    batch, kl_weight = cepe_batch(golden) | taught, float(golden["kl_loss_cof"])
+    loss, gradient = loss_and_gradient(Distill(kl_weight=kl_weight, loss_chunk=5), model, batch)
+    assert error(loss, golden["loss_distill_drop"]) <= 1e-4
+    check_gradients(model, gradient, golden, "grad_distill/")
+    smooth, _ = loss_and_gradient(Distill(kl_weight=kl_weight, smooth=1e-6), model, batch)
+    assert error(smooth, golden["loss_distill_smooth_1e-6"]) <= 1e-4
+
+
+def test_distillation_over_the_tail_is_the_references():
+    model, golden = read("tiny_edge")
+    taught = {"teacher_prob": golden["tail_distill_prob"], "teacher_index": golden["tail_distill_index"]}
+    batch = cepe_batch(golden, "mask_holes") | taught
+    for chunk in (0, 16):
+        loss, gradient = loss_and_gradient(Distill(kl_weight=2.0, loss_chunk=chunk), model, batch)
+        assert error(loss, golden["loss_distill_tail"]) <= 1e-4
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+
+
+def test_masked_lm_is_the_references():
+    model, golden = read("tiny_mlm")
+    mask = golden["attention_mask"].astype(bool)
+    batch = {"tokens": golden["input_ids"], "labels": golden["labels"], "token_mask": mask}
+    loss, gradient = loss_and_gradient(MaskedLM(loss_chunk=3), model, batch, train=("encoder",))
+    assert error(loss, golden["loss"]) <= 1e-4
+    check_gradients(model, gradient, golden, "grad/")
+
+
+def test_three_steps_are_the_references():
+    """Clipping, AdamW and their order: encoder and cross-attention after three steps."""
+    model, golden = read("tiny_edge")
+    rates = jnp.asarray(golden["adamw_learning_rates"])
+    optimizer = OptimizerConfig(clip_norm=1.0, eps=1e-4).build(lambda count: rates[count])
+    trainable, frozen = split(model, ("encoder", "cross"))
+    state, step = init_state(trainable, optimizer), make_train_step(NextToken(), optimizer)
+    norms = []
+    for _ in rates:
+        state, metrics = step(state, frozen, cepe_batch(golden, "mask_holes"))
+        norms.append(metrics["grad_norm"])
+    assert error(norms, golden["adamw_gradient_norms"]) <= 1e-4
+    check_gradients(model, state.trainable, golden, "adamw/")
+
+
+@pytest.fixture(scope="module")
+def batch(cepe):
+    rng = np.random.default_rng(0)
+    B, T, C, L, K = 3, 11, 2, 5, 4
+    labels = rng.integers(0, 64, (B, T))
+    labels[0] = IGNORE
+    labels[1, ::2] = IGNORE
+    teacher = rng.dirichlet(np.ones(K + 1), (B, 6))
+    return {
+        "tokens": rng.integers(0, 64, (B, T)),
+        "labels": labels,
+        "context": rng.integers(0, 64, (B, C, L)),
+        "context_mask": rng.random((B, C, L)) < 0.7,
+        "teacher_prob": teacher,
+        "teacher_index": rng.integers(0, 64, (B, 6, K)),
+    }
+
+
+@pytest.mark.parametrize("objective", [NextToken(), Distill()])
+def test_chunks_change_neither_loss_nor_gradient(cepe, batch, objective):
+    """Lengths that do not divide, and a chunk of one position."""
+    whole, wanted = loss_and_gradient(objective, cepe, batch)
+    for chunk in (4, 1):
+        loss, gradient = loss_and_gradient(dataclasses.replace(objective, loss_chunk=chunk), cepe, batch)
+        assert float(loss) == pytest.approx(float(whole), rel=1e-6)
+        for ours, theirs in zip(jax.tree.leaves(gradient), jax.tree.leaves(wanted), strict=True):
+            assert error(ours, theirs) <= 1e-5
+
+
+def test_a_batch_without_a_kept_label_has_loss_and_gradient_zero(cepe, batch):
+    loss, gradient = loss_and_gradient(NextToken(4), cepe, batch | {"labels": np.full_like(batch["labels"], IGNORE)})
+    assert float(loss) == 0
+    assert all((np.asarray(leaf) == 0).all() for leaf in jax.tree.leaves(gradient))
+
+
+def test_teacher_mass_of_zero_adds_nothing(cepe, batch):
+    """A zero and its index: another index there changes nothing, and nothing is NaN."""
+    prob, index = batch["teacher_prob"].copy(), batch["teacher_index"].copy()
+    prob[:, :, 1] = 0
+    one, _ = loss_and_gradient(Distill(), cepe, batch | {"teacher_prob": prob})
+    index[:, :, 1] = (index[:, :, 1] + 9) % 64
+    other, gradient = loss_and_gradient(Distill(), cepe, batch | {"teacher_prob": prob, "teacher_index": index})
+    assert float(one) == float(other)
+    assert np.isfinite(float(one))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+
+
+def test_no_logits_of_the_whole_batch_are_stored():
+    """Forward and backward through a chunked head: the compiled program has no array of B x T x V entries."""
+    B, T, D, V, chunk = 2, 64, 8, 512, 16
+    hidden, head, labels = jnp.ones((B, T, D)), jnp.ones((V, D)), jnp.zeros((B, T), int)
+
+    def program(chunk):
+        def loss(hidden, head):
+            def terms(h, y):
+                return optax.softmax_cross_entropy_with_integer_labels(h @ head.T, y).sum()
+
+            return sum_over_chunks(terms, chunk, hidden, (labels, IGNORE))
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1))).lower(hidden, head).compile().as_text()
+
+    def largest(text):
+        import math
+
+        shapes = re.findall(r"f32\[([\d,]+)\]", text)
+        return max(math.prod(map(int, shape.split(","))) for shape in shapes)
+
+    assert largest(program(0)) >= B * T * V
+    assert largest(program(chunk)) <= B * chunk * V
