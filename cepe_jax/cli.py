@@ -69,7 +69,7 @@ def _decode(kind, value):
 
 
 def _check(config_class, values: dict, root, group: str) -> None:
-    """ValueError where `values` are not this class's: draccus reads text as a list of its letters, and names little."""
+    """ValueError where `values` are not of this class; draccus takes text for a list of letters, and names little."""
     for name, value in values.items():
         setting = f"{group}{name}"
         if name not in config_class.__dataclass_fields__:
