@@ -1,0 +1,220 @@
+"""Settings from YAML and the command line: what wins, what is refused, and how it is said."""
+
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from cepe_jax.cli import parse, run
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+
+
+@dataclass(frozen=True)
+class Inner:
+    rate: float = 0.5
+    steps: int = 3
+
+    def __post_init__(self):
+        if self.rate < 0:
+            raise ValueError(f"rate is {self.rate}: give 0 or more")
+
+
+@dataclass(frozen=True)
+class Settings:
+    out: Path
+    text: str = "none"
+    kind: Literal["one", "two"] = "one"
+    count: int = 1
+    inner: Inner = Inner()
+    names: tuple[str, ...] = ()
+    sizes: tuple[int, ...] = ()
+    log: Path | None = None
+
+
+@pytest.fixture
+def call(monkeypatch, tmp_path):
+    """parse(Settings) of these arguments, `text` in the place of --config."""
+
+    def call(*arguments: str, text: str | None = None) -> Settings:
+        given = list(arguments)
+        if text is not None:
+            (tmp_path / "c.yaml").write_text(text)
+            given = ["--config", str(tmp_path / "c.yaml"), *given]
+        monkeypatch.setattr(sys, "argv", ["script.py", *given])
+        return parse(Settings)
+
+    return call
+
+
+def one_line(error) -> str:
+    message = " ".join(str(error.value).split())
+    assert len(message) < 250
+    return message
+
+
+def test_file_then_overrides_in_order(call):
+    text = "text: file\ncount: 2\ninner: {rate: 0.25, steps: 7}\nnames: [a, b]\n"
+    assert call("--out=o", text=text) == Settings(Path("o"), "file", "one", 2, Inner(0.25, 7), ("a", "b"))
+    settings = call("--out=o", "--count=3", "--inner.rate", "1e-4", "--count", "4", "--inner.rate=2e-4", text=text)
+    assert (settings.count, settings.inner) == (4, Inner(2e-4, 7))
+
+
+def test_overrides_win_wherever_the_file_stands(call, tmp_path):
+    (tmp_path / "late.yaml").write_text("count: 2\n")
+    assert call("--count=5", "--out=o", f"--config={tmp_path / 'late.yaml'}").count == 5
+
+
+def test_both_spellings(call):
+    assert call("--out", "o", "--text", "a=b") == call("--out=o", "--text=a=b")
+    assert call("--out=o", "--text=--odd").text == "--odd"
+
+
+@pytest.mark.parametrize("text", ["", "# nothing\n"])
+def test_an_empty_file_sets_nothing(call, text):
+    assert call("--out=o", text=text) == Settings(Path("o"))
+
+
+@pytest.mark.parametrize(
+    "text", ["def f(x):", "a: b", "123", "yes", "# hi", "[1,", "", "null", "*x", "'a", "- a", " two \n", "**/*.py"]
+)
+def test_text_on_the_command_line_is_taken_as_it_stands(call, text):
+    assert call("--out=o", f"--text={text}").text == text
+    assert call("--out=o", "--text", text).text == text
+
+
+def test_values(call):
+    settings = call("--out=2024", "--sizes=[1, 2]", "--names=[a, b c]", "--log=a: b", "--inner={steps: 9}")
+    assert settings == Settings(Path("2024"), inner=Inner(steps=9), names=("a", "b c"), sizes=(1, 2), log=Path("a: b"))
+    assert call("--out=o", text="log: null").log is None
+
+
+@pytest.mark.parametrize(
+    ("text", "where"),
+    [
+        ("count: 1\ntext: a\ncount: 2\n", "line 3: count is given twice, first on line 1"),
+        ("text: a\ninner:\n  rate: 1\n  steps: 2\n  rate: 1\n", "line 5: rate is given twice, first on line 3"),
+        ("inner: {steps: 1, rate: 2, steps: 1}\n", "line 1: steps is given twice, first on line 1"),
+        ("text: a\n- b\n", "c.yaml"),
+        ("text: [a\n", "c.yaml"),
+        ("- text\n", "list, not a mapping"),
+        ("false\n", "bool, not a mapping"),
+        ("text\n", "str, not a mapping"),
+        ("[a, b]: c\n", "no name of a setting"),
+        ("1: c\n", "no name of a setting"),
+    ],
+)
+def test_strict_yaml(call, text, where):
+    with pytest.raises(ValueError, match=r"c\.yaml") as error:
+        call("--out=o", text=text)
+    assert where in one_line(error)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ("cuont: 1", "unknown setting cuont: did you mean count?"),
+        ("inner: {rat: 1}", "unknown setting inner.rat: did you mean rate?"),
+        ("inner.rate: 1", "unknown setting inner.rate"),
+        ("qqqqqqqq: 1", "unknown setting qqqqqqqq in Settings"),
+    ],
+)
+def test_unknown_settings_name_the_nearest(call, wrong, said):
+    with pytest.raises(ValueError, match="unknown setting") as error:
+        call("--out=o", text=wrong)
+    assert said in one_line(error)
+
+
+@pytest.mark.parametrize(("wrong", "said"), [("cuont", "count"), ("inner.step", "steps"), ("iner.steps", "inner")])
+def test_unknown_on_the_command_line_names_the_nearest(call, wrong, said):
+    with pytest.raises(ValueError, match=f"unknown setting .*did you mean {said}") as error:
+        call("--out=o", f"--{wrong}=1")
+    assert wrong.split(".")[0] in one_line(error)
+
+
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        ("--count=many", "count is 'many'"),
+        ("--count=1.5", "count is 1.5"),
+        ("--count=[1]", "count is [1]"),
+        ("--count=[1", "count=[1"),
+        ("--count=", "count has no value"),
+        ("--inner.rate=fast", "inner.rate is 'fast'"),
+        ("--inner.rate=-1", "rate is -1.0: give 0 or more"),
+        ("--inner=3", "inner is 3: it is a group"),
+        ("--count.a=3", "count is {'a': 3}"),
+        ("--names=a", "names is 'a': give a list"),
+        ("--sizes=3", "sizes is 3: give a list"),
+        ("--sizes=[a]", "sizes is ['a']"),
+        ("--inner={rate: 1, rate: 2}", "rate is given twice"),
+        ("--kind=three", "kind is 'three'"),
+        ("out=o", "out: write settings as --setting=value"),
+        ("--text", "--text: write settings as --setting=value"),
+    ],
+)
+def test_wrong_values_are_named(call, argument, said):
+    with pytest.raises(ValueError, match=re.escape(said)) as error:
+        call("--out=o", argument)
+    one_line(error)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("inner:\n", "inner has no value"),
+        ("text:\n", "text has no value"),
+        ("names: ab\n", "names is 'ab'"),
+        ("text: no\n", "text is False"),
+    ],
+)
+def test_wrong_values_in_a_file_are_named(call, text, said):
+    with pytest.raises(ValueError, match=said):
+        call("--out=o", text=text)
+
+
+def test_a_setting_below_a_value(call):
+    with pytest.raises(ValueError, match=r"--text\.a: text is one value"):
+        call("--out=o", "--text=x", "--text.a=3")
+
+
+def test_what_is_missing_is_named(call, tmp_path):
+    with pytest.raises(ValueError, match="out"):
+        call()
+    with pytest.raises(FileNotFoundError, match="nowhere.yaml"):
+        call("--config", str(tmp_path / "nowhere.yaml"))
+
+
+def test_help_exits_with_0(call, capsys):
+    with pytest.raises(SystemExit) as ended:
+        call("--help")
+    assert ended.value.code == 0
+    assert "--inner.rate" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("error", [ValueError("a\n  b"), FileNotFoundError("a b"), PermissionError("a b")])
+def test_run_says_bad_input_in_one_line(error):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as ended:
+        run(main)
+    assert ended.value.code.endswith(": a b")  # Python prints a text to stderr and exits with 1
+
+
+def test_run_keeps_the_traceback_of_a_bug():
+    with pytest.raises(KeyError):
+        run(lambda: {}["a"])
+
+
+def test_a_script_fails_with_one_line_and_status_1(tmp_path):
+    command = [sys.executable, SCRIPTS / "prepare_data.py", f"--input={tmp_path / 'absent'}", f"--out={tmp_path / 'o'}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [f"prepare_data.py: {tmp_path / 'absent'}: no such directory"]
+    assert not done.stdout
+    assert not (tmp_path / "o").exists()

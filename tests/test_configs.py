@@ -1,0 +1,142 @@
+"""Every committed config and every command that we show parses, with the script that it names."""
+
+import dataclasses
+import importlib.util
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from cepe_jax.cli import parse, read_yaml
+from cepe_jax.data.corpus import PrepareConfig
+from cepe_jax.evaluation.report import EvaluateConfig
+from cepe_jax.inference.text import GenerateConfig
+from cepe_jax.training.stages import TrainConfig
+
+ROOT = Path(__file__).parents[1]
+CLASSES = {
+    "prepare_data.py": PrepareConfig,
+    "train.py": TrainConfig,
+    "evaluate.py": EvaluateConfig,
+    "generate.py": GenerateConfig,
+}
+CONFIGS = sorted((ROOT / "configs").glob("*"))
+
+
+def shown_commands() -> dict[str, str]:
+    """Where a command stands -> the command line, for each that starts a Python script of ours."""
+    shown = {path.name: path.read_text().splitlines()[0].removeprefix("# ") for path in CONFIGS}
+    for name, page in (("README.md", ROOT / "README.md"), ("convert.py", ROOT / "scripts" / "convert.py")):
+        text = page.read_text() if page.exists() else ""
+        if name.endswith(".py"):
+            text = f"```bash\n{text.split(chr(34) * 3)[1]}```\n"
+        blocks = re.findall(r"^ *```(?:bash|sh|shell|console)\n(.*?)^ *```", text, re.DOTALL | re.MULTILINE)
+        lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+        found = [line.strip().removeprefix("$ ") for line in lines if "python scripts/" in line]
+        shown |= {f"{name}:{number} {line[:60]}": line for number, line in enumerate(found)}
+    quickstart = (ROOT / "scripts" / "quickstart.sh").read_text().replace("\\\n", " ")
+    for line in re.findall(r"^stage .*", quickstart, re.MULTILINE):
+        name, script, rest = re.match(r"stage (\w+) \S+ (\S+) (.*)", line).groups()
+        shown[f"quickstart.sh:{name}"] = f"python scripts/{script} {rest}"
+    return shown
+
+
+COMMANDS = shown_commands()
+
+
+@pytest.fixture
+def parse_command(monkeypatch):
+    """The configuration of a command line, or what convert.py would do; nothing is run."""
+    monkeypatch.chdir(ROOT)
+
+    def parse_command(command: str):
+        words = shlex.split(command, comments=True)
+        while "=" in words[0]:  # FOO=bar python ...
+            words.pop(0)
+        assert Path(words[0]).name == "python"
+        assert words[1].startswith("scripts/")
+        assert (ROOT / words[1]).is_file()
+        monkeypatch.setattr(sys, "argv", words[1:])
+        if words[1] != "scripts/convert.py":
+            return parse(CLASSES[Path(words[1]).name])
+        spec = importlib.util.spec_from_file_location("convert", ROOT / words[1])
+        convert = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(convert)
+        called = []
+        for name in ("to_jax", "to_hf"):
+            monkeypatch.setattr(convert, name, lambda *given, name=name: called.append((name, *given)))
+        monkeypatch.setattr(convert.Directory, "__init__", lambda self, source: called.append(("verify", source)))
+        monkeypatch.setattr(convert.Directory, "verify", lambda self: None)
+        convert.main()
+        return called[0]
+
+    return parse_command
+
+
+@pytest.mark.parametrize("where", COMMANDS)
+def test_shown_commands_parse(parse_command, where):
+    assert parse_command(COMMANDS[where])
+
+
+def test_the_shown_commands_are_found():
+    assert len(COMMANDS) >= len(CONFIGS) + 6 + 3
+    assert {re.search(r"scripts/(\w+\.py)", command)[1] for command in COMMANDS.values()} >= {
+        "prepare_data.py",
+        "train.py",
+        "evaluate.py",
+        "convert.py",
+    }
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_configs(parse_command, path):
+    """A config's first line runs it, the hardware is named, and its settings arrive."""
+    lines = path.read_text().splitlines()
+    command = lines[0].removeprefix("# ")
+    assert f"--config configs/{path.name}" in command
+    assert lines[1].startswith("# Hardware: ")
+    assert_holds(dataclasses.asdict(parse_command(command)), read_yaml(path))
+
+
+def assert_holds(config: dict, settings: dict) -> None:
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            assert_holds(config[name], value)
+        else:
+            assert config[name] == (tuple(value) if isinstance(value, list) else type(config[name])(value)), name
+
+
+@pytest.mark.parametrize("script", CLASSES)
+def test_help(monkeypatch, capsys, script):
+    assert CLASSES[script].__name__ in (ROOT / "scripts" / script).read_text()
+    monkeypatch.setattr(sys, "argv", [script, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        parse(CLASSES[script])
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    assert all(f"--{field.name}" in shown for field in dataclasses.fields(CLASSES[script]))
+
+
+def test_help_of_convert(parse_command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse_command("python scripts/convert.py --help")
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in ("to-jax", "to-hf", "verify"))
+
+
+def test_convert(parse_command):
+    assert parse_command("python scripts/convert.py to-jax a b") == ("to_jax", "a", "b", None)
+    assert parse_command("python scripts/convert.py to-jax a b --dtype bfloat16") == ("to_jax", "a", "b", "bfloat16")
+    assert parse_command("python scripts/convert.py to-hf a b") == ("to_hf", "a", "b")
+    assert parse_command("python scripts/convert.py verify a") == ("verify", "a")
+    for wrong in ("", "to-torch a b", "to-jax a", "to-jax a b --dtype float16", "to-hf a b --dtype bfloat16"):
+        with pytest.raises(SystemExit) as ended:
+            parse_command(f"python scripts/convert.py {wrong}")
+        assert ended.value.code == 2
+
+
+def test_every_script_is_known():
+    assert {path.name for path in (ROOT / "scripts").glob("*.py")} == {*CLASSES, "convert.py"}
