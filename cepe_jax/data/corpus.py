@@ -68,25 +68,27 @@ def prepare(config: PrepareConfig) -> None:
     if config.out.exists():
         raise ValueError(f"{config.out} exists: remove it or give another --out")
     texts = read_files(config)
+    splits = {name: split_of(name, config) for name in texts}
+    for split in SPLITS:
+        if split not in splits.values():
+            raise ValueError(f"no document fell into the {split} split: change --test_fraction {config.test_fraction}")
     staged = config.out.with_name(config.out.name + ".tmp")
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir(parents=True)
     if config.tokenizer:
         tokenizer = Tokenizer(config.tokenizer)
-        shutil.copy(tokenizer.path, staged / tokenizer.path.name)
+        name = "tokenizer.json" if tokenizer.path.suffix == ".json" else "tokenizer.model"  # what Corpus looks for
+        shutil.copy(tokenizer.path, staged / name)
     else:
-        training_texts = (text for name, text in texts.items() if split_of(name, config) == "train")
+        training_texts = (text for name, text in texts.items() if splits[name] == "train")
         tokenizer = tokenizers.train(training_texts, config.vocab_size, staged / "tokenizer.model")
     documents: dict[str, list] = {split: [] for split in SPLITS}
     tokens: dict[str, list] = {split: [] for split in SPLITS}
     for name, text in track(texts.items(), "tokenise", len(texts)):
-        split = split_of(name, config)
         ids = tokenizer.encode(text, bos=True, eos=True)
-        documents[split].append({"name": name, "tokens": len(ids)})
-        tokens[split].extend(ids)
+        documents[splits[name]].append({"name": name, "tokens": len(ids)})
+        tokens[splits[name]].extend(ids)
     for split in SPLITS:
-        if not documents[split]:
-            raise ValueError(f"no document fell into the {split} split: change --test_fraction {config.test_fraction}")
         np.save(staged / f"{split}.npy", np.asarray(tokens[split], np.int32))
         (staged / f"{split}.json").write_text(json.dumps(documents[split], indent=1))
         print(f"{split}: {len(documents[split])} documents, {len(tokens[split]):,} tokens")
@@ -102,12 +104,15 @@ class Corpus:
         if not (path / "dataset.json").exists():
             raise FileNotFoundError(f"{path}: not a prepared dataset: make one with scripts/prepare_data.py")
         self.tokenizer = Tokenizer(path)
-        stored = json.loads((path / "dataset.json").read_text())["tokenizer"]
+        try:
+            stored = json.loads((path / "dataset.json").read_text())["tokenizer"]
+            entries = json.loads((path / f"{split}.json").read_text())
+            tokens = np.load(path / f"{split}.npy", mmap_mode="r")
+        except (ValueError, EOFError) as error:
+            raise ValueError(f"{path}: its {split} split is damaged ({error}): prepare it again") from None
         if stored != self.tokenizer.fingerprint():
             raise ValueError(f"{path}: its tokenizer is not the one it was tokenised with: prepare it again")
-        entries = json.loads((path / f"{split}.json").read_text())
         ends = np.cumsum([entry["tokens"] for entry in entries])
-        tokens = np.load(path / f"{split}.npy", mmap_mode="r")
         if len(tokens) != ends[-1]:
             raise ValueError(
                 f"{path}/{split}.npy holds {len(tokens)} tokens, its documents {ends[-1]}: prepare it again"

@@ -95,7 +95,10 @@ class _HuggingFace:
 
 
 def train(texts: Iterable[str], vocab_size: int, path: Path) -> Tokenizer:
-    """A byte-fallback BPE model at `path` that gives every text back exactly: newlines, tabs and indents are kept."""
+    """A byte-fallback BPE model at `path` that gives texts back exactly: newlines, tabs and indents are kept.
+
+    One character is not: U+2581, which SentencePiece writes for a space, comes back as one.
+    """
     staged = path.with_suffix(".model.tmp")
     with open(staged, "wb") as file:
         try:
