@@ -64,8 +64,8 @@ def chunks_before(tokens: np.ndarray, end: int, num_chunks: int, chunk_length: i
 
 def previous_document(tokens: np.ndarray, start: int, config: ExampleConfig) -> Example:
     """A window and the context before it (paper, section 3.2: the first m of m + n tokens go to the encoder)."""
-    context = chunks_before(tokens, start, config.num_chunks, config.chunk_length)
-    return window_at(tokens, start, config.window) | context
+    window = window_at(tokens, start, config.window)
+    return window | chunks_before(tokens, start, config.num_chunks, config.chunk_length)
 
 
 def duplicate(tokens: np.ndarray, start: int, config: ExampleConfig) -> Example:
@@ -74,8 +74,8 @@ def duplicate(tokens: np.ndarray, start: int, config: ExampleConfig) -> Example:
         raise ValueError(
             f"the warm-up's window of {config.window} is not its {config.num_chunks} chunks x {config.chunk_length}"
         )
-    context = chunks_before(tokens, start + config.window, config.num_chunks, config.chunk_length)
-    return window_at(tokens, start, config.window) | context
+    window = window_at(tokens, start, config.window)
+    return window | chunks_before(tokens, start + config.window, config.num_chunks, config.chunk_length)
 
 
 def pack(documents: list[Document], length: int, rng: np.random.Generator) -> np.ndarray:
