@@ -1,0 +1,189 @@
+"""Examples against slices written out again, and the rates of the recipe over many draws."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from cepe_jax.data.examples import (
+    IGNORE,
+    Document,
+    ExampleConfig,
+    chunks_before,
+    duplicate,
+    mask_chunks,
+    masked_lm,
+    pack,
+    previous_document,
+    window_at,
+)
+
+CONFIG = ExampleConfig(window=6, num_chunks=3, chunk_length=4)
+TOKENS = np.arange(1000, 1060, dtype=np.int32)  # each says where it stands
+
+
+def equal(a: dict, b: dict) -> bool:
+    same = [np.array_equal(a[name], b[name]) and a[name].dtype == b[name].dtype for name in a.keys() & b.keys()]
+    return a.keys() == b.keys() and all(same)
+
+
+@pytest.mark.parametrize("start", range(55))
+def test_previous_document(start):
+    """The window, the labels one further, and in the context what stands right before the window, in order."""
+    example = previous_document(TOKENS, start, CONFIG)
+    assert example["tokens"].tolist() == TOKENS[start : start + 6].tolist()
+    ahead = TOKENS[start + 1 : start + 7].tolist()
+    assert example["labels"].tolist() == ahead + [IGNORE] * (6 - len(ahead))
+    context, real = example["context"], example["context_mask"]
+    assert context.shape == real.shape == (3, 4)
+    assert real.dtype == bool
+    seen = context[real]
+    assert seen.tolist() == TOKENS[max(start - 12, 0) : start].tolist()
+    assert (seen < TOKENS[0] + start).all()
+    assert real.ravel().tolist() == [False] * (12 - len(seen)) + [True] * len(seen)  # missing ones come first
+    assert not context[~real].any()
+    assert {example[name].dtype for name in ("tokens", "labels", "context")} == {np.dtype(np.int32)}
+
+
+def test_a_window_at_the_end_of_the_document():
+    assert window_at(TOKENS, 54, 6)["labels"].tolist() == [*TOKENS[55:].tolist(), IGNORE]
+    assert window_at(TOKENS, 53, 6)["labels"].tolist() == TOKENS[54:].tolist()
+
+
+def test_duplicate():
+    """The encoder reads what the decoder reads, and nothing else; the last label is beyond the context."""
+    config = dataclasses.replace(CONFIG, window=12)
+    for start in (0, 7, 47):
+        example = duplicate(TOKENS, start, config)
+        assert example["context"].ravel().tolist() == example["tokens"].tolist() == TOKENS[start : start + 12].tolist()
+        assert example["context_mask"].all()
+        assert example["labels"].tolist() == TOKENS[start + 1 : start + 13].tolist()
+
+
+def test_bad_windows():
+    for start in (55, 60, 100):
+        with pytest.raises(ValueError, match=f"a window of 6 tokens at {start} does not fit a document of 60"):
+            previous_document(TOKENS, start, CONFIG)
+    with pytest.raises(ValueError, match="window of 6 is not its 3 chunks x 4"):
+        duplicate(TOKENS, 0, CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("window", 0),
+        ("chunk_length", 0),
+        ("packed_fraction", 1.1),
+        ("chunk_mask_rate", -0.1),
+        ("whole_chunk_rate", 2.0),
+        ("mlm_rate", float("nan")),
+    ],
+)
+def test_bad_configs(name, value):
+    with pytest.raises(ValueError, match=f"{name} is {value}: give a"):
+        dataclasses.replace(CONFIG, **{name: value})
+
+
+def test_nothing_is_changed_in_place():
+    before = TOKENS.copy()
+    example = previous_document(TOKENS, 20, CONFIG)
+    kept = {name: array.copy() for name, array in example.items()}
+    mask_chunks(example, dataclasses.replace(CONFIG, chunk_mask_rate=1.0), np.random.default_rng(0))
+    masked_lm(TOKENS, (), 7, 1.0, np.random.default_rng(0))
+    assert equal(example, kept)
+    np.testing.assert_array_equal(TOKENS, before)
+
+
+def test_the_same_seed_gives_the_same_example():
+    documents = [Document("a", TOKENS), Document("b", TOKENS + 500)]
+
+    def draw(seed: int) -> list[dict]:
+        rng = np.random.default_rng(seed)
+        packed = pack(documents, 30, rng)
+        masked = mask_chunks(
+            previous_document(packed, 20, CONFIG), dataclasses.replace(CONFIG, chunk_mask_rate=1.0), rng
+        )
+        return [{"packed": packed}, masked, masked_lm(TOKENS, (), 7, 0.5, rng)]
+
+    assert all(map(equal, draw(3), draw(3)))
+    assert not any(map(equal, draw(3), draw(4)))
+
+
+def test_pack():
+    """Exactly the length asked for: stretches of several documents, each in order and at most half of it."""
+    documents = [Document(str(i), np.arange(i * 100, i * 100 + length)) for i, length in enumerate((80, 3, 70, 99))]
+    longest, sources = [], []
+    for seed in range(300):
+        rng = np.random.default_rng(seed)
+        length = int(rng.integers(1, 60))
+        packed = pack(documents, length, rng)
+        assert len(packed) == length
+        assert set(packed) <= set(np.concatenate([d.tokens for d in documents]))
+        stretches = np.split(packed, np.flatnonzero(np.diff(packed) != 1) + 1)
+        longest.append(max(map(len, stretches)) / (length // 2 + 1))
+        sources.append(len(set(packed // 100)))
+    assert np.mean(np.array(longest) <= 1) > 0.97  # now and then two stretches happen to join
+    assert np.mean(sources) > 2
+
+
+def test_chunks_are_masked_as_in_the_paper():
+    """30% of chunks are touched; 10% of these lose everything, the others a suffix; no token changes."""
+    config = ExampleConfig(window=6, num_chunks=50, chunk_length=16)
+    tokens = np.arange(50 * 16 + 7)
+    example = previous_document(tokens, 800, config)
+    kept = []
+    for seed in range(200):
+        masked = mask_chunks(example, config, np.random.default_rng(seed))
+        assert equal(masked | {"context_mask": example["context_mask"]}, example)
+        mask = masked["context_mask"]
+        assert mask.dtype == bool
+        lengths = mask.sum(1)
+        np.testing.assert_array_equal(mask, np.arange(16) < lengths[:, None])  # a prefix
+        kept.append(lengths)
+    kept = np.concatenate(kept)
+    assert_share(kept < 16, 0.3)
+    touched = kept[kept < 16]
+    assert_share(touched == 0, 0.1)
+    partial = touched[touched > 0]
+    for length in range(1, 16):  # every prefix, none more often than another
+        assert_share(partial == length, 1 / 15)
+
+
+def assert_share(happened: np.ndarray, share: float) -> None:
+    """Within four and a half standard deviations."""
+    assert abs(happened.mean() - share) < 4.5 * np.sqrt(share * (1 - share) / len(happened)), happened.mean()
+
+
+def test_masking_keeps_what_is_already_masked():
+    example = previous_document(TOKENS, 7, CONFIG)
+    for seed in range(50):
+        masked = mask_chunks(example, CONFIG, np.random.default_rng(seed))["context_mask"]
+        assert not (masked & ~example["context_mask"]).any()
+
+
+@pytest.mark.parametrize(("rates", "kept"), [((0.0, 1.0), 12), ((1.0, 1.0), 0)])
+def test_masking_rates_at_their_ends(rates, kept):
+    config = dataclasses.replace(CONFIG, chunk_mask_rate=rates[0], whole_chunk_rate=rates[1])
+    masked = mask_chunks(previous_document(TOKENS, 20, config), config, np.random.default_rng(0))
+    assert masked["context_mask"].sum() == kept
+
+
+def test_masked_lm():
+    """30% of the tokens become the mask id, and these alone are labels; BOS and EOS stay."""
+    tokens = np.random.default_rng(0).integers(0, 50, 60_000).astype(np.int32)
+    special = (1, 2)
+    example = masked_lm(tokens, special, 50, 0.3, np.random.default_rng(1))
+    masked = example["tokens"] == 50
+    np.testing.assert_array_equal(example["tokens"][~masked], tokens[~masked])
+    np.testing.assert_array_equal(example["labels"], np.where(masked, tokens, IGNORE))
+    assert not masked[np.isin(tokens, special)].any()
+    assert_share(masked[~np.isin(tokens, special)], 0.3)
+    assert all(masked[tokens == token].any() for token in range(50) if token not in special)
+    assert example["tokens"].dtype == example["labels"].dtype == np.int32
+
+
+@pytest.mark.parametrize(("end", "num_chunks"), [(0, 2), (5, 2), (8, 2), (60, 15), (60, 20)])
+def test_chunks_before(end, num_chunks):
+    chunks = chunks_before(TOKENS, end, num_chunks, 4)
+    assert chunks["context"].shape == chunks["context_mask"].shape == (num_chunks, 4)
+    assert chunks["context"][chunks["context_mask"]].tolist() == TOKENS[max(end - num_chunks * 4, 0) : end].tolist()
