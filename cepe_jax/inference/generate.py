@@ -1,5 +1,6 @@
 """Generation: encode the context once, prefill the prompt, then one token at a time from the cache."""
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,7 +27,7 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self):
-        if self.temperature < 0:
+        if not self.temperature >= 0:  # NaN too
             raise ValueError(f"temperature is {self.temperature}: give 0 (greedy) or more")
         if self.top_k < 0:
             raise ValueError(f"top_k is {self.top_k}: give 0 (all tokens) or more")
@@ -79,7 +80,7 @@ def generate(
     has alone. `cache_slots` (prompt + new tokens when not given) is the length of the key/value cache.
     """
     decoder = model if isinstance(model, Llama) else model.decoder
-    if not prompts or not all(len(prompt) for prompt in prompts):
+    if len(prompts) == 0 or not all(len(prompt) for prompt in prompts):
         raise ValueError("an empty prompt: start it with the begin-of-sequence token")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}: give 1 or more")
@@ -97,6 +98,8 @@ def generate(
         mask_BT[row, longest - len(prompt) :] = True
     check_tokens("prompts", tokens_BT, 2, decoder.config.vocab_size)
     memory = None, None
+    if context_BCL is None and context_mask_BCL is not None:
+        raise ValueError("context_mask_BCL came without its context_BCL: give both")
     if context_BCL is not None and context_BCL.size:
         if isinstance(model, Llama):
             raise ValueError("a context needs a CEPE model: this one is a plain decoder")
@@ -104,6 +107,7 @@ def generate(
         memory = _encode(model, context_BCL, context_mask_BCL), flat_mask(context_mask_BCL)
     cache = KVCache.create(decoder.config, len(prompts), cache_slots)
     keys = jax.random.split(jax.random.key(sampling.seed), max_new_tokens)
+    sampling = dataclasses.replace(sampling, seed=0)  # another seed is the same program
     running = np.ones(len(prompts), bool)
     generated: list[list[int]] = [[] for _ in prompts]
     for key in keys:
