@@ -33,6 +33,10 @@ class EvaluateConfig:
     seconds: Path | None = None  # lines "stage seconds" of what came before
 
     def __post_init__(self):
+        if min(self.chunks, default=0) < 1 or len(set(self.chunks)) < len(self.chunks):
+            raise ValueError(f"chunks is {list(self.chunks)}: give different numbers above 0; none is always measured")
+        if self.chunk_length < 1:
+            raise ValueError(f"chunk_length is {self.chunk_length}: give a number above 0")
         if self.trained_chunks not in self.chunks:
             raise ValueError(f"trained_chunks {self.trained_chunks} is not among chunks {list(self.chunks)}: add it")
         if not 0 < self.scored <= self.window:
