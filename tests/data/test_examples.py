@@ -149,6 +149,15 @@ def test_chunks_are_masked_as_in_the_paper():
         assert_share(partial == length, 1 / 15)
 
 
+def test_a_touched_chunk_loses_something_and_keeps_something():
+    config = dataclasses.replace(CONFIG, chunk_mask_rate=1.0, whole_chunk_rate=0.0)
+    for seed in range(100):
+        lengths = mask_chunks(previous_document(TOKENS, 20, config), config, np.random.default_rng(seed))[
+            "context_mask"
+        ]
+        assert set(lengths.sum(1)) <= {1, 2, 3}
+
+
 def assert_share(happened: np.ndarray, share: float) -> None:
     """Within four and a half standard deviations."""
     assert abs(happened.mean() - share) < 4.5 * np.sqrt(share * (1 - share) / len(happened)), happened.mean()

@@ -73,6 +73,13 @@ def test_every_text_comes_back(tokenizer):
     assert len(tokenizer.encode(HELD_OUT)) < len(HELD_OUT) * 0.8  # pieces, not bytes
 
 
+def test_a_part_of_a_text_comes_back_as_it_stands(tokenizer):
+    """A piece keeps its space wherever it comes first: chunks begin, and generation goes on, within a text."""
+    ids = tokenizer.encode("x = y  # a b\n    return")
+    assert "".join(tokenizer.decode([i]) for i in ids) == "x = y  # a b\n    return"
+    assert tokenizer.encode(" b")[0] != tokenizer.encode("b")[0]
+
+
 def test_begin_and_end(tokenizer):
     plain, (bos, eos) = tokenizer.encode("a b"), (tokenizer.bos_id, tokenizer.eos_id)
     assert bos != eos
