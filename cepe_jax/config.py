@@ -132,7 +132,14 @@ DECODERS = {
         tied_head=True,
     ),
     "tiny": DecoderConfig(
-        vocab_size=2048, width=192, num_layers=4, num_heads=6, num_kv_heads=6, head_dim=32, mlp_width=512
+        vocab_size=2048,
+        width=192,
+        num_layers=4,
+        num_heads=6,
+        num_kv_heads=6,
+        head_dim=32,
+        mlp_width=512,
+        tied_head=True,
     ),
 }
 
@@ -141,7 +148,7 @@ ENCODERS = {
         vocab_size=32_001, width=1024, num_layers=24, num_heads=16, num_kv_heads=16, head_dim=64, mlp_width=4096
     ),
     "tiny": EncoderConfig(
-        vocab_size=2049, width=128, num_layers=3, num_heads=4, num_kv_heads=4, head_dim=32, mlp_width=384
+        vocab_size=2049, width=192, num_layers=2, num_heads=6, num_kv_heads=6, head_dim=32, mlp_width=512
     ),
 }
 

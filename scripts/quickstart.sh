@@ -33,7 +33,8 @@ stage() {
 
 stage data data prepare_data.py --config configs/quickstart_data.yaml --input="$library" --out="$out/data"
 stage decoder decoder/model train.py --config configs/quickstart_decoder.yaml --data="$out/data" --out="$out/decoder"
-stage encoder encoder/model train.py --config configs/quickstart_encoder.yaml --data="$out/data" --out="$out/encoder"
+stage encoder encoder/model train.py --config configs/quickstart_encoder.yaml --data="$out/data" --out="$out/encoder" \
+    --decoder="$out/decoder/model"
 stage warmup warmup/model train.py --config configs/quickstart_warmup.yaml --data="$out/data" --out="$out/warmup" \
     --decoder="$out/decoder/model" --encoder="$out/encoder/model"
 stage cepe cepe/model train.py --config configs/quickstart_cepe.yaml --data="$out/data" --out="$out/cepe" \

@@ -61,7 +61,8 @@ def dataset(corpus: Corpus, stage: Stage, config: ExampleConfig, batch_size: int
             case "cepe":
                 if rng.random() < config.packed_fraction:
                     start = config.num_chunks * config.chunk_length
-                    tokens = pack(documents, start + config.window + 1, rng)
+                    # Pieces no longer than a window: most of what such an example's encoder reads is of no use to it.
+                    tokens = pack(documents, start + config.window + 1, config.window, rng)
                 return mask_chunks(previous_document(tokens, start, config), config, rng)
 
     places = grain.MapDataset.source(window_starts(corpus, stage, config)).seed(seed)

@@ -49,6 +49,32 @@ def cross_from_self_attention(decoder: Llama, encoder: EncoderConfig, num_layers
     return CrossAttention(norm, attention.q, k, v, o)
 
 
+def encoder_from_decoder(decoder: Llama, config: EncoderConfig, *, key: Array) -> Encoder:
+    """An encoder that starts with the decoder's embedding and first layers; the mask's embedding is their mean.
+
+    It reads both ways what the decoder read one way: MLM training has less to learn, and the memory starts in the
+    decoder's own space. ValueError unless the encoder has the decoder's sizes and no more layers.
+    """
+    ours = decoder.config
+    for name in ("width", "num_heads", "num_kv_heads", "head_dim", "mlp_width"):
+        if getattr(config, name) != getattr(ours, name):
+            raise ValueError(
+                f"encoder {name} {getattr(config, name)} is not the decoder's {getattr(ours, name)}: "
+                f"it cannot start from the decoder"
+            )
+    if config.num_layers > ours.num_layers or config.vocab_size < ours.vocab_size:
+        raise ValueError(
+            f"an encoder of {config.num_layers} layers and {config.vocab_size} ids cannot start from a decoder of "
+            f"{ours.num_layers} and {ours.vocab_size}: give it fewer layers, and ids for the decoder's and the mask"
+        )
+    encoder = Encoder(config, key=key)
+    encoder.layers = jax.tree.map(lambda a: jnp.array(a[: config.num_layers], jnp.float32, copy=True), decoder.layers)
+    rows = decoder.embed[...].astype(jnp.float32)
+    extra = jnp.broadcast_to(rows.mean(axis=0), (config.vocab_size - ours.vocab_size, ours.width))
+    encoder.embed = encoder.embed.replace(jnp.concatenate([rows, extra]))
+    return encoder
+
+
 class Cepe(nnx.Module):
     def __init__(self, decoder: Llama, encoder: Encoder, cross: CrossAttention):
         self.decoder, self.encoder, self.cross = decoder, encoder, cross

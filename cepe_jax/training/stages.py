@@ -12,7 +12,15 @@ from cepe_jax.config import DECODERS, ENCODERS
 from cepe_jax.data.corpus import Corpus
 from cepe_jax.data.examples import ExampleConfig
 from cepe_jax.data.loader import Stage, batches, dataset
-from cepe_jax.model.cepe import Cepe, CrossInit, assemble, cross_from_self_attention, parts_of, split
+from cepe_jax.model.cepe import (
+    Cepe,
+    CrossInit,
+    assemble,
+    cross_from_self_attention,
+    encoder_from_decoder,
+    parts_of,
+    split,
+)
 from cepe_jax.model.encoder import Encoder
 from cepe_jax.model.llama import Llama
 from cepe_jax.sharding import make_mesh, shardings_of
@@ -42,8 +50,8 @@ class TrainConfig:
     out: Path  # gets checkpoints/, metrics.jsonl, config.yaml, and at the end model/
     steps: int
     batch_size: int  # sequences per step
-    decoder: str = ""  # a preset (lm), or a model directory
-    encoder: str = ""  # a preset (mlm), or a model directory
+    decoder: str = ""  # a preset (lm) or a model directory; in mlm, where given, what the encoder's preset starts from
+    encoder: str = ""  # a preset (mlm) or a model directory
     cepe: str = ""  # a model directory, in place of decoder and encoder
     num_cross_layers: int = 0  # of the decoder's last layers; 0 = all
     cross_init: CrossInit = "copy"
@@ -64,7 +72,9 @@ class TrainConfig:
             raise ValueError(
                 f"batch_size {self.batch_size} is not a multiple of accumulate x mesh.data x mesh.fsdp = {rows}"
             )
-        needs = {"lm": [["decoder"]], "mlm": [["encoder"]]}.get(self.stage, [["cepe"], ["decoder", "encoder"]])
+        needs = {"lm": [["decoder"]], "mlm": [["encoder"], ["decoder", "encoder"]]}.get(
+            self.stage, [["cepe"], ["decoder", "encoder"]]
+        )
         given = [name for name in ("decoder", "encoder", "cepe") if getattr(self, name)]
         if given not in needs:
             wanted = " or ".join(" and ".join(names) for names in needs)
@@ -86,6 +96,9 @@ def starting_model(config: TrainConfig, vocab_size: int) -> Cepe | Llama | Encod
             return load(config.decoder)
         case "mlm" if config.encoder in ENCODERS:
             sizes = dataclasses.replace(ENCODERS[config.encoder], vocab_size=vocab_size + 1, mlm_head=True)
+            if config.decoder:
+                decoder = load(config.decoder)
+                return born_sharded(lambda key, decoder: encoder_from_decoder(decoder, sizes, key=key), key, decoder)
             return born_sharded(lambda key: Encoder(sizes, key=key), key)
         case "mlm":
             return load(config.encoder)
