@@ -79,6 +79,8 @@ def prepare(config: PrepareConfig) -> None:
         tokenizer = Tokenizer(config.tokenizer)
         name = "tokenizer.json" if tokenizer.path.suffix == ".json" else "tokenizer.model"  # what Corpus looks for
         shutil.copy(tokenizer.path, staged / name)
+        if (settings := tokenizer.path.with_name("tokenizer_config.json")).exists():
+            shutil.copy(settings, staged)  # names the special tokens of a tokenizer.json
     else:
         training_texts = (text for name, text in texts.items() if splits[name] == "train")
         tokenizer = tokenizers.train(training_texts, config.vocab_size, staged / "tokenizer.model")

@@ -1,6 +1,7 @@
 """Text to ids and back: SentencePiece models, and `tokenizer.json` where there is no SentencePiece model."""
 
 import hashlib
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -75,12 +76,17 @@ class _HuggingFace:
         self.bos_id, self.eos_id = self._special(path)
 
     def _special(self, path: Path) -> tuple[int, int]:
-        known = {"bos": ("<s>", "<|begin_of_text|>"), "eos": ("</s>", "<|end_of_text|>")}
+        """Ids of begin and end of sequence: as tokenizer_config.json beside it says, else by their usual names."""
+        beside = path.with_name("tokenizer_config.json")
+        settings = json.loads(beside.read_text()) if beside.exists() else {}
+        usual = {"bos_token": ("<s>", "<|begin_of_text|>"), "eos_token": ("</s>", "<|end_of_text|>")}
         ids = []
-        for role, names in known.items():
+        for role, names in usual.items():
+            if said := settings.get(role):
+                names = (said["content"] if isinstance(said, dict) else said,)
             present = [i for name in names if (i := self.tokenizer.token_to_id(name)) is not None]
             if not present:
-                raise ValueError(f"{path}: no {role} token: looked for {' and '.join(names)}")
+                raise ValueError(f"{path}: no {role}: looked for {' and '.join(names)}; name it in {beside.name}")
             ids.append(present[0])
         return ids[0], ids[1]
 

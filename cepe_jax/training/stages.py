@@ -50,7 +50,7 @@ class TrainConfig:
     out: Path  # gets checkpoints/, metrics.jsonl, config.yaml, and at the end model/
     steps: int
     batch_size: int  # sequences per step
-    decoder: str = ""  # a preset (lm) or a model directory; in mlm, where given, what the encoder's preset starts from
+    decoder: str = ""  # a preset (lm) or a model directory; mlm: the encoder starts from its first layers
     encoder: str = ""  # a preset (mlm) or a model directory
     cepe: str = ""  # a model directory, in place of decoder and encoder
     num_cross_layers: int = 0  # of the decoder's last layers; 0 = all

@@ -1,11 +1,13 @@
 """Text to ids and back, from SentencePiece and from tokenizer.json."""
 
+import json
 import random
 import re
 import sysconfig
 from pathlib import Path
 
 import pytest
+import tokenizers
 
 from cepe_jax.data.tokenizer import Tokenizer, train
 
@@ -175,7 +177,7 @@ def test_missing_files(tmp_path):
         Tokenizer(tmp_path)
 
 
-@pytest.mark.parametrize(("special", "said"), [(["<pad>"], "no bos token"), (["<s>"], "no eos token")])
+@pytest.mark.parametrize(("special", "said"), [(["<pad>"], "no bos_token"), (["<s>"], "no eos_token")])
 def test_a_tokenizer_without_begin_or_end(tmp_path, special, said):
     with pytest.raises(ValueError, match=said):
         Tokenizer(save_json(tmp_path / "tokenizer.json", special))
@@ -187,3 +189,16 @@ def test_too_little_text(tmp_path, texts):
         train(texts, 420, tmp_path / "tokenizer.model")
     assert "\n" not in str(error.value)
     assert not (tmp_path / "tokenizer.model").exists()
+
+
+def test_special_tokens_are_the_ones_the_settings_name(tmp_path):
+    """tokenizer_config.json beside tokenizer.json wins over the usual names, as text or as an object."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={"a": 0}, merges=[]))
+    tokenizer.add_special_tokens(["<s>", "</s>", "<|im_start|>", "<|im_end|>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    read = Tokenizer(tmp_path)
+    assert (read.bos_id, read.eos_id) == (1, 2)
+    settings = {"bos_token": {"content": "<|im_start|>"}, "eos_token": "<|im_end|>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    read = Tokenizer(tmp_path)
+    assert (read.bos_id, read.eos_id) == (3, 4)

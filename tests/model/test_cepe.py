@@ -14,7 +14,15 @@ from conftest import (
     with_config,
 )
 
-from cepe_jax.model.cepe import Cepe, assemble, cross_from_self_attention, flat_mask, parts_of, split
+from cepe_jax.model.cepe import (
+    Cepe,
+    assemble,
+    cross_from_self_attention,
+    encoder_from_decoder,
+    flat_mask,
+    parts_of,
+    split,
+)
 from cepe_jax.model.encoder import Encoder
 from cepe_jax.model.layers import at
 from cepe_jax.model.llama import Llama
@@ -249,3 +257,26 @@ def test_frozen_stack_is_not_copied(remat):
     compiled = jax.jit(jax.grad(loss)).lower(trainable, frozen, *ids).compile()
     stack = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract.decoder.layers))
     assert compiled.memory_analysis().temp_size_in_bytes < stack / 4
+
+
+def test_an_encoder_starts_from_the_decoder(decoder):
+    """Its embedding and first layers, the mask's row their mean; everything its own and in float32."""
+    sizes = {name: getattr(DECODER, name) for name in ("width", "num_heads", "num_kv_heads", "head_dim", "mlp_width")}
+    config = dataclasses.replace(ENCODER, **sizes)
+    narrow = jax.tree.map(lambda a: a.astype(jnp.bfloat16), decoder)
+    encoder = encoder_from_decoder(narrow, config, key=jax.random.key(0))
+    assert {leaf.dtype for leaf in jax.tree.leaves(encoder)} == {jnp.dtype("float32")}
+    exact = encoder_from_decoder(decoder, config, key=jax.random.key(0))
+    for ours, theirs in zip(jax.tree.leaves(exact.layers), jax.tree.leaves(decoder.layers), strict=True):
+        np.testing.assert_array_equal(ours, theirs[: config.num_layers])
+        assert ours.unsafe_buffer_pointer() != theirs.unsafe_buffer_pointer()
+    rows = np.asarray(decoder.embed[...])
+    np.testing.assert_array_equal(exact.embed[: DECODER.vocab_size], rows)
+    np.testing.assert_allclose(exact.embed[DECODER.vocab_size :], rows.mean(0, keepdims=True), rtol=1e-5, atol=1e-7)
+    for change, message in (
+        ({"head_dim": 8}, "head_dim 8 .* decoder's 10"),
+        ({"num_layers": 4}, "4 layers .* decoder of 3"),
+        ({"vocab_size": 63}, "63 ids .* 64"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            encoder_from_decoder(decoder, dataclasses.replace(config, **change), key=jax.random.key(0))

@@ -196,7 +196,6 @@ def test_no_logits_of_the_whole_batch_are_stored():
         return jax.jit(jax.grad(loss, argnums=(0, 1))).lower(hidden, head).compile().as_text()
 
     def largest(text):
-        import math
 
         shapes = re.findall(r"f32\[([\d,]+)\]", text)
         return max(math.prod(map(int, shape.split(","))) for shape in shapes)

@@ -1,0 +1,113 @@
+"""Every stage of the paper, end to end on a tiny corpus; what cannot start says why."""
+
+import dataclasses
+import json
+import sysconfig
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from cepe_jax.config import DECODERS, ENCODERS
+from cepe_jax.data.corpus import PrepareConfig, prepare
+from cepe_jax.data.examples import ExampleConfig
+from cepe_jax.model.cepe import Cepe, parts_of
+from cepe_jax.training.stages import MeshConfig, TrainConfig, run_stage
+from cepe_jax.weights.huggingface import load
+
+SIZES = {"width": 16, "num_heads": 2, "num_kv_heads": 1, "head_dim": 8, "mlp_width": 24}
+EXAMPLES = {
+    "lm": ExampleConfig(window=16),
+    "mlm": ExampleConfig(window=8),
+    "warmup": ExampleConfig(window=8, num_chunks=1, chunk_length=8),
+    "cepe": ExampleConfig(window=16, num_chunks=2, chunk_length=8),
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    out = tmp_path_factory.mktemp("data") / "data"
+    library = Path(sysconfig.get_path("stdlib")) / "json"
+    prepare(PrepareConfig(library, out, "*.py", vocab_size=400, test_fraction=0.3, seed=1))
+    return out
+
+
+@pytest.fixture(scope="module")
+def runs(data, tmp_path_factory):
+    """The directory that holds every stage's run; the stages in the order of the quick start."""
+    root = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        small = {"vocab_size": 1, "num_layers": 2} | SIZES
+        patch.setitem(DECODERS, "tiny", dataclasses.replace(DECODERS["tiny"], **small))
+        patch.setitem(ENCODERS, "tiny", dataclasses.replace(ENCODERS["tiny"], **small | {"num_layers": 1}))
+        decoder, encoder = str(root / "lm/model"), str(root / "mlm/model")
+        for stage, start in (
+            ("lm", {"decoder": "tiny"}),
+            ("mlm", {"decoder": decoder, "encoder": "tiny"}),
+            ("warmup", {"decoder": decoder, "encoder": encoder, "num_cross_layers": 1}),
+            ("cepe", {"cepe": str(root / "warmup/model"), "accumulate": 2, "loss_chunk": 5}),
+        ):
+            run_stage(TrainConfig(stage, data, root / stage, 3, 4, examples=EXAMPLES[stage], **start))
+    return root
+
+
+def bits(part) -> list[bytes]:
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(part)]
+
+
+def test_each_stage_trains_what_it_should(runs):
+    """The decoder keeps its bits from its first stage to the last; encoder and cross-attention move in each."""
+    lm, mlm, warmup, cepe = (parts_of(load(runs / stage / "model")) for stage in ("lm", "mlm", "warmup", "cepe"))
+    assert isinstance(load(runs / "cepe/model"), Cepe)
+    assert bits(lm["decoder"]) == bits(warmup["decoder"]) == bits(cepe["decoder"])
+    for part in ("encoder", "cross"):
+        assert all(a != b for a, b in zip(bits(warmup[part]), bits(cepe[part]), strict=True))
+    assert mlm["encoder"].config.mlm_head
+    assert not warmup["encoder"].config.mlm_head
+    assert mlm["encoder"].config.vocab_size == lm["decoder"].config.vocab_size + 1 == 401
+    assert cepe["cross"].num_layers == 1
+
+
+def test_a_stage_leaves_its_configuration_metrics_and_tokenizer(runs, data):
+    config = json.loads((runs / "cepe/config.json").read_text())
+    assert (config["stage"], config["steps"], config["examples"]["num_chunks"]) == ("cepe", 3, 2)
+    assert config["optimizer"]["learning_rate"] == 3e-4  # a default, resolved
+    lines = [json.loads(line) for line in (runs / "cepe/metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["step"] == 3
+    assert 0 < lines[-1]["nll"] < 10
+    assert (runs / "cepe/model/tokenizer.model").read_bytes() == (data / "tokenizer.model").read_bytes()
+
+
+def test_a_finished_stage_is_not_trained_again(runs, data, capsys):
+    start = {"decoder": "no such directory", "encoder": "nor this"}
+    assert run_stage(TrainConfig("cepe", data, runs / "cepe", 3, 4, **start)) == runs / "cepe/model"
+    assert "is finished" in capsys.readouterr().out
+
+
+def test_a_model_of_another_vocabulary_is_refused(runs, tmp_path):
+    library = Path(sysconfig.get_path("stdlib")) / "json"
+    prepare(PrepareConfig(library, tmp_path / "data", "*.py", vocab_size=420, test_fraction=0.3, seed=1))
+    config = TrainConfig(
+        "cepe", tmp_path / "data", tmp_path / "out", 3, 4, cepe=str(runs / "cepe/model"), examples=EXAMPLES["cepe"]
+    )
+    with pytest.raises(ValueError, match="decoder's vocabulary of 400 is below the 420 ids"):
+        run_stage(config)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 6, "accumulate": 4}, "batch_size 6 is not a multiple of .* = 4"),
+        ({"batch_size": 6, "mesh": MeshConfig(fsdp=4)}, "batch_size 6 is not a multiple of .* = 4"),
+        ({"cepe": ""}, "stage cepe starts from cepe or decoder and encoder; given: none of them"),
+        ({"decoder": "a"}, "stage cepe starts from cepe or decoder and encoder; given: decoder and cepe"),
+        ({"stage": "lm"}, "stage lm starts from decoder; given: cepe"),
+        ({"steps": 0}, "steps is 0"),
+    ],
+)
+def test_bad_configurations(changes, message):
+    fields = {"stage": "cepe", "data": Path("d"), "out": Path("o"), "steps": 3, "batch_size": 4, "cepe": "c"}
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**fields | changes)
