@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from cepe_jax.data.examples import Document, chunks_before, window_at
+from cepe_jax.inference.generate import encode
 from cepe_jax.model.cepe import Cepe
 from cepe_jax.progress import track
 from cepe_jax.training.objectives import token_nll
@@ -48,9 +49,6 @@ def _nll(model: Cepe, tokens_BT, labels_BT, memory_BME, memory_mask_BM, scored: 
     return token_nll(logits, labels_BT[:, -scored:]).mean(axis=1)
 
 
-_encode = jax.jit(lambda model, context, mask: model.encode(context, mask))
-
-
 def context_nll(
     model: Cepe, windows: list[Window], window: int, scored: int, counts: list[int], chunk_length: int, batch: int = 16
 ) -> dict[tuple[str, int], np.ndarray]:
@@ -71,7 +69,7 @@ def context_nll(
             ends = [(r.document, r.start) if kind == "previous" else (r.other, r.other_end) for r in rows]
             contexts = [chunks_before(document.tokens, end, most, chunk_length) for document, end in ends]
             context, real = (np.stack([c[name] for c in contexts]) for name in ("context", "context_mask"))
-            memory = _encode(model, context, real)
+            memory = encode(model, context, real)
             for count in counts if kind == "other" else [0, *counts]:
                 last = most * chunk_length - count * chunk_length
                 read = (memory[:, last:], real.reshape(batch, -1)[:, last:]) if count else (None, None)

@@ -60,7 +60,7 @@ def _next_token(model: Cepe | Llama, tokens_BT, mask_BT, memory, cache: KVCache,
     return sample(decoder.logits(hidden_BTD[:, -1:])[:, 0], sampling, key), cache
 
 
-_encode = jax.jit(lambda model, context, mask: model.encode(context, mask))
+encode = jax.jit(Cepe.encode)
 
 
 def generate(
@@ -104,7 +104,7 @@ def generate(
         if isinstance(model, Llama):
             raise ValueError("a context needs a CEPE model: this one is a plain decoder")
         check_tokens("context_BCL", context_BCL, 3, model.encoder.config.vocab_size)
-        memory = _encode(model, context_BCL, context_mask_BCL), flat_mask(context_mask_BCL)
+        memory = encode(model, context_BCL, context_mask_BCL), flat_mask(context_mask_BCL)
     cache = KVCache.create(decoder.config, len(prompts), cache_slots)
     keys = jax.random.split(jax.random.key(sampling.seed), max_new_tokens)
     sampling = dataclasses.replace(sampling, seed=0)  # another seed is the same program

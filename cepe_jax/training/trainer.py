@@ -130,18 +130,17 @@ def train(
     log = MetricsLog(run.out / "metrics.jsonl", first)
     mesh = jax.sharding.get_mesh()
     batches = batches_from(first)
-    pending: tuple[int, dict] | None = None  # read one step late, so that the device never waits for the host
+    pending: list[tuple[int, dict]] = []  # read one step late, so that the device never waits for the host
     for number in track(range(first, run.steps), run.out.name, run.steps - first, lambda: log.latest):
         state, metrics = step(state, frozen, place_batch(next(batches), mesh))
-        if pending is not None:
-            log.write(*pending)
-            pending = None
-        if (number + 1) % run.log_every == 0 or number + 1 == run.steps:
-            pending = number + 1, metrics
-        if (number + 1) % run.save_every == 0 or number + 1 == run.steps:
-            checkpoints.save(number + 1, state)
-    if pending is not None:
-        log.write(*pending)
+        log.write(pending)
+        done = number + 1
+        saving = done % run.save_every == 0 or done == run.steps
+        pending = [(done, metrics)] if saving or done % run.log_every == 0 else []
+        if saving:
+            log.write(pending)  # before the state is saved: what is not finite is not kept
+            pending = []
+            checkpoints.save(done, state)
     return state
 
 
@@ -154,13 +153,14 @@ class MetricsLog:
         path.write_text("".join(kept))
         self.path, self.latest, self._last = path, "", (first, time.monotonic())
 
-    def write(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        values = {name: float(value) for name, value in metrics.items()}
-        if not np.isfinite(list(values.values())).all():
-            raise ValueError(f"step {step}: {values} is not finite: lower the learning rate, or look at the data")
-        last_step, last_time = self._last
-        self._last = step, time.monotonic()
-        values["seconds_per_step"] = (self._last[1] - last_time) / max(step - last_step, 1)
-        with open(self.path, "a") as file:
-            file.write(json.dumps({"step": step} | values) + "\n")
-        self.latest = f"nll {values['nll']:.3f}"
+    def write(self, steps: list[tuple[int, dict[str, jax.Array]]]) -> None:
+        for step, metrics in steps:
+            values = {name: float(value) for name, value in metrics.items()}
+            if not np.isfinite(list(values.values())).all():
+                raise ValueError(f"step {step}: {values} is not finite: lower the learning rate, or look at the data")
+            last_step, last_time = self._last
+            self._last = step, time.monotonic()
+            values["seconds_per_step"] = (self._last[1] - last_time) / (step - last_step)
+            with open(self.path, "a") as file:
+                file.write(json.dumps({"step": step} | values) + "\n")
+            self.latest = f"nll {values['nll']:.3f}"

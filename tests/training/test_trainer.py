@@ -144,12 +144,15 @@ def test_an_empty_directory_is_no_checkpoint(run, tmp_path):
         run()
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(cepe, optimizer, step, tmp_path):
+@pytest.mark.parametrize(("log_every", "noticed"), [(1, 1), (5, 2)])
+def test_a_loss_that_is_not_finite_ends_the_run(cepe, optimizer, step, tmp_path, log_every, noticed):
+    """And is not saved, also where the step of a save (2) is not one whose metrics are logged."""
     trainable, frozen = split(jax.tree.map(lambda x: x.copy(), cepe), TRAIN)
     trainable["cross"].q = trainable["cross"].q.replace(trainable["cross"].q[...].at[0, 0, 0, 0].set(np.nan))
-    state, setting = init_state(trainable, optimizer), Run(tmp_path, STEPS, save_every=2, log_every=1)
-    with pytest.raises(ValueError, match="step 1: .*not finite"):
+    state, setting = init_state(trainable, optimizer), Run(tmp_path, STEPS, save_every=2, log_every=log_every)
+    with pytest.raises(ValueError, match=f"step {noticed}: .*not finite"):
         train(setting, state, frozen, step, batches_from, Checkpoints(tmp_path / "checkpoints", {}))
+    assert not list((tmp_path / "checkpoints").iterdir())
 
 
 @pytest.mark.parametrize(("field", "value"), [("learning_rate", 0.0), ("warmup_fraction", 1.0)])
