@@ -96,6 +96,20 @@ def test_a_model_of_another_vocabulary_is_refused(runs, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_in_bfloat16_the_frozen_part_is_narrow_and_what_trains_is_not(runs, data, tmp_path):
+    start = {"cepe": str(runs / "warmup/model"), "examples": EXAMPLES["cepe"], "dtype": "bfloat16", "remat": "full"}
+    model = run_stage(TrainConfig("cepe", data, tmp_path / "out", 2, 4, **start))
+    tensors = json.loads((model / "hash.json").read_text())["tensors"]
+    assert {(name.split(".")[0], facts["dtype"]) for name, facts in tensors.items()} == {
+        ("decoder", "bfloat16"),
+        ("encoder", "float32"),
+        ("cross", "float32"),
+    }
+    losses = [json.loads(line)["nll"] for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
+    whole = [json.loads(line)["nll"] for line in (runs / "cepe/metrics.jsonl").read_text().splitlines()]
+    assert losses[-1] == pytest.approx(whole[-1], rel=0.2)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
