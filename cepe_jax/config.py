@@ -156,5 +156,5 @@ ENCODERS = {
 def preset(table: dict, name: str):
     """The preset called `name`; ValueError lists the known names."""
     if name not in table:
-        raise ValueError(f"no preset {name!r}: choose one of {', '.join(table)}")
+        raise ValueError(f"{name} is no directory and no preset: give a directory or one of {', '.join(table)}")
     return table[name]

@@ -11,7 +11,8 @@ install_into() {
         return 1
     }
     echo "installing $what into $venv (a few minutes the first time)"
-    [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+    "$venv/bin/python" -c 'import pip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null ||
+        "$python" -m venv --clear "$venv"
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r requirements.txt
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c requirements.txt --editable "$what"
     echo "$pins" >"$stamp"

@@ -4,8 +4,9 @@
 # Usage: bash scripts/quickstart.sh [--out DIR]     (default out/quickstart)
 # What is finished is not done again: an interrupted run goes on where it was.
 set -euo pipefail
+called_from=$PWD
 cd "$(dirname "$0")/.."
-out=out/quickstart
+out=$PWD/out/quickstart
 while [ $# -gt 0 ]; do
     case $1 in
     --out) out=${2:?--out needs a directory} && shift 2 ;;
@@ -13,6 +14,8 @@ while [ $# -gt 0 ]; do
     *) echo "quickstart.sh: unknown argument $1: only --out DIR" >&2 && exit 2 ;;
     esac
 done
+[ -n "$out" ] || { echo "quickstart.sh: --out is empty: give a directory" >&2 && exit 2; }
+case $out in /*) ;; *) out=$called_from/$out ;; esac
 
 source scripts/environment.sh
 install_into .venv .

@@ -11,6 +11,7 @@ import numpy as np
 from cepe_jax.data import tokenizer as tokenizers
 from cepe_jax.data.examples import Document
 from cepe_jax.data.tokenizer import Tokenizer
+from cepe_jax.directories import new_directory
 from cepe_jax.progress import track
 
 SPLITS = ("train", "test")
@@ -65,16 +66,16 @@ def prepare(config: PrepareConfig) -> None:
 
     A document is BOS, its tokens, EOS.
     """
-    if config.out.exists():
-        raise ValueError(f"{config.out} exists: remove it or give another --out")
     texts = read_files(config)
     splits = {name: split_of(name, config) for name in texts}
     for split in SPLITS:
         if split not in splits.values():
             raise ValueError(f"no document fell into the {split} split: change --test_fraction {config.test_fraction}")
-    staged = config.out.with_name(config.out.name + ".tmp")
-    shutil.rmtree(staged, ignore_errors=True)
-    staged.mkdir(parents=True)
+    with new_directory(config.out) as staged:
+        _write(config, texts, splits, staged)
+
+
+def _write(config: PrepareConfig, texts: dict[str, str], splits: dict[str, str], staged: Path) -> None:
     if config.tokenizer:
         tokenizer = Tokenizer(config.tokenizer)
         name = "tokenizer.json" if tokenizer.path.suffix == ".json" else "tokenizer.model"  # what Corpus looks for
@@ -94,12 +95,14 @@ def prepare(config: PrepareConfig) -> None:
         np.save(staged / f"{split}.npy", np.asarray(tokens[split], np.int32))
         (staged / f"{split}.json").write_text(json.dumps(documents[split], indent=1))
         print(f"{split}: {len(documents[split])} documents, {len(tokens[split]):,} tokens")
-    (staged / "dataset.json").write_text(json.dumps({"tokenizer": tokenizer.fingerprint()}))
-    staged.rename(config.out)
+    facts = {"tokenizer": tokenizer.fingerprint(), "tokens": {}}
+    for split in SPLITS:
+        facts["tokens"][split] = hashlib.sha256((staged / f"{split}.npy").read_bytes()).hexdigest()
+    (staged / "dataset.json").write_text(json.dumps(facts, indent=1))
 
 
 class Corpus:
-    """One split of a prepared dataset, its tokens mapped from disk."""
+    """One split of a prepared dataset, its tokens mapped from disk; `facts` are hashes of tokenizer and tokens."""
 
     def __init__(self, path: Path, split: str):
         path = Path(path)
@@ -107,12 +110,12 @@ class Corpus:
             raise FileNotFoundError(f"{path}: not a prepared dataset: make one with scripts/prepare_data.py")
         self.tokenizer = Tokenizer(path)
         try:
-            stored = json.loads((path / "dataset.json").read_text())["tokenizer"]
+            self.facts = json.loads((path / "dataset.json").read_text())
             entries = json.loads((path / f"{split}.json").read_text())
             tokens = np.load(path / f"{split}.npy", mmap_mode="r")
         except (ValueError, EOFError) as error:
             raise ValueError(f"{path}: its {split} split is damaged ({error}): prepare it again") from None
-        if stored != self.tokenizer.fingerprint():
+        if self.facts["tokenizer"] != self.tokenizer.fingerprint():
             raise ValueError(f"{path}: its tokenizer is not the one it was tokenised with: prepare it again")
         ends = np.cumsum([entry["tokens"] for entry in entries])
         if len(tokens) != ends[-1]:

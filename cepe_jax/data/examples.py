@@ -27,13 +27,13 @@ class ExampleConfig:
     window: int = 4096  # T, what the decoder reads
     num_chunks: int = 16  # C
     chunk_length: int = 256  # L
-    packed_fraction: float = 1 / 3  # of the main stage's examples are packed from several documents
+    packed_fraction: float = 1 / 3  # of the main stage's windows follow stretches of other documents
     chunk_mask_rate: float = 0.3  # of chunks are masked in part or whole
     whole_chunk_rate: float = 0.1  # of those are masked whole, of the others a random suffix
     mlm_rate: float = 0.3  # of tokens are masked in MLM
 
     def __post_init__(self):
-        for name in ("window", "chunk_length"):
+        for name in ("window", "num_chunks", "chunk_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: give a number above 0")
         for name in ("packed_fraction", "chunk_mask_rate", "whole_chunk_rate", "mlm_rate"):

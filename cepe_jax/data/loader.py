@@ -60,9 +60,10 @@ def dataset(corpus: Corpus, stage: Stage, config: ExampleConfig, batch_size: int
                 return duplicate(tokens, start, config)
             case "cepe":
                 if rng.random() < config.packed_fraction:
-                    start = config.num_chunks * config.chunk_length
-                    # Pieces no longer than a window: most of what such an example's encoder reads is of no use to it.
-                    tokens = pack(documents, start + config.window + 1, config.window, rng)
+                    # The window follows stretches of other documents, none longer than itself.
+                    others = pack(documents, config.num_chunks * config.chunk_length, config.window, rng)
+                    tokens = np.concatenate([others, tokens[start : start + config.window + 1]])
+                    start = len(others)
                 return mask_chunks(previous_document(tokens, start, config), config, rng)
 
     places = grain.MapDataset.source(window_starts(corpus, stage, config)).seed(seed)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import sentencepiece
 
+NAMES = "tokenizer.model", "tokenizer.json"  # what a directory's tokenizer is called; the first that is there
+
 
 class Tokenizer:
     """One tokenizer for decoder and encoder.
@@ -19,7 +21,7 @@ class Tokenizer:
         """Reads `path`: a `.model` or `tokenizer.json` file, or a directory that holds one (the `.model` wins)."""
         path = Path(path)
         if path.is_dir():
-            found = [path / name for name in ("tokenizer.model", "tokenizer.json") if (path / name).exists()]
+            found = [path / name for name in NAMES if (path / name).exists()]
             if not found:
                 raise FileNotFoundError(f"{path}: no tokenizer.model and no tokenizer.json in this directory")
             path = found[0]
@@ -43,6 +45,13 @@ class Tokenizer:
     def fingerprint(self) -> str:
         """Equal for tokenizers that give equal ids, whatever options their files store."""
         return hashlib.sha256("\n".join(map(repr, self._impl.table())).encode()).hexdigest()
+
+    def check_is_of(self, directory: Path | str) -> None:
+        """ValueError when `directory` holds another tokenizer: its model knows other ids."""
+        if any((Path(directory) / name).exists() for name in NAMES):
+            other = Tokenizer(directory)
+            if other.fingerprint() != self.fingerprint():
+                raise ValueError(f"{self.path} is not the tokenizer of {directory}: prepare the data with {other.path}")
 
 
 class _SentencePiece:

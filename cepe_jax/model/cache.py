@@ -34,6 +34,12 @@ class KVCache:
     def slots(self) -> int:
         return self.k_ZBSKH.shape[2]
 
+    def check_room(self, count: int) -> None:
+        """ValueError where it is known that `count` more slots do not fit (outside of a trace, all of it)."""
+        used = 0 if isinstance(self.length, jax.core.Tracer) else int(self.length)
+        if used + count > self.slots:
+            raise ValueError(f"{count} tokens after {used} exceed the cache of {self.slots} slots: create a longer one")
+
     def append(self, k_ZBTKH: jax.Array, v_ZBTKH: jax.Array, valid_BT: jax.Array) -> "KVCache":
         """The cache with T more slots written after the present ones. The caller sees to it that they fit."""
         write = jax.lax.dynamic_update_slice_in_dim

@@ -73,6 +73,8 @@ class Llama(nnx.Module):
         `cross` reads `memory_BME` in the last `cross.num_layers` layers, between self-attention and MLP.
         """
         config = self.config
+        if cache is not None:
+            cache.check_room(tokens_BT.shape[1])
         check_tokens("tokens_BT", tokens_BT, 2, config.vocab_size)
         check_mask("token_mask_BT", token_mask_BT, tokens_BT.shape)
         real_BT = jnp.ones(tokens_BT.shape, bool) if token_mask_BT is None else token_mask_BT

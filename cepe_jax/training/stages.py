@@ -1,5 +1,6 @@
 """The stages of the paper as one configuration: what is loaded, what trains, on which examples."""
 
+import contextlib
 import dataclasses
 import json
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ from typing import Literal
 
 import jax
 
-from cepe_jax.config import DECODERS, ENCODERS
+from cepe_jax.config import DECODERS, ENCODERS, preset
 from cepe_jax.data.corpus import Corpus
 from cepe_jax.data.examples import ExampleConfig
 from cepe_jax.data.loader import Stage, batches, dataset
@@ -26,7 +27,7 @@ from cepe_jax.model.llama import Llama
 from cepe_jax.sharding import make_mesh, shardings_of
 from cepe_jax.training.objectives import MaskedLM, NextToken
 from cepe_jax.training.trainer import OptimizerConfig, Run, init_state, make_train_step, train
-from cepe_jax.weights.checkpoint import Checkpoints, digests_of
+from cepe_jax.weights.checkpoint import Checkpoints, digests_of, refuse_another_run
 from cepe_jax.weights.directory import save
 from cepe_jax.weights.huggingface import load
 
@@ -39,7 +40,6 @@ class MeshConfig:
 
     data: int = 1
     fsdp: int = 1
-    context: int = 1
     tensor: int = 1
 
 
@@ -47,7 +47,7 @@ class MeshConfig:
 class TrainConfig:
     stage: Stage  # lm: a decoder from scratch; mlm: an encoder; warmup and cepe: as in the paper
     data: Path  # a prepared dataset
-    out: Path  # gets checkpoints/, metrics.jsonl, config.yaml, and at the end model/
+    out: Path  # gets checkpoints/, metrics.jsonl, config.json, and at the end model/
     steps: int
     batch_size: int  # sequences per step
     decoder: str = ""  # a preset (lm) or a model directory; mlm: the encoder starts from its first layers
@@ -79,6 +79,12 @@ class TrainConfig:
         if given not in needs:
             wanted = " or ".join(" and ".join(names) for names in needs)
             raise ValueError(f"stage {self.stage} starts from {wanted}; given: {' and '.join(given) or 'none of them'}")
+        if needs == [["cepe"], ["decoder", "encoder"]] and not self.train:
+            raise ValueError("train is empty: name encoder, cross or decoder")
+        if given != ["decoder", "encoder"] or self.stage == "mlm":
+            for name in ("num_cross_layers", "cross_init"):
+                if getattr(self, name) != TrainConfig.__dataclass_fields__[name].default:
+                    raise ValueError(f"{name} is for a start from decoder and encoder: leave it out")
         Run(self.out, self.steps, self.save_every)
 
 
@@ -88,6 +94,9 @@ def starting_model(config: TrainConfig, vocab_size: int) -> Cepe | Llama | Encod
     `vocab_size` is the tokenizer's; an encoder has one more id, the mask.
     """
     key = jax.random.key(config.seed)
+    for name, presets in (("decoder", DECODERS), ("encoder", ENCODERS)):
+        if (start := getattr(config, name)) and not Path(start).is_dir():
+            preset(presets, start)
     match config.stage:
         case "lm" if config.decoder in DECODERS:
             sizes = dataclasses.replace(DECODERS[config.decoder], vocab_size=vocab_size)
@@ -140,13 +149,18 @@ def prepare_to_run(model: Cepe | Llama | Encoder, config: TrainConfig, vocab_siz
 
 def run_stage(config: TrainConfig) -> Path:
     """The directory `config.out/model`, trained; a run that was cut off goes on from its newest checkpoint."""
-    model_dir = config.out / "model"
+    model_dir, record = config.out / "model", config.out / "config.json"
+    corpus = Corpus(config.data, "train")
+    resolved = json.loads(json.dumps(dataclasses.asdict(config), default=str)) | {"dataset": corpus.facts}
     if model_dir.exists():
+        refuse_another_run(config.out, identity_of(json.loads(record.read_text())), identity_of(resolved))
         print(f"{model_dir} is finished: remove {config.out} to train again")
         return model_dir
-    corpus = Corpus(config.data, "train")
     data = dataset(corpus, config.stage, config.examples, config.batch_size, config.seed)
     with jax.set_mesh(make_mesh(**dataclasses.asdict(config.mesh))):
+        for start in filter(None, (config.cepe, config.decoder, config.encoder)):
+            if Path(start).is_dir():
+                corpus.tokenizer.check_is_of(start)
         model = starting_model(config, corpus.tokenizer.vocab_size)
         prepare_to_run(model, config, corpus.tokenizer.vocab_size)
         whole = config.stage in ("lm", "mlm")
@@ -155,22 +169,29 @@ def run_stage(config: TrainConfig) -> Path:
         print(f"{config.stage}: {sizes[0]:,} parameters train, {sizes[1]:,} are frozen")
         optimizer = config.optimizer.build(config.optimizer.schedule(config.steps))
         objective = MaskedLM(config.loss_chunk) if config.stage == "mlm" else NextToken(config.loss_chunk)
-        resolved = json.loads(json.dumps(dataclasses.asdict(config), default=str))
         config.out.mkdir(parents=True, exist_ok=True)
-        (config.out / "config.json").write_text(json.dumps(resolved, indent=1))
-        identity = {key: value for key, value in resolved.items() if key not in ("out", "save_every", "mesh")}
-        checkpoints = Checkpoints(config.out / "checkpoints", identity | {"frozen": digests_of(frozen)})
-        state = train(
-            Run(config.out, config.steps, config.save_every),
-            init_state(trainable, optimizer),
-            frozen,
-            make_train_step(objective, optimizer, config.accumulate),
-            lambda first: batches(data, first),
-            checkpoints,
-        )
-        checkpoints.close()
+        if not (config.out / "checkpoints").exists():
+            record.write_text(json.dumps(resolved, indent=1))
+        identity = identity_of(resolved) | {"frozen": digests_of(frozen)}
+        initial = init_state(trainable, optimizer)
+        del model, trainable  # a resumed run would hold them beside the restored ones
+        with contextlib.closing(Checkpoints(config.out / "checkpoints", identity)) as checkpoints:
+            state = train(
+                Run(config.out, config.steps, config.save_every),
+                initial,
+                frozen,
+                make_train_step(objective, optimizer, config.accumulate),
+                lambda first: batches(data, first),
+                checkpoints,
+            )
         save(assemble(state.trainable | frozen), model_dir, assets=tokenizer_home(config))
     return model_dir
+
+
+def identity_of(resolved: dict) -> dict:
+    """What two configurations must share for one to go on where the other stopped: all but places and pace."""
+    places = "data", "decoder", "encoder", "cepe", "out", "save_every", "mesh"  # their contents are compared instead
+    return {key: value for key, value in resolved.items() if key not in places}
 
 
 def tokenizer_home(config: TrainConfig) -> Path:

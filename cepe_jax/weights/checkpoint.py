@@ -79,8 +79,7 @@ class Checkpoints:
             facts = self.manager.restore(step, args=ocp.args.Composite(facts=ocp.args.JsonRestore()))["facts"]
         except Exception as error:  # Orbax raises many kinds, with pages of traces
             raise ValueError(f"{where}: damaged ({_first_line(error)}): {mend}") from None
-        if facts["identity"] != self.identity:
-            raise ValueError(f"{where}: is of another run, {_difference(facts['identity'], self.identity)}: {mend}")
+        refuse_another_run(where, facts["identity"], self.identity)
         abstract = {
             name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for name, x in _flat(like).items()
         }
@@ -113,8 +112,9 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
-def _difference(stored: dict, present: dict) -> str:
+def refuse_another_run(where: Path, stored: dict, present: dict) -> None:
+    """ValueError that names the first setting in which two runs' identities differ."""
     for key in sorted(set(stored) | set(present)):
         if stored.get(key) != present.get(key):
-            return f"{key} is {json.dumps(stored.get(key))} there and {json.dumps(present.get(key))} here"
-    raise AssertionError("equal identities differ")
+            differing = f"{key} is {json.dumps(stored.get(key))} there and {json.dumps(present.get(key))} here"
+            raise ValueError(f"{where}: is of another run, {differing}: train in another directory, or remove it")

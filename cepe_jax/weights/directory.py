@@ -5,13 +5,13 @@ Whole or absent: it is written under another name, its index and config last, an
 
 import dataclasses
 import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
 from cepe_jax.config import CepeConfig, DecoderConfig, EncoderConfig, RopeConfig
+from cepe_jax.directories import new_directory
 from cepe_jax.progress import track
 from cepe_jax.weights.files import WeightFiles, describe, digest, read_json, write_json, write_shards
 from cepe_jax.weights.hf_config import facts_of
@@ -124,24 +124,6 @@ def write(
 def _totals(hashes: dict[str, dict]) -> dict[str, str | None]:
     base = {name: described for name, described in hashes.items() if name.startswith("decoder.")}
     return {"base": digest(base) if base else None, "all": digest(hashes)}
-
-
-@contextmanager
-def new_directory(path: Path) -> Iterator[Path]:
-    """A directory to fill, which is called `path` only once the block has ended well. ValueError if `path` exists."""
-    path = path.absolute()
-    if path.exists():
-        raise ValueError(f"{path} exists: remove it or give another name")
-    partial = path.with_name(f".{path.name}.partial")
-    if partial.exists():
-        shutil.rmtree(partial)  # of a run that was killed
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-    except BaseException:
-        shutil.rmtree(partial)
-        raise
-    partial.rename(path)
 
 
 def copy_assets(source: Path | str | None, to: Path) -> None:

@@ -14,8 +14,9 @@ import ml_dtypes  # noqa: F401 (makes numpy know the name bfloat16)
 import numpy as np
 
 from cepe_jax.config import CepeConfig, DecoderConfig, EncoderConfig
+from cepe_jax.directories import new_directory
 from cepe_jax.progress import track
-from cepe_jax.weights.directory import Directory, check_names, copy_assets, is_ours, new_directory, write
+from cepe_jax.weights.directory import Directory, check_names, copy_assets, is_ours, write
 from cepe_jax.weights.files import WeightFiles, read_json, write_json, write_shards
 from cepe_jax.weights.hf_config import facts_of, from_hf, to_hf_config
 from cepe_jax.weights.tensors import Config, Model, build, shapes

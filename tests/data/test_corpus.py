@@ -53,7 +53,7 @@ def test_every_token_is_accounted_for(config):
         assert (tokens[0], tokens[-1]) == (tokenizer.bos_id, tokenizer.eos_id)
         assert not {tokenizer.bos_id, tokenizer.eos_id, tokenizer.mask_id} & set(tokens[1:-1].tolist())
         assert tokenizer.decode(tokens[1:-1]) == path.read_bytes().decode()
-    assert not list(config.out.parent.glob("*.tmp"))
+    assert not list(config.out.parent.glob(".*.partial"))
 
 
 def test_the_tokenizer_is_trained_on_the_training_split(config):
@@ -144,7 +144,7 @@ def test_bad_configs(config, tmp_path):
 def test_nothing_that_exists_is_touched(config):
     config.out.mkdir()
     (config.out / "mine").write_text("")
-    with pytest.raises(ValueError, match="out exists: remove it or give another --out"):
+    with pytest.raises(ValueError, match="out exists: remove it or give another name"):
         prepare(config)
     assert [path.name for path in config.out.iterdir()] == ["mine"]
 
@@ -169,7 +169,7 @@ def test_cut_off_in_the_middle(config, monkeypatch):
     monkeypatch.undo()
     prepare(config)
     assert Corpus(config.out, "train").documents
-    assert not list(config.out.parent.glob("*.tmp"))
+    assert not list(config.out.parent.glob(".*.partial"))
 
 
 def test_cut_off_while_writing(config, monkeypatch):

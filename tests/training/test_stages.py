@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import sysconfig
 from pathlib import Path
 
@@ -80,9 +81,17 @@ def test_a_stage_leaves_its_configuration_metrics_and_tokenizer(runs, data):
 
 
 def test_a_finished_stage_is_not_trained_again(runs, data, capsys):
-    start = {"decoder": "no such directory", "encoder": "nor this"}
-    assert run_stage(TrainConfig("cepe", data, runs / "cepe", 3, 4, **start)) == runs / "cepe/model"
+    start = {"cepe": "moved elsewhere", "accumulate": 2, "loss_chunk": 5, "examples": EXAMPLES["cepe"]}
+    config = TrainConfig("cepe", data, runs / "cepe", 3, 4, **start)
+    assert run_stage(config) == runs / "cepe/model"
     assert "is finished" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="is of another run, steps is 3 there and 4 here"):
+        run_stage(dataclasses.replace(config, steps=4))
+
+
+def test_a_start_that_is_neither_directory_nor_preset(data, tmp_path):
+    with pytest.raises(ValueError, match="llama2-7b is no directory and no preset: .* llama2_7b"):
+        run_stage(TrainConfig("lm", data, tmp_path / "out", 3, 4, decoder="llama2-7b", examples=EXAMPLES["lm"]))
 
 
 def test_a_model_of_another_vocabulary_is_refused(runs, tmp_path):
@@ -91,8 +100,13 @@ def test_a_model_of_another_vocabulary_is_refused(runs, tmp_path):
     config = TrainConfig(
         "cepe", tmp_path / "data", tmp_path / "out", 3, 4, cepe=str(runs / "cepe/model"), examples=EXAMPLES["cepe"]
     )
-    with pytest.raises(ValueError, match="decoder's vocabulary of 400 is below the 420 ids"):
+    with pytest.raises(ValueError, match="is not the tokenizer of .*: prepare the data with"):
         run_stage(config)
+    bare = tmp_path / "bare"
+    shutil.copytree(runs / "cepe/model", bare)
+    (bare / "tokenizer.model").unlink()
+    with pytest.raises(ValueError, match="decoder's vocabulary of 400 is below the 420 ids"):
+        run_stage(dataclasses.replace(config, cepe=str(bare)))
     assert not (tmp_path / "out").exists()
 
 
@@ -119,6 +133,8 @@ def test_in_bfloat16_the_frozen_part_is_narrow_and_what_trains_is_not(runs, data
         ({"decoder": "a"}, "stage cepe starts from cepe or decoder and encoder; given: decoder and cepe"),
         ({"stage": "lm"}, "stage lm starts from decoder; given: cepe"),
         ({"steps": 0}, "steps is 0"),
+        ({"train": ()}, "train is empty"),
+        ({"num_cross_layers": 2}, "num_cross_layers is for a start from decoder and encoder"),
     ],
 )
 def test_bad_configurations(changes, message):
