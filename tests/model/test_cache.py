@@ -103,3 +103,13 @@ def test_only_the_last_layers_read_the_memory(reading, cepe, tokens_BT, memory):
     _, changed = run(cepe, tokens_BT, None, *other, (7,), slots=7)
     assert relative_error(changed.k_ZBSKH[:2], cache.k_ZBSKH[:2]) < 1e-6
     assert relative_error(changed.k_ZBSKH[2], cache.k_ZBSKH[2]) > 1e-2
+
+
+def test_a_full_cache_says_so(decoder):
+    """Never are the last slots written over: known from the shapes alone, or from how many are used."""
+    cache = KVCache.create(DECODER, 1, 4)
+    with pytest.raises(ValueError, match="5 tokens after 0 exceed the cache of 4 slots"):
+        jax.eval_shape(decoder.decode, jnp.zeros((1, 5), int), None, cache)
+    _, cache = decoder.decode(jnp.zeros((1, 3), int), None, cache)
+    with pytest.raises(ValueError, match="2 tokens after 3 exceed the cache of 4 slots"):
+        decoder.decode(jnp.zeros((1, 2), int), None, cache)
