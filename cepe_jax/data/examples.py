@@ -78,12 +78,12 @@ def duplicate(tokens: np.ndarray, start: int, config: ExampleConfig) -> Example:
     return window | chunks_before(tokens, start + config.window, config.num_chunks, config.chunk_length)
 
 
-def pack(documents: list[Document], length: int, longest: int, rng: np.random.Generator) -> np.ndarray:
-    """`length` tokens: stretches of random documents, each of at most `longest` tokens, one after another."""
+def pack(documents: list[Document], length: int, rng: np.random.Generator) -> np.ndarray:
+    """`length` tokens: stretches of random documents one after another, each of a quarter of `length` to all of it."""
     pieces, have = [], 0
     while have < length:
         tokens = documents[rng.integers(len(documents))].tokens
-        take = min(int(rng.integers(longest // 4, longest)) + 1, len(tokens), length - have)
+        take = min(int(rng.integers(length // 4, length)) + 1, len(tokens), length - have)
         start = rng.integers(len(tokens) - take + 1)
         pieces.append(tokens[start : start + take])
         have += take

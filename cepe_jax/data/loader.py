@@ -60,8 +60,7 @@ def dataset(corpus: Corpus, stage: Stage, config: ExampleConfig, batch_size: int
                 return duplicate(tokens, start, config)
             case "cepe":
                 if rng.random() < config.packed_fraction:
-                    # The window follows stretches of other documents, none longer than itself.
-                    others = pack(documents, config.num_chunks * config.chunk_length, config.window, rng)
+                    others = pack(documents, config.num_chunks * config.chunk_length, rng)
                     tokens = np.concatenate([others, tokens[start : start + config.window + 1]])
                     start = len(others)
                 return mask_chunks(previous_document(tokens, start, config), config, rng)

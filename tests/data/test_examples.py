@@ -99,7 +99,7 @@ def test_the_same_seed_gives_the_same_example():
 
     def draw(seed: int) -> list[dict]:
         rng = np.random.default_rng(seed)
-        packed = pack(documents, 30, 15, rng)
+        packed = pack(documents, 30, rng)
         masked = mask_chunks(
             previous_document(packed, 20, CONFIG), dataclasses.replace(CONFIG, chunk_mask_rate=1.0), rng
         )
@@ -110,21 +110,20 @@ def test_the_same_seed_gives_the_same_example():
 
 
 def test_pack():
-    """Exactly the length asked for: stretches of several documents, each in order and no longer than asked."""
-    documents = [Document(str(i), np.arange(i * 100, i * 100 + length)) for i, length in enumerate((80, 3, 70, 99))]
-    longest, sources = [], []
+    """Exactly the length asked for: stretches of documents, each in order, a quarter of the length or what is left."""
+    documents = [Document(str(i), np.arange(i * 100, i * 100 + length)) for i, length in enumerate((80, 30, 70, 99))]
+    shortest, sources = [], []
     for seed in range(300):
         rng = np.random.default_rng(seed)
-        length = int(rng.integers(1, 60))
-        packed = pack(documents, length, 9, rng)
+        length = int(rng.integers(4, 100))
+        packed = pack(documents, length, rng)
         assert len(packed) == length
         assert set(packed) <= set(np.concatenate([d.tokens for d in documents]))
         stretches = np.split(packed, np.flatnonzero(np.diff(packed) != 1) + 1)
-        longest.append(max(map(len, stretches)))
-        sources.append(len(set(packed // 100)))
-    assert np.mean(np.array(longest) <= 9) > 0.97  # now and then two stretches happen to join
-    assert max(longest) >= 9
-    assert np.mean(sources) > 2
+        shortest.append(min(map(len, stretches[:-1]), default=length) / length)
+        sources.append(len(stretches))
+    assert min(shortest) >= 0.25
+    assert {1, 2, 3} <= set(sources)
 
 
 def test_chunks_are_masked_as_in_the_paper():
