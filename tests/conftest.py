@@ -1,113 +1,22 @@
-"""Tiny models for every test: grouped heads, a head_dim that is not width / heads, weights far from their init."""
+"""How every test computes, and the tiny models of tiny.py, made once."""
 
-import dataclasses
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from tiny import DECODER, ENCODER, make_cepe, make_decoder, make_encoder
 
-from cepe_jax.config import DecoderConfig, EncoderConfig, RopeConfig
-from cepe_jax.model.cepe import Cepe, cross_from_self_attention
+from cepe_jax.model.cepe import Cepe
 from cepe_jax.model.encoder import Encoder
 from cepe_jax.model.llama import Llama
 
 nnx.set_graph_mode(False)
 nnx.set_graph_updates(False)
 jax.config.update("jax_default_matmul_precision", "highest")
-
-DECODER = DecoderConfig(
-    vocab_size=64,
-    width=24,
-    num_layers=3,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=10,
-    mlp_width=40,
-    norm_eps=1e-2,
-    rope=RopeConfig(theta=500.0),
-)
-ENCODER = EncoderConfig(
-    vocab_size=65,
-    width=16,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    mlp_width=28,
-    norm_eps=1e-3,
-    rope=RopeConfig(theta=100.0),
-    mlm_head=True,
-)
-NUM_CROSS_LAYERS = 2
-
-
-def filled(make, seed: int):
-    """What `make` builds, its shapes alone traced, with weights that matter and scales and biases that show."""
-    rng = np.random.default_rng(seed)
-
-    def draw(path, leaf):
-        name, noise = jax.tree_util.keystr(path), rng.standard_normal(leaf.shape)
-        if "scale" in name:
-            noise = 1 + 0.3 * noise
-        elif "bias" in name:
-            noise = 0.3 * noise
-        elif "embed" in name:
-            noise = 0.5 * noise
-        elif name.endswith((".o.value", ".down.value")):
-            noise = noise * 0.2
-        else:
-            noise = noise * leaf.shape[1] ** -0.5  # (layer, inputs, ...)
-        return jnp.asarray(noise, leaf.dtype)
-
-    return jax.tree_util.tree_map_with_path(draw, jax.eval_shape(make))
-
-
-def make_decoder(config: DecoderConfig = DECODER) -> Llama:
-    return filled(lambda: Llama(config, key=jax.random.key(0)), seed=1)
-
-
-def make_encoder(config: EncoderConfig = ENCODER) -> Encoder:
-    return filled(lambda: Encoder(config, key=jax.random.key(0)), seed=2)
-
-
-def make_cepe(num_cross_layers: int = NUM_CROSS_LAYERS) -> Cepe:
-    decoder, encoder = make_decoder(), make_encoder()
-
-    def make():
-        return cross_from_self_attention(decoder, ENCODER, num_cross_layers, "normal", key=jax.random.key(0))
-
-    return Cepe(decoder, encoder, filled(make, seed=3))
-
-
-def with_config(model, **changes):
-    """The same weights under another config."""
-    config = dataclasses.replace(model.config, **changes)
-    abstract = jax.eval_shape(lambda: type(model)(config, key=jax.random.key(0)))
-    return jax.tree.unflatten(jax.tree.structure(abstract), jax.tree.leaves(model))
-
-
-def with_leaf(model, name: str, value):
-    """The model with `value` in the place of the one leaf called `name`."""
-    named = [(jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(model)]
-    assert [found for found, _ in named].count(f".{name}.value") == 1
-    leaves = [value if found == f".{name}.value" else leaf for found, leaf in named]
-    return jax.tree.unflatten(jax.tree.structure(model), leaves)
-
-
-def relative_error(ours, wanted) -> float:
-    ours, wanted = np.asarray(ours, np.float64), np.asarray(wanted, np.float64)
-    assert ours.shape == wanted.shape
-    return float(np.abs(ours - wanted).max() / np.abs(wanted).max())
-
-
-def float64(module) -> dict:
-    """The module's weights by name, nested, in fp64 numpy."""
-    return jax.tree.map(lambda a: np.asarray(a, np.float64), nnx.to_pure_dict(nnx.state(module)))
 
 
 @pytest.fixture(scope="session")

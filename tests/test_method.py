@@ -6,7 +6,7 @@ from the chunk's start) and counted from the first real token in the decoder.
 
 import numpy as np
 import pytest
-from conftest import float64, relative_error
+from tiny import float64, relative_error
 
 
 def layer(weights, index):

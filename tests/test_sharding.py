@@ -13,9 +13,9 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import DECODER, ENCODER, make_cepe, relative_error
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
+from tiny import DECODER, ENCODER, make_cepe, relative_error
 
 from cepe_jax.config import DECODERS, ENCODERS, CepeConfig
 from cepe_jax.model.cepe import Cepe, assemble, cross_from_self_attention, split

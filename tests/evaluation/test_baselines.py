@@ -5,7 +5,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import relative_error
+from tiny import relative_error
 
 from cepe_jax.evaluation.baselines import replug
 from cepe_jax.weights.huggingface import load

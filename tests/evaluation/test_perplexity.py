@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import DECODER
+from tiny import DECODER
 
 from cepe_jax.data.examples import Document
 from cepe_jax.evaluation import perplexity

@@ -5,7 +5,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import DECODER, ENCODER
+from tiny import DECODER, ENCODER
 
 from cepe_jax.inference.generate import Sampling, _next_token, generate, sample
 from cepe_jax.weights.huggingface import load
