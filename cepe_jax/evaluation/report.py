@@ -160,7 +160,7 @@ def _plot(report: dict, path: Path) -> None:
         chunks, gain, error = map(np.array, zip(*points, strict=True))
         axes.errorbar(chunks, none["nll"] - gain, yerr=2 * error, marker="o", capsize=3, label=meaning)
     axes.axvline(report["trained_chunks"], color="grey", linestyle=":", label="chunks in training")
-    axes.set(xlabel="context chunks", ylabel="nll (nats per token; bars: 2 standard errors of the gain)")
+    axes.set(xlabel="context chunks (bars: 2 standard errors of the gain)", ylabel="nll, nats per token")
     axes.legend()
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
