@@ -65,7 +65,7 @@ def make_train_step(objective, optimizer: optax.GradientTransformation, accumula
     """`step(state, frozen, batch) -> (state, metrics)`, compiled; `state` is donated.
 
     The batch's rows are taken in `accumulate` micro-batches, weighted so that the result is the whole batch's:
-    by kept labels, not by rows. Only what trains has gradients; the frozen parts are closed over.
+    by kept labels, not by rows. Only what trains has gradients; the frozen parts are an argument like the batch.
     """
 
     def train_step(state: TrainState, frozen: Parts, batch: Batch):

@@ -52,9 +52,9 @@ class Checkpoints:
     configuration, the hash of the frozen base. It is stored with each and compared on restore.
     """
 
-    def __init__(self, directory: Path, identity: dict, keep: int = 2):
+    def __init__(self, directory: Path, identity: dict):
         self.directory, self.identity = Path(directory), identity
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+        options = ocp.CheckpointManagerOptions(max_to_keep=2, cleanup_tmp_directories=True)
         self.manager = ocp.CheckpointManager(self.directory.absolute(), options=options)
 
     def save(self, step: int, state) -> None:
