@@ -1,5 +1,6 @@
-"""Directories that are whole or absent."""
+"""Directories that are whole or absent, and runs that go on in one."""
 
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,3 +23,11 @@ def new_directory(path: Path) -> Iterator[Path]:
         shutil.rmtree(partial)
         raise
     partial.rename(path)
+
+
+def refuse_another_run(where: Path, stored: dict, present: dict) -> None:
+    """ValueError that names the first setting in which two runs' identities differ."""
+    for key in sorted(set(stored) | set(present)):
+        if stored.get(key) != present.get(key):
+            differing = f"{key} is {json.dumps(stored.get(key))} there and {json.dumps(present.get(key))} here"
+            raise ValueError(f"{where}: is of another run, {differing}: use another directory, or remove it")

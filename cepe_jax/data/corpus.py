@@ -1,8 +1,7 @@
-"""Files of text to tokenised documents on disk, split by document."""
+"""Raw documents to tokenised ones: a dataset of documents, split by document."""
 
 import hashlib
-import json
-import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,117 +9,191 @@ import numpy as np
 
 from cepe_jax.data import tokenizer as tokenizers
 from cepe_jax.data.examples import Document
+from cepe_jax.data.records import Builder, Records, ShardWriter, array, shard_path, text, token_dtype
+from cepe_jax.data.sources import Extent, holds_lines, plan, read
 from cepe_jax.data.tokenizer import Tokenizer
-from cepe_jax.directories import new_directory
-from cepe_jax.progress import track
+from cepe_jax.data.units import JobConfig, Work, run_units
 
-SPLITS = ("train", "test")
+NAME = "documents"
+SPLITS = ("train", "test", "retrieval")
+TOKENIZER_TEXT = 1 << 27  # characters a tokenizer is trained on at most, the same number from each unit
+LISTED_FAULTS = 100  # of a unit; the others are counted
 
 
-@dataclass(frozen=True)
-class PrepareConfig:
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig(JobConfig):
     input: Path  # the directory that is read
-    out: Path  # the dataset's directory; must not exist yet
-    pattern: str = "**/*.txt"  # which of the files below `input`
+    out: Path  # the dataset's directory; an unfinished one is gone on with
+    patterns: tuple[str, ...] = ("**/*.jsonl", "**/*.jsonl.gz", "**/*.jsonl.zst", "**/*.txt")  # files below `input`
     exclude: tuple[str, ...] = ()  # files below a folder of one of these names are left out
+    domain_field: str = ""  # of a line, such as meta.source; "": the first folder below `input`
     tokenizer: str = ""  # file or directory; "" trains one on the training split
     vocab_size: int = 2048  # pieces of the tokenizer that is trained
     skip_shorter: int = 0  # characters: shorter documents are counted and left out
+    bad_share: float = 0.001  # of documents that may be unreadable or empty; more are an error
     test_fraction: float = 0.01
+    retrieval_fraction: float = 0.5
+    unit_bytes: int = 1 << 28  # stored bytes of a unit of work, which gives a shard to each split
     seed: int = 0
 
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("test_fraction", "retrieval_fraction", "bad_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: give a share between 0 and 1")
+        if self.test_fraction + self.retrieval_fraction > 1:
+            raise ValueError(f"test_fraction {self.test_fraction} and retrieval_fraction leave nothing to train on")
+        if self.unit_bytes < 1:
+            raise ValueError(f"unit_bytes is {self.unit_bytes}: give a number above 0")
+        if not self.tokenizer and self.shard != JobConfig.shard:
+            raise ValueError("several jobs need one tokenizer: train it first, and give it with --tokenizer")
 
-def split_of(name: str, config: PrepareConfig) -> str:
-    """The split of the document `name`: by its name and the seed alone, so it stays when others come and go."""
-    draw = int.from_bytes(hashlib.sha256(f"{config.seed}:{name}".encode()).digest()[:8], "big") / 2**64
-    return "test" if draw < config.test_fraction else "train"
+
+def split_of(key: str, config: PrepareConfig) -> str:
+    """The split of a document: a function of its key and the seed, so it stays when others come and go.
+
+    The key is the name of a file that is one document, and the text of a line: copies of it share a split.
+    """
+    draw = int.from_bytes(hashlib.sha256(f"{config.seed}:{key}".encode()).digest()[:8], "big") / 2**64
+    if draw < config.test_fraction:
+        return "test"
+    return "retrieval" if draw >= 1 - config.retrieval_fraction else "train"
 
 
-def read_files(config: PrepareConfig) -> dict[str, str]:
-    """Name below `input` -> text of every document; ValueError for what is no text, or empty."""
-    if not config.input.is_dir():
-        raise FileNotFoundError(f"{config.input}: no such directory")
-    texts, skipped = {}, 0
-    for path in sorted(config.input.glob(config.pattern)):
-        relative = path.relative_to(config.input)
-        if not path.is_file() or set(relative.parts[:-1]) & set(config.exclude):
-            continue
-        try:
-            text = path.read_bytes().decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: not UTF-8 at byte {error.start}: convert it or exclude its folder") from None
-        if len(text) < config.skip_shorter:
-            skipped += 1
-        elif not text:
-            raise ValueError(f"{path}: an empty document: remove it, or set --skip_shorter=1")
-        else:
-            texts[str(relative)] = text
-    if not texts:
-        raise ValueError(f"{config.input}: no document matches {config.pattern} ({skipped} were shorter than asked)")
-    print(f"{len(texts)} documents, {skipped} shorter than {config.skip_shorter} characters left out")
-    return texts
+def documents_of(config: PrepareConfig, unit: list[Extent], counts: dict) -> Iterator[tuple[str, str, str, str]]:
+    """(split, name, domain, text) of the unit's documents; `counts` gets what was left out.
+
+    ValueError as soon as it is clear that more are bad than `bad_share` of them.
+    """
+    for extent in unit:
+        for document in read(config.input, extent, config.domain_field):
+            counts["documents"] += 1
+            if document.text is not None and len(document.text) < config.skip_shorter:
+                counts["skipped"] += 1
+            elif document.fault:
+                counts["bad"] += 1
+                if len(counts["faults"]) < LISTED_FAULTS:
+                    counts["faults"].append(document.fault)
+                if counts["bad"] % LISTED_FAULTS == 0:
+                    check_share(counts, config)
+            else:
+                key = document.text if holds_lines(extent.path) else document.name
+                yield split_of(key, config), document.name, document.domain, document.text
+
+
+def no_counts() -> dict:
+    return {"documents": 0, "skipped": 0, "bad": 0, "faults": []}
+
+
+def check_share(counts: dict, config: PrepareConfig) -> None:
+    if counts["bad"] > config.bad_share * counts["documents"]:
+        raise ValueError(
+            f"{counts['bad']} of {counts['documents']} documents are bad, more than --bad_share={config.bad_share} "
+            f"of them, the first at {counts['faults'][0]}"
+        )
 
 
 def prepare(config: PrepareConfig) -> None:
-    """A dataset at `config.out`: the tokenizer, and for each split its tokens and documents. Whole or absent.
+    """A dataset of documents at `config.out`: a document is BOS, its tokens, EOS. Whole, or not a dataset yet.
 
-    A document is BOS, its tokens, EOS.
+    Units that are finished already, by this job or another, are not done again.
     """
-    texts = read_files(config)
-    splits = {name: split_of(name, config) for name in texts}
-    for split in SPLITS:
-        if split not in splits.values():
-            raise ValueError(f"no document fell into the {split} split: change --test_fraction {config.test_fraction}")
-    with new_directory(config.out) as staged:
-        _write(config, texts, splits, staged)
+    units = plan(config.input, config.patterns, config.exclude, config.unit_bytes)
+    settings = {k: v for k, v in vars(config).items() if k not in ("input", "out", "shard", "workers", "bad_share")}
+    given = Tokenizer(config.tokenizer) if config.tokenizer else None
+    settings["tokenizer"] = given.fingerprint() if given else ""
+    builder = Builder(config.out, settings, given)
+    if builder.finished:
+        print(f"{config.out} is finished: remove it to prepare it again")
+        return
+    tokenizer = Tokenizer(config.out) if (given or _has_tokenizer(config.out)) else train_tokenizer(config, units)
+    work = TokeniseUnit(config, len(units))
+    sizes = [sum(extent.size for extent in unit) for unit in units]
+    marks = run_units(builder, [(unit,) for unit in units], sizes, work, config, "tokenise, bytes")
+    if marks is None:
+        return
+    counts = {name: sum(mark[name] for mark in marks) for name in ("documents", "skipped", "bad")}
+    counts["faults"] = [fault for mark in marks for fault in mark["faults"]]
+    for fault in counts["faults"]:
+        print(f"left out: {fault}")
+    check_share(counts, config)
+    for split in ("train", "test"):
+        if not any(mark["splits"][split]["records"] for mark in marks):
+            raise ValueError(
+                f"no document fell into the {split} split: change --test_fraction {config.test_fraction}, or --patterns"
+            )
+    facts = {"tokenizer": tokenizer.fingerprint(), "counts": counts}
+    builder.register(NAME, features_of(tokenizer), marks, facts)
 
 
-def _write(config: PrepareConfig, texts: dict[str, str], splits: dict[str, str], staged: Path) -> None:
-    if config.tokenizer:
-        tokenizer = Tokenizer(config.tokenizer)
-        name = "tokenizer.json" if tokenizer.path.suffix == ".json" else "tokenizer.model"  # what Corpus looks for
-        shutil.copy(tokenizer.path, staged / name)
-        if (settings := tokenizer.path.with_name("tokenizer_config.json")).exists():
-            shutil.copy(settings, staged)  # names the special tokens of a tokenizer.json
-    else:
-        training_texts = (text for name, text in texts.items() if splits[name] == "train")
-        tokenizer = tokenizers.train(training_texts, config.vocab_size, staged / "tokenizer.model")
-    documents: dict[str, list] = {split: [] for split in SPLITS}
-    tokens: dict[str, list] = {split: [] for split in SPLITS}
-    for name, text in track(texts.items(), "tokenise", len(texts)):
-        ids = tokenizer.encode(text, bos=True, eos=True)
-        documents[splits[name]].append({"name": name, "tokens": len(ids)})
-        tokens[splits[name]].extend(ids)
-    for split in SPLITS:
-        np.save(staged / f"{split}.npy", np.asarray(tokens[split], np.int32))
-        (staged / f"{split}.json").write_text(json.dumps(documents[split], indent=1))
-        print(f"{split}: {len(documents[split])} documents, {len(tokens[split]):,} tokens")
-    facts = {"tokenizer": tokenizer.fingerprint(), "tokens": {}}
-    for split in SPLITS:
-        facts["tokens"][split] = hashlib.sha256((staged / f"{split}.npy").read_bytes()).hexdigest()
-    (staged / "dataset.json").write_text(json.dumps(facts, indent=1))
+def _has_tokenizer(out: Path) -> bool:
+    return any((out / name).exists() for name in tokenizers.NAMES)
+
+
+def train_tokenizer(config: PrepareConfig, units: list[list[Extent]]) -> Tokenizer:
+    """A tokenizer in `config.out`, trained on documents of the training split, some of each unit."""
+
+    def texts() -> Iterator[str]:
+        for unit in units:
+            room = TOKENIZER_TEXT // len(units)
+            for split, _, _, content in documents_of(config, unit, no_counts()):
+                if split == "train" and room > 0:
+                    yield from tokenizers.training_pieces(content[:room])
+                    room -= len(content)
+                if room <= 0:
+                    break
+
+    print(f"training a tokenizer of {config.vocab_size} pieces", flush=True)
+    return tokenizers.train(texts(), config.vocab_size, config.out / "tokenizer.model")
+
+
+def features_of(tokenizer: Tokenizer) -> dict:
+    return {"tokens": array(token_dtype(tokenizer.vocab_size), None), "name": text(), "domain": text()}
+
+
+@dataclass(frozen=True)
+class TokeniseUnit:
+    """The work on a unit: its documents, tokenised, in a shard of each split."""
+
+    config: PrepareConfig
+    num_units: int
+
+    def __call__(self, number: int, unit: list[Extent]) -> Work:
+        tokenizer = Tokenizer(self.config.out)
+        features, dtype = features_of(tokenizer), token_dtype(tokenizer.vocab_size)
+        shards = {
+            split: ShardWriter(shard_path(self.config.out, NAME, split, number, self.num_units), features)
+            for split in SPLITS
+        }
+        counts = no_counts()
+        for extent in unit:
+            seen = 0.0
+            for split, name, domain, content in documents_of(self.config, [extent], counts):
+                ids = np.asarray(tokenizer.encode(content, bos=True, eos=True), dtype)
+                shards[split].write({"tokens": ids, "name": name, "domain": domain}, domain, len(ids))
+                # How far into a compressed file a document is cannot be told from outside: by its text, at most all.
+                more = min(len(content), extent.size - seen)
+                seen += more
+                yield more, len(ids)
+            yield extent.size - seen, 0
+        return counts | {"splits": {split: shard.close() for split, shard in shards.items()}}
 
 
 class Corpus:
-    """One split of a prepared dataset, its tokens mapped from disk; `facts` are hashes of tokenizer and tokens."""
+    """One split of a prepared dataset: a sequence of documents."""
 
     def __init__(self, path: Path, split: str):
-        path = Path(path)
-        if not (path / "dataset.json").exists():
-            raise FileNotFoundError(f"{path}: not a prepared dataset: make one with scripts/prepare_data.py")
-        self.tokenizer = Tokenizer(path)
-        try:
-            self.facts = json.loads((path / "dataset.json").read_text())
-            entries = json.loads((path / f"{split}.json").read_text())
-            tokens = np.load(path / f"{split}.npy", mmap_mode="r")
-        except (ValueError, EOFError) as error:
-            raise ValueError(f"{path}: its {split} split is damaged ({error}): prepare it again") from None
-        if self.facts["tokenizer"] != self.tokenizer.fingerprint():
-            raise ValueError(f"{path}: its tokenizer is not the one it was tokenised with: prepare it again")
-        ends = np.cumsum([entry["tokens"] for entry in entries])
-        if len(tokens) != ends[-1]:
-            raise ValueError(
-                f"{path}/{split}.npy holds {len(tokens)} tokens, its documents {ends[-1]}: prepare it again"
-            )
-        starts = [0, *ends[:-1]]
-        self.documents = [Document(e["name"], tokens[a:b]) for e, a, b in zip(entries, starts, ends, strict=True)]
+        self.records = Records(path, split)
+        if self.records.name != NAME:
+            raise ValueError(f"{path} holds {self.records.name} records: give a dataset of {NAME}")
+        self.tokenizer = self.records.tokenizer
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, number: int) -> Document:
+        record = self.records[number]
+        return Document(record["name"].decode(), record["tokens"], record["domain"].decode())
+
+    def __iter__(self) -> Iterator[Document]:
+        return (self[number] for number in range(len(self)))

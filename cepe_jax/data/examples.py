@@ -17,7 +17,8 @@ Example = dict[str, np.ndarray]
 @dataclass(frozen=True)
 class Document:
     name: str
-    tokens: np.ndarray  # int32, BOS first and EOS last
+    tokens: np.ndarray  # integers, BOS first and EOS last
+    domain: str = ""
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,13 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import sentencepiece
 
+PART = 1 << 14  # characters that are encoded as one string where a cut changes nothing
+MAX_SENTENCE = 1 << 20  # bytes of one text in training
 NAMES = "tokenizer.model", "tokenizer.json"  # what a directory's tokenizer is called; the first that is there
 
 
@@ -64,7 +66,39 @@ class _SentencePiece:
         self.bos_id, self.eos_id = self.processor.bos_id(), self.processor.eos_id()
         if min(self.bos_id, self.eos_id) < 0:
             raise ValueError(f"{path}: has no begin- or end-of-sequence piece: train one with both")
-        self.encode, self.decode = self.processor.encode, self.processor.decode
+        self.decode = self.processor.decode
+        self._newline = self._newline_prefix()
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of the whole text. SentencePiece slows down with the length of a string, so long ones are cut."""
+        if len(text) < 2 * PART or self._newline is None:
+            return self.processor.encode(text)
+        starts = [0]
+        while (cut := text.find("\n", starts[-1] + PART)) >= 0:
+            starts.append(cut)
+        pieces = [text[a:b] for a, b in zip(starts, [*starts[1:], None], strict=True)]
+        parts = self.processor.encode(pieces, num_threads=1)  # processes share the cores
+        ids = parts[0]
+        for part in parts[1:]:
+            ids += part[self._newline :]
+        return ids
+
+    def _newline_prefix(self) -> int | None:
+        """How many ids a text that begins with a newline has before it (a dummy prefix); None if cuts change ids.
+
+        A cut before a newline changes nothing where no longer piece has one and normalising leaves white space alone.
+        """
+        pieces = map(self.processor.id_to_piece, range(self.vocab_size))
+        if any("\n" in piece and piece != "\n" for piece in pieces):
+            return None
+        probe = " a \t\n\n  b\n"
+        if self.processor.decode(self.processor.encode(probe)) != probe:
+            return None
+        alone, after = self.processor.encode("\n"), self.processor.encode("a\n")
+        prefix = len(alone) - (len(after) - len(self.processor.encode("a")))
+        parts = [self.processor.encode(part) for part in (" a \t", "\n", "\n  b", "\n")]
+        joined = parts[0] + [i for part in parts[1:] for i in part[prefix:]]
+        return prefix if joined == self.processor.encode(probe) else None
 
     def table(self):
         return ((self.processor.id_to_piece(i), self.processor.get_score(i)) for i in range(self.vocab_size))
@@ -109,6 +143,16 @@ class _HuggingFace:
         return (self.tokenizer.to_str(),)
 
 
+def training_pieces(text: str) -> Iterator[str]:
+    """The text in pieces that SentencePiece takes: it drops what is longer than MAX_SENTENCE. Lines stay whole."""
+    most, start = MAX_SENTENCE // 4, 0  # a character has up to four bytes
+    while len(text) - start > most:
+        end = text.rfind("\n", start, start + most) + 1 or start + most
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
 def train(texts: Iterable[str], vocab_size: int, path: Path) -> Tokenizer:
     """A byte-fallback BPE model at `path` that gives texts back exactly: newlines, tabs and indents are kept.
 
@@ -129,7 +173,7 @@ def train(texts: Iterable[str], vocab_size: int, path: Path) -> Tokenizer:
                 allow_whitespace_only_pieces=True,
                 user_defined_symbols=["\n"],
                 split_digits=True,
-                max_sentence_length=1 << 20,
+                max_sentence_length=MAX_SENTENCE,
                 num_threads=2,
                 minloglevel=2,
             )

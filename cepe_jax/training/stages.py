@@ -13,6 +13,7 @@ from cepe_jax.config import DECODERS, ENCODERS, preset
 from cepe_jax.data.corpus import Corpus
 from cepe_jax.data.examples import ExampleConfig
 from cepe_jax.data.loader import Stage, batches, dataset
+from cepe_jax.directories import refuse_another_run
 from cepe_jax.model.cepe import (
     Cepe,
     CrossInit,
@@ -27,7 +28,7 @@ from cepe_jax.model.llama import Llama
 from cepe_jax.sharding import make_mesh, shardings_of
 from cepe_jax.training.objectives import MaskedLM, NextToken
 from cepe_jax.training.trainer import OptimizerConfig, Run, init_state, make_train_step, train
-from cepe_jax.weights.checkpoint import Checkpoints, digests_of, refuse_another_run
+from cepe_jax.weights.checkpoint import Checkpoints, digests_of
 from cepe_jax.weights.directory import save
 from cepe_jax.weights.huggingface import load
 

@@ -4,13 +4,14 @@ State is stored as plain dicts, readable without our classes. Orbax checks neith
 directories, and nnx merges by order, so names, shapes, dtypes and a digest of every array are checked here.
 """
 
-import json
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from flax import nnx
+
+from cepe_jax.directories import refuse_another_run
 
 
 def digests_of(state) -> dict[str, int]:
@@ -110,11 +111,3 @@ class Checkpoints:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-
-
-def refuse_another_run(where: Path, stored: dict, present: dict) -> None:
-    """ValueError that names the first setting in which two runs' identities differ."""
-    for key in sorted(set(stored) | set(present)):
-        if stored.get(key) != present.get(key):
-            differing = f"{key} is {json.dumps(stored.get(key))} there and {json.dumps(present.get(key))} here"
-            raise ValueError(f"{where}: is of another run, {differing}: train in another directory, or remove it")

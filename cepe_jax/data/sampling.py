@@ -1,0 +1,177 @@
+"""Documents to sequences of one length: windows of long documents ("filtered"), and packed ones. To token budgets."""
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from cepe_jax.data.corpus import NAME as DOCUMENTS
+from cepe_jax.data.records import Builder, Records, ShardWriter, array, shard_path, text, token_dtype
+from cepe_jax.data.units import JobConfig, Work, run_units
+
+Piece = tuple[int, int, int]  # a document of a shard, and the first and one past the last of its tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig(JobConfig):
+    data: Path  # a dataset of documents
+    out: Path  # gets the dataset of sequences
+    kind: Literal["filtered", "packed"]  # windows of long documents; documents one after another
+    length: int  # tokens of a sequence: of its contexts and its window together
+    stride: int = 0  # filtered: tokens from one window of a document to the next; 0 = the length
+    longest_piece: int = 0  # packed: tokens of a document that stay together; 0 = as many as fit
+    budget: dict[str, int] = field(default_factory=dict)  # domain -> tokens, 0 = all it has; {} = all of each domain
+    split: str = "train"
+    seed: int = 0
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.length < 1:
+            raise ValueError(f"length is {self.length}: give a number above 0")
+        for name, kind in (("stride", "filtered"), ("longest_piece", "packed")):
+            if getattr(self, name) and self.kind != kind:
+                raise ValueError(f"{name} is for {kind} sequences: leave it out")
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}: give a number of tokens")
+        for domain, tokens in self.budget.items():
+            if tokens and tokens < self.length:
+                raise ValueError(f"budget of {domain} is {tokens}: a sequence has {self.length} tokens")
+
+
+def windows(lengths: np.ndarray, config: SampleConfig) -> Iterator[Piece]:
+    """The windows of documents of these lengths: `length` tokens and, where the document goes on, one more."""
+    for document, tokens in enumerate(lengths):
+        for start in range(0, int(tokens) - config.length + 1, config.stride or config.length):
+            yield document, start, min(start + config.length + 1, int(tokens))
+
+
+def packs(lengths: np.ndarray, config: SampleConfig, rng: np.random.Generator) -> Iterator[list[Piece]]:
+    """Sequences of pieces in random order, `length` + 1 tokens each; what did not fit of a piece comes again later.
+
+    No token is in two sequences, and all are in one but those of the last, which is not full.
+    """
+    longest = config.longest_piece or config.length + 1
+    pieces = [
+        (document, start, min(start + longest, int(tokens)))
+        for document, tokens in enumerate(lengths)
+        for start in range(0, int(tokens), longest)
+    ]
+    waiting = deque(pieces[i] for i in rng.permutation(len(pieces)))
+    room = sum(end - start for _, start, end in pieces)
+    while room > config.length:
+        sequence, missing = [], config.length + 1
+        while missing:
+            document, start, end = waiting.popleft()
+            cut = min(end, start + missing)
+            sequence.append((document, start, cut))
+            if cut < end:
+                waiting.append((document, cut, end))
+            missing -= cut - start
+        room -= config.length + 1
+        yield sequence
+
+
+def supply(lengths: np.ndarray, config: SampleConfig) -> int:
+    """How many sequences documents of these lengths give."""
+    if config.kind == "packed":
+        return int(lengths.sum()) // (config.length + 1)
+    enough = lengths[lengths >= config.length]
+    return int(((enough - config.length) // (config.stride or config.length) + 1).sum())
+
+
+def apportion(total: int, supplies: list[int]) -> list[int]:
+    """`total` in shares as the supplies are to each other, none above its own, by largest remainder."""
+    whole = sum(supplies)
+    shares = [total * one // whole for one in supplies]
+    left = sorted(range(len(supplies)), key=lambda i: (-(total * supplies[i] % whole), i))
+    for i in left[: total - sum(shares)]:
+        shares[i] += 1
+    return shares
+
+
+def quotas(records: Records, config: SampleConfig) -> list[dict[str, int]]:
+    """For each shard of the documents, domain -> sequences that it gives. ValueError where a budget asks for more."""
+    names = records.facts["domains"]
+    for domain in config.budget:
+        if domain not in names:
+            raise ValueError(f"budget names {domain}: the domains of {config.data} are {', '.join(names)}")
+    shards = range(len(records.facts["shards"]))
+    result: list[dict[str, int]] = [{} for _ in shards]
+    tables = [records.lengths(shard) for shard in shards]
+    for domain in config.budget or names:
+        supplies = [supply(table.get(domain, (None, np.zeros(0, int)))[1], config) for table in tables]
+        wanted = config.budget.get(domain, 0) // config.length or sum(supplies)
+        if wanted > sum(supplies):
+            raise ValueError(
+                f"budget of {domain} is {config.budget[domain]:,} tokens, and {config.kind} sequences have "
+                f"{sum(supplies) * config.length:,}: lower it, or prepare more"
+            )
+        if wanted:
+            for shard, share in zip(result, apportion(wanted, supplies), strict=True):
+                shard[domain] = share
+    if not any(any(shard.values()) for shard in result):
+        raise ValueError(f"{config.data}: no {config.kind} sequence of {config.length} tokens: lower --length")
+    return result
+
+
+def features_of(dtype) -> dict:
+    """`name` has a line for each piece of a document: the document, and the piece's first token in it."""
+    return {"tokens": array(dtype, None), "name": text(), "domain": text()}
+
+
+def sample(config: SampleConfig) -> None:
+    """A dataset of sequences at `config.out`, with as many tokens of each domain as the budget says."""
+    records = Records(config.data, config.split)
+    if records.name != DOCUMENTS:
+        raise ValueError(f"{config.data} holds {records.name} records: sequences are sampled from {DOCUMENTS}")
+    tokenizer = records.tokenizer
+    settings = {k: v for k, v in vars(config).items() if k not in ("data", "out", "shard", "workers")}
+    settings["data"] = records.digest
+    units = [(quota,) for quota in quotas(records, config)]
+    builder = Builder(config.out, settings, tokenizer)
+    if builder.finished:
+        print(f"{config.out} is finished: remove it to sample again")
+        return
+    dtype = token_dtype(tokenizer.vocab_size)
+    work = SampleUnit(config, len(units), dtype)
+    sizes = [sum(quota.values()) for (quota,) in units]
+    marks = run_units(builder, units, sizes, work, config, f"sample {config.kind}, sequences")
+    if marks is not None:
+        facts = {"tokenizer": tokenizer.fingerprint(), "length": config.length}
+        builder.register(config.kind, features_of(dtype), marks, facts)
+
+
+@dataclass(frozen=True)
+class SampleUnit:
+    """The work on a shard of documents: its share of the sequences of each domain, in a shard of their own."""
+
+    config: SampleConfig
+    num_units: int
+    dtype: type
+
+    def __call__(self, number: int, quota: dict[str, int]) -> Work:
+        config = self.config
+        records = Records(config.data, config.split)
+        path = shard_path(config.out, config.kind, config.split, number, self.num_units)
+        shard = ShardWriter(path, features_of(self.dtype))
+        rng = np.random.default_rng((config.seed, number))
+        table = records.lengths(number)
+        for domain, wanted in quota.items():
+            places, lengths = table.get(domain, (np.zeros(0, int), np.zeros(0, int)))
+            # A sequence may be of many documents and a document in many sequences: those of a domain are held at once.
+            documents = [records[place] for place in places] if wanted else []
+            if config.kind == "filtered":
+                possible = [[window] for window in windows(lengths, config)]
+                sequences = [possible[i] for i in sorted(rng.permutation(len(possible))[:wanted])]
+            else:
+                sequences = [sequence for sequence, _ in zip(packs(lengths, config, rng), range(wanted), strict=False)]
+            for sequence in sequences:
+                tokens = np.concatenate([documents[d]["tokens"][start:end] for d, start, end in sequence])
+                name = "\n".join(f"{documents[d]['name'].decode()}@{start}" for d, start, _ in sequence)
+                pieces = [end - start for _, start, end in sequence]
+                shard.write({"tokens": tokens, "name": name, "domain": domain}, domain, config.length, pieces)
+                yield 1, config.length
+        return {"splits": {config.split: shard.close()}}

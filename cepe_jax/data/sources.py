@@ -1,0 +1,167 @@
+"""Raw documents: `.jsonl` files with a `text` in each line, other files as one document each; `.gz`, `.zst` of both."""
+
+import gzip
+import json
+import sys
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+PACKED = ".gz", ".zst"
+
+
+@dataclass(frozen=True)
+class Extent:
+    """The documents of a file that begin in its bytes [start, end); a compressed file is one extent."""
+
+    path: str  # below the root
+    start: int
+    end: int
+
+    @property
+    def size(self) -> int:
+        return self.end - self.start
+
+
+@dataclass(frozen=True)
+class RawDocument:
+    """One document, or the reason why there is none."""
+
+    name: str  # the file, and for a line of it the byte at which the line begins
+    domain: str
+    text: str | None  # None where it cannot be read
+    fault: str = ""  # file, line and what is wrong there: text that cannot be read, or is empty
+
+
+def holds_lines(path: str) -> bool:
+    for suffix in PACKED:
+        path = path.removesuffix(suffix)
+    return path.endswith(".jsonl")
+
+
+def plan(root: Path, patterns: tuple[str, ...], exclude: tuple[str, ...], unit_bytes: int) -> list[list[Extent]]:
+    """The files below `root` in units of about `unit_bytes` stored bytes, a function of their names and sizes alone.
+
+    Small files share a unit; only an uncompressed `.jsonl` is divided. Files below a folder named in `exclude` are
+    left out.
+    """
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root}: no such directory")
+    paths = {path for pattern in patterns for path in root.glob(pattern) if path.is_file()}
+    units: list[list[Extent]] = []
+    room = 0
+    for path in sorted(paths):
+        relative = path.relative_to(root)
+        if set(relative.parts[:-1]) & set(exclude):
+            continue
+        size = path.stat().st_size
+        divided = relative.suffix == ".jsonl" and size > unit_bytes
+        for start in range(0, size, unit_bytes) if divided else [0]:
+            extent = Extent(str(relative), start, min(start + unit_bytes, size) if divided else size)
+            if room < extent.size:
+                units.append([])
+                room = unit_bytes
+            units[-1].append(extent)
+            room -= extent.size
+    if not units:
+        raise ValueError(f"{root}: no file matches {', '.join(patterns)}: set --patterns")
+    return units
+
+
+def _open(path: Path):
+    if path.suffix == ".gz":
+        return gzip.open(path)
+    if path.suffix == ".zst":
+        if sys.version_info >= (3, 14):
+            from compression import zstd
+        else:
+            from backports import zstd
+        return zstd.open(path)
+    return open(path, "rb")
+
+
+def read(root: Path, extent: Extent, domain_field: str) -> Iterator[RawDocument]:
+    """The documents of an extent, in order. A bad line is one with a `fault`; a file that breaks off is a ValueError.
+
+    The domain is the line's field `domain_field` (dots go into objects), without one the first folder below `root`.
+    """
+    folders = Path(extent.path).parts[:-1]
+    folder = folders[0] if folders else root.resolve().name
+    path = root / extent.path
+    try:
+        with _open(path) as file:
+            if holds_lines(extent.path):
+                yield from _lines(file, path, extent, domain_field, folder)
+            else:
+                yield _whole(file.read(), path, extent, folder)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path}: damaged or cut short ({error}): fetch it again") from None
+    except Exception as error:
+        if type(error).__name__ == "ZstdError":  # of a module that is imported only where it is needed
+            raise ValueError(f"{path}: damaged or no zstd file ({error}): fetch it again") from None
+        raise
+
+
+def _whole(content: bytes, path: Path, extent: Extent, domain: str) -> RawDocument:
+    try:
+        text = content.decode("utf-8")
+        fault = "" if text.strip() else f"{path}: an empty document"
+    except UnicodeDecodeError as error:
+        text, fault = None, f"{path}: not UTF-8 at byte {error.start}"
+    return RawDocument(extent.path, domain, text, fault)
+
+
+def _lines(file, path: Path, extent: Extent, domain_field: str, folder: str) -> Iterator[RawDocument]:
+    where, number = extent.start, 0
+    if where:  # the line that is under way belongs to the extent before
+        file.seek(where - 1)
+        where += len(file.readline()) - 1
+    first = where
+    whole = Path(extent.path).suffix in PACKED
+    while whole or where < extent.end:
+        line = file.readline()
+        if not line:
+            return
+        number += 1
+        name, where = f"{extent.path}:{where}", where + len(line)
+        if line.isspace():
+            continue
+        domain, text, fault = folder, None, ""
+        try:
+            domain, text = _fields(json.loads(line.decode("utf-8-sig")), domain_field, folder)
+            if not text.strip():
+                fault = "an empty document"
+        except UnicodeDecodeError as error:
+            fault = f"not UTF-8 at byte {error.start} of the line"
+        except (ValueError, RecursionError) as error:
+            fault = str(error)
+        if fault:
+            fault = f"{path}:{_line_number(path, first) + number}: {fault}"
+        yield RawDocument(name, domain, text, fault)
+
+
+def _fields(line, domain_field: str, folder: str) -> tuple[str, str]:
+    """(domain, text) of a parsed line; ValueError says what it lacks."""
+    text = line.get("text") if isinstance(line, dict) else None
+    if not isinstance(text, str):
+        raise ValueError("no text: give each line an object with a string `text`")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("half of a surrogate pair in its text") from None
+    domain = line
+    for key in domain_field.split(".") if domain_field else ():
+        domain = domain.get(key) if isinstance(domain, dict) else None
+    if domain_field and not (isinstance(domain, str) and domain):
+        raise ValueError(f"no {domain_field}, which names the domain")
+    return (domain if domain_field else folder), text
+
+
+def _line_number(path: Path, offset: int) -> int:
+    """How many lines stand before the byte `offset`."""
+    count = 0
+    with open(path, "rb") as file:
+        while offset > 0 and (block := file.read(min(offset, 1 << 20))):
+            count, offset = count + block.count(b"\n"), offset - len(block)
+    return count

@@ -1,0 +1,131 @@
+"""Work that is divided into units, done by processes of this job and by other jobs, and not done twice."""
+
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from queue import Empty
+
+from cepe_jax.data.records import Builder
+from cepe_jax.progress import track
+
+# Work on one unit: yields (progress in the unit's size, tokens) as it goes, and returns the facts of its mark.
+Work = Generator[tuple[float, int], None, dict]
+
+
+@dataclass(frozen=True)
+class JobConfig:
+    """How a job shares the work."""
+
+    shard: str = "0/1"  # i/n: this job does every n-th unit, from unit i on; n jobs with i = 0 ... n - 1 do all
+    workers: int = 0  # processes; 0 = one per core
+
+    def __post_init__(self):
+        number, slash, count = self.shard.partition("/")
+        if not (slash and number.isdecimal() and count.isdecimal() and int(number) < int(count)):
+            raise ValueError(f"shard is {self.shard!r}: give i/n with 0 <= i < n, such as 0/4")
+        if self.workers < 0:
+            raise ValueError(f"workers is {self.workers}: give a number of processes, or 0 for one per core")
+
+
+def run_units(
+    builder: Builder,
+    units: Sequence[tuple],
+    sizes: Sequence[float],
+    work: Callable[..., Work],
+    job: JobConfig,
+    what: str,
+) -> list[dict] | None:
+    """Does this job's units that have no mark, as `work(number, *unit)`, and marks them.
+
+    A unit is a tuple of picklable values and is its own key. Returns the marks of all units, or None when other jobs
+    have not finished theirs.
+    """
+    first, every = map(int, job.shard.split("/"))
+    open_units = [n for n in range(first, len(units), every) if builder.marked(n, units[n]) is None]
+    workers = min(job.workers or os.cpu_count() or 1, len(open_units))
+    if open_units:
+        run = _in_processes if workers > 1 else _here
+        begun, tokens = time.monotonic(), 0
+
+        def sizes_of_progress() -> Iterator[float]:
+            nonlocal tokens
+            for size, new_tokens in run(builder, units, open_units, work, workers):
+                tokens += new_tokens
+                yield size
+
+        def status() -> str:
+            return f"{tokens:,} tokens, {tokens / max(time.monotonic() - begun, 1e-9):,.0f} a second"
+
+        total = sum(sizes[n] for n in open_units)
+        for _ in track(sizes_of_progress(), what, total, status, amount=lambda size: size):
+            pass
+    marks = [builder.marked(n, unit) for n, unit in enumerate(units)]
+    if None in marks:
+        print(f"{builder.out}: {marks.count(None)} of {len(units)} units are left to other jobs")
+        return None
+    return marks
+
+
+def _do(builder: Builder, number: int, unit: tuple, work: Callable[..., Work]) -> Iterator[tuple[float, int]]:
+    facts = yield from work(number, *unit)
+    builder.mark(number, unit, facts)
+
+
+def _here(builder, units, open_units, work, workers) -> Iterator[tuple[float, int]]:
+    for number in open_units:
+        yield from _do(builder, number, units[number], work)
+
+
+def _in_processes(builder, units, open_units, work, workers) -> Iterator[tuple[float, int]]:
+    context = multiprocessing.get_context("spawn")  # jax and its threads do not survive a fork
+    queue, stop = context.Queue(), context.Event()
+    with ProcessPoolExecutor(workers, context, _remember, (queue, stop)) as pool:
+        futures = [pool.submit(_send, builder, n, units[n], work) for n in open_units]
+        try:
+            pending = set(futures)
+            while pending:
+                done, pending = wait(pending, timeout=0.2, return_when=FIRST_EXCEPTION)
+                for future in done:
+                    future.result()
+                yield from _received(queue)
+        except BrokenProcessPool:
+            raise ValueError(
+                "a worker process was killed, perhaps for want of memory: run it again with fewer --workers; "
+                "finished units stay"
+            ) from None
+        except BaseException:
+            stop.set()
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+        time.sleep(0.1)  # what the last worker sent
+        yield from _received(queue)
+
+
+def _received(queue) -> Iterator[tuple[float, int]]:
+    while True:
+        try:
+            yield queue.get_nowait()
+        except Empty:
+            return
+
+
+def _remember(queue, stop) -> None:
+    global _progress, _stop
+    _progress, _stop = queue, stop
+
+
+def _send(builder: Builder, number: int, unit: tuple, work: Callable[..., Work]) -> None:
+    """Runs in a worker: does the unit, and sends its progress twice a second."""
+    size, tokens, last = 0.0, 0, time.monotonic()
+    for more, new_tokens in _do(builder, number, unit, work):
+        size, tokens = size + more, tokens + new_tokens
+        if _stop.is_set():
+            return
+        if time.monotonic() - last > 0.5:
+            _progress.put((size, tokens))
+            size, tokens, last = 0.0, 0, time.monotonic()
+    _progress.put((size, tokens))
