@@ -68,12 +68,32 @@ def shardings_of(tree, mesh: jax.sharding.Mesh):
     return jax.tree.map(rule, tree, is_leaf=is_variable)
 
 
-def place_batch(batch: dict, mesh: jax.sharding.Mesh) -> dict:
-    """The host's arrays on the mesh, rows over its batch axes; where there is no mesh, as they are."""
+def batch_share(mesh: jax.sharding.Mesh, batch_size: int) -> tuple[int, int]:
+    """(h, H): of the rows of a batch this process feeds the h-th of H equal shares. Processes may feed the same one."""
+    if mesh.empty:
+        return 0, 1
+    sharding = NamedSharding(mesh, partition_spec(("batch",)))
+    rows = set()
+    for (span,) in sharding.addressable_devices_indices_map((batch_size,)).values():
+        rows |= set(range(*span.indices(batch_size)))
+    share = min(rows) // len(rows), batch_size // len(rows)
+    if batch_size % len(rows) or rows != set(range(share[0] * len(rows), (share[0] + 1) * len(rows))):
+        raise ValueError(
+            f"process {jax.process_index()} would feed rows {sorted(rows)} of {batch_size}: reorder the mesh"
+        )
+    return share
+
+
+def place_batch(batch: dict, mesh: jax.sharding.Mesh, batch_size: int) -> dict:
+    """Global arrays of `batch_size` rows over the mesh's batch axes, from this process' share of them.
+
+    Where there is no mesh, the arrays as they are.
+    """
     if mesh.empty:
         return batch
 
     def place(x):
-        return jax.device_put(x, NamedSharding(mesh, partition_spec(("batch", *[None] * (x.ndim - 1)))))
+        sharding = NamedSharding(mesh, partition_spec(("batch", *[None] * (x.ndim - 1))))
+        return jax.make_array_from_process_local_data(sharding, x, (batch_size, *x.shape[1:]))
 
     return jax.tree.map(place, batch)

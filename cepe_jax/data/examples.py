@@ -1,10 +1,11 @@
-"""Examples from documents: pure functions of documents and a random generator.
+"""Examples from sequences of tokens: pure functions of a record and a random generator.
 
 An example is a dict of arrays: `tokens` (T) and `labels` (T), where labels[t] is what follows tokens[t] or IGNORE;
 and for CEPE `context` (C, L) with `context_mask` (C, L), true for real tokens. No function reads past the window.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -28,16 +29,16 @@ class ExampleConfig:
     window: int = 4096  # T, what the decoder reads
     num_chunks: int = 16  # C
     chunk_length: int = 256  # L
-    packed_fraction: float = 1 / 3  # of the main stage's windows follow stretches of other documents
     chunk_mask_rate: float = 0.3  # of chunks are masked in part or whole
     whole_chunk_rate: float = 0.1  # of those are masked whole, of the others a random suffix
     mlm_rate: float = 0.3  # of tokens are masked in MLM
+    neighbours: Literal["none", "joint", "separate"] = "none"  # of retrieved passages: in the same chunk, or the next
 
     def __post_init__(self):
         for name in ("window", "num_chunks", "chunk_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: give a number above 0")
-        for name in ("packed_fraction", "chunk_mask_rate", "whole_chunk_rate", "mlm_rate"):
+        for name in ("chunk_mask_rate", "whole_chunk_rate", "mlm_rate"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: give a share between 0 and 1")
 
@@ -79,16 +80,59 @@ def duplicate(tokens: np.ndarray, start: int, config: ExampleConfig) -> Example:
     return window | chunks_before(tokens, start + config.window, config.num_chunks, config.chunk_length)
 
 
-def pack(documents: list[Document], length: int, rng: np.random.Generator) -> np.ndarray:
-    """`length` tokens: stretches of random documents one after another, each of a quarter of `length` to all of it."""
-    pieces, have = [], 0
-    while have < length:
-        tokens = documents[rng.integers(len(documents))].tokens
-        take = min(int(rng.integers(length // 4, length)) + 1, len(tokens), length - have)
-        start = rng.integers(len(tokens) - take + 1)
-        pieces.append(tokens[start : start + take])
-        have += take
-    return np.concatenate(pieces)
+def decoder_only(tokens: np.ndarray, start: int, config: ExampleConfig) -> Example:
+    """What a plain decoder is given for the same window: its context in front of it, the window's labels alone."""
+    context = config.num_chunks * config.chunk_length
+    example = window_at(tokens, start - context, context + config.window)
+    return example | {"labels": np.where(np.arange(context + config.window) < context, IGNORE, example["labels"])}
+
+
+def retrieved(record: dict[str, np.ndarray], config: ExampleConfig) -> Example:
+    """A window, and as its context the passages that were found for the window's first `query_tokens` tokens.
+
+    The record has `passages` and `next` (n, P), `lengths`, `next_lengths`, `scores` (n). A chunk is a passage; with
+    neighbours, "joint": a passage and what follows it, "separate": chunks of passages and of what follows them in
+    turn. What is missing is masked; `scores` (C) has each chunk's, -inf where there is none. Labels inside the query
+    are ignored: the passages were chosen by these tokens.
+    """
+    passages = _rows(record["passages"], record["lengths"])
+    following = _rows(record["next"], record["next_lengths"])
+    match config.neighbours:
+        case "none":
+            chunks, scores = passages, list(record["scores"])
+        case "joint":
+            chunks = [np.concatenate(pair) for pair in zip(passages, following, strict=True)]
+            scores = list(record["scores"])
+        case "separate":
+            chunks = [chunk for pair in zip(passages, following, strict=True) for chunk in pair]
+            scores = [score for score in record["scores"] for _ in range(2)]
+    context = np.full((config.num_chunks, config.chunk_length), PAD, np.int32)
+    real = np.zeros(context.shape, bool)
+    for row, chunk in enumerate(chunks[: config.num_chunks]):
+        if len(chunk) > config.chunk_length:
+            raise ValueError(f"a retrieved chunk has {len(chunk)} tokens, chunk_length is {config.chunk_length}")
+        context[row, : len(chunk)] = chunk
+        real[row, : len(chunk)] = True
+    all_scores = np.full(config.num_chunks, -np.inf, np.float32)
+    all_scores[: len(scores)] = scores[: config.num_chunks]
+    window = window_at(record["tokens"], 0, config.window)
+    window["labels"][: int(record["query_tokens"]) - 1] = IGNORE  # label t is token t + 1
+    return window | {"context": context, "context_mask": real, "scores": all_scores}
+
+
+def _rows(padded: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
+    return [row[:length] for row, length in zip(padded, lengths, strict=True)]
+
+
+def taught(record: dict[str, np.ndarray], config: ExampleConfig) -> Example:
+    """`teacher_index` (n, K) and `teacher_prob` (n, K + 1), fp16, for the window's last n positions."""
+    index, prob = record["teacher_index"], record["teacher_prob"]
+    if len(index) != len(prob) or len(index) > config.window or prob.shape[-1] != index.shape[-1] + 1:
+        raise ValueError(
+            f"teacher_index {list(index.shape)} and teacher_prob {list(prob.shape)} are not (n, K) and (n, K + 1) "
+            f"with n at most the window's {config.window}: make the teacher's dataset again"
+        )
+    return {"teacher_index": np.asarray(index, np.int32), "teacher_prob": prob}
 
 
 def mask_chunks(example: Example, config: ExampleConfig, rng: np.random.Generator) -> Example:
@@ -101,8 +145,9 @@ def mask_chunks(example: Example, config: ExampleConfig, rng: np.random.Generato
 
 def masked_lm(tokens: np.ndarray, special: tuple[int, ...], mask_id: int, rate: float, rng) -> Example:
     """`tokens` with a share replaced by the mask id, always by it, and these as labels; special tokens stay."""
+    tokens = np.asarray(tokens, np.int32)  # stored ones are unsigned, and IGNORE is not
     chosen = (rng.random(len(tokens)) < rate) & ~np.isin(tokens, special)
     return {
-        "tokens": np.where(chosen, mask_id, tokens).astype(np.int32),
-        "labels": np.where(chosen, tokens, IGNORE).astype(np.int32),
+        "tokens": np.where(chosen, np.int32(mask_id), tokens),
+        "labels": np.where(chosen, tokens, np.int32(IGNORE)),
     }

@@ -1,21 +1,24 @@
-"""Batches for each stage of training: global batch n is a pure function of (seed, n)."""
+"""Batches for each stage of training: global batch n is a pure function of (seed, n), on any number of hosts."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from cepe_jax.data.corpus import Corpus
 from cepe_jax.data.examples import (
     Example,
     ExampleConfig,
     duplicate,
     mask_chunks,
     masked_lm,
-    pack,
     previous_document,
+    retrieved,
+    taught,
     window_at,
 )
+from cepe_jax.data.records import Records
 
 if TYPE_CHECKING:
     import grain
@@ -23,54 +26,118 @@ if TYPE_CHECKING:
 Stage = Literal["lm", "mlm", "warmup", "cepe"]
 
 
-def window_starts(corpus: Corpus, stage: Stage, config: ExampleConfig) -> list[tuple[int, int]]:
-    """(document, start) of every window of the stage, half a window apart; a context needs a chunk before it."""
-    first = config.chunk_length if stage == "cepe" else 0
-    stride = max(config.window // 2, 1)
-    starts = [
-        (index, start)
-        for index, document in enumerate(corpus.documents)
-        for start in range(first, len(document.tokens) - config.window, stride)
-    ]
-    if not starts:
-        raise ValueError(
-            f"no document is longer than the {first + config.window} tokens of a {stage} example: lower the window"
-        )
-    return starts
+class Sequences:
+    """The sequences of a dataset, cut into examples' worth of tokens: a random-access source for Grain.
+
+    What another dataset joined to a sequence (its passages, its teacher's probabilities) is in its record.
+    """
+
+    def __init__(self, path: Path, stage: Stage, config: ExampleConfig, split: str = "train"):
+        """ValueError where the dataset has no sequences, too short ones, or does not join the one it was made for."""
+        self.joined, self.query = None, {}
+        self.records = Records(path, split)
+        if joins := self.records.index.get("joins"):
+            self.joined, self.records = self.records, Records(path / joins["path"], joins["split"])
+            made_for, found = (joins["digest"], len(self.joined)), (self.records.digest, len(self.records))
+            if made_for != found:
+                raise ValueError(
+                    f"{path} does not join {self.records.path}: it was made for {made_for[1]} other records, "
+                    f"and there are {found[1]}: make it again"
+                )
+            self.query = {name: self.joined.index[name] for name in ("query_tokens",) if name in self.joined.index}
+        if "length" not in self.records.index:
+            raise ValueError(f"{path} holds {self.records.name}: sample sequences from it first")
+        length = self.records.index["length"]
+        self.size = config.window
+        if stage == "cepe" and (self.joined is None or self.joined.name != "retrieved"):
+            self.size += config.num_chunks * config.chunk_length
+        if length < self.size:
+            raise ValueError(
+                f"{path}: its sequences have {length} tokens, and a {stage} example has {self.size}: "
+                f"sample longer ones, or lower the window"
+            )
+        self.per_sequence = 1 if self.joined else length // self.size
+
+    @property
+    def digest(self) -> str:
+        """Of all that a record holds."""
+        return self.records.digest + (self.joined.digest if self.joined else "")
+
+    def __len__(self) -> int:
+        return len(self.records) * self.per_sequence
+
+    def __getitem__(self, number: int) -> dict:
+        """The record; its `tokens` are `size` and, where the document goes on, one more."""
+        number, part = divmod(int(number), self.per_sequence)
+        record = self.records[number]
+        start = part * self.size
+        record["tokens"] = record["tokens"][start : start + self.size + 1]
+        return record | self.joined[number] | self.query if self.joined else record
 
 
-def dataset(corpus: Corpus, stage: Stage, config: ExampleConfig, batch_size: int, seed: int) -> "grain.MapDataset":
-    """Batch n at index n, for ever; each window comes once before any comes again, at a random offset."""
+def _example(stage: Stage, config: ExampleConfig, special: tuple[int, ...], mask_id: int, record: dict, rng) -> Example:
+    tokens = record["tokens"]
+    match stage:
+        case "lm":
+            return window_at(tokens, 0, config.window)
+        case "mlm":
+            return masked_lm(tokens[: config.window], special, mask_id, config.mlm_rate, rng)
+        case "warmup":
+            return duplicate(tokens, 0, config)
+        case "cepe" if "passages" in record:
+            example = retrieved(record, config)
+            del example["scores"]  # training reads none, and a mixture's examples have the same fields
+        case "cepe":
+            example = previous_document(tokens, config.num_chunks * config.chunk_length, config)
+            if "teacher_prob" in record:
+                example |= taught(record, config)
+    return mask_chunks(example, config, rng)
+
+
+def examples(
+    sources: Sequence[Sequences], weights: Sequence[float], stage: Stage, config: ExampleConfig, seed: int
+) -> "grain.MapDataset":
+    """Example n at index n, for ever, of sources mixed by weight.
+
+    Each piece of a source comes once before any comes again, in another order.
+    """
     import grain  # takes a second or two: only what loads data pays for it
 
-    tokenizer, documents = corpus.tokenizer, corpus.documents
+    tokenizer = sources[0].records.tokenizer
     special = tokenizer.bos_id, tokenizer.eos_id
-
-    def example(place: tuple[int, int], rng: np.random.Generator) -> Example:
-        tokens = documents[place[0]].tokens
-        room = len(tokens) - config.window - place[1]
-        start = place[1] + int(rng.integers(max(min(config.window // 2, room), 1)))
-        match stage:
-            case "lm":
-                return window_at(tokens, start, config.window)
-            case "mlm":
-                window = np.asarray(tokens[start : start + config.window])
-                return masked_lm(window, special, tokenizer.mask_id, config.mlm_rate, rng)
-            case "warmup":
-                return duplicate(tokens, start, config)
-            case "cepe":
-                if rng.random() < config.packed_fraction:
-                    others = pack(documents, config.num_chunks * config.chunk_length, rng)
-                    tokens = np.concatenate([others, tokens[start : start + config.window + 1]])
-                    start = len(others)
-                return mask_chunks(previous_document(tokens, start, config), config, rng)
-
-    places = grain.MapDataset.source(window_starts(corpus, stage, config)).seed(seed)
-    return places.shuffle().repeat().random_map(example).batch(batch_size)
+    shuffled = [grain.MapDataset.source(s).shuffle(seed=seed + i).repeat() for i, s in enumerate(sources)]
+    mixed = grain.MapDataset.mix(shuffled, weights)
+    return mixed.seed(seed).random_map(partial(_example, stage, config, special, tokenizer.mask_id))
 
 
-def batches(data: "grain.MapDataset", first: int) -> Iterator[dict[str, np.ndarray]]:
-    """Batches first, first + 1, ... read ahead by threads."""
+def batches(
+    data: "grain.MapDataset", batch_size: int, first: int = 0, share: tuple[int, int] = (0, 1), workers: int = 0
+) -> Iterator[dict[str, np.ndarray]]:
+    """Global batches first, first + 1, ..., read ahead by threads, or by `workers` processes.
+
+    Of each the rows of share (h, H) alone: [h B / H, (h + 1) B / H). The whole state of a loader is its step.
+    """
     import grain
 
-    return iter(data[first:].to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)))
+    host, hosts = share
+    mine = data.batch(batch_size // hosts, drop_remainder=True)[host::hosts][first:]
+    ahead = mine.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8))
+    if workers:
+        from absl import flags
+
+        flags.FLAGS.mark_as_parsed()  # Grain's processes ask for flags that only an absl program parses
+        ahead = ahead.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2))
+    iterator = iter(ahead)
+    try:
+        yield from iterator
+    finally:
+        iterator.close()  # its processes and shared memory would stay
+
+
+def open_mix(data: Path, mix: dict[str, float], stage: Stage, config: ExampleConfig) -> list[Sequences]:
+    """The datasets below `data` that `mix` names; `data` itself where it names none. All of one tokenizer."""
+    sources = [Sequences(data / name, stage, config) for name in mix or {"": 1.0}]
+    fingerprints = {source.records.tokenizer.fingerprint() for source in sources}
+    if len(fingerprints) > 1:
+        raise ValueError(f"{data}: {', '.join(mix)} were tokenised with different tokenizers: prepare them again")
+    return sources

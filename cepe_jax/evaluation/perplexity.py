@@ -1,5 +1,6 @@
 """How much a context helps: nll of the last tokens of held-out documents against the number of context chunks."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 
@@ -23,23 +24,19 @@ class Window:
     other_end: int
 
 
-def choose_windows(documents: list[Document], window: int, context: int) -> list[Window]:
+def choose_windows(documents: Iterable[Document], window: int, context: int) -> list[Window]:
     """One window in the middle of each document that has `context` tokens before it and is long enough.
 
     The other document of a window is the next one in the list, read up to its own window.
     """
-    starts = {
-        document.name: max(context, (len(document.tokens) - window) // 2)
-        for document in documents
-        if len(document.tokens) > context + window
-    }
-    chosen = [document for document in documents if document.name in starts]
+    chosen = [document for document in documents if len(document.tokens) > context + window]
     if len(chosen) < 2:
         raise ValueError(
             f"{len(chosen)} documents are longer than the {context + window} tokens asked for: 2 are needed"
         )
-    others = chosen[1:] + chosen[:1]
-    return [Window(d, starts[d.name], o, starts[o.name]) for d, o in zip(chosen, others, strict=True)]
+    starts = [max(context, (len(document.tokens) - window) // 2) for document in chosen]
+    places = list(zip(chosen, starts, strict=True))
+    return [Window(*place, *other) for place, other in zip(places, places[1:] + places[:1], strict=True)]
 
 
 @partial(jax.jit, static_argnames="scored")

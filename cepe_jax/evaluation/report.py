@@ -93,7 +93,7 @@ def evaluate(config: EvaluateConfig) -> None:
     if not isinstance(model, Cepe):
         raise ValueError(f"{config.model}: is no CEPE model: give one that was warmed up or trained")
     corpus.tokenizer.check_is_of(config.model)
-    windows = choose_windows(corpus.documents, config.window, max(config.chunks) * config.chunk_length)
+    windows = choose_windows(corpus, config.window, max(config.chunks) * config.chunk_length)
     nll = context_nll(model, windows, config.window, config.scored, list(config.chunks), config.chunk_length)
     without = nll["none", 0]
     report = {

@@ -3,16 +3,16 @@
 import contextlib
 import dataclasses
 import json
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import jax
 
 from cepe_jax.config import DECODERS, ENCODERS, preset
-from cepe_jax.data.corpus import Corpus
 from cepe_jax.data.examples import ExampleConfig
-from cepe_jax.data.loader import Stage, batches, dataset
+from cepe_jax.data.loader import Stage, batches, examples, open_mix
 from cepe_jax.directories import refuse_another_run
 from cepe_jax.model.cepe import (
     Cepe,
@@ -25,7 +25,7 @@ from cepe_jax.model.cepe import (
 )
 from cepe_jax.model.encoder import Encoder
 from cepe_jax.model.llama import Llama
-from cepe_jax.sharding import make_mesh, shardings_of
+from cepe_jax.sharding import batch_share, make_mesh, place_batch, shardings_of
 from cepe_jax.training.objectives import MaskedLM, NextToken
 from cepe_jax.training.trainer import OptimizerConfig, Run, init_state, make_train_step, train
 from cepe_jax.weights.checkpoint import Checkpoints, digests_of
@@ -47,7 +47,7 @@ class MeshConfig:
 @dataclass(frozen=True)
 class TrainConfig:
     stage: Stage  # lm: a decoder from scratch; mlm: an encoder; warmup and cepe: as in the paper
-    data: Path  # a prepared dataset
+    data: Path  # a dataset of sequences, or the directory of those that `mix` names
     out: Path  # gets checkpoints/, metrics.jsonl, config.json, and at the end model/
     steps: int
     batch_size: int  # sequences per step
@@ -57,6 +57,8 @@ class TrainConfig:
     num_cross_layers: int = 0  # of the decoder's last layers; 0 = all
     cross_init: CrossInit = "copy"
     train: tuple[str, ...] = ("encoder", "cross")  # of the warm-up and main stage
+    mix: dict[str, float] = field(default_factory=dict)  # dataset below `data` -> weight of its sequences
+    workers: int = 0  # processes that load data; 0 = threads of this one
     examples: ExampleConfig = ExampleConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     accumulate: int = 1  # micro-batches per step
@@ -86,6 +88,10 @@ class TrainConfig:
             for name in ("num_cross_layers", "cross_init"):
                 if getattr(self, name) != TrainConfig.__dataclass_fields__[name].default:
                     raise ValueError(f"{name} is for a start from decoder and encoder: leave it out")
+        if any(weight <= 0 for weight in self.mix.values()):
+            raise ValueError(f"mix is {self.mix}: give weights above 0")
+        if self.workers < 0:
+            raise ValueError(f"workers is {self.workers}: give a number of processes, or 0 for threads")
         Run(self.out, self.steps, self.save_every)
 
 
@@ -151,19 +157,28 @@ def prepare_to_run(model: Cepe | Llama | Encoder, config: TrainConfig, vocab_siz
 def run_stage(config: TrainConfig) -> Path:
     """The directory `config.out/model`, trained; a run that was cut off goes on from its newest checkpoint."""
     model_dir, record = config.out / "model", config.out / "config.json"
-    corpus = Corpus(config.data, "train")
-    resolved = json.loads(json.dumps(dataclasses.asdict(config), default=str)) | {"dataset": corpus.facts}
+    sources = open_mix(config.data, config.mix, config.stage, config.examples)
+    tokenizer = sources[0].records.tokenizer
+    resolved = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    resolved["dataset"] = {"tokenizer": tokenizer.fingerprint(), "sequences": [source.digest for source in sources]}
     if model_dir.exists():
         refuse_another_run(config.out, identity_of(json.loads(record.read_text())), identity_of(resolved))
         print(f"{model_dir} is finished: remove {config.out} to train again")
         return model_dir
-    data = dataset(corpus, config.stage, config.examples, config.batch_size, config.seed)
+    data = examples(sources, list(config.mix.values()) or [1.0], config.stage, config.examples, config.seed)
     with jax.set_mesh(make_mesh(**dataclasses.asdict(config.mesh))):
+        mesh = jax.sharding.get_mesh()
+        share = batch_share(mesh, config.batch_size)
+
+        def batches_from(first: int) -> Iterator[dict[str, jax.Array]]:
+            for batch in batches(data, config.batch_size, first, share, config.workers):
+                yield place_batch(batch, mesh, config.batch_size)
+
         for start in filter(None, (config.cepe, config.decoder, config.encoder)):
             if Path(start).is_dir():
-                corpus.tokenizer.check_is_of(start)
-        model = starting_model(config, corpus.tokenizer.vocab_size)
-        prepare_to_run(model, config, corpus.tokenizer.vocab_size)
+                tokenizer.check_is_of(start)
+        model = starting_model(config, tokenizer.vocab_size)
+        prepare_to_run(model, config, tokenizer.vocab_size)
         whole = config.stage in ("lm", "mlm")
         trainable, frozen = split(model, tuple(parts_of(model)) if whole else config.train)
         sizes = [sum(x.size for x in jax.tree.leaves(parts)) for parts in (trainable, frozen)]
@@ -182,7 +197,7 @@ def run_stage(config: TrainConfig) -> Path:
                 initial,
                 frozen,
                 make_train_step(objective, optimizer, config.accumulate),
-                lambda first: batches(data, first),
+                batches_from,
                 checkpoints,
             )
         save(assemble(state.trainable | frozen), model_dir, assets=tokenizer_home(config))
@@ -190,13 +205,17 @@ def run_stage(config: TrainConfig) -> Path:
 
 
 def identity_of(resolved: dict) -> dict:
-    """What two configurations must share for one to go on where the other stopped: all but places and pace."""
-    places = "data", "decoder", "encoder", "cepe", "out", "save_every", "mesh"  # their contents are compared instead
-    return {key: value for key, value in resolved.items() if key not in places}
+    """What two configurations must share for one to go on where the other stopped: all but places and pace.
+
+    The contents of the places are compared instead.
+    """
+    places = {"data", "decoder", "encoder", "cepe", "out"}
+    pace = {"save_every", "mesh", "workers"}
+    return {key: value for key, value in resolved.items() if key not in places | pace}
 
 
 def tokenizer_home(config: TrainConfig) -> Path:
     """The directory whose tokenizer, chat template and generation settings go with the trained model."""
     candidates = [Path(path) for path in (config.cepe, config.decoder) if path]
     with_tokenizer = (p for p in candidates if (p / "tokenizer.model").exists() or (p / "tokenizer.json").exists())
-    return next(with_tokenizer, config.data)
+    return next(with_tokenizer, config.data / next(iter(config.mix), ""))

@@ -13,7 +13,7 @@ import optax
 
 from cepe_jax.model.cepe import Parts, assemble
 from cepe_jax.progress import track
-from cepe_jax.sharding import place_batch, shardings_of
+from cepe_jax.sharding import shardings_of
 from cepe_jax.training.objectives import Batch
 from cepe_jax.weights.checkpoint import Checkpoints
 
@@ -128,11 +128,10 @@ def train(
         first, state = restored
         print(f"resumed at step {first} of {run.steps} from {checkpoints.directory}")
     log = MetricsLog(run.out / "metrics.jsonl", first)
-    mesh = jax.sharding.get_mesh()
     batches = batches_from(first)
     pending: list[tuple[int, dict]] = []  # read one step late, so that the device never waits for the host
     for number in track(range(first, run.steps), run.out.name, run.steps - first, lambda: log.latest):
-        state, metrics = step(state, frozen, place_batch(next(batches), mesh))
+        state, metrics = step(state, frozen, next(batches))
         log.write(pending)
         done = number + 1
         saving = done % run.save_every == 0 or done == run.steps

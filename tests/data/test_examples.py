@@ -7,14 +7,15 @@ import pytest
 
 from cepe_jax.data.examples import (
     IGNORE,
-    Document,
     ExampleConfig,
     chunks_before,
+    decoder_only,
     duplicate,
     mask_chunks,
     masked_lm,
-    pack,
     previous_document,
+    retrieved,
+    taught,
     window_at,
 )
 
@@ -73,7 +74,6 @@ def test_bad_windows():
     [
         ("window", 0),
         ("chunk_length", 0),
-        ("packed_fraction", 1.1),
         ("chunk_mask_rate", -0.1),
         ("whole_chunk_rate", 2.0),
         ("mlm_rate", float("nan")),
@@ -95,35 +95,86 @@ def test_nothing_is_changed_in_place():
 
 
 def test_the_same_seed_gives_the_same_example():
-    documents = [Document("a", TOKENS), Document("b", TOKENS + 500)]
-
     def draw(seed: int) -> list[dict]:
         rng = np.random.default_rng(seed)
-        packed = pack(documents, 30, rng)
         masked = mask_chunks(
-            previous_document(packed, 20, CONFIG), dataclasses.replace(CONFIG, chunk_mask_rate=1.0), rng
+            previous_document(TOKENS, 20, CONFIG), dataclasses.replace(CONFIG, chunk_mask_rate=1.0), rng
         )
-        return [{"packed": packed}, masked, masked_lm(TOKENS, (), 7, 0.5, rng)]
+        return [masked, masked_lm(TOKENS, (), 7, 0.5, rng)]
 
     assert all(map(equal, draw(3), draw(3)))
     assert not any(map(equal, draw(3), draw(4)))
 
 
-def test_pack():
-    """Exactly the length asked for: stretches of documents, each in order, a quarter of the length or what is left."""
-    documents = [Document(str(i), np.arange(i * 100, i * 100 + length)) for i, length in enumerate((80, 30, 70, 99))]
-    shortest, sources = [], []
-    for seed in range(300):
-        rng = np.random.default_rng(seed)
-        length = int(rng.integers(4, 100))
-        packed = pack(documents, length, rng)
-        assert len(packed) == length
-        assert set(packed) <= set(np.concatenate([d.tokens for d in documents]))
-        stretches = np.split(packed, np.flatnonzero(np.diff(packed) != 1) + 1)
-        shortest.append(min(map(len, stretches[:-1]), default=length) / length)
-        sources.append(len(stretches))
-    assert min(shortest) >= 0.25
-    assert {1, 2, 3} <= set(sources)
+def test_decoder_only():
+    """The context in front of the same window; the window's labels alone count."""
+    for start in (12, 30, 54):
+        example = decoder_only(TOKENS, start, CONFIG)
+        both = previous_document(TOKENS, start, CONFIG)
+        assert example["tokens"].tolist() == [*both["context"].ravel(), *both["tokens"]]
+        assert example["labels"].tolist() == [IGNORE] * 12 + both["labels"].tolist()
+
+
+def found(number: int = 2) -> dict:
+    """Passages of up to 4 tokens; the last is short, and nothing follows it."""
+    passages = 100 * np.arange(1, number + 1)[:, None] + np.arange(4)
+    ends = np.arange(number) == number - 1
+    return {
+        "tokens": TOKENS[:30],
+        "query_tokens": 3,
+        "passages": passages,
+        "next": passages + 50,
+        "lengths": np.where(ends, 3, 4),
+        "next_lengths": np.where(ends, 0, 4),
+        "scores": np.arange(number, 0, -1).astype(np.float32),
+    }
+
+
+@pytest.mark.parametrize(
+    ("neighbours", "chunk_length", "chunks", "scores"),
+    [
+        ("none", 4, [[100, 101, 102, 103], [200, 201, 202], []], [2, 1, -np.inf]),
+        ("separate", 4, [[100, 101, 102, 103], [150, 151, 152, 153], [200, 201, 202]], [2, 2, 1]),
+        ("joint", 8, [[100, 101, 102, 103, 150, 151, 152, 153], [200, 201, 202], []], [2, 1, -np.inf]),
+    ],
+)
+def test_retrieved(neighbours, chunk_length, chunks, scores):
+    config = dataclasses.replace(CONFIG, neighbours=neighbours, chunk_length=chunk_length)
+    example = retrieved(found(), config)
+    assert [row[real].tolist() for row, real in zip(example["context"], example["context_mask"], strict=True)] == chunks
+    assert not example["context"][~example["context_mask"]].any()
+    assert example["context"].shape == (3, chunk_length)
+    assert example["scores"].tolist() == scores
+    assert example["tokens"].tolist() == TOKENS[:6].tolist()
+    assert example["labels"].tolist() == [IGNORE, IGNORE, *TOKENS[3:7].tolist()]  # the query is tokens 0, 1, 2
+
+
+def test_more_passages_than_chunks_and_none():
+    example = retrieved(found(5), CONFIG)
+    assert example["context"][:, 0].tolist() == [100, 200, 300]
+    assert example["scores"].tolist() == [5, 4, 3]
+    empty = {
+        name: value[:0] if name in ("passages", "next") or "lengths" in name else value
+        for name, value in found().items()
+    }
+    example = retrieved(empty | {"scores": np.zeros(0, np.float32)}, CONFIG)
+    assert not example["context_mask"].any()
+    assert (example["scores"] == -np.inf).all()
+    with pytest.raises(ValueError, match="a retrieved chunk has 4 tokens, chunk_length is 3"):
+        retrieved(found(), dataclasses.replace(CONFIG, chunk_length=3))
+
+
+def test_taught():
+    record = {"teacher_index": np.arange(8, dtype=np.uint16).reshape(4, 2), "teacher_prob": np.ones((4, 3), np.float16)}
+    example = taught(record, CONFIG)
+    assert example["teacher_index"].dtype == np.int32
+    assert example["teacher_index"].tolist() == record["teacher_index"].tolist()
+    assert example["teacher_prob"].dtype == np.float16
+    for wrong in ({"teacher_index": np.zeros((3, 2))}, {"teacher_prob": np.zeros((4, 2))}):
+        with pytest.raises(ValueError, match="make the teacher's dataset again"):
+            taught(record | wrong, CONFIG)
+    with pytest.raises(ValueError, match="window's 3"):
+        taught(record, dataclasses.replace(CONFIG, window=3))
 
 
 def test_chunks_are_masked_as_in_the_paper():

@@ -1,49 +1,56 @@
-"""Batches: pure in (seed, n), each window once per epoch, and what each stage shows to the model."""
+"""Batches: pure in (seed, n) for any hosts and workers, each piece once per epoch, and what each stage shows."""
 
 import dataclasses
+import json
+from collections import Counter
 from itertools import islice
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import sequences
 
-from cepe_jax.data.examples import IGNORE, Document, ExampleConfig
-from cepe_jax.data.loader import batches, dataset, window_starts
+from cepe_jax.data.examples import IGNORE, ExampleConfig
+from cepe_jax.data.loader import Sequences, batches, examples, open_mix
+from cepe_jax.data.records import array
 
-BOS, EOS, MASK = 0, 1, 999_999
-FAR = 10_000
-LENGTHS = [60, 9, 300, 41, 17, 25, 130]
+FAR = 4_000  # token = FAR * (its sequence + 1) + its place
+LENGTH = 50
 CONFIG = ExampleConfig(window=12, num_chunks=3, chunk_length=4)
 STAGES = ["lm", "mlm", "warmup", "cepe"]
+COUNTS = {"a": 10, "b": 5}
 
 
-def document(index: int, length: int) -> Document:
-    """Its tokens say the document and the place: FAR * (index + 1) + place."""
-    tokens = FAR * (index + 1) + np.arange(length, dtype=np.int32)
-    tokens[0], tokens[-1] = BOS, EOS
-    return Document(str(index), tokens)
+def sequence(number: int, length: int = LENGTH + 1) -> np.ndarray:
+    return FAR * (number + 1) + np.arange(length)
 
 
-CORPUS = SimpleNamespace(
-    tokenizer=SimpleNamespace(bos_id=BOS, eos_id=EOS, mask_id=MASK),
-    documents=[document(index, length) for index, length in enumerate(LENGTHS)],
-)
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return sequences.make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
-def take(stage: str, count: int, first: int = 0, seed: int = 0, batch: int = 4, **changes) -> list[dict]:
-    data = dataset(CORPUS, stage, dataclasses.replace(CONFIG, **changes), batch, seed)
-    return list(islice(batches(data, first), count))
+@pytest.fixture(scope="module")
+def home(tokenizer, tmp_path_factory):
+    """Two datasets, `a` of sequences 0 ... 9 and `b` of 10 ... 14; the last of `b` ends with its document."""
+    home = tmp_path_factory.mktemp("data")
+    sequences.write_sequences(home / "a", [sequence(i) for i in range(10)], LENGTH, tokenizer)
+    last = [sequence(i) for i in range(10, 14)] + [sequence(14, LENGTH)]
+    sequences.write_sequences(home / "b", last, LENGTH, tokenizer, shards=3)
+    return home
 
 
-def examples(stage: str, count: int, **changes) -> list[dict]:
-    taken = take(stage, -(-count // 4), **changes)
-    rows = [{name: batch[name][row] for name in batch} for batch in taken for row in range(4)]
-    return rows[:count]
+def mixture(home, stage: str, seed: int = 0, mix=None, **changes):
+    mix = {"a": 2.0, "b": 1.0} if mix is None else mix
+    config = dataclasses.replace(CONFIG, **changes)
+    return examples(open_mix(home, mix, stage, config), list(mix.values()) or [1.0], stage, config, seed)
 
 
-def place(tokens: np.ndarray) -> tuple[int, int]:
-    """(document, start) of a window that is one stretch of a document; the window's second token tells."""
-    return int(tokens[1]) // FAR - 1, int(tokens[1]) % FAR - 1
+def take(data, count: int, batch: int = 4, **options) -> list[dict]:
+    return list(islice(batches(data, batch, **options), count))
+
+
+def rows(data, count: int) -> list[dict]:
+    return [data[i] for i in range(count)]
 
 
 def same(a: list[dict], b: list[dict]) -> bool:
@@ -53,134 +60,231 @@ def same(a: list[dict], b: list[dict]) -> bool:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_batch_is_a_function_of_seed_and_number(stage):
-    whole = take(stage, 40)
-    assert same(whole, take(stage, 40))
-    assert same(whole[23:], take(stage, 17, first=23))
-    assert same([whole[31]], [dataset(CORPUS, stage, CONFIG, 4, 0)[31]])
-    other = take(stage, 40, seed=1)
+def test_a_batch_is_a_function_of_seed_and_number(home, stage):
+    whole = take(mixture(home, stage), 20)
+    assert same(whole, take(mixture(home, stage), 20))
+    rebuilt = rows(mixture(home, stage), 80)
+    assert same(
+        whole, [{name: np.stack([r[name] for r in rebuilt[i : i + 4]]) for name in rebuilt[0]} for i in range(0, 80, 4)]
+    )
+    other = take(mixture(home, stage, seed=1), 20)
     assert not any(same([x], [y]) for x, y in zip(whole, other, strict=True))
 
 
-def test_shapes_and_dtypes():
-    shapes = {"tokens": (4, 12), "labels": (4, 12), "context": (4, 3, 4), "context_mask": (4, 3, 4)}
-    for stage in STAGES:
-        (batch,) = take(stage, 1)
-        assert batch.keys() == (shapes.keys() if stage in ("warmup", "cepe") else {"tokens", "labels"})
-        for name, array in batch.items():
-            assert array.shape == shapes[name]
-            assert array.dtype == (bool if name == "context_mask" else np.int32)
+@pytest.mark.parametrize("stage", ["lm", "cepe"])
+def test_hosts_share_the_global_batch(home, stage):
+    """1 host of 8 rows and 4 hosts of 2 see the same global batches, row by row."""
+    data = mixture(home, stage)
+    whole = take(data, 6, batch=8)
+    for hosts in (2, 4, 8):
+        shares = [take(data, 6, batch=8, share=(host, hosts)) for host in range(hosts)]
+        joined = [{name: np.concatenate([s[n][name] for s in shares]) for name in whole[0]} for n in range(6)]
+        assert same(whole, joined)
+        assert all(len(part["tokens"]) == 8 // hosts for share in shares for part in share)
+
+
+@pytest.mark.parametrize("first", range(9))
+def test_resuming_repeats_and_skips_nothing(home, first):
+    data = mixture(home, "cepe")
+    assert same(take(data, 9)[first:], take(data, 9 - first, first=first))
+    assert same(take(data, 9, share=(1, 2))[first:], take(data, 9 - first, first=first, share=(1, 2)))
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_workers_change_nothing(home, workers):
+    """Whole batches, from any step on, in their order; what is dropped early ends its processes."""
+    data = mixture(home, "cepe")
+    assert same(take(data, 7, first=2, workers=workers, share=(1, 2)), take(data, 7, first=2, share=(1, 2)))
+
+
+def place(example: dict) -> tuple[int, int]:
+    """(sequence, first place) that an example's window has."""
+    return int(example["tokens"][0]) // FAR - 1, int(example["tokens"][0]) % FAR
+
+
+def drawn(home, stage: str, epochs: int = 3, **changes) -> dict[str, list[tuple[int, int]]]:
+    """The places drawn from each dataset, for so many of `a`'s epochs at weights 2 : 1."""
+    per = {"lm": 4, "mlm": 4, "warmup": 4, "cepe": 2}[stage]
+    places = [place(e) for e in rows(mixture(home, stage, mlm_rate=0.0, **changes), 15 * per * epochs)]
+    return {"a": [p for p in places if p[0] < 10], "b": [p for p in places if p[0] >= 10]}
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_each_window_comes_once_per_epoch(stage):
-    """At another offset each time, in another order, never past the document's end."""
-    first, stride = (CONFIG.chunk_length if stage == "cepe" else 0), CONFIG.window // 2
-    starts = window_starts(CORPUS, stage, CONFIG)
-    expected = [(i, s) for i, n in enumerate(LENGTHS) for s in range(first, n - CONFIG.window, stride)]
-    assert starts == expected
-    drawn = examples(stage, 3 * len(starts), packed_fraction=0.0, mlm_rate=0.0)
-    places = [place(example["tokens"]) for example in drawn]
-    epochs = [places[i * len(starts) : (i + 1) * len(starts)] for i in range(3)]
-    nearest = [[(i, first + (s - first) // stride * stride) for i, s in epoch] for epoch in epochs]
-    for epoch in nearest:
-        assert sorted(epoch) == sorted(starts)
-    assert nearest[0] != nearest[1] != nearest[2] != starts
-    assert sorted(epochs[0]) != sorted(epochs[1]) != sorted(epochs[2])
-    for example, (index, start) in zip(drawn, places, strict=True):
-        tokens = CORPUS.documents[index].tokens
-        np.testing.assert_array_equal(example["tokens"], tokens[start : start + 12])
-        if stage != "mlm":
-            np.testing.assert_array_equal(example["labels"], tokens[start + 1 : start + 13])
+def test_each_piece_comes_once_before_any_comes_again(home, stage):
+    size = 24 if stage == "cepe" else 12
+    start = 12 if stage == "cepe" else 0  # the window stands after the context
+    for name, places in drawn(home, stage).items():
+        first = 10 * (name == "b")
+        pieces = [
+            (i, j) for i in range(first, first + COUNTS[name]) for j in range(start, LENGTH - size + start + 1, size)
+        ]
+        epochs = [places[n : n + len(pieces)] for n in range(0, len(places), len(pieces))]
+        assert len(epochs) == 3
+        for epoch in epochs:
+            assert Counter(epoch) == Counter(pieces)
+        assert pieces != epochs[0] != epochs[1] != epochs[2]
 
 
-def test_every_token_of_a_long_document_is_read():
-    seen = set()
-    for example in examples("lm", 60 * len(window_starts(CORPUS, "lm", CONFIG))):
-        seen |= set(example["tokens"].tolist()) | set(example["labels"].tolist())
-    assert set(CORPUS.documents[2].tokens.tolist()) <= seen
+def test_the_weights_are_the_shares(home):
+    """2 : 1 and 1 : 4, all along, whatever the sizes; one dataset by itself needs no weight."""
+    for mix, share in (({"a": 2, "b": 1}, 2 / 3), ({"a": 1, "b": 4}, 1 / 5)):
+        from_a = np.cumsum([place(e)[0] < 10 for e in rows(mixture(home, "cepe", mix=mix), 300)])
+        assert np.abs(from_a - share * np.arange(1, 301)).max() <= 1
+    assert {place(e)[0] for e in rows(mixture(home / "b", "lm", mix={}), 20)} == set(range(10, 15))
 
 
-def test_mlm():
-    for example in examples("mlm", 100):
-        masked = example["tokens"] == MASK
+def test_lm(home):
+    for example in rows(mixture(home, "lm"), 60):
+        number, start = place(example)
+        assert example["tokens"].tolist() == sequence(number)[start : start + 12].tolist()
+        assert example["labels"].tolist() == sequence(number)[start + 1 : start + 13].tolist()
+        assert example.keys() == {"tokens", "labels"}
+
+
+def test_mlm(home, tokenizer):
+    for example in rows(mixture(home, "mlm"), 60):
+        masked = example["tokens"] == tokenizer.mask_id
         np.testing.assert_array_equal(masked, example["labels"] != IGNORE)
-        assert not {BOS, EOS} & set(example["labels"].tolist())
-        assert len(set(np.where(masked, example["labels"], example["tokens"]) - np.arange(12))) <= 3
-    everything = examples("mlm", 40, mlm_rate=1.0)
-    assert all(set(example["tokens"].tolist()) <= {MASK, BOS, EOS} for example in everything)
+        read = np.where(masked, example["labels"], example["tokens"])
+        assert (np.diff(read) == 1).all()
 
 
-@pytest.mark.parametrize("stage", ["lm", "warmup", "cepe"])
-def test_the_mask_id_is_never_shown_to_the_decoder_or_in_a_context(stage):
-    for batch in take(stage, 50):
-        assert not any((batch[name] == MASK).any() for name in batch)
-
-
-def test_warmup():
+def test_warmup(home):
     """The encoder reads what the decoder reads, unmasked."""
-    for example in examples("warmup", 100):
+    for example in rows(mixture(home, "warmup"), 60):
         np.testing.assert_array_equal(example["context"].ravel(), example["tokens"])
         assert example["context_mask"].all()
 
 
-def test_cepe_reads_what_stands_before_the_window():
-    full = 0
-    for example in examples("cepe", 200, packed_fraction=0.0, chunk_mask_rate=0.0):
-        index, start = place(example["tokens"])
-        context = example["context"][example["context_mask"]]
-        before = CORPUS.documents[index].tokens[max(start - 12, 0) : start]
-        np.testing.assert_array_equal(context, before)
-        assert len(context) >= CONFIG.chunk_length
-        full += len(context) == 12
-    assert full > 100
+def test_cepe_reads_what_stands_before_the_window(home):
+    ends = 0
+    for example in rows(mixture(home, "cepe", chunk_mask_rate=0.0), 60):
+        number, start = place(example)
+        assert example["context"].ravel().tolist() == sequence(number)[start - 12 : start].tolist()
+        assert example["context_mask"].all()
+        assert example["tokens"].tolist() == sequence(number)[start : start + 12].tolist()
+        following = sequence(number)[start + 1 : start + 13].tolist()
+        assert example["labels"].tolist() == following
+        ends += start == 36
+    assert ends
 
 
-def test_cepe_masks_chunks():
+def test_a_document_that_ends_with_its_sequence_has_no_last_label(home):
+    config = {"num_chunks": 1, "chunk_length": 38}
+    labels = [e["labels"] for e in rows(mixture(home, "cepe", mix={"b": 1}, **config), 5) if place(e)[0] == 14]
+    assert [row[-1] for row in labels] == [IGNORE]
+    assert (labels[0][:-1] == sequence(14)[39:50]).all()
+
+
+def test_cepe_masks_chunks(home):
     def touched(**changes) -> float:
-        rows = examples("cepe", 800, packed_fraction=1.0, **changes)
-        return np.mean([~example["context_mask"].all(axis=1) for example in rows])
+        return np.mean([~e["context_mask"].all(axis=1) for e in rows(mixture(home, "cepe", **changes), 800)])
 
     assert touched(chunk_mask_rate=0.0) == 0
     assert touched(chunk_mask_rate=1.0) == 1
     assert abs(touched() - 0.3) < 4.5 * np.sqrt(0.3 * 0.7 / 2400)
 
 
-def is_packed(example: dict) -> bool:
-    """Whether context and window are anything but one stretch of a document; BOS and EOS stand at its ends."""
-    read = np.concatenate([example["context"][example["context_mask"]], example["tokens"], example["labels"][-1:]])
-    inner = read.copy()
-    inner[read == BOS] = -1
-    inner[read == EOS] = -1
-    steps = np.diff(inner)[(inner[1:] >= 0) & (inner[:-1] >= 0)]
-    return bool((steps != 1).any() or (read[1:] == BOS).any() or (read[:-1] == EOS).any())
+# What is joined to sequences
 
 
-def test_a_third_is_packed():
-    def share(count: int, **changes) -> float:
-        return np.mean([is_packed(e) for e in examples("cepe", count, chunk_mask_rate=0.0, **changes)])
-
-    assert share(200, packed_fraction=0.0) == 0
-    assert share(200, packed_fraction=1.0) > 0.99
-    assert abs(share(5000) - 1 / 3) < 4.5 * np.sqrt(2 / 9 / 5000) + 0.005
-
-
-def test_packed_examples_hold_full_contexts_of_several_documents():
-    documents = []
-    for example in examples("cepe", 200, packed_fraction=1.0, chunk_mask_rate=0.0):
-        assert example["context_mask"].all()
-        assert (example["labels"] != IGNORE).all()
-        np.testing.assert_array_equal(example["labels"][:-1], example["tokens"][1:])
-        read = np.concatenate([example["context"].ravel(), example["tokens"]])
-        documents.append(len(set(read[read > EOS] // FAR)))
-    assert np.mean(documents) > 2
+RETRIEVED = {
+    "passages": array(np.uint16, None, 4),
+    "next": array(np.uint16, None, 4),
+    "lengths": array(np.int32, None),
+    "next_lengths": array(np.int32, None),
+    "scores": array(np.float32, None),
+}
+TAUGHT = {"teacher_index": array(np.uint16, None, 2), "teacher_prob": array(np.float16, None, 3)}
 
 
-def test_documents_that_are_too_short():
+def passages_of(number: int) -> dict:
+    """Two passages, whose tokens say for which sequence they were found; nothing follows the second."""
+    tokens = 1000 * (number + 1) + np.arange(16).reshape(2, 2, 4)
+    lengths, scores = np.array([4, 3]), np.array([2.0, 1.0], np.float32)
+    return {
+        "passages": tokens[:, 0],
+        "next": tokens[:, 1],
+        "lengths": lengths,
+        "next_lengths": np.array([4, 0]),
+        "scores": scores,
+    }
+
+
+def teacher_of(number: int) -> dict:
+    index = np.full((12, 2), number) + np.arange(2)
+    return {"teacher_index": index, "teacher_prob": np.full((12, 3), [0.5, 0.25, 0.25], np.float16)}
+
+
+@pytest.fixture(scope="module")
+def joined(home, tokenizer):
+    facts = {"joins": sequences.joins(home / "a"), "query_tokens": 5}
+    shards = [[passages_of(i) for i in range(7)], [passages_of(i) for i in range(7, 10)]]
+    sequences.write(home / "retrieved", "retrieved", RETRIEVED, shards, tokenizer, **facts)
+    taught = [[teacher_of(i) for i in range(10)]]
+    sequences.write(home / "teacher", "teacher", TAUGHT, taught, tokenizer, joins=sequences.joins(home / "a"))
+    return home
+
+
+def test_passages_are_joined_by_index(joined):
+    seen = set()
+    for example in rows(mixture(joined, "cepe", mix={"retrieved": 1}, chunk_mask_rate=0.0), 10):
+        number, start = place(example)
+        assert start == 0
+        assert example["context"][0].tolist() == passages_of(number)["passages"][0].tolist()
+        assert example["labels"].tolist() == [IGNORE] * 4 + sequence(number)[5:13].tolist()
+        seen.add(number)
+    assert seen == set(range(10))
+
+
+def test_passages_mix_with_what_stands_before(joined):
+    """The examples of all datasets have the same fields."""
+    for batch in take(mixture(joined, "cepe", mix={"a": 1, "retrieved": 1}), 5):
+        assert batch.keys() == {"tokens", "labels", "context", "context_mask"}
+        assert batch["context"].shape == (4, 3, 4)
+
+
+def test_a_teacher_is_joined_by_index(joined):
+    for example in rows(mixture(joined, "cepe", mix={"teacher": 1}), 10):
+        number, start = place(example)
+        assert start == 12
+        np.testing.assert_array_equal(example["teacher_index"], teacher_of(number)["teacher_index"])
+        assert example["teacher_prob"].dtype == np.float16
+
+
+def test_datasets_that_do_not_join(joined, tokenizer, tmp_path):
+    """The base has other records, or more of them; or the teacher's are not of the window's length."""
+    for name, others in (("other", range(5, 15)), ("more", range(11))):
+        sequences.write_sequences(tmp_path / name, [sequence(i) for i in others], LENGTH, tokenizer)
+        facts = {"joins": sequences.joins(joined / "a") | {"path": f"../{name}"}}
+        path = sequences.write(
+            tmp_path / f"teacher_of_{name}", "teacher", TAUGHT, [[teacher_of(0)] * 10], tokenizer, **facts
+        )
+        with pytest.raises(
+            ValueError, match=rf"teacher_of_{name} does not join .*{name}: it was made for 10 other records"
+        ):
+            Sequences(path, "cepe", CONFIG)
+    with pytest.raises(ValueError, match=r"teacher_index \[12, 2\] and teacher_prob \[12, 3\] .* window's 10"):
+        rows(mixture(joined, "cepe", mix={"teacher": 1}, window=10), 1)
+
+
+def test_what_cannot_be_read(home, tokenizer, tmp_path):
     with pytest.raises(
-        ValueError, match="no document is longer than the 304 tokens of a cepe example: lower the window"
+        ValueError, match="a: its sequences have 50 tokens, and a cepe example has 54: sample longer ones"
     ):
-        dataset(CORPUS, "cepe", dataclasses.replace(CONFIG, window=300), 4, 0)
-    assert window_starts(CORPUS, "lm", dataclasses.replace(CONFIG, window=299)) == [(2, 0)]
-    with pytest.raises(ValueError, match="no document is longer than the 300 tokens of a lm example"):
-        window_starts(CORPUS, "lm", dataclasses.replace(CONFIG, window=300))
+        mixture(home, "cepe", window=42)
+    assert len(Sequences(home / "a", "cepe", dataclasses.replace(CONFIG, window=38))) == 10
+    with pytest.raises(FileNotFoundError, match="absent: no dataset"):
+        mixture(home, "lm", mix={"absent": 1})
+    record = {"tokens": sequence(0), "name": "0", "domain": "d"}
+    documents = sequences.write(tmp_path / "docs", "documents", sequences.SEQUENCE, [[record]], tokenizer)
+    with pytest.raises(ValueError, match="docs holds documents: sample sequences from it first"):
+        Sequences(documents, "lm", CONFIG)
+    index = home / "a" / "dataset.json"
+    (tmp_path / "other").mkdir()
+    other = sequences.train(["abcdefgh " * 9, "hgfedcba " * 9], 290, tmp_path / "other" / "tokenizer.model")
+    sequences.write_sequences(tmp_path / "b", [sequence(0)], LENGTH, other, shards=1)
+    (tmp_path / "a").symlink_to(home / "a")
+    with pytest.raises(ValueError, match="a, b were tokenised with different tokenizers"):
+        open_mix(tmp_path, {"a": 1, "b": 1}, "lm", CONFIG)
+    assert json.loads(index.read_text())["length"] == LENGTH

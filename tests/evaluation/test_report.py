@@ -21,7 +21,8 @@ def data(tmp_path_factory) -> Path:
     for number in range(24):
         words = np.random.default_rng(number).choice(["def ", "x", "\n", "    ", "``` ", "return ", "🙂"], 150)
         (home / f"{number}.txt").write_text("".join(words))
-    prepare(PrepareConfig(home, home / "out", vocab_size=290, test_fraction=0.5))
+    fractions = {"test_fraction": 0.5, "retrieval_fraction": 0.0}
+    prepare(PrepareConfig(input=home, out=home / "out", vocab_size=290, workers=1, **fractions))
     return home / "out"
 
 
@@ -36,7 +37,7 @@ def config(data, tmp_path) -> EvaluateConfig:
 def measured(config, cepe, monkeypatch):
     """(nll by kind and chunks, the calls of generate) of an evaluation whose model is not asked."""
     rng, calls = np.random.default_rng(0), []
-    windows = choose_windows(Corpus(config.data, "test").documents, 8, 32)
+    windows = choose_windows(Corpus(config.data, "test"), 8, 32)
     none = rng.normal(3, 1, len(windows))
     nll = {("none", 0): none}
     for kind in KINDS:
@@ -78,7 +79,7 @@ def test_numbers(config, measured):
 
 def test_windows_and_seconds(config, measured):
     written = json.loads((config.out / "report.json").read_text())
-    windows = choose_windows(Corpus(config.data, "test").documents, 8, 32)
+    windows = choose_windows(Corpus(config.data, "test"), 8, 32)
     assert [place["file"] for place in written["windows"]] == [window.document.name for window in windows]
     for place, window in zip(written["windows"], windows, strict=True):
         assert (place["start"], place["end"]) == (window.start, window.start + 8)
@@ -118,7 +119,7 @@ def test_the_sample(config, measured):
     """Half a window as the prompt, with and without what stands right before it; beside it how the file goes on."""
     _, calls = measured
     corpus = Corpus(config.data, "test")
-    window = choose_windows(corpus.documents, 8, 32)[0]
+    window = choose_windows(corpus, 8, 32)[0]
     tokens, start = window.document.tokens, window.start
     assert [len(context) for _, context, _ in calls] == [0, 2]
     for prompts, context, limits in calls:
@@ -158,6 +159,6 @@ def test_bad_input(config, decoder, cepe, monkeypatch):
     monkeypatch.setattr(report, "load", lambda path: cepe)
     with pytest.raises(ValueError, match="0 documents are longer than the 40008 tokens asked for"):
         evaluate(dataclasses.replace(config, chunk_length=5000))
-    with pytest.raises(FileNotFoundError, match="not a prepared dataset"):
+    with pytest.raises(FileNotFoundError, match="no dataset: datasets are made with"):
         evaluate(dataclasses.replace(config, data=config.out))
     assert not config.out.exists()

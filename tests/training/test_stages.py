@@ -13,6 +13,7 @@ import pytest
 from cepe_jax.config import DECODERS, ENCODERS
 from cepe_jax.data.corpus import PrepareConfig, prepare
 from cepe_jax.data.examples import ExampleConfig
+from cepe_jax.data.sampling import SampleConfig, sample
 from cepe_jax.model.cepe import Cepe, parts_of
 from cepe_jax.training.stages import MeshConfig, TrainConfig, run_stage
 from cepe_jax.weights.huggingface import load
@@ -28,10 +29,19 @@ EXAMPLES = {
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    out = tmp_path_factory.mktemp("data") / "data"
+    return make_data(tmp_path_factory.mktemp("data"), 400)
+
+
+def make_data(home: Path, vocab_size: int) -> Path:
+    """Sequences of 32 tokens of a package's files: windows of each, and packed ones."""
     library = Path(sysconfig.get_path("stdlib")) / "json"
-    prepare(PrepareConfig(library, out, "*.py", vocab_size=400, test_fraction=0.3, seed=1))
-    return out
+    fractions = {"test_fraction": 0.3, "retrieval_fraction": 0.0}
+    prepare(
+        PrepareConfig(input=library, out=home / "docs", patterns=("*.py",), vocab_size=vocab_size, seed=1, **fractions)
+    )
+    for kind in ("filtered", "packed"):
+        sample(SampleConfig(data=home / "docs", out=home / kind, kind=kind, length=32, workers=1))
+    return home
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +59,8 @@ def runs(data, tmp_path_factory):
             ("warmup", {"decoder": decoder, "encoder": encoder, "num_cross_layers": 1}),
             ("cepe", {"cepe": str(root / "warmup/model"), "accumulate": 2, "loss_chunk": 5}),
         ):
-            run_stage(TrainConfig(stage, data, root / stage, 3, 4, examples=EXAMPLES[stage], **start))
+            mix = {"filtered": 1.0, "packed": 2.0} if stage == "cepe" else {"filtered": 1.0}
+            run_stage(TrainConfig(stage, data, root / stage, 3, 4, mix=mix, examples=EXAMPLES[stage], **start))
     return root
 
 
@@ -77,28 +88,48 @@ def test_a_stage_leaves_its_configuration_metrics_and_tokenizer(runs, data):
     lines = [json.loads(line) for line in (runs / "cepe/metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["step"] == 3
     assert 0 < lines[-1]["nll"] < 10
-    assert (runs / "cepe/model/tokenizer.model").read_bytes() == (data / "tokenizer.model").read_bytes()
+    assert (runs / "cepe/model/tokenizer.model").read_bytes() == (data / "filtered/tokenizer.model").read_bytes()
 
 
 def test_a_finished_stage_is_not_trained_again(runs, data, capsys):
-    start = {"cepe": "moved elsewhere", "accumulate": 2, "loss_chunk": 5, "examples": EXAMPLES["cepe"]}
+    mix = {"filtered": 1.0, "packed": 2.0}
+    start = {"cepe": "moved", "accumulate": 2, "loss_chunk": 5, "mix": mix, "examples": EXAMPLES["cepe"]}
     config = TrainConfig("cepe", data, runs / "cepe", 3, 4, **start)
     assert run_stage(config) == runs / "cepe/model"
     assert "is finished" in capsys.readouterr().out
     with pytest.raises(ValueError, match="is of another run, steps is 3 there and 4 here"):
         run_stage(dataclasses.replace(config, steps=4))
+    with pytest.raises(ValueError, match="is of another run, mix is .*1.0.* there and .*2.0.* here"):
+        run_stage(dataclasses.replace(config, mix={"filtered": 2.0, "packed": 2.0}))
+    assert run_stage(dataclasses.replace(config, workers=2)) == runs / "cepe/model"
+
+
+def test_a_run_is_of_its_data(runs, data, tmp_path):
+    """The same names with other records in them are another run's."""
+    for kind in ("filtered", "packed"):
+        sample(SampleConfig(data=data / "docs", out=tmp_path / kind, kind=kind, length=32, seed=5, stride=0, workers=1))
+    mix = {"filtered": 1.0, "packed": 2.0}
+    start = {"cepe": "moved", "accumulate": 2, "loss_chunk": 5, "mix": mix, "examples": EXAMPLES["cepe"]}
+    with pytest.raises(ValueError, match="is of another run, dataset is"):
+        run_stage(TrainConfig("cepe", tmp_path, runs / "cepe", 3, 4, **start))
 
 
 def test_a_start_that_is_neither_directory_nor_preset(data, tmp_path):
     with pytest.raises(ValueError, match="llama2-7b is no directory and no preset: .* llama2_7b"):
-        run_stage(TrainConfig("lm", data, tmp_path / "out", 3, 4, decoder="llama2-7b", examples=EXAMPLES["lm"]))
+        run_stage(
+            TrainConfig("lm", data / "packed", tmp_path / "out", 3, 4, decoder="llama2-7b", examples=EXAMPLES["lm"])
+        )
 
 
 def test_a_model_of_another_vocabulary_is_refused(runs, tmp_path):
-    library = Path(sysconfig.get_path("stdlib")) / "json"
-    prepare(PrepareConfig(library, tmp_path / "data", "*.py", vocab_size=420, test_fraction=0.3, seed=1))
     config = TrainConfig(
-        "cepe", tmp_path / "data", tmp_path / "out", 3, 4, cepe=str(runs / "cepe/model"), examples=EXAMPLES["cepe"]
+        "cepe",
+        make_data(tmp_path, 420) / "packed",
+        tmp_path / "out",
+        3,
+        4,
+        cepe=str(runs / "cepe/model"),
+        examples=EXAMPLES["cepe"],
     )
     with pytest.raises(ValueError, match="is not the tokenizer of .*: prepare the data with"):
         run_stage(config)
@@ -112,7 +143,7 @@ def test_a_model_of_another_vocabulary_is_refused(runs, tmp_path):
 
 def test_in_bfloat16_the_frozen_part_is_narrow_and_what_trains_is_not(runs, data, tmp_path):
     start = {"cepe": str(runs / "warmup/model"), "examples": EXAMPLES["cepe"], "dtype": "bfloat16", "remat": "full"}
-    model = run_stage(TrainConfig("cepe", data, tmp_path / "out", 2, 4, **start))
+    model = run_stage(TrainConfig("cepe", data / "packed", tmp_path / "out", 2, 4, **start))
     tensors = json.loads((model / "hash.json").read_text())["tensors"]
     assert {(name.split(".")[0], facts["dtype"]) for name, facts in tensors.items()} == {
         ("decoder", "bfloat16"),
@@ -134,6 +165,8 @@ def test_in_bfloat16_the_frozen_part_is_narrow_and_what_trains_is_not(runs, data
         ({"stage": "lm"}, "stage lm starts from decoder; given: cepe"),
         ({"steps": 0}, "steps is 0"),
         ({"train": ()}, "train is empty"),
+        ({"mix": {"a": 0.0}}, r"mix is \{'a': 0.0\}: give weights above 0"),
+        ({"workers": -1}, "workers is -1: give a number of processes"),
         ({"num_cross_layers": 2}, "num_cross_layers is for a start from decoder and encoder"),
     ],
 )

@@ -1,0 +1,47 @@
+"""Datasets written by hand, for tests of what reads them: their tokens are what the test says."""
+
+from pathlib import Path
+
+import numpy as np
+
+from cepe_jax.data.records import Builder, Records, ShardWriter, array, shard_path, text
+from cepe_jax.data.tokenizer import Tokenizer, train
+
+SEQUENCE = {"tokens": array(np.uint16, None), "name": text(), "domain": text()}
+
+
+def make_tokenizer(home: Path) -> Tokenizer:
+    return train(
+        ["".join(chr(97 + i % 26) for i in range(j, j + 40)) for j in range(60)], 300, home / "tokenizer.model"
+    )
+
+
+def write(path: Path, name: str, features: dict, shards: list[list[dict]], tokenizer: Tokenizer, **facts) -> Path:
+    """A dataset `name` at `path` with a train split of these shards of records; `facts` go into its index."""
+    builder = Builder(path, {}, tokenizer)
+    marks = []
+    for number, records in enumerate(shards):
+        shard = ShardWriter(shard_path(path, name, "train", number, len(shards)), features)
+        for record in records:
+            typed = {
+                n: np.asarray(v, features[n].np_dtype) if isinstance(v, np.ndarray) else v for n, v in record.items()
+            }
+            shard.write(typed, "d", 1)
+        marks.append({"splits": {"train": shard.close()}})
+    builder.register(name, features, marks, {"tokenizer": tokenizer.fingerprint()} | facts)
+    return path
+
+
+def write_sequences(
+    path: Path, sequences: list[np.ndarray], length: int, tokenizer: Tokenizer, shards: int = 2
+) -> Path:
+    """A dataset of sequences, in `shards` shards."""
+    records = [{"tokens": tokens, "name": f"{i}@0", "domain": "d"} for i, tokens in enumerate(sequences)]
+    cuts = np.array_split(np.arange(len(records)), shards)
+    return write(path, "filtered", SEQUENCE, [[records[i] for i in cut] for cut in cuts], tokenizer, length=length)
+
+
+def joins(base: Path) -> dict:
+    """What the index of a dataset says that was made for `base`, beside it."""
+    records = Records(base, "train")
+    return {"path": f"../{base.name}", "split": "train", "digest": records.digest, "records": len(records)}
