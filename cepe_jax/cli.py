@@ -153,3 +153,22 @@ def run(main: Callable[[], None]) -> None:
         main()
     except (ValueError, OSError) as error:
         sys.exit(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}")
+    except KeyboardInterrupt:
+        sys.exit(f"{Path(sys.argv[0]).name}: interrupted")
+
+
+def run_command(commands: dict[str, tuple[type, Callable]], default: str = "") -> None:
+    """Runs the command that the first argument names, with the configuration that the others give it.
+
+    `commands` has for each its configuration and its function. Errors are as in `run`.
+    """
+
+    def main() -> None:
+        named = len(sys.argv) > 1 and not sys.argv[1].startswith("-")
+        word = sys.argv.pop(1) if named else default
+        if word not in commands:
+            raise ValueError(f"unknown command {word!r}: give one of {', '.join(commands)}")
+        config_class, function = commands[word]
+        function(parse(config_class))
+
+    run(main)

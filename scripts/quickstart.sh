@@ -34,7 +34,12 @@ stage() {
     return $status
 }
 
-stage data data prepare_data.py --config configs/quickstart_data.yaml --input="$library" --out="$out/data"
+stage data data/documents/dataset_info.json prepare_data.py --config configs/quickstart_data.yaml \
+    --input="$library" --out="$out/data/documents"
+stage filtered data/filtered/dataset_info.json prepare_data.py sample --config configs/quickstart_filtered.yaml \
+    --data="$out/data/documents" --out="$out/data/filtered"
+stage packed data/packed/dataset_info.json prepare_data.py sample --config configs/quickstart_packed.yaml \
+    --data="$out/data/documents" --out="$out/data/packed"
 stage decoder decoder/model train.py --config configs/quickstart_decoder.yaml --data="$out/data" --out="$out/decoder"
 stage encoder encoder/model train.py --config configs/quickstart_encoder.yaml --data="$out/data" --out="$out/encoder" \
     --decoder="$out/decoder/model"
@@ -43,5 +48,5 @@ stage warmup warmup/model train.py --config configs/quickstart_warmup.yaml --dat
 stage cepe cepe/model train.py --config configs/quickstart_cepe.yaml --data="$out/data" --out="$out/cepe" \
     --cepe="$out/warmup/model"
 stage evaluate report.json evaluate.py --config configs/quickstart_evaluate.yaml --model="$out/cepe/model" \
-    --data="$out/data" --out="$out" --seconds="$out/seconds.txt"
+    --data="$out/data/documents" --out="$out" --seconds="$out/seconds.txt"
 echo "report: $out/report.md, $out/report.json, $out/perplexity.png"
