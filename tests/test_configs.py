@@ -1,5 +1,6 @@
 """Every committed config and every command that we show parses, with the script that it names."""
 
+import ast
 import dataclasses
 import importlib.util
 import re
@@ -10,14 +11,20 @@ from pathlib import Path
 import pytest
 
 from cepe_jax.cli import parse, read_yaml
+from cepe_jax.data.benchmark import DataBenchmarkConfig
 from cepe_jax.data.corpus import PrepareConfig
+from cepe_jax.data.retrieval import RetrieveConfig
+from cepe_jax.data.sampling import SampleConfig
 from cepe_jax.evaluation.report import EvaluateConfig
 from cepe_jax.inference.text import GenerateConfig
 from cepe_jax.training.stages import TrainConfig
 
 ROOT = Path(__file__).parents[1]
-CLASSES = {
+CLASSES = {  # of a script, or of a script and its command
     "prepare_data.py": PrepareConfig,
+    "prepare_data.py sample": SampleConfig,
+    "prepare_data.py retrieve": RetrieveConfig,
+    "benchmark.py data": DataBenchmarkConfig,
     "train.py": TrainConfig,
     "evaluate.py": EvaluateConfig,
     "generate.py": GenerateConfig,
@@ -28,10 +35,10 @@ CONFIGS = sorted((ROOT / "configs").glob("*"))
 def shown_commands() -> dict[str, str]:
     """Where a command stands -> the command line, for each that starts a Python script of ours."""
     shown = {path.name: path.read_text().splitlines()[0].removeprefix("# ") for path in CONFIGS}
-    for name, page in (("README.md", ROOT / "README.md"), ("convert.py", ROOT / "scripts" / "convert.py")):
-        text = page.read_text() if page.exists() else ""
+    for page in (ROOT / "README.md", *sorted((ROOT / "scripts").glob("*.py"))):
+        name, text = page.name, page.read_text()
         if name.endswith(".py"):
-            text = f"```bash\n{text.split(chr(34) * 3)[1]}```\n"
+            text = f"```bash\n{ast.get_docstring(ast.parse(text))}\n```\n"
         blocks = re.findall(r"^ *```(?:bash|sh|shell|console)\n(.*?)^ *```", text, re.DOTALL | re.MULTILINE)
         lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
         found = [line.strip().removeprefix("$ ") for line in lines if "python scripts/" in line]
@@ -58,10 +65,14 @@ def parse_command(monkeypatch):
         assert Path(words[0]).name == "python"
         assert words[1].startswith("scripts/")
         assert (ROOT / words[1]).is_file()
-        monkeypatch.setattr(sys, "argv", words[1:])
-        if words[1] != "scripts/convert.py":
-            return parse(CLASSES[Path(words[1]).name])
-        spec = importlib.util.spec_from_file_location("convert", ROOT / words[1])
+        script = Path(words.pop(1)).name
+        if script != "convert.py":
+            if f"{script} {words[1]}" in CLASSES:
+                script = f"{script} {words.pop(1)}"
+            monkeypatch.setattr(sys, "argv", words)
+            return parse(CLASSES[script])
+        monkeypatch.setattr(sys, "argv", words)
+        spec = importlib.util.spec_from_file_location("convert", ROOT / "scripts" / script)
         convert = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(convert)
         called = []
@@ -81,7 +92,7 @@ def test_shown_commands_parse(parse_command, where):
 
 
 def test_the_shown_commands_are_found():
-    assert len(COMMANDS) >= len(CONFIGS) + 6 + 3
+    assert len(COMMANDS) >= len(CONFIGS) + 8 + 3
     assert {re.search(r"scripts/(\w+\.py)", command)[1] for command in COMMANDS.values()} >= {
         "prepare_data.py",
         "train.py",
@@ -110,7 +121,7 @@ def assert_holds(config: dict, settings: dict) -> None:
 
 @pytest.mark.parametrize("script", CLASSES)
 def test_help(monkeypatch, capsys, script):
-    assert CLASSES[script].__name__ in (ROOT / "scripts" / script).read_text()
+    assert CLASSES[script].__name__ in (ROOT / "scripts" / script.split()[0]).read_text()
     monkeypatch.setattr(sys, "argv", [script, "--help"])
     with pytest.raises(SystemExit) as ended:
         parse(CLASSES[script])
@@ -139,4 +150,5 @@ def test_convert(parse_command):
 
 
 def test_every_script_is_known():
-    assert {path.name for path in (ROOT / "scripts").glob("*.py")} == {*CLASSES, "convert.py"}
+    scripts = {path.name for path in (ROOT / "scripts").glob("*.py")}
+    assert scripts == {*(name.split()[0] for name in CLASSES), "convert.py"}

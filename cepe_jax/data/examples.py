@@ -29,6 +29,7 @@ class ExampleConfig:
     window: int = 4096  # T, what the decoder reads
     num_chunks: int = 16  # C
     chunk_length: int = 256  # L
+    foreign_rate: float = 0.0  # of windows that read another sequence's context, to learn what is of no use
     chunk_mask_rate: float = 0.3  # of chunks are masked in part or whole
     whole_chunk_rate: float = 0.1  # of those are masked whole, of the others a random suffix
     mlm_rate: float = 0.3  # of tokens are masked in MLM
@@ -38,7 +39,7 @@ class ExampleConfig:
         for name in ("window", "num_chunks", "chunk_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: give a number above 0")
-        for name in ("chunk_mask_rate", "whole_chunk_rate", "mlm_rate"):
+        for name in ("foreign_rate", "chunk_mask_rate", "whole_chunk_rate", "mlm_rate"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: give a share between 0 and 1")
 

@@ -1,7 +1,6 @@
 """Batches for each stage of training: global batch n is a pure function of (seed, n), on any number of hosts."""
 
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -10,6 +9,7 @@ import numpy as np
 from cepe_jax.data.examples import (
     Example,
     ExampleConfig,
+    chunks_before,
     duplicate,
     mask_chunks,
     masked_lm,
@@ -75,23 +75,42 @@ class Sequences:
         return record | self.joined[number] | self.query if self.joined else record
 
 
-def _example(stage: Stage, config: ExampleConfig, special: tuple[int, ...], mask_id: int, record: dict, rng) -> Example:
-    tokens = record["tokens"]
-    match stage:
-        case "lm":
-            return window_at(tokens, 0, config.window)
-        case "mlm":
-            return masked_lm(tokens[: config.window], special, mask_id, config.mlm_rate, rng)
-        case "warmup":
-            return duplicate(tokens, 0, config)
-        case "cepe" if "passages" in record:
+class ToExample:
+    """A record and a random generator to an example of the stage; it can be sent to other processes."""
+
+    def __init__(self, sources: Sequence[Sequences], stage: Stage, config: ExampleConfig):
+        tokenizer = sources[0].records.tokenizer
+        self.special, self.mask_id = (tokenizer.bos_id, tokenizer.eos_id), tokenizer.mask_id
+        self.stage, self.config = stage, config
+        self.with_context = [source for source in sources if source.size > config.window]
+
+    def __call__(self, record: dict, rng: np.random.Generator) -> Example:
+        config, tokens = self.config, record["tokens"]
+        match self.stage:
+            case "lm":
+                return window_at(tokens, 0, config.window)
+            case "mlm":
+                return masked_lm(tokens[: config.window], self.special, self.mask_id, config.mlm_rate, rng)
+            case "warmup":
+                return duplicate(tokens, 0, config)
+            case "cepe":
+                return mask_chunks(self._with_context(record, rng), config, rng)
+
+    def _with_context(self, record: dict, rng: np.random.Generator) -> Example:
+        config = self.config
+        start = config.num_chunks * config.chunk_length
+        if "passages" in record:
             example = retrieved(record, config)
             del example["scores"]  # training reads none, and a mixture's examples have the same fields
-        case "cepe":
-            example = previous_document(tokens, config.num_chunks * config.chunk_length, config)
-            if "teacher_prob" in record:
-                example |= taught(record, config)
-    return mask_chunks(example, config, rng)
+            return example
+        example = previous_document(record["tokens"], start, config)
+        if "teacher_prob" in record:
+            return example | taught(record, config)
+        if rng.random() < config.foreign_rate:
+            source = self.with_context[rng.integers(len(self.with_context))]
+            other = source[rng.integers(len(source))]["tokens"]
+            example |= chunks_before(other, start, config.num_chunks, config.chunk_length)
+        return example
 
 
 def examples(
@@ -103,11 +122,8 @@ def examples(
     """
     import grain  # takes a second or two: only what loads data pays for it
 
-    tokenizer = sources[0].records.tokenizer
-    special = tokenizer.bos_id, tokenizer.eos_id
     shuffled = [grain.MapDataset.source(s).shuffle(seed=seed + i).repeat() for i, s in enumerate(sources)]
-    mixed = grain.MapDataset.mix(shuffled, weights)
-    return mixed.seed(seed).random_map(partial(_example, stage, config, special, tokenizer.mask_id))
+    return grain.MapDataset.mix(shuffled, weights).seed(seed).random_map(ToExample(sources, stage, config))
 
 
 def batches(

@@ -74,6 +74,7 @@ def test_bad_windows():
     [
         ("window", 0),
         ("chunk_length", 0),
+        ("foreign_rate", 1.1),
         ("chunk_mask_rate", -0.1),
         ("whole_chunk_rate", 2.0),
         ("mlm_rate", float("nan")),

@@ -176,6 +176,24 @@ def test_a_document_that_ends_with_its_sequence_has_no_last_label(home):
     assert (labels[0][:-1] == sequence(14)[39:50]).all()
 
 
+def test_foreign_contexts(home):
+    """A share of the windows read what stands before another window, of any dataset; the window is the same."""
+
+    def contexts(rate: float) -> list[tuple[tuple[int, int], int, list[int]]]:
+        drawn = rows(mixture(home, "cepe", foreign_rate=rate, chunk_mask_rate=0.0), 400)
+        return [(place(e), int(e["context"][0, 0]) // FAR - 1, e["context"].ravel().tolist()) for e in drawn]
+
+    for (number, start), of, context in contexts(0.0):
+        assert (of, context) == (number, sequence(number)[start - 12 : start].tolist())
+    mixed = contexts(0.8)
+    assert [window for window, *_ in mixed] == [window for window, *_ in contexts(0.0)]
+    own = np.mean([of == number for (number, _), of, _ in mixed])
+    assert abs(own - (0.2 + 0.8 / 15)) < 4.5 * np.sqrt(0.25 * 0.75 / 400)
+    assert {of for _, of, _ in mixed} == set(range(15))
+    starts = {i * FAR + FAR + j for i in range(15) for j in (0, 24)}
+    assert all(context[0] in starts and (np.diff(context) == 1).all() for *_, context in mixed)
+
+
 def test_cepe_masks_chunks(home):
     def touched(**changes) -> float:
         return np.mean([~e["context_mask"].all(axis=1) for e in rows(mixture(home, "cepe", **changes), 800)])

@@ -13,8 +13,10 @@ import pytest
 from cepe_jax.config import DECODERS, ENCODERS
 from cepe_jax.data.corpus import PrepareConfig, prepare
 from cepe_jax.data.examples import ExampleConfig
+from cepe_jax.data.loader import batches
 from cepe_jax.data.sampling import SampleConfig, sample
 from cepe_jax.model.cepe import Cepe, parts_of
+from cepe_jax.training import stages
 from cepe_jax.training.stages import MeshConfig, TrainConfig, run_stage
 from cepe_jax.weights.huggingface import load
 
@@ -102,6 +104,35 @@ def test_a_finished_stage_is_not_trained_again(runs, data, capsys):
     with pytest.raises(ValueError, match="is of another run, mix is .*1.0.* there and .*2.0.* here"):
         run_stage(dataclasses.replace(config, mix={"filtered": 2.0, "packed": 2.0}))
     assert run_stage(dataclasses.replace(config, workers=2)) == runs / "cepe/model"
+
+
+def test_a_killed_run_reads_on_where_it_was(runs, data, tmp_path, monkeypatch):
+    """Cut off one step after a checkpoint: no batch is skipped or repeated, and the model is the same bit for bit."""
+    start = {"cepe": str(runs / "warmup/model"), "mix": {"filtered": 1.0, "packed": 2.0}, "examples": EXAMPLES["cepe"]}
+    config = TrainConfig("cepe", data, tmp_path / "whole", 5, 4, save_every=3, **start)
+    seen: list[tuple[int, bytes]] = []
+
+    def watched(data, batch_size, first, *rest):
+        for step, batch in enumerate(batches(data, batch_size, first, *rest), first):
+            seen.append((step, batch["context"].tobytes()))
+            if dying and step == 4:
+                raise KeyboardInterrupt
+            yield batch
+
+    monkeypatch.setattr(stages, "batches", watched)
+    dying = False
+    whole = run_stage(config)
+    uninterrupted = seen[:5]
+    seen.clear()
+    cut = dataclasses.replace(config, out=tmp_path / "cut")
+    dying = True
+    with pytest.raises(KeyboardInterrupt):
+        run_stage(cut)
+    dying = False
+    resumed = run_stage(cut)
+    assert [step for step, _ in seen] == [0, 1, 2, 3, 4, 3, 4]
+    assert seen[:3] + seen[5:] == uninterrupted
+    assert bits(load(whole)) == bits(load(resumed))
 
 
 def test_a_run_is_of_its_data(runs, data, tmp_path):

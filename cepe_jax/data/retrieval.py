@@ -1,0 +1,226 @@
+"""Passages for sequences: documents cut into passages, searched for what each sequence begins with.
+
+`out/index` holds the passages and what is searched, built once and the same for every job; the result is a dataset
+whose record i belongs to record i of the sequences.
+"""
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from cepe_jax.data.corpus import Corpus
+from cepe_jax.data.examples import PAD
+from cepe_jax.data.records import Builder, Records, ShardWriter, array, shard_path, text, token_dtype
+from cepe_jax.data.search import BATCH, BM25, Dense, Encoder, Searcher, load_encoder
+from cepe_jax.data.units import JobConfig, Work, run_units
+from cepe_jax.progress import track
+
+NAME = "retrieved"
+INDEX = "index"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrieveConfig(JobConfig):
+    data: Path  # a dataset of sequences
+    passages: Path  # the dataset of documents that is searched
+    out: Path  # gets the dataset of passages
+    k: int  # passages for a sequence
+    split: str = "train"  # of the sequences
+    passage_split: str = "retrieval"  # of the documents
+    passage_length: int = 256  # tokens; a document's last passage is shorter
+    query_tokens: int = 256  # of a sequence, its first ones
+    passage_tokens: int = 200_000_000  # that are searched: of documents in random order, each one whole
+    encoder: str = ""  # "": BM25; module:function: (n, width) for a list of n texts, compared by dot product
+    seed: int = 0
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("k", "passage_length", "query_tokens", "passage_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: give a number above 0")
+        module, colon, function = self.encoder.partition(":")
+        if self.encoder and not (module and colon and function):
+            raise ValueError(f"encoder is {self.encoder}: give module:function, or leave it out for BM25")
+
+
+class Passages:
+    """The documents of an index in passages of `length` tokens, numbered through; a document's are consecutive."""
+
+    def __init__(self, index: Path, length: int):
+        documents = json.loads((index / "documents.json").read_text())
+        self.names, self.length = documents["names"], length
+        self._tokens = np.load(index / "tokens.npy", mmap_mode="r")  # the processes share it
+        self._documents = {name: number for number, name in enumerate(self.names)}
+        lengths = np.array(documents["lengths"], np.int64)
+        counts = -(-lengths // length)
+        self._firsts = np.concatenate([[0], np.cumsum(counts)])  # of each document, the number of its first passage
+        ends = np.cumsum(lengths)
+        self.document = np.repeat(np.arange(len(lengths)), counts)
+        self.start = (np.arange(len(self.document)) - self._firsts[self.document]) * length  # in its document
+        self._begin = (ends - lengths)[self.document] + self.start
+        self._end = np.minimum(self._begin + length, ends[self.document])
+
+    def __len__(self) -> int:
+        return len(self.document)
+
+    def __getitem__(self, number: int) -> np.ndarray:
+        return self._tokens[self._begin[number] : self._end[number]]
+
+    def of(self, names: Iterable[str]) -> np.ndarray:
+        """The numbers of all passages of these documents, as far as they are here."""
+        numbers = (self._documents[name] for name in names if name in self._documents)
+        return np.concatenate([np.zeros(0, int), *(np.arange(*self._firsts[n : n + 2]) for n in numbers)])
+
+    def after(self, numbers: np.ndarray) -> np.ndarray:
+        """The number of the next passage of the same document, -1 where it has none."""
+        return np.where(numbers + 1 < self._firsts[self.document[numbers] + 1], numbers + 1, -1)
+
+    def padded(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Their tokens (n, length) and how many of these are real (n,), none of passage -1."""
+        tokens = np.full((len(numbers), self.length), PAD, self._tokens.dtype)
+        lengths = np.where(numbers >= 0, self._end[numbers] - self._begin[numbers], 0).astype(np.int32)
+        for row, number, length in zip(tokens, numbers, lengths, strict=True):
+            row[:length] = self[number][:length]
+        return tokens, lengths
+
+
+def choose(corpus: Corpus, tokens: int, seed: int) -> np.ndarray:
+    """The numbers, ascending, of documents drawn at random until they have this many tokens; all, if they have less."""
+    lengths = np.zeros(len(corpus), np.int64)
+    for shard in range(len(corpus.records.facts["shards"])):
+        for numbers, of_domain in corpus.records.lengths(shard).values():
+            lengths[numbers] = of_domain
+    order = np.random.default_rng(seed).permutation(len(corpus))
+    return np.sort(order[: np.searchsorted(np.cumsum(lengths[order]), tokens) + 1])
+
+
+def build_index(config: RetrieveConfig, corpus: Corpus, encode: Encoder | None) -> None:
+    """`out/index`, of this job or of another one that was faster; both are the same."""
+    index = config.out / INDEX
+    if index.exists():
+        return
+    staged = config.out / f".{INDEX}.{uuid.uuid4().hex}"
+    staged.mkdir()
+    try:
+        numbers = choose(corpus, config.passage_tokens, config.seed).tolist()
+        documents = [corpus[n] for n in track(numbers, "read, documents")]
+        np.save(staged / "tokens.npy", np.concatenate([document.tokens for document in documents]))
+        facts = {"names": [document.name for document in documents], "lengths": [len(d.tokens) for d in documents]}
+        (staged / "documents.json").write_text(json.dumps(facts))
+        passages, decode = Passages(staged, config.passage_length), corpus.tokenizer.decode
+        texts = (decode(passages[n].tolist()) for n in track(range(len(passages)), "index, passages"))
+        if encode:
+            Dense.build(staged, texts, encode)
+        else:
+            BM25.build(staged, texts)
+        staged.rename(index)
+    except OSError:
+        if not index.exists():  # by now, of another job
+            raise
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+def features_of(dtype, passage_length: int) -> dict:
+    """A row for each passage, best first, and in `next` what follows it in its document.
+
+    `lengths` and `next_lengths` count the real tokens of the rows. `names` has a line for each passage: the document,
+    and the passage's first token in it.
+    """
+    return {
+        "passages": array(dtype, None, passage_length),
+        "lengths": array(np.int32, None),
+        "next": array(dtype, None, passage_length),
+        "next_lengths": array(np.int32, None),
+        "scores": array(np.float32, None),
+        "names": text(),
+    }
+
+
+def retrieve(config: RetrieveConfig) -> None:
+    """A dataset of passages at `config.out`, the best ones for each sequence, none of them of its own documents."""
+    base = Records(config.data, config.split)
+    if "length" not in base.index:
+        raise ValueError(f"{config.data} holds {base.name}: sample sequences from it first")
+    corpus = Corpus(config.passages, config.passage_split)
+    if corpus.records.index["tokenizer"] != base.index["tokenizer"]:
+        raise ValueError(f"{config.passages} and {config.data} have different tokenizers: prepare both with one")
+    encode = load_encoder(config.encoder) if config.encoder else None
+    tokenizer = base.tokenizer
+    settings = {k: v for k, v in vars(config).items() if k not in ("out", "shard", "workers")}
+    settings |= {"data": base.digest, "passages": corpus.records.digest}
+    builder = Builder(config.out, settings, tokenizer)
+    if builder.finished:
+        print(f"{config.out} is finished: remove it to retrieve again")
+        return
+    build_index(config, corpus, encode)
+    sizes = [shard["records"] for shard in base.facts["shards"]]
+    units = [(sum(sizes[:number]), size) for number, size in enumerate(sizes)]
+    dtype = token_dtype(tokenizer.vocab_size)
+    work = RetrieveUnit(config, len(units), dtype)
+    job = config if config.workers or not encode else replace(config, workers=1)  # an accelerator is one process's
+    marks = run_units(builder, units, sizes, work, job, "retrieve, sequences")
+    if marks is None:
+        return
+    for left in config.out.glob(f".{INDEX}.*"):  # of jobs that were killed
+        shutil.rmtree(left)
+    joins = {
+        "path": os.path.relpath(config.data.resolve(), config.out.resolve()),
+        "split": config.split,
+        "digest": base.digest,
+        "records": len(base),
+    }
+    facts = {name: getattr(config, name) for name in ("k", "passage_length", "query_tokens")}
+    facts |= {"tokenizer": base.index["tokenizer"], "joins": joins}
+    builder.register(NAME, features_of(dtype, config.passage_length), marks, facts)
+
+
+@dataclass(frozen=True)
+class RetrieveUnit:
+    """The work on a shard of sequences: their passages, in a shard of their own."""
+
+    config: RetrieveConfig
+    num_units: int
+    dtype: type
+
+    def __call__(self, number: int, first: int, count: int) -> Work:
+        config = self.config
+        base = Records(config.data, config.split)
+        tokenizer = base.tokenizer
+        index = config.out / INDEX
+        passages = Passages(index, config.passage_length)
+        searcher: Searcher = Dense(index, load_encoder(config.encoder)) if config.encoder else BM25(index)
+        path = shard_path(config.out, NAME, config.split, number, self.num_units)
+        shard = ShardWriter(path, features_of(self.dtype, config.passage_length))
+        for start in range(first, first + count, BATCH):
+            records = [base[n] for n in range(start, min(start + BATCH, first + count))]
+            queries = [tokenizer.decode(record["tokens"][: config.query_tokens].tolist()) for record in records]
+            excluded = [passages.of(own_documents(record["name"].decode())) for record in records]
+            all_numbers, all_scores = searcher.search(queries, excluded, config.k)
+            for record, numbers, scores in zip(records, all_numbers, all_scores, strict=True):
+                found = numbers[numbers >= 0]
+                tokens, lengths = passages.padded(found)
+                following, next_lengths = passages.padded(passages.after(found))
+                names = (f"{passages.names[passages.document[n]]}@{passages.start[n]}" for n in found)
+                result = {
+                    "passages": tokens,
+                    "lengths": lengths,
+                    "next": following,
+                    "next_lengths": next_lengths,
+                    "scores": scores[: len(found)],
+                    "names": "\n".join(names),
+                }
+                shard.write(result, record["domain"].decode(), int(lengths.sum()), lengths.tolist())
+                yield 1, int(lengths.sum())
+        return {"splits": {config.split: shard.close()}}
+
+
+def own_documents(name: str) -> set[str]:
+    """The documents that a sequence of this name has pieces of."""
+    return {line.rpartition("@")[0] for line in name.split("\n")}
