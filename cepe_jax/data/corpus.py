@@ -41,8 +41,15 @@ class PrepareConfig(JobConfig):
         for name in ("test_fraction", "retrieval_fraction", "bad_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: give a share between 0 and 1")
-        if self.test_fraction + self.retrieval_fraction > 1:
-            raise ValueError(f"test_fraction {self.test_fraction} and retrieval_fraction leave nothing to train on")
+        if not self.test_fraction:
+            raise ValueError("test_fraction is 0: there would be nothing to evaluate on")
+        if self.test_fraction + self.retrieval_fraction >= 1:
+            raise ValueError(
+                f"test_fraction {self.test_fraction} and retrieval_fraction {self.retrieval_fraction} leave nothing to "
+                "train on"
+            )
+        if self.out.resolve() == self.input.resolve():
+            raise ValueError(f"out is the input, {self.out}: give another directory")
         if self.unit_bytes < 1:
             raise ValueError(f"unit_bytes is {self.unit_bytes}: give a number above 0")
         if not self.tokenizer and self.shard != JobConfig.shard:
@@ -63,7 +70,7 @@ def split_of(key: str, config: PrepareConfig) -> str:
 def documents_of(config: PrepareConfig, unit: list[Extent], counts: dict) -> Iterator[tuple[str, str, str, str]]:
     """(split, name, domain, text) of the unit's documents; `counts` gets what was left out.
 
-    ValueError as soon as it is clear that more are bad than `bad_share` of them.
+    ValueError once they are many, and more than `bad_share` of the documents so far: not after hours of useless work.
     """
     for extent in unit:
         for document in read(config.input, extent, config.domain_field):
@@ -98,15 +105,22 @@ def prepare(config: PrepareConfig) -> None:
 
     Units that are finished already, by this job or another, are not done again.
     """
-    units = plan(config.input, config.patterns, config.exclude, config.unit_bytes)
+    units = plan(config.input, config.patterns, config.exclude, config.unit_bytes, config.out)
     settings = {k: v for k, v in vars(config).items() if k not in ("input", "out", "shard", "workers", "bad_share")}
     given = Tokenizer(config.tokenizer) if config.tokenizer else None
     settings["tokenizer"] = given.fingerprint() if given else ""
+    settings["input"] = f"{len(units)} units"  # their number is in the names of all shards
     builder = Builder(config.out, settings, given)
     if builder.finished:
         print(f"{config.out} is finished: remove it to prepare it again")
         return
-    tokenizer = Tokenizer(config.out) if (given or _has_tokenizer(config.out)) else train_tokenizer(config, units)
+    if not given and not any((config.out / name).exists() for name in tokenizers.NAMES):
+        try:
+            train_tokenizer(config, units)
+        except BaseException:
+            builder.forget()
+            raise
+    tokenizer = Tokenizer(config.out)
     work = TokeniseUnit(config, len(units))
     sizes = [sum(extent.size for extent in unit) for unit in units]
     marks = run_units(builder, [(unit,) for unit in units], sizes, work, config, "tokenise, bytes")
@@ -126,12 +140,8 @@ def prepare(config: PrepareConfig) -> None:
     builder.register(NAME, features_of(tokenizer), marks, facts)
 
 
-def _has_tokenizer(out: Path) -> bool:
-    return any((out / name).exists() for name in tokenizers.NAMES)
-
-
-def train_tokenizer(config: PrepareConfig, units: list[list[Extent]]) -> Tokenizer:
-    """A tokenizer in `config.out`, trained on documents of the training split, some of each unit."""
+def train_tokenizer(config: PrepareConfig, units: list[list[Extent]]) -> None:
+    """Puts a tokenizer in `config.out`, trained on documents of the training split, some of each unit."""
 
     def texts() -> Iterator[str]:
         for unit in units:
@@ -144,7 +154,7 @@ def train_tokenizer(config: PrepareConfig, units: list[list[Extent]]) -> Tokeniz
                     break
 
     print(f"training a tokenizer of {config.vocab_size} pieces", flush=True)
-    return tokenizers.train(texts(), config.vocab_size, config.out / "tokenizer.model")
+    tokenizers.train(texts(), config.vocab_size, config.out / "tokenizer.model")
 
 
 def features_of(tokenizer: Tokenizer) -> dict:

@@ -7,9 +7,10 @@ A dataset is written unit by unit, by any number of processes. A unit gives one 
 
 import hashlib
 import json
-import os
 import shutil
+import uuid
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -40,15 +41,29 @@ def token_dtype(vocab_size: int) -> type:
     return np.uint16 if vocab_size <= 1 << 16 else np.uint32
 
 
+def staged_path(path: Path) -> Path:
+    """Where to write what is then renamed to `path`: beside it, and no other process' of any machine."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+
+
 def write_json(path: Path, value) -> None:
     """`value` at `path`, whole or not at all."""
-    staged = path.with_name(f".{path.name}.{os.getpid()}")
+    staged = staged_path(path)
     staged.write_text(json.dumps(value, indent=1))
     staged.rename(path)
 
 
 def shard_path(out: Path, name: str, split: str, number: int, count: int) -> Path:
     return out / f"{name}-{split}.array_record-{number:05}-of-{count:05}"
+
+
+@contextmanager
+def _writing() -> Iterator[None]:
+    """OSError where the record format cannot write, such as on a full disk: it raises a bare RuntimeError."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise OSError(str(error)) from None
 
 
 class ShardWriter:
@@ -61,19 +76,22 @@ class ShardWriter:
 
         self.path, self.features = path, tfds.features.FeaturesDict(features)
         self._serializer = ExampleSerializer(self.features.get_serialized_info())
-        self._staged = path.with_name(f".{path.name}.{os.getpid()}")
+        self._staged = staged_path(path)
         self._writer = ArrayRecordWriter(str(self._staged), "group_size:1")  # any record is read by itself
         self._counts: dict[str, list[tuple[int, Sequence[int]]]] = {}
         self._lengths: list[tuple[str, int]] = []
 
     def write(self, record: dict, domain: str, length: int, pieces: Sequence[int] = ()) -> None:
         """Counts `length` tokens of the domain, and in its histogram `pieces`, the lengths of a record of several."""
-        self._writer.write(self._serializer.serialize_example(self.features.encode_example(record)))
+        example = self._serializer.get_tf_example(self.features.encode_example(record))
+        with _writing():
+            self._writer.write(example.SerializeToString(deterministic=True))  # else each process has another order
         self._counts.setdefault(domain, []).append((length, pieces or (length,)))
         self._lengths.append((domain, length))
 
     def close(self) -> dict:
-        self._writer.close()
+        with _writing():
+            self._writer.close()
         with open(self._staged, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         domains = sorted(self._counts)
@@ -125,21 +143,28 @@ class Builder:
         """
         identity = _plain(identity)
         self.out, self.units, self.identity = out, out / "units", identity
-        if (out / TFDS_FILES[-1]).exists():
+        stored = self.units / "identity.json"
+        if self.finished:
             refuse_another_run(out, read_index(out)["identity"], identity)
-        elif (self.units / "identity.json").exists():
-            refuse_another_run(out, json.loads((self.units / "identity.json").read_text()), identity)
-        elif out.exists() and any(path.name not in TOKENIZER_FILES for path in out.iterdir()):
-            raise ValueError(f"{out} exists and is no unfinished dataset: remove it or give another name")
-        else:
+            return
+        if not stored.exists():
+            inside = {path.name for path in out.iterdir()} if out.exists() else set()
+            begun = "units" in inside and inside <= {"units", *TOKENIZER_FILES}  # by a job now, or one that was killed
+            if inside and not begun:
+                raise ValueError(f"{out} exists and is no unfinished dataset: remove it or give another name")
             self.units.mkdir(parents=True, exist_ok=True)
             if tokenizer is not None:
-                copy_tokenizer(tokenizer, out)
-            write_json(self.units / "identity.json", identity)
+                copy_tokenizer(tokenizer, out, self.units)
+            write_json(stored, identity)
+        refuse_another_run(out, json.loads(stored.read_text()), identity)
 
     @property
     def finished(self) -> bool:
         return (self.out / TFDS_FILES[-1]).exists()
+
+    def forget(self) -> None:
+        """Another run may begin here: this one failed before its first unit."""
+        (self.units / "identity.json").unlink()
 
     def mark(self, number: int, key, facts: dict) -> None:
         """Says that the unit is whole; `key` says of which input."""
@@ -178,7 +203,7 @@ class Builder:
             )
         write_json(self.out / INDEX, {"name": name, "identity": self.identity} | facts | {"splits": splits})
         (self.out / "report.md").write_text(report(name, splits))
-        staged = self.out / f".metadata.{os.getpid()}"
+        staged = staged_path(self.units / "metadata")
         staged.mkdir(exist_ok=True)
         for split in splits:  # TFDS looks for the names of shards beside its metadata
             shard_path(staged, name, split, 0, len(marks)).touch()
@@ -192,7 +217,7 @@ class Builder:
             (staged / file).rename(self.out / file)
         shutil.rmtree(staged)
         for left in self.out.glob(f".{name}-*"):  # of processes that were killed
-            left.unlink()
+            left.unlink(missing_ok=True)
 
 
 def _plain(value):
@@ -216,14 +241,15 @@ def report(name: str, splits: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def copy_tokenizer(tokenizer: Tokenizer, out: Path) -> None:
-    """The tokenizer's files in `out`, called what a directory's tokenizer is called."""
-    name = "tokenizer.json" if tokenizer.path.suffix == ".json" else "tokenizer.model"
-    if tokenizer.path.resolve() != (out / name).resolve():
-        shutil.copy(tokenizer.path, out / name)
+def copy_tokenizer(tokenizer: Tokenizer, out: Path, staging: Path) -> None:
+    """The tokenizer's files in `out`, called what a directory's tokenizer is called; each of them whole."""
     settings = tokenizer.path.with_name("tokenizer_config.json")  # names the special tokens of a tokenizer.json
-    if settings.exists() and settings.resolve() != (out / settings.name).resolve():
-        shutil.copy(settings, out)
+    name = "tokenizer.json" if tokenizer.path.suffix == ".json" else "tokenizer.model"
+    for source, target in ((settings, out / settings.name), (tokenizer.path, out / name)):
+        if source.exists():
+            staged = staged_path(staging / target.name)
+            shutil.copy(source, staged)
+            staged.rename(target)
 
 
 def check_shard(path: Path, size: int) -> None:
@@ -244,6 +270,10 @@ def read_index(path: Path) -> dict:
         raise ValueError(f"{path / INDEX} is damaged ({error}): prepare the dataset again") from None
 
 
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 class Records:
     """One split of a dataset, a sequence of records; it can be sent to other processes.
 
@@ -258,14 +288,15 @@ class Records:
         if split not in self.index["splits"]:
             raise ValueError(f"{path}: has no split {split}: it has {', '.join(self.index['splits'])}")
         self.facts = self.index["splits"][split]
+        if not self.facts["records"]:
+            raise ValueError(f"{path}: its {split} split is empty")
         shards = self.facts["shards"]
         for number, shard in enumerate(shards):
             check_shard(shard_path(self.path, self.name, split, number, len(shards)), shard["bytes"])
         try:
             self._source = tfds.builder_from_directory(self.path).as_data_source(split)
         except Exception as error:  # whatever TFDS meets in a damaged file
-            reason = str(error).strip().splitlines()[0]
-            raise ValueError(f"{path}: TFDS cannot read its metadata ({reason}): prepare it again") from None
+            raise ValueError(f"{path}: TFDS cannot read its metadata ({_reason(error)}): prepare it again") from None
         if len(self._source) != self.facts["records"]:
             raise ValueError(
                 f"{path}: TFDS counts {len(self._source)} records and {INDEX} {self.facts['records']}: prepare it again"
@@ -280,8 +311,7 @@ class Records:
         try:
             return self._source[number]
         except Exception as error:  # what the record format raises is a bare RuntimeError
-            reason = str(error).strip().splitlines()[0]
-            raise ValueError(f"{self.path}: record {number} of {self.split} is damaged ({reason})") from error
+            raise ValueError(f"{self.path}: record {number} of {self.split} is damaged ({_reason(error)})") from error
 
     def __iter__(self) -> Iterator[dict]:
         return (self[number] for number in range(len(self)))
@@ -295,10 +325,14 @@ class Records:
         except (OSError, ValueError, EOFError) as error:
             raise ValueError(f"{path}: missing or damaged ({error}): prepare {self.path} again") from None
         first = sum(before["records"] for before in shards[:shard])
-        if table.shape != (shards[shard]["records"], 2):
-            raise ValueError(f"{path}: is not of its shard: prepare {self.path} again")
-        where = ((domain, np.flatnonzero(table[:, 0] == n)) for n, domain in enumerate(shards[shard]["domains"]))
-        return {domain: (first + rows, table[rows, 1]) for domain, rows in where}
+        lengths, sound = {}, table.shape == (shards[shard]["records"], 2)
+        for number, (domain, counts) in enumerate(shards[shard]["domains"].items() if sound else ()):
+            rows = np.flatnonzero(table[:, 0] == number)
+            lengths[domain] = first + rows, table[rows, 1]
+            sound &= len(rows) == counts["records"] and table[rows, 1].sum() == counts["tokens"]
+        if not sound:
+            raise ValueError(f"{path}: is not of its shard, or damaged: prepare {self.path} again")
+        return lengths
 
     @property
     def tokenizer(self) -> Tokenizer:

@@ -7,7 +7,6 @@ whose record i belongs to record i of the sequences.
 import json
 import os
 import shutil
-import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +15,7 @@ import numpy as np
 
 from cepe_jax.data.corpus import Corpus
 from cepe_jax.data.examples import PAD
-from cepe_jax.data.records import Builder, Records, ShardWriter, array, shard_path, text, token_dtype
+from cepe_jax.data.records import Builder, Records, ShardWriter, array, shard_path, staged_path, text, token_dtype
 from cepe_jax.data.search import BATCH, BM25, Dense, Encoder, Searcher, load_encoder
 from cepe_jax.data.units import JobConfig, Work, run_units
 from cepe_jax.progress import track
@@ -105,7 +104,7 @@ def build_index(config: RetrieveConfig, corpus: Corpus, encode: Encoder | None) 
     index = config.out / INDEX
     if index.exists():
         return
-    staged = config.out / f".{INDEX}.{uuid.uuid4().hex}"
+    staged = staged_path(index)
     staged.mkdir()
     try:
         numbers = choose(corpus, config.passage_tokens, config.seed).tolist()

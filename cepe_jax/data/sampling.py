@@ -101,7 +101,7 @@ def quotas(records: Records, config: SampleConfig) -> list[dict[str, int]]:
     shards = range(len(records.facts["shards"]))
     result: list[dict[str, int]] = [{} for _ in shards]
     tables = [records.lengths(shard) for shard in shards]
-    for domain in config.budget or names:
+    for domain in sorted(config.budget or names):
         supplies = [supply(table.get(domain, (None, np.zeros(0, int)))[1], config) for table in tables]
         wanted = config.budget.get(domain, 0) // config.length or sum(supplies)
         if wanted > sum(supplies):

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import sys
 import zlib
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PACKED = ".gz", ".zst"
+BYTE_ORDER_MARK = "\ufeff"  # some programs begin a file with it
 
 
 @dataclass(frozen=True)
@@ -40,26 +42,34 @@ def holds_lines(path: str) -> bool:
     return path.endswith(".jsonl")
 
 
-def plan(root: Path, patterns: tuple[str, ...], exclude: tuple[str, ...], unit_bytes: int) -> list[list[Extent]]:
+def plan(
+    root: Path, patterns: tuple[str, ...], exclude: tuple[str, ...], unit_bytes: int, out: Path
+) -> list[list[Extent]]:
     """The files below `root` in units of about `unit_bytes` stored bytes, a function of their names and sizes alone.
 
-    Small files share a unit; only an uncompressed `.jsonl` is divided. Files below a folder named in `exclude` are
-    left out.
+    Small files share a unit; only an uncompressed `.jsonl` is divided. Files below `out` and below a folder named in
+    `exclude` are left out.
     """
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such directory")
+    for pattern in patterns:
+        if Path(pattern).is_absolute():
+            raise ValueError(f"pattern {pattern}: give patterns of paths below {root}, such as **/*.txt")
     paths = {path for pattern in patterns for path in root.glob(pattern) if path.is_file()}
+    output = Path(os.path.relpath(out, root))
     units: list[list[Extent]] = []
     room = 0
     for path in sorted(paths):
         relative = path.relative_to(root)
-        if set(relative.parts[:-1]) & set(exclude):
+        if relative.is_relative_to(output) or set(relative.parts[:-1]) & set(exclude):
             continue
+        if "\n" in str(relative) or not _is_text(str(relative)):  # it becomes the document's name
+            raise ValueError(f"{str(path)!a}: its name is no line of UTF-8: rename it")
         size = path.stat().st_size
         divided = relative.suffix == ".jsonl" and size > unit_bytes
         for start in range(0, size, unit_bytes) if divided else [0]:
             extent = Extent(str(relative), start, min(start + unit_bytes, size) if divided else size)
-            if room < extent.size:
+            if not units or room < extent.size:
                 units.append([])
                 room = unit_bytes
             units[-1].append(extent)
@@ -67,6 +77,15 @@ def plan(root: Path, patterns: tuple[str, ...], exclude: tuple[str, ...], unit_b
     if not units:
         raise ValueError(f"{root}: no file matches {', '.join(patterns)}: set --patterns")
     return units
+
+
+def _is_text(string: str) -> bool:
+    """False for a string with half of a surrogate pair, which no encoding holds."""
+    try:
+        string.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _open(path: Path):
@@ -89,6 +108,8 @@ def read(root: Path, extent: Extent, domain_field: str) -> Iterator[RawDocument]
     folders = Path(extent.path).parts[:-1]
     folder = folders[0] if folders else root.resolve().name
     path = root / extent.path
+    if not extent.size and path.suffix in PACKED:
+        raise ValueError(f"{path}: damaged or cut short (empty): fetch it again")
     try:
         with _open(path) as file:
             if holds_lines(extent.path):
@@ -105,7 +126,7 @@ def read(root: Path, extent: Extent, domain_field: str) -> Iterator[RawDocument]
 
 def _whole(content: bytes, path: Path, extent: Extent, domain: str) -> RawDocument:
     try:
-        text = content.decode("utf-8")
+        text = content.decode().removeprefix(BYTE_ORDER_MARK)
         fault = "" if text.strip() else f"{path}: an empty document"
     except UnicodeDecodeError as error:
         text, fault = None, f"{path}: not UTF-8 at byte {error.start}"
@@ -117,7 +138,7 @@ def _lines(file, path: Path, extent: Extent, domain_field: str, folder: str) -> 
     if where:  # the line that is under way belongs to the extent before
         file.seek(where - 1)
         where += len(file.readline()) - 1
-    first = where
+    first, lines_above = where, None
     whole = Path(extent.path).suffix in PACKED
     while whole or where < extent.end:
         line = file.readline()
@@ -129,7 +150,7 @@ def _lines(file, path: Path, extent: Extent, domain_field: str, folder: str) -> 
             continue
         domain, text, fault = folder, None, ""
         try:
-            domain, text = _fields(json.loads(line.decode("utf-8-sig")), domain_field, folder)
+            domain, text = _fields(json.loads(line.decode().removeprefix(BYTE_ORDER_MARK)), domain_field, folder)
             if not text.strip():
                 fault = "an empty document"
         except UnicodeDecodeError as error:
@@ -137,7 +158,8 @@ def _lines(file, path: Path, extent: Extent, domain_field: str, folder: str) -> 
         except (ValueError, RecursionError) as error:
             fault = str(error)
         if fault:
-            fault = f"{path}:{_line_number(path, first) + number}: {fault}"
+            lines_above = _count_lines(path, first) if lines_above is None else lines_above
+            fault = f"{path}:{lines_above + number}: {fault}"
         yield RawDocument(name, domain, text, fault)
 
 
@@ -146,20 +168,18 @@ def _fields(line, domain_field: str, folder: str) -> tuple[str, str]:
     text = line.get("text") if isinstance(line, dict) else None
     if not isinstance(text, str):
         raise ValueError("no text: give each line an object with a string `text`")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError("half of a surrogate pair in its text") from None
     domain = line
     for key in domain_field.split(".") if domain_field else ():
         domain = domain.get(key) if isinstance(domain, dict) else None
     if domain_field and not (isinstance(domain, str) and domain):
         raise ValueError(f"no {domain_field}, which names the domain")
+    if not _is_text(text) or (domain_field and not _is_text(domain)):
+        raise ValueError("half of a surrogate pair in its text or domain")
     return (domain if domain_field else folder), text
 
 
-def _line_number(path: Path, offset: int) -> int:
-    """How many lines stand before the byte `offset`."""
+def _count_lines(path: Path, offset: int) -> int:
+    """How many lines end before the byte `offset`."""
     count = 0
     with open(path, "rb") as file:
         while offset > 0 and (block := file.read(min(offset, 1 << 20))):

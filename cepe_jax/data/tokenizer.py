@@ -86,8 +86,11 @@ class _SentencePiece:
     def _newline_prefix(self) -> int | None:
         """How many ids a text that begins with a newline has before it (a dummy prefix); None if cuts change ids.
 
-        A cut before a newline changes nothing where no longer piece has one and normalising leaves white space alone.
+        A cut before a newline changes nothing where no longer piece has one and normalising leaves white space alone,
+        in a BPE model, whose scores are ranks. A unigram model sums scores from the beginning of the text, and rounds.
         """
+        if any(self.processor.get_score(i) % 1 for i in range(self.vocab_size)):
+            return None
         pieces = map(self.processor.id_to_piece, range(self.vocab_size))
         if any("\n" in piece and piece != "\n" for piece in pieces):
             return None

@@ -2,6 +2,8 @@
 
 import multiprocessing
 import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
@@ -84,9 +86,8 @@ def _in_processes(builder, units, open_units, work, workers) -> Iterator[tuple[f
     context = multiprocessing.get_context("spawn")  # jax and its threads do not survive a fork
     queue, stop = context.Queue(), context.Event()
     with ProcessPoolExecutor(workers, context, _remember, (queue, stop)) as pool:
-        futures = [pool.submit(_send, builder, n, units[n], work) for n in open_units]
         try:
-            pending = set(futures)
+            pending = {pool.submit(_send, builder, n, units[n], work) for n in open_units}
             while pending:
                 done, pending = wait(pending, timeout=0.2, return_when=FIRST_EXCEPTION)
                 for future in done:
@@ -114,8 +115,17 @@ def _received(queue) -> Iterator[tuple[float, int]]:
 
 
 def _remember(queue, stop) -> None:
+    """Runs in a worker, first."""
     global _progress, _stop
     _progress, _stop = queue, stop
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C too, and tells
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Without it the workers of a job that was killed wait for ever."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _send(builder: Builder, number: int, unit: tuple, work: Callable[..., Work]) -> None:

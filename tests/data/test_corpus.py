@@ -1,14 +1,22 @@
-"""Files to a dataset: splits, every token accounted for, whole or absent."""
+"""Raw documents to a dataset: splits, every token accounted for, whole or absent, and the same however it was made."""
 
 import dataclasses
+import gzip
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 
 from cepe_jax.data import corpus as corpus_module
-from cepe_jax.data.corpus import Corpus, PrepareConfig, prepare, split_of
+from cepe_jax.data.corpus import SPLITS, Corpus, PrepareConfig, prepare, split_of
+from cepe_jax.data.records import Builder, Records, ShardWriter, read_index
 from cepe_jax.data.tokenizer import Tokenizer, train
 
 WORDS = ["def ", "return ", "self", "\n", "    ", "x", " = ", "é🙂", "(", ")", "1", "\t", "\r\n"]
@@ -19,14 +27,82 @@ def text_of(seed: int) -> str:
     return "".join(rng.choice(WORDS, size=rng.integers(40, 200)))
 
 
+def write_lines(path: Path, texts) -> None:
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(gzip.compress(lines, mtime=0) if path.suffix == ".gz" else lines)
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory) -> Tokenizer:
+    return train(map(text_of, range(100, 120)), 300, tmp_path_factory.mktemp("tokenizer") / "tokenizer.model")
+
+
 @pytest.fixture
-def config(tmp_path) -> PrepareConfig:
-    """Thirty documents in folders, and how to prepare them."""
-    for number in range(30):
-        path = tmp_path / "in" / f"folder{number % 3}" / f"{number:02}.txt"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(text_of(number).encode())
-    return PrepareConfig(tmp_path / "in", tmp_path / "out", vocab_size=300, test_fraction=0.3)
+def texts() -> dict[str, str]:
+    """The documents, by name."""
+    texts = {f"c/{number}.txt": text_of(number) for number in range(5)}
+    for name, seeds in (("a/1.jsonl", range(10, 30)), ("b/2.jsonl.gz", range(30, 40))):
+        start = 0
+        for seed in seeds:
+            texts[f"{name}:{start}"] = text_of(seed)
+            start += len(json.dumps({"text": text_of(seed)})) + 1
+    return texts
+
+
+@pytest.fixture
+def config(tmp_path, given) -> PrepareConfig:
+    """Thirty-five documents of three kinds in five units, and how to prepare them in this process."""
+    write_lines(tmp_path / "in" / "a" / "1.jsonl", map(text_of, range(10, 30)))
+    write_lines(tmp_path / "in" / "b" / "2.jsonl.gz", map(text_of, range(30, 40)))
+    (tmp_path / "in" / "c").mkdir()
+    for number in range(5):
+        (tmp_path / "in" / "c" / f"{number}.txt").write_bytes(text_of(number).encode())
+    return PrepareConfig(
+        input=tmp_path / "in",
+        out=tmp_path / "out",
+        tokenizer=str(given.path),
+        test_fraction=0.3,
+        retrieval_fraction=0.2,
+        unit_bytes=3000,
+        workers=1,
+    )
+
+
+def elsewhere(config: PrepareConfig, name: str, **changes) -> PrepareConfig:
+    return dataclasses.replace(config, out=config.out.with_name(name), **changes)
+
+
+def read_all(out: Path) -> dict[str, tuple]:
+    """name -> (split, document)"""
+    filled = [split for split in SPLITS if read_index(out)["splits"][split]["records"]]
+    return {document.name: (split, document) for split in filled for document in Corpus(out, split)}
+
+
+def shards_of(out: Path) -> dict:
+    """What is in the shards, their sha256 among it."""
+    return read_index(out)["splits"]
+
+
+class Encodings:
+    """Watches Tokenizer.encode: `count` texts so far; `stop` at a number raises KeyboardInterrupt there."""
+
+    def __init__(self, monkeypatch):
+        self.count, self.stop = 0, -1
+        encode = Tokenizer.encode
+
+        def watched(tokenizer, *args, **options):
+            self.count += 1
+            if self.count == self.stop:
+                raise KeyboardInterrupt
+            return encode(tokenizer, *args, **options)
+
+        monkeypatch.setattr(Tokenizer, "encode", watched)
+
+
+@pytest.fixture
+def encodings(monkeypatch) -> Encodings:
+    return Encodings(monkeypatch)
 
 
 def one_line(error) -> str:
@@ -35,192 +111,498 @@ def one_line(error) -> str:
     return message
 
 
-def test_every_token_is_accounted_for(config):
+def test_every_token_is_accounted_for(config, texts):
     prepare(config)
-    found = {}
-    for split in ("train", "test"):
-        corpus = Corpus(config.out, split)
-        stored = np.load(config.out / f"{split}.npy")
-        assert stored.dtype == np.int32
-        np.testing.assert_array_equal(np.concatenate([d.tokens for d in corpus.documents]), stored)
-        found |= {document.name: (split, document.tokens) for document in corpus.documents}
-    paths = sorted(config.input.rglob("*.txt"))
-    assert sorted(found) == [str(path.relative_to(config.input)) for path in paths]
-    assert {split for split, _ in found.values()} == {"train", "test"}
-    tokenizer = corpus.tokenizer
-    for path in paths:
-        split, tokens = found[str(path.relative_to(config.input))]
-        assert (tokens[0], tokens[-1]) == (tokenizer.bos_id, tokenizer.eos_id)
-        assert not {tokenizer.bos_id, tokenizer.eos_id, tokenizer.mask_id} & set(tokens[1:-1].tolist())
-        assert tokenizer.decode(tokens[1:-1]) == path.read_bytes().decode()
-    assert not list(config.out.parent.glob(".*.partial"))
+    found = read_all(config.out)
+    assert found.keys() == texts.keys()
+    tokenizer = Corpus(config.out, "train").tokenizer
+    for name, (_, document) in found.items():
+        assert document.domain == name[0]
+        assert document.tokens.dtype == np.uint16
+        assert (document.tokens[0], document.tokens[-1]) == (tokenizer.bos_id, tokenizer.eos_id)
+        assert document.tokens[1:-1].tolist() == tokenizer.encode(texts[name])
+        assert tokenizer.decode(document.tokens) == texts[name]
+    for split in SPLITS:
+        facts = Records(config.out, split).facts
+        chosen = [document for of, document in found.values() if of == split]
+        assert facts["records"] == len(chosen)
+        assert facts["tokens"] == sum(len(document.tokens) for document in chosen)
+        for domain, counts in facts["domains"].items():
+            lengths = [len(document.tokens) for document in chosen if document.domain == domain]
+            assert (counts["records"], counts["tokens"]) == (len(lengths), sum(lengths))
+            bins = [sum(2 ** (b - 1) <= length < 2**b for length in lengths) for b in range(1, 12)]
+            assert counts["histogram"] == [0, *bins][: len(counts["histogram"])]
+        domains = [
+            line.split("|")[2].strip() for line in (config.out / "report.md").read_text().splitlines() if split in line
+        ]
+        assert domains == [*facts["domains"], "all"]
+    assert read_index(config.out)["counts"] == {"documents": 35, "skipped": 0, "bad": 0, "faults": []}
 
 
-def test_the_tokenizer_is_trained_on_the_training_split(config):
-    """A letter that the held-out documents alone hold has no piece."""
-    for path in config.input.rglob("*.txt"):
-        if split_of(str(path.relative_to(config.input)), config) == "test":
-            path.write_text("ßßßß" * 50 + path.read_text())
+def test_documents_come_in_the_order_of_the_input(config, texts):
+    """Of each split, so that the order of units is that of shards."""
     prepare(config)
-    tokenizer = Corpus(config.out, "test").tokenizer
-    pieces = [tokenizer.decode([i]) for i in range(3, tokenizer.vocab_size)]
-    assert not any("ß" in piece for piece in pieces)
-    assert tokenizer.decode(tokenizer.encode("ß")) == "ß"
+    order = sorted(texts, key=lambda name: (name.split(":")[0], int(name.partition(":")[2] or 0)))
+    for split in SPLITS:
+        names = [document.name for document in Corpus(config.out, split)]
+        assert names == [name for name in order if name in names]
+        assert len(names) > 3
+
+
+def test_splits_are_drawn_evenly_and_move_at_their_edges_alone(config):
+    names = [f"a/{number}.py" for number in range(2000)]
+
+    def splits(**changes) -> list[str]:
+        return [split_of(name, dataclasses.replace(config, **changes)) for name in names]
+
+    base = splits()
+    for split, share in (("test", 0.3), ("retrieval", 0.2), ("train", 0.5)):
+        assert abs(base.count(split) / 2000 - share) < 4 * (share * (1 - share) / 2000) ** 0.5  # standard deviations
+    assert base == splits(out=Path("other"), workers=3, tokenizer="", unit_bytes=5)
+    for change, moved in (
+        ({"test_fraction": 0.4}, ("train", "test")),
+        ({"test_fraction": 0.2}, ("test", "train")),
+        ({"retrieval_fraction": 0.3}, ("train", "retrieval")),
+        ({"retrieval_fraction": 0.1}, ("retrieval", "train")),
+    ):
+        pairs = [pair for pair in zip(base, splits(**change), strict=True) if pair[0] != pair[1]]
+        assert set(pairs) == {moved}
+        assert 100 < len(pairs) < 300
+    other = splits(seed=1)
+    agreeing = sum(a == b for a, b in zip(base, other, strict=True)) / 2000
+    assert abs(agreeing - (0.3**2 + 0.2**2 + 0.5**2)) < 0.05  # as two independent draws
 
 
 def test_splits_stay_when_documents_come_and_go(config):
-    names = [f"a/{number}.py" for number in range(2000)]
-    splits = [split_of(name, config) for name in names]
-    assert 0.3 - 4 * 0.0103 < splits.count("test") / 2000 < 0.3 + 4 * 0.0103  # four standard deviations
-    assert splits == [split_of(name, dataclasses.replace(config, out=config.input)) for name in names]
-    assert splits != [split_of(name, dataclasses.replace(config, seed=1)) for name in names]
-    more = dataclasses.replace(config, test_fraction=0.4)
-    assert all(split_of(n, more) == "test" for n, split in zip(names, splits, strict=True) if split == "test")
-
+    """A file goes by its name, a line by its text: wherever it stands, and whatever stands beside it."""
     prepare(config)
-    before = {d.name: split for split in ("train", "test") for d in Corpus(config.out, split).documents}
-    (config.input / "folder0" / "00.txt").unlink()
-    for number in range(100, 130):
-        (config.input / "folder0" / f"{number}.txt").write_text(text_of(number))
-    prepare(dataclasses.replace(config, out=config.out.with_name("more")))
-    corpora = {split: Corpus(config.out.with_name("more"), split) for split in ("train", "test")}
-    after = {d.name: split for split, corpus in corpora.items() for d in corpus.documents}
-    assert len(after) == 59
-    assert all(after[name] == split for name, split in before.items() if name in after)
+    before = read_all(config.out)
+    (config.input / "c" / "0.txt").unlink()
+    (config.input / "c" / "1.txt").write_text("another text under the same name")
+    for number in range(50, 60):
+        (config.input / "c" / f"{number}.txt").write_text(text_of(number))
+    shuffled = np.random.default_rng(0).permutation(range(5, 30)).tolist()
+    write_lines(config.input / "a" / "1.jsonl", map(text_of, shuffled))
+    prepare(elsewhere(config, "more", unit_bytes=1 << 20))
+    after = read_all(config.out.with_name("more"))
+    assert len(after) == 35 - 1 + 10 + 5
+    decode = Corpus(config.out, "train").tokenizer.decode
+
+    def by_text(found) -> dict[str, str]:
+        return {decode(document.tokens): split for split, document in found.values() if document.domain == "a"}
+
+    assert by_text(before).items() <= by_text(after).items()
+    assert all(after[name][0] == before[name][0] for name in before if name[0] != "a" and name in after)
 
 
-def test_the_same_again_is_the_same(config):
+def test_copies_of_a_text_share_a_split(config):
+    """Else the model is tested on what it was trained on."""
+    copies = [text_of(seed) for seed in range(40, 60)]
+    write_lines(config.input / "a" / "3.jsonl", copies * 2)
+    write_lines(config.input / "d" / "4.jsonl.gz", copies[::-1])
     prepare(config)
-    prepare(dataclasses.replace(config, out=config.out.with_name("again")))
-    for name in ("train.npy", "test.npy", "train.json", "test.json", "dataset.json"):
-        assert (config.out / name).read_bytes() == (config.out.with_name("again") / name).read_bytes()
+    tokens_to_splits: dict[bytes, list[str]] = {}
+    for split, document in read_all(config.out).values():
+        tokens_to_splits.setdefault(document.tokens.tobytes(), []).append(split)
+    several = [splits for splits in tokens_to_splits.values() if len(splits) > 1]
+    assert len(several) == 20
+    assert all(len(splits) == 3 and len(set(splits)) == 1 for splits in several)
+    assert {splits[0] for splits in several} == set(SPLITS)
 
 
-@pytest.mark.parametrize("name", ["tokenizer.model", "llama.model"])
-def test_a_given_tokenizer(config, tmp_path, name):
-    given = train([text_of(seed) for seed in range(50, 60)], 290, tmp_path / name)
-    prepare(dataclasses.replace(config, tokenizer=str(tmp_path / name)))
-    corpus = Corpus(config.out, "train")
-    assert corpus.tokenizer.fingerprint() == given.fingerprint()
-    document = corpus.documents[0]
-    assert document.tokens[1:-1].tolist() == given.encode((config.input / document.name).read_bytes().decode())
+def test_the_tokenizer_is_trained_on_the_training_split(config):
+    """A letter of the held-out documents has no piece, and one of the training documents has."""
+    config = dataclasses.replace(config, tokenizer="", vocab_size=330)
+    letters = {"train": "ß", "test": "ö", "retrieval": "ü"}
+    for number in range(20):
+        (config.input / "c" / f"{number}.txt").write_text(letters[split_of(f"c/{number}.txt", config)] * 200)
+    assert {split_of(f"c/{number}.txt", config) for number in range(20)} == set(SPLITS)
+    lines: dict[str, list[str]] = {split: [] for split in SPLITS}
+    for seed in range(200):
+        for split, letter in letters.items():
+            if split_of(marked := text_of(seed) + letter * 50, config) == split and len(lines[split]) < 5:
+                lines[split].append(marked)
+    write_lines(config.input / "d" / "3.jsonl", [text for texts in lines.values() for text in texts])
+    prepare(config)
+    tokenizer = Corpus(config.out, "test").tokenizer
+    pieces = "".join(tokenizer.decode([i]) for i in range(3 + 256, tokenizer.vocab_size))
+    assert [letter in pieces for letter in letters.values()] == [True, False, False]
+    assert tokenizer.decode(tokenizer.encode("ö")) == "ö"
 
 
-def test_what_is_left_out(config, capsys):
-    (config.input / "folder1" / "short.txt").write_text("short")
-    (config.input / "folder1" / "empty.txt").write_text("")
-    (config.input / "folder1" / "other.md").write_text(text_of(1))
-    (config.input / "folder2.txt").mkdir()
-    prepare(dataclasses.replace(config, skip_shorter=6, exclude=("folder2",)))
-    names = {d.name for split in ("train", "test") for d in Corpus(config.out, split).documents}
-    assert names == {f"folder{number % 3}/{number:02}.txt" for number in range(30) if number % 3 != 2}
-    assert "2 shorter than 6 characters" in capsys.readouterr().out
+def test_some_of_every_unit_trains_the_tokenizer(config, monkeypatch):
+    """The same number of characters, not all from the first."""
+    trained = []
+    monkeypatch.setattr(corpus_module, "TOKENIZER_TEXT", 5 * 500)
+    monkeypatch.setattr(corpus_module.tokenizers, "train", lambda texts, *_: trained.extend(texts) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        prepare(dataclasses.replace(config, tokenizer="", test_fraction=1e-9, retrieval_fraction=0.0))
+    whose = [next(number for number in range(40) if text_of(number).startswith(text)) for text in trained]
+    assert sum(len(text) for text, number in zip(trained, whose, strict=True) if number < 5) == 500  # the last unit
+    assert sum(map(len, trained)) == 5 * 500
+    assert len(trained) == len(set(trained))
 
 
-def refused(config, kind=ValueError, match="") -> str:
-    with pytest.raises(kind, match=match) as error:
+def save_json(path: Path, vocab: dict[str, int]) -> None:
+    model = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[]))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = tokenizers.decoders.ByteLevel()
+    model.add_special_tokens(["[B]", "[E]"])
+    model.save(str(path))
+    settings = {"bos_token": "[B]", "eos_token": "[E]"}
+    path.with_name("tokenizer_config.json").write_text(json.dumps(settings))
+
+
+@pytest.mark.parametrize("name", ["llama.model", "tokenizer.json", "other.json", ""])
+def test_a_given_tokenizer(config, given, texts, tmp_path, name):
+    """A file of either kind, or a directory that holds one; ids above 65,535 are kept."""
+    path = tmp_path / "mine" / name
+    (tmp_path / "mine").mkdir()
+    wide = name.endswith(".json")
+    if wide:
+        alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+        vocab = {f"unused {number}": number for number in range(65_500)}
+        save_json(path, vocab | {letter: 65_500 + number for number, letter in enumerate(alphabet)})
+    else:
+        shutil.copy(given.path, path if name else tmp_path / "mine" / "tokenizer.model")
+    prepare(dataclasses.replace(config, tokenizer=str(path)))
+    corpus, own = Corpus(config.out, "train"), Tokenizer(path)
+    assert corpus.tokenizer.fingerprint() == own.fingerprint() == read_index(config.out)["tokenizer"]
+    assert (corpus.tokenizer.bos_id, corpus.tokenizer.eos_id) == (own.bos_id, own.eos_id)
+    for name, (_, document) in read_all(config.out).items():
+        assert document.tokens.dtype == (np.uint32 if wide else np.uint16)
+        assert document.tokens.tolist() == own.encode(texts[name], bos=True, eos=True)
+    assert (max(document.tokens) > 65_535) == wide
+
+
+def test_what_is_left_out(config):
+    (config.input / "c" / "short.txt").write_text("short")
+    (config.input / "c" / "empty.txt").write_text("")  # shorter too, and so not bad
+    (config.input / "c" / "other.md").write_text(text_of(1))
+    (config.input / "folder.txt").mkdir()
+    inside = dataclasses.replace(config, skip_shorter=6, exclude=("a",), patterns=("**/*",), out=config.input / "out")
+    for _ in range(2):  # its own output is no input
+        prepare(inside)
+    expected = {"c/0.txt", "c/1.txt", "c/2.txt", "c/3.txt", "c/4.txt", "c/other.md"}
+    assert {name.partition(":")[0] for name in read_all(inside.out)} == expected | {"b/2.jsonl.gz"}
+    assert read_index(inside.out)["counts"] == {"documents": 18, "skipped": 2, "bad": 0, "faults": []}
+
+
+def test_few_bad_documents_are_counted_and_said(config, capsys):
+    with open(config.input / "a" / "1.jsonl", "ab") as file:
+        file.write(b'{"txt": "a"}\n')
+    (config.input / "c" / "5.txt").write_bytes(b"\xff")
+    faults = [
+        f"{config.input / 'a' / '1.jsonl'}:21: no text: give each line an object with a string `text`",
+        f"{config.input / 'c' / '5.txt'}: not UTF-8 at byte 0",
+    ]
+    prepare(dataclasses.replace(config, bad_share=2 / 37))
+    assert capsys.readouterr().out.splitlines() == [f"left out: {fault}" for fault in faults]
+    assert len(read_all(config.out)) == 35
+    assert read_index(config.out)["counts"] == {"documents": 37, "skipped": 0, "bad": 2, "faults": faults}
+
+
+def test_many_bad_documents_are_an_error(config, encodings):
+    """It names one; nothing looks whole; and with a larger share it goes on and does nothing again."""
+    with open(config.input / "a" / "1.jsonl", "ab") as file:
+        file.write(b"[]\n")
+    with pytest.raises(ValueError, match=r"1 of 36 documents are bad, more than --bad_share=0.02 ") as error:
+        prepare(dataclasses.replace(config, bad_share=0.02))
+    assert f"the first at {config.input / 'a' / '1.jsonl'}:21: no text" in one_line(error)
+    with pytest.raises(FileNotFoundError, match="out: not finished"):
+        Corpus(config.out, "train")
+    assert encodings.count == 35
+    prepare(dataclasses.replace(config, bad_share=0.03))
+    assert encodings.count == 35
+    assert len(read_all(config.out)) == 35
+
+
+def test_nothing_but_bad_documents_ends_it_at_once(config, encodings):
+    """Not after hours: such as when all lines call their text something else."""
+    write_lines(config.input / "a" / "0.jsonl", [" "] * 300)
+    with pytest.raises(
+        ValueError, match="100 of 100 documents are bad, .* the first at .*0.jsonl:1: an empty document"
+    ):
+        prepare(dataclasses.replace(config, unit_bytes=1 << 20))
+    assert encodings.count == 0
+    prepare(elsewhere(config, "all", bad_share=1.0, unit_bytes=1 << 20))
+    counts = read_index(config.out.with_name("all"))["counts"]
+    assert (counts["bad"], len(counts["faults"])) == (300, 100)  # what is listed has an end
+
+
+def test_a_damaged_file_is_named_and_can_be_mended(config, encodings):
+    path = config.input / "b" / "2.jsonl.gz"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-20])
+    with pytest.raises(ValueError, match="2.jsonl.gz: damaged or cut short .*: fetch it again"):
         prepare(config)
+    done = encodings.count
+    path.write_bytes(whole)
+    prepare(config)
+    assert encodings.count - done < 20  # not the lines of the first file again
+    mended = shards_of(config.out)
+    prepare(elsewhere(config, "whole"))
+    assert shards_of(config.out.with_name("whole")) == mended
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_cut_off_at_any_document_it_goes_on(config, encodings, trained):
+    """Nothing half-written looks whole; no unit is done twice; in the end the same bytes."""
+    config = dataclasses.replace(config, unit_bytes=1000, **({"tokenizer": "", "vocab_size": 300} if trained else {}))
+    prepare(elsewhere(config, "whole"))
+    marks: dict[Path, int] = {}
+    for stop in range(1, 100):  # each run reaches one document more than the last; and the next goes on from there
+        encodings.count, encodings.stop = 0, stop
+        try:
+            prepare(config)
+            break
+        except KeyboardInterrupt:
+            with pytest.raises(FileNotFoundError, match="not finished"):
+                Corpus(config.out, "train")
+            found = {path: path.stat().st_mtime_ns for path in (config.out / "units").glob("0*.json")}
+            assert marks.items() <= found.items()
+            marks = found
+    assert 6 < stop < 20
+    assert 0 < encodings.count < stop
+    assert shards_of(config.out) == shards_of(config.out.with_name("whole"))
+    assert not list(config.out.rglob(".*"))
+
+
+def test_cut_off_at_any_renaming_it_goes_on(config, monkeypatch):
+    """What is written gets its name by renaming: it is cut off before each of these."""
+    config = dataclasses.replace(config, unit_bytes=1 << 20)
+    prepare(elsewhere(config, "whole"))
+    rename, names = Path.rename, []
+
+    def cut_off(path, target):
+        names.append(Path(target).name)
+        if len(names) == stop:
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", cut_off)
+    for stop in range(1, 100):
+        names.clear()
+        stopped = elsewhere(config, str(stop))
+        try:
+            prepare(stopped)
+            break
+        except KeyboardInterrupt:
+            with pytest.raises(FileNotFoundError, match="not finished"):
+                Corpus(stopped.out, "train")
+            prepare(stopped)
+        assert shards_of(stopped.out) == shards_of(config.out.with_name("whole"))
+    assert names[0] == "tokenizer.model"
+    assert names[-4:] == ["00000.json", "dataset.json", "features.json", "dataset_info.json"]
+    assert len(names) == 1 + 1 + 2 * 3 + 4
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from cepe_jax.cli import parse
+from cepe_jax.data.corpus import PrepareConfig, prepare
+from cepe_jax.data.records import ShardWriter
+last, write = int(os.environ["WRITES"]), ShardWriter.write
+def count(*args):
+    global last
+    last -= 1
+    if not last:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return write(*args)
+ShardWriter.write = count
+prepare(parse(PrepareConfig))
+"""
+
+
+def test_killed_it_goes_on(config):
+    """By SIGKILL in the middle of a unit: what was finished is not touched, and the result that of one process."""
+    arguments = [
+        f"--{name}={getattr(config, name)}" for name in ("input", "out", "tokenizer", "test_fraction", "workers")
+    ]
+    arguments += [f"--{name}={getattr(config, name)}" for name in ("retrieval_fraction", "unit_bytes")]
+    environment = os.environ | {"PYTHONPATH": str(Path(corpus_module.__file__).parents[2]), "WRITES": "24"}
+    done = subprocess.run([sys.executable, "-c", KILLED, *arguments], env=environment, stderr=subprocess.PIPE)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert list(config.out.glob(".documents-*"))
+    finished = {path: path.stat().st_mtime_ns for path in config.out.glob("documents-*")}
+    assert len(finished) == 2 * 3 * len(list((config.out / "units").glob("0*.json"))) > 0
+    with pytest.raises(FileNotFoundError, match="not finished"):
+        Corpus(config.out, "train")
+    prepare(config)
+    assert all(path.stat().st_mtime_ns == time for path, time in finished.items())
+    assert not list(config.out.rglob(".*"))
+    prepare(elsewhere(config, "whole"))
+    assert shards_of(config.out) == shards_of(config.out.with_name("whole"))
+    assert len(read_all(config.out)) == 35
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_several_jobs_are_as_one(config, order, capsys):
+    prepare(elsewhere(config, "whole"))
+    for number in order:
+        with pytest.raises(FileNotFoundError):
+            Corpus(config.out, "train")
+        prepare(dataclasses.replace(config, shard=f"{number}/2"))
+    assert "units are left to other jobs" in capsys.readouterr().out
+    assert shards_of(config.out) == shards_of(config.out.with_name("whole"))
+    for name in ("features.json", "dataset_info.json", "report.md", "dataset.json", "tokenizer.model"):
+        assert (config.out / name).read_bytes() == (config.out.with_name("whole") / name).read_bytes()
+
+
+def test_several_processes_are_as_one(config):
+    prepare(config)
+    prepare(elsewhere(config, "two", workers=2))
+    assert read_index(config.out.with_name("two")) == read_index(config.out)
+
+
+@pytest.mark.parametrize("finished", [False, True])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": 1},
+        {"test_fraction": 0.25},
+        {"retrieval_fraction": 0.25},
+        {"skip_shorter": 1},
+        {"unit_bytes": 3001},
+        {"domain_field": "x"},
+        {"patterns": ("**/*.jsonl", "**/*.txt", "**/*.jsonl.gz")},
+        {"exclude": ("z",)},
+        {"tokenizer": ""},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_other_settings_are_refused(config, change, finished):
+    prepare(config if finished else dataclasses.replace(config, shard="0/2"))
+    before = {path: path.stat().st_mtime_ns for path in config.out.rglob("*")}
+    (name,) = change
+    with pytest.raises(ValueError, match=f"out: is of another run, {name} is .* there and .* here: use another"):
+        prepare(dataclasses.replace(config, **change))
+    assert {path: path.stat().st_mtime_ns for path in config.out.rglob("*")} == before
+
+
+def test_more_input_is_refused(config):
+    """The number of units is in the names of shards."""
+    prepare(dataclasses.replace(config, shard="0/2"))
+    write_lines(config.input / "a" / "3.jsonl", map(text_of, range(60, 80)))
+    with pytest.raises(ValueError, match='is of another run, input is "5 units" there and "9 units" here'):
+        prepare(config)
+
+
+def test_a_finished_dataset_is_left_alone(config, encodings, capsys):
+    prepare(config)
+    before = {path: path.stat().st_mtime_ns for path in config.out.rglob("*")}
+    encodings.count = 0
+    prepare(dataclasses.replace(config, workers=2, bad_share=0.5, shard="1/3"))
+    assert encodings.count == 0
+    assert capsys.readouterr().out == f"{config.out} is finished: remove it to prepare it again\n"
+    assert {path: path.stat().st_mtime_ns for path in config.out.rglob("*")} == before
+
+
+@pytest.mark.parametrize("name", ["mine", "tokenizer.json", "units"])
+def test_nothing_that_exists_is_touched(config, name):
+    config.out.mkdir()
+    (config.out / name).write_text("")
+    with pytest.raises((ValueError, NotADirectoryError, FileExistsError)) as error:
+        prepare(config)
+    assert str(config.out) in one_line(error)
+    assert [path.name for path in config.out.iterdir()] == [name]
+
+
+def refused(config, kind=ValueError, match="", **changes) -> None:
+    with pytest.raises(kind, match=match) as error:
+        prepare(dataclasses.replace(config, **changes))
+    one_line(error)
     assert not config.out.exists()
-    return one_line(error)
-
-
-def test_bad_documents(config):
-    (config.input / "empty.txt").write_text("")
-    assert "--skip_shorter=1" in refused(config, match="empty.txt: an empty document")
-    (config.input / "empty.txt").write_bytes(b"abc\xff")
-    refused(config, match="empty.txt: not UTF-8 at byte 3")
 
 
 def test_bad_configs(config, tmp_path):
-    refused(dataclasses.replace(config, pattern="*.rst"), match=r"no document matches \*\.rst")
-    refused(dataclasses.replace(config, input=tmp_path / "absent"), FileNotFoundError, "absent: no such directory")
-    refused(dataclasses.replace(config, tokenizer=str(tmp_path / "absent")), FileNotFoundError, "no such tokenizer")
-    refused(dataclasses.replace(config, vocab_size=100_000), match="cannot train 100000 pieces")
-    for fraction, split in ((0.0, "test"), (1.0, "train")):
-        message = refused(dataclasses.replace(config, test_fraction=fraction), match=f"fell into the {split} split")
-        assert f"--test_fraction {fraction}" in message
+    (tmp_path / "file").touch()
+    refused(config, match=r"no file matches \*\.rst: set --patterns", patterns=("*.rst",))
+    refused(config, FileNotFoundError, "absent: no such directory", input=tmp_path / "absent")
+    refused(config, FileNotFoundError, "file: no such directory", input=tmp_path / "file")
+    refused(config, FileNotFoundError, "absent: no such tokenizer", tokenizer=str(tmp_path / "absent"))
+    refused(config, match="out is the input", out=config.input)
+    refused(config, match="test_fraction is 0: there would be nothing to evaluate on", test_fraction=0.0)
+    refused(config, match="retrieval_fraction 0.7 leave nothing to train on", retrieval_fraction=0.7)
+    refused(config, match="test_fraction is 1.5: give a share", test_fraction=1.5)
+    refused(config, match="bad_share is -0.1: give a share", bad_share=-0.1)
+    refused(config, match="unit_bytes is 0", unit_bytes=0)
+    refused(config, match="several jobs need one tokenizer", tokenizer="", shard="0/2")
+    with pytest.raises(ValueError, match="cannot train 100000 pieces") as error:
+        prepare(dataclasses.replace(config, tokenizer="", vocab_size=100_000))
+    one_line(error)
 
 
-def test_nothing_that_exists_is_touched(config):
-    config.out.mkdir()
-    (config.out / "mine").write_text("")
-    with pytest.raises(ValueError, match="out exists: remove it or give another name"):
-        prepare(config)
-    assert [path.name for path in config.out.iterdir()] == ["mine"]
+@pytest.mark.parametrize(("split", "fraction"), [("test", 1e-9), ("train", 1 - 0.2 - 1e-9)])
+def test_a_split_without_documents(config, split, fraction):
+    with pytest.raises(ValueError, match=f"no document fell into the {split} split: change --test_fraction"):
+        prepare(dataclasses.replace(config, test_fraction=fraction))
+    with pytest.raises(FileNotFoundError, match="not finished"):
+        Corpus(config.out, "retrieval")
 
 
-def test_cut_off_in_the_middle(config, monkeypatch):
-    """Nothing half-written looks whole, and the next run goes through."""
-    encode, calls = Tokenizer.encode, []
-
-    def failing(self, *args, **kwargs):
-        calls.append(1)
-        if len(calls) == 20:
-            raise KeyboardInterrupt
-        return encode(self, *args, **kwargs)
-
-    monkeypatch.setattr(Tokenizer, "encode", failing)
-    with pytest.raises(KeyboardInterrupt):
-        prepare(config)
-    assert not config.out.exists()
-    for left in config.out.parent.glob("out*"):
-        with pytest.raises(FileNotFoundError, match="not a prepared dataset"):
-            Corpus(left, "train")
-    monkeypatch.undo()
+def test_a_corpus_is_of_documents(config, tmp_path, given):
     prepare(config)
-    assert Corpus(config.out, "train").documents
-    assert not list(config.out.parent.glob(".*.partial"))
+    with pytest.raises(ValueError, match="has no split valid: it has train, test, retrieval"):
+        Corpus(config.out, "valid")
+    builder = Builder(tmp_path / "other", {}, given)
+    features = corpus_module.features_of(given)
+    writer = ShardWriter(tmp_path / "other" / "pairs-train.array_record-00000-of-00001", features)
+    writer.write({"tokens": np.zeros(2, np.uint16), "name": "", "domain": ""}, "", 2)
+    builder.register("pairs", features, [{"splits": {"train": writer.close()}}], {"tokenizer": given.fingerprint()})
+    with pytest.raises(ValueError, match="holds pairs records: give a dataset of documents"):
+        Corpus(tmp_path / "other", "train")
 
 
-def test_cut_off_while_writing(config, monkeypatch):
-    def failing(path, array):
-        path.write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(corpus_module.np, "save", failing)
-    with pytest.raises(OSError, match="No space left"):
-        prepare(config)
-    assert not config.out.exists()
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    home = tmp_path_factory.mktemp("whole")
-    for number in range(12):
-        (home / f"{number}.txt").write_text(text_of(number))
-    prepare(PrepareConfig(home, home / "out", vocab_size=300, test_fraction=0.5))
-    return home / "out"
+def big(tmp_path: Path, given: Tokenizer, characters: int) -> tuple[PrepareConfig, str]:
+    """A document on one line among small ones, which must not fall into the test split."""
+    long = "".join(text_of(seed) for seed in range(200)) * (characters // 50_000 + 1)
+    config = PrepareConfig(
+        input=tmp_path / "in",
+        out=tmp_path / "out",
+        tokenizer=str(given.path),
+        test_fraction=0.3,
+        retrieval_fraction=0.2,
+        workers=1,
+        unit_bytes=1 << 20,
+    )
+    write_lines(config.input / "a.jsonl", [text_of(1), text_of(2), long[:characters], *map(text_of, range(3, 20))])
+    return config, long[:characters]
 
 
-def cut(path, keep: int):
-    path.write_bytes(path.read_bytes()[:keep])
+def check_big(config: PrepareConfig, long: str) -> None:
+    found = read_all(config.out)
+    assert len(found) == 20
+    document = max((document for _, document in found.values()), key=lambda document: len(document.tokens))
+    assert Tokenizer(config.out).decode(document.tokens) == long
 
 
-def drop_document(path):
-    path.write_text(json.dumps(json.loads(path.read_text())[1:]))
+def test_a_document_of_five_megabytes(tmp_path, given):
+    """On one line, longer than several units together."""
+    config, long = big(tmp_path, given, 5_000_000)
+    prepare(config)
+    check_big(config, long)
 
 
-SPOIL = {
-    "another tokenizer": lambda d: train([text_of(s) for s in range(40, 50)], 310, d / "tokenizer.model"),
-    "no index": lambda d: (d / "dataset.json").unlink(),
-    "no tokens": lambda d: (d / "train.npy").unlink(),
-    "no tokenizer": lambda d: (d / "tokenizer.model").unlink(),
-    "tokens cut": lambda d: cut(d / "train.npy", (d / "train.npy").stat().st_size - 8),
-    "tokens cut in the header": lambda d: cut(d / "train.npy", 50),
-    "no token left": lambda d: cut(d / "train.npy", 0),
-    "fewer tokens": lambda d: np.save(d / "train.npy", np.load(d / "train.npy")[:-1]),
-    "documents cut": lambda d: cut(d / "train.json", 40),
-    "a document gone": lambda d: (d / "train.json").write_text(
-        json.dumps(json.loads((d / "train.json").read_text())[1:])
-    ),
-    "index cut": lambda d: cut(d / "dataset.json", 10),
-}
-
-
-@pytest.mark.parametrize("damage", SPOIL)
-def test_a_damaged_dataset_is_refused(whole, tmp_path, damage):
-    shutil.copytree(whole, tmp_path / "copy")
-    SPOIL[damage](tmp_path / "copy")
-    with pytest.raises((ValueError, FileNotFoundError)) as error:
-        Corpus(tmp_path / "copy", "train")
-    assert str(tmp_path / "copy") in one_line(error)
+@pytest.mark.slow
+def test_a_document_of_fifty_megabytes(tmp_path, given):
+    config, long = big(tmp_path, given, 50_000_000)
+    program = """
+import resource, sys, time
+from pathlib import Path
+from cepe_jax.data.corpus import PrepareConfig, prepare
+if __name__ == "__main__":
+    begun = time.monotonic()
+    prepare(PrepareConfig(input=Path(sys.argv[1]), out=Path(sys.argv[2]), tokenizer=sys.argv[3], test_fraction=0.3,
+                          retrieval_fraction=0.2, workers=1, unit_bytes=1 << 20))
+    print(time.monotonic() - begun, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+"""
+    environment = os.environ | {"PYTHONPATH": str(Path(corpus_module.__file__).parents[2])}
+    command = [sys.executable, "-c", program, config.input, config.out, config.tokenizer]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    seconds, gigabytes = map(float, done.stdout.split())
+    assert seconds < 60
+    assert gigabytes < 4
+    check_big(config, long)

@@ -1,5 +1,6 @@
 """Text to ids and back, from SentencePiece and from tokenizer.json."""
 
+import io
 import json
 import random
 import re
@@ -7,9 +8,11 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+import sentencepiece as library
 import tokenizers
 
-from cepe_jax.data.tokenizer import Tokenizer, train
+from cepe_jax.data import tokenizer as tokenizer_module
+from cepe_jax.data.tokenizer import Tokenizer, train, training_pieces
 
 LIBRARY = Path(sysconfig.get_path("stdlib"))
 SOURCES = [(LIBRARY / name).read_text() for name in ("abc.py", "ast.py", "bdb.py", "csv.py", "heapq.py", "queue.py")]
@@ -202,3 +205,106 @@ def test_special_tokens_are_the_ones_the_settings_name(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     read = Tokenizer(tmp_path)
     assert (read.bos_id, read.eos_id) == (3, 4)
+
+
+OURS = {
+    "model_type": "bpe",
+    "vocab_size": 600,
+    "byte_fallback": True,
+    "normalization_rule_name": "identity",
+    "remove_extra_whitespaces": False,
+    "add_dummy_prefix": False,
+    "allow_whitespace_only_pieces": True,
+    "user_defined_symbols": ["\n"],
+}
+LINES = {"user_defined_symbols": [], "by_line": True}  # no newline in training: newlines are the byte <0x0A>
+# For each: options that are not ours, and how many ids come before a newline that begins a text; None: texts stay whole
+MODELS = {
+    "ours": ({}, 0),
+    "dummy prefix": ({"add_dummy_prefix": True}, 1),
+    "as Llama 2": ({"add_dummy_prefix": True, **LINES}, 1),
+    "newline is a byte": (LINES, 0),
+    "compatible characters": ({"normalization_rule_name": "nfkc"}, 0),
+    "spaces end words": ({"treat_whitespace_as_suffix": True}, 0),
+    "two newlines are a piece": ({"user_defined_symbols": ["\n", "\n\n"]}, None),
+    "a newline and an indent are a piece": ({"user_defined_symbols": ["\n", "\n    "]}, None),
+    "newlines in pieces": ({"user_defined_symbols": []}, None),
+    "white space is collapsed": ({"remove_extra_whitespaces": True}, None),
+    "newlines become spaces": ({"normalization_rule_name": "nmt_nfkc"}, None),
+    "a suffix is added": ({"treat_whitespace_as_suffix": True, "add_dummy_prefix": True}, None),
+    "newlines are unknown": ({"byte_fallback": False, **LINES}, None),
+    "unigram": ({"model_type": "unigram"}, None),
+}
+
+
+@pytest.fixture(scope="module")
+def long_text() -> str:
+    rng = random.Random(0)
+    odd = [*ODD, *SPECIAL, "\n\n", "\n    x", " \n", "\r\n", "\n\u0301", "ab", "9", "return", "é"]
+    return "\n".join([*SOURCES, "".join(rng.choices(odd, k=20_000)), "x" * 40_000, HELD_OUT])
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_long_texts_have_the_ids_of_the_whole(home, long_text, kind, monkeypatch):
+    """Cut at newlines where that is exact, and else not cut, for models with all kinds of options."""
+    options, prefix = MODELS[kind]
+    options = OURS | options
+    texts = SOURCES if not options.pop("by_line", False) else [line for text in SOURCES for line in text.split("\n")]
+    model = io.BytesIO()
+    library.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), model_writer=model, minloglevel=2, max_sentence_length=1 << 20, **options
+    )
+    (home / f"{kind}.model").write_bytes(model.getvalue())
+    tokenizer = Tokenizer(home / f"{kind}.model")
+    processor = tokenizer._impl.processor
+    assert tokenizer._impl._newline == prefix
+    whole = processor.encode(long_text)
+    for part in (1, 1000, tokenizer_module.PART):
+        monkeypatch.setattr(tokenizer_module, "PART", part)
+        assert tokenizer.encode(long_text, bos=True, eos=True) == [tokenizer.bos_id, *whole, tokenizer.eos_id]
+    monkeypatch.setattr(tokenizer_module, "PART", 1)
+    rng = random.Random(1)
+    for _ in range(300):
+        text = "".join(rng.choices(["\n", "a", " ", "b", "\t", "é", "  ", "1", "\r"], k=rng.randrange(12)))
+        assert tokenizer.encode(text) == processor.encode(text)
+
+
+def test_long_texts_are_cut(sentencepiece, long_text, monkeypatch):
+    """Else an exact test of the cuts tests none."""
+    encode, seen = library.SentencePieceProcessor.encode, []
+
+    def watched(self, text, **options):
+        seen.append(text)
+        return encode(self, text, **options)
+
+    monkeypatch.setattr(library.SentencePieceProcessor, "encode", watched)
+    sentencepiece.encode(long_text)
+    (pieces,) = seen
+    assert "".join(pieces) == long_text
+    assert len(pieces) > 5
+    assert all(piece.startswith("\n") and len(piece) >= tokenizer_module.PART for piece in pieces[1:-1])
+
+
+def test_training_pieces_lose_nothing(monkeypatch):
+    """None is longer than SentencePiece takes, and only a line that is too long itself is cut."""
+    monkeypatch.setattr(tokenizer_module, "MAX_SENTENCE", 40)
+    rng = random.Random(0)
+    texts = ["", "a", "\n" * 30, "é" * 35, "é" * 10, "é" * 11, "a\n" + "🙂" * 25 + "\nb"]
+    texts += ["".join(rng.choices("ab\n🙂", weights=[5, 5, 1, 1], k=rng.randrange(80))) for _ in range(200)]
+    for text in texts:
+        pieces = list(training_pieces(text))
+        assert "".join(pieces) == text
+        assert all(len(piece.encode()) <= 40 for piece in pieces)
+        for before, after in zip(pieces, pieces[1:], strict=False):
+            assert before.endswith("\n") or (len(before) == 10 and "\n" not in before)
+            assert before.endswith("\n") or after
+    assert list(training_pieces("12345678\n0\n2345")) == ["12345678\n", "0\n2345"]
+
+
+def test_all_of_a_long_text_is_trained_on(tmp_path):
+    """SentencePiece itself drops a text of more bytes than MAX_SENTENCE, and says nothing."""
+    text = "alpha beta\n" * 50_000 + " omega" * 100_000
+    assert len(text.encode()) > tokenizer_module.MAX_SENTENCE
+    tokenizer = train(training_pieces(text), 284, tmp_path / "tokenizer.model")
+    assert len(tokenizer.encode(" omega")) == 1
+    assert len(tokenizer.encode("alpha")) == 1
