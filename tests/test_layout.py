@@ -72,7 +72,8 @@ def test_config_knows_nothing_of_ours():
 def test_libraries_stay_in_their_room():
     assert users("torch") <= {"cepe_jax.weights.huggingface", "cepe_jax.weights.files"}
     assert users("orbax") <= {"cepe_jax.weights.checkpoint"}
-    assert all(m.startswith("cepe_jax.data.") for m in users("grain", "array_record", "sentencepiece", "tokenizers"))
+    of_data = "grain", "array_record", "tensorflow_datasets", "bm25s", "backports", "sentencepiece", "tokenizers"
+    assert all(m.startswith("cepe_jax.data.") for m in users(*of_data))
     assert not users("tensorflow", "transformers")
 
 
@@ -87,10 +88,15 @@ def test_mesh_axes_are_named_in_sharding_alone():
     assert named == {"cepe_jax.sharding"}
 
 
-def test_the_model_imports_lightly():
-    program = "import sys, cepe_jax.model.cepe; print(*sorted({name.split('.')[0] for name in sys.modules}))"
+@pytest.mark.parametrize(
+    ("modules", "unwanted"),
+    [("cepe_jax.model.cepe", {"orbax"}), ("cepe_jax.training.stages, cepe_jax.inference.text", set())],
+)
+def test_imports_are_light(modules, unwanted):
+    """What reads data, draws or belongs to another framework is imported where it is used."""
+    program = f"import sys, {modules}; print(*sorted({{name.split('.')[0] for name in sys.modules}}))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     loaded = set(done.stdout.split())
     assert "cepe_jax" in loaded
-    heavy = {"torch", "tensorflow", "transformers", "orbax", "grain", "tensorflow_datasets", "matplotlib"}
-    assert not loaded & heavy
+    heavy = {"torch", "tensorflow", "transformers", "grain", "tensorflow_datasets", "bm25s", "matplotlib"}
+    assert not loaded & (heavy | unwanted)

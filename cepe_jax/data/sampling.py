@@ -22,7 +22,6 @@ class SampleConfig(JobConfig):
     kind: Literal["filtered", "packed"]  # windows of long documents; documents one after another
     length: int  # tokens of a sequence: of its contexts and its window together
     stride: int = 0  # filtered: tokens from one window of a document to the next; 0 = the length
-    longest_piece: int = 0  # packed: tokens of a document that stay together; 0 = as many as fit
     budget: dict[str, int] = field(default_factory=dict)  # domain -> tokens, 0 = all it has; {} = all of each domain
     split: str = "train"
     seed: int = 0
@@ -31,11 +30,8 @@ class SampleConfig(JobConfig):
         super().__post_init__()
         if self.length < 1:
             raise ValueError(f"length is {self.length}: give a number above 0")
-        for name, kind in (("stride", "filtered"), ("longest_piece", "packed")):
-            if getattr(self, name) and self.kind != kind:
-                raise ValueError(f"{name} is for {kind} sequences: leave it out")
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}: give a number of tokens")
+        if self.stride < 0 or (self.stride and self.kind != "filtered"):
+            raise ValueError(f"stride is {self.stride}: give a number of tokens, for filtered sequences alone")
         for domain, tokens in self.budget.items():
             if tokens and tokens < self.length:
                 raise ValueError(f"budget of {domain} is {tokens}: a sequence has {self.length} tokens")
@@ -53,16 +49,16 @@ def packs(lengths: np.ndarray, config: SampleConfig, rng: np.random.Generator) -
 
     No token is in two sequences, and all are in one but those of the last, which is not full.
     """
-    longest = config.longest_piece or config.length + 1
+    whole = config.length + 1  # the last label too
     pieces = [
-        (document, start, min(start + longest, int(tokens)))
+        (document, start, min(start + whole, int(tokens)))
         for document, tokens in enumerate(lengths)
-        for start in range(0, int(tokens), longest)
+        for start in range(0, int(tokens), whole)
     ]
     waiting = deque(pieces[i] for i in rng.permutation(len(pieces)))
     room = sum(end - start for _, start, end in pieces)
-    while room > config.length:
-        sequence, missing = [], config.length + 1
+    while room >= whole:
+        sequence, missing = [], whole
         while missing:
             document, start, end = waiting.popleft()
             cut = min(end, start + missing)
@@ -70,7 +66,7 @@ def packs(lengths: np.ndarray, config: SampleConfig, rng: np.random.Generator) -
             if cut < end:
                 waiting.append((document, cut, end))
             missing -= cut - start
-        room -= config.length + 1
+        room -= whole
         yield sequence
 
 

@@ -94,7 +94,7 @@ def piece_lengths(pieces: list[str], tokens: list[int], documents) -> list[int]:
     return [end - start for start, end in itertools.pairwise([*places, len(tokens)])]
 
 
-def check_packed(found, documents, length: int, longest: int = 0) -> Counter:
+def check_packed(found, documents, length: int) -> Counter:
     """Of what sequences consist; gives the tokens."""
     used = Counter()
     for domain, pieces, tokens in found:
@@ -106,7 +106,7 @@ def check_packed(found, documents, length: int, longest: int = 0) -> Counter:
             assert of == domain
             end = int(start) + lengths[number]
             expected += document[int(start) : end]
-            stretch = longest or length + 1
+            stretch = length + 1
             assert 0 < lengths[number] <= stretch
             whole = end == len(document) or end % stretch == 0  # it goes on to the end of its document or stretch
             assert whole or number == len(pieces) - 1
@@ -115,11 +115,10 @@ def check_packed(found, documents, length: int, longest: int = 0) -> Counter:
     return used
 
 
-@pytest.mark.parametrize("longest", [0, 4, 9, 20])
-@pytest.mark.parametrize("length", [8, 20])
-def test_packed_sequences_use_every_token_once(config, documents, length, longest):
-    found = sampled(dataclasses.replace(config, kind="packed", length=length, longest_piece=longest))
-    used = check_packed(found, documents, length, longest)
+@pytest.mark.parametrize("length", [3, 8, 20])
+def test_packed_sequences_use_every_token_once(config, documents, length):
+    found = sampled(dataclasses.replace(config, kind="packed", length=length))
+    used = check_packed(found, documents, length)
     assert set(used.values()) == {1}
     expected = {"a": 0, "b": 0, "c": 0}
     for shard in SHARDS:
@@ -135,7 +134,7 @@ def test_packed_sequences_use_every_token_once(config, documents, length, longes
 
 def test_a_long_document_is_in_order_within_its_pieces(config, documents):
     """Pieces of one document are far apart in random order, not one after another."""
-    found = sampled(dataclasses.replace(config, kind="packed", budget={"b": 0}, longest_piece=2))
+    found = sampled(dataclasses.replace(config, kind="packed", length=3, budget={"b": 0}))
     starts = [
         int(start)
         for _, pieces, _ in found
@@ -153,16 +152,15 @@ def test_packs_by_hand():
         def permutation(self, count):
             return np.arange(count)
 
-    config = SampleConfig(data=Path("d"), out=Path("o"), kind="packed", length=4, longest_piece=3)
+    config = SampleConfig(data=Path("d"), out=Path("o"), kind="packed", length=4)
     found = list(packs(np.array([5, 4, 3]), config, Ordered()))
-    # Pieces: 0 [0,3), 0 [3,5), 1 [0,3), 1 [3,4), 2 [0,3)
-    assert found == [[(0, 0, 3), (0, 3, 5)], [(1, 0, 3), (1, 3, 4), (2, 0, 1)]]
+    assert found == [[(0, 0, 5)], [(1, 0, 4), (2, 0, 1)]]
     config = dataclasses.replace(config, length=3)
-    # The rest of a piece that is cut comes again at the end: 0 [3,5) loses its last token to the end of the queue.
+    # Pieces: 0 [0,4), 0 [4,5), 1 [0,4), 2 [0,3). What is cut off 1 comes again at the end.
     assert list(packs(np.array([5, 4, 3]), config, Ordered())) == [
-        [(0, 0, 3), (0, 3, 4)],
-        [(1, 0, 3), (1, 3, 4)],
-        [(2, 0, 3), (0, 4, 5)],
+        [(0, 0, 4)],
+        [(0, 4, 5), (1, 0, 3)],
+        [(2, 0, 3), (1, 3, 4)],
     ]
 
 
@@ -170,8 +168,8 @@ def test_packs_by_hand():
 def test_supply_is_what_there_is(kind):
     rng = np.random.default_rng(0)
     for length, stride in itertools.product((1, 2, 5, 9), (0, 1, 4, 7)):
-        given = {"stride": stride} if kind == "filtered" else {"longest_piece": stride}
-        config = SampleConfig(data=Path("d"), out=Path("o"), kind=kind, length=length, **given)
+        stride = stride if kind == "filtered" else 0
+        config = SampleConfig(data=Path("d"), out=Path("o"), kind=kind, length=length, stride=stride)
         for lengths in (np.zeros(0, int), np.array([1]), rng.integers(1, 30, 12), np.arange(1, 12)):
             made = windows(lengths, config) if kind == "filtered" else packs(lengths, config, rng)
             assert supply(lengths, config) == len(list(made))
@@ -350,9 +348,7 @@ def test_sequences_are_not_sampled_from_sequences(config, tmp_path):
     [
         ({"length": 0}, "length is 0"),
         ({"stride": -1}, "stride is -1"),
-        ({"stride": 2, "kind": "packed"}, "stride is for filtered sequences"),
-        ({"longest_piece": 2}, "longest_piece is for packed sequences"),
-        ({"longest_piece": -2, "kind": "packed"}, "longest_piece is -2"),
+        ({"stride": 2, "kind": "packed"}, "stride is 2: .* for filtered sequences alone"),
         ({"budget": {"a": 7}}, "budget of a is 7: a sequence has 8 tokens"),
         ({"budget": {"a": -8}}, "budget of a is -8"),
     ],
