@@ -2,9 +2,15 @@
 
 import json
 import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+
+def staged_path(path: Path) -> Path:
+    """Where to write what is then renamed to `path`: beside it, and no other process' of any machine."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}")
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import numpy as np
 
 from cepe_jax.data import tokenizer as tokenizers
 from cepe_jax.data.examples import Document
-from cepe_jax.data.records import Builder, Records, ShardWriter, array, shard_path, text, token_dtype
+from cepe_jax.data.records import Builder, Records, ShardWriter, array, read_index, shard_path, text, token_dtype
 from cepe_jax.data.sources import Extent, holds_lines, plan, read
 from cepe_jax.data.tokenizer import Tokenizer
 from cepe_jax.data.units import JobConfig, Work, run_units
@@ -18,6 +18,7 @@ NAME = "documents"
 SPLITS = ("train", "test", "retrieval")
 TOKENIZER_TEXT = 1 << 27  # characters a tokenizer is trained on at most, the same number from each unit
 LISTED_FAULTS = 100  # of a unit; the others are counted
+HOPELESS = 1000  # documents
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +71,8 @@ def split_of(key: str, config: PrepareConfig) -> str:
 def documents_of(config: PrepareConfig, unit: list[Extent], counts: dict) -> Iterator[tuple[str, str, str, str]]:
     """(split, name, domain, text) of the unit's documents; `counts` gets what was left out.
 
-    ValueError once they are many, and more than `bad_share` of the documents so far: not after hours of useless work.
+    ValueError where the unit begins with HOPELESS bad ones and not one good. Whether `bad_share` of all documents are
+    bad, only the whole can tell.
     """
     for extent in unit:
         for document in read(config.input, extent, config.domain_field):
@@ -81,8 +83,8 @@ def documents_of(config: PrepareConfig, unit: list[Extent], counts: dict) -> Ite
                 counts["bad"] += 1
                 if len(counts["faults"]) < LISTED_FAULTS:
                     counts["faults"].append(document.fault)
-                if counts["bad"] % LISTED_FAULTS == 0:
-                    check_share(counts, config)
+                if counts["bad"] == counts["documents"] == HOPELESS:
+                    check_share(counts, config)  # such as another name for the text: not after hours of useless work
             else:
                 key = document.text if holds_lines(extent.path) else document.name
                 yield split_of(key, config), document.name, document.domain, document.text
@@ -106,13 +108,15 @@ def prepare(config: PrepareConfig) -> None:
     Units that are finished already, by this job or another, are not done again.
     """
     units = plan(config.input, config.patterns, config.exclude, config.unit_bytes, config.out)
-    settings = {k: v for k, v in vars(config).items() if k not in ("input", "out", "shard", "workers", "bad_share")}
+    settings = config.identity("input", "out", "bad_share")
     given = Tokenizer(config.tokenizer) if config.tokenizer else None
     settings["tokenizer"] = given.fingerprint() if given else ""
     settings["input"] = f"{len(units)} units"  # their number is in the names of all shards
     builder = Builder(config.out, settings, given)
+    sources = hashlib.sha256(repr(units).encode()).hexdigest()
     if builder.finished:
-        print(f"{config.out} is finished: remove it to prepare it again")
+        if read_index(config.out)["sources"] != sources:
+            raise ValueError(f"{config.out} is finished, of other files than {config.input} holds: give another --out")
         return
     if not given and not any((config.out / name).exists() for name in tokenizers.NAMES):
         try:
@@ -136,7 +140,7 @@ def prepare(config: PrepareConfig) -> None:
             raise ValueError(
                 f"no document fell into the {split} split: change --test_fraction {config.test_fraction}, or --patterns"
             )
-    facts = {"tokenizer": tokenizer.fingerprint(), "counts": counts}
+    facts = {"tokenizer": tokenizer.fingerprint(), "counts": counts, "sources": sources}
     builder.register(NAME, features_of(tokenizer), marks, facts)
 
 

@@ -116,6 +116,7 @@ def retrieved(record: dict[str, np.ndarray], config: ExampleConfig) -> Example:
         real[row, : len(chunk)] = True
     all_scores = np.full(config.num_chunks, -np.inf, np.float32)
     all_scores[: len(scores)] = scores[: config.num_chunks]
+    all_scores[~real.any(axis=1)] = -np.inf
     window = window_at(record["tokens"], 0, config.window)
     window["labels"][: int(record["query_tokens"]) - 1] = IGNORE  # label t is token t + 1
     return window | {"context": context, "context_mask": real, "scores": all_scores}

@@ -19,6 +19,8 @@ from cepe_jax.data.examples import (
     window_at,
 )
 from cepe_jax.data.records import Records
+from cepe_jax.data.retrieval import NAME as RETRIEVED
+from cepe_jax.data.sampling import documents_in
 
 if TYPE_CHECKING:
     import grain
@@ -32,25 +34,26 @@ class Sequences:
     What another dataset joined to a sequence (its passages, its teacher's probabilities) is in its record.
     """
 
-    def __init__(self, path: Path, stage: Stage, config: ExampleConfig, split: str = "train"):
+    def __init__(self, path: Path, stage: Stage, config: ExampleConfig):
         """ValueError where the dataset has no sequences, too short ones, or does not join the one it was made for."""
         self.joined, self.query = None, {}
-        self.records = Records(path, split)
+        self.records = Records(path, "train")
         if joins := self.records.index.get("joins"):
             self.joined, self.records = self.records, Records(path / joins["path"], joins["split"])
-            made_for, found = (joins["digest"], len(self.joined)), (self.records.digest, len(self.records))
-            if made_for != found:
+            if joins["digest"] != self.records.digest or len(self.joined) != len(self.records):
                 raise ValueError(
-                    f"{path} does not join {self.records.path}: it was made for {made_for[1]} other records, "
-                    f"and there are {found[1]}: make it again"
+                    f"{path} does not join {self.records.path}: it has {len(self.joined)} records for others than the "
+                    f"{len(self.records)} there: make it again"
                 )
-            self.query = {name: self.joined.index[name] for name in ("query_tokens",) if name in self.joined.index}
         if "length" not in self.records.index:
             raise ValueError(f"{path} holds {self.records.name}: sample sequences from it first")
-        length = self.records.index["length"]
         self.size = config.window
-        if stage == "cepe" and (self.joined is None or self.joined.name != "retrieved"):
+        if self.joined and self.joined.name == RETRIEVED:
+            self.query = {"query_tokens": self.joined.index["query_tokens"]}
+            check_retrieved(path, self.joined.index, config)
+        elif stage == "cepe":
             self.size += config.num_chunks * config.chunk_length
+        length = self.records.index["length"]
         if length < self.size:
             raise ValueError(
                 f"{path}: its sequences have {length} tokens, and a {stage} example has {self.size}: "
@@ -73,6 +76,18 @@ class Sequences:
         start = part * self.size
         record["tokens"] = record["tokens"][start : start + self.size + 1]
         return record | self.joined[number] | self.query if self.joined else record
+
+
+def check_retrieved(path: Path, index: dict, config: ExampleConfig) -> None:
+    """ValueError where a window would have no label, or a chunk no room for a passage."""
+    if index["query_tokens"] > config.window:
+        raise ValueError(
+            f"{path}: its passages were found for {index['query_tokens']} tokens, whose labels are ignored, and the "
+            f"window has {config.window}: retrieve with fewer --query_tokens"
+        )
+    needed = index["passage_length"] * (2 if config.neighbours == "joint" else 1)
+    if needed > config.chunk_length:
+        raise ValueError(f"{path}: its chunks have {needed} tokens, chunk_length is {config.chunk_length}: raise it")
 
 
 class ToExample:
@@ -107,10 +122,19 @@ class ToExample:
         if "teacher_prob" in record:
             return example | taught(record, config)
         if rng.random() < config.foreign_rate:
-            source = self.with_context[rng.integers(len(self.with_context))]
-            other = source[rng.integers(len(source))]["tokens"]
-            example |= chunks_before(other, start, config.num_chunks, config.chunk_length)
+            other = self._of_other_documents(record, rng)
+            example |= chunks_before(other["tokens"], start, config.num_chunks, config.chunk_length)
         return example
+
+    def _of_other_documents(self, record: dict, rng: np.random.Generator) -> dict:
+        """A record that shares no document with this one: its context could hold the window."""
+        own = documents_in(record["name"].decode())
+        for _ in range(100):
+            source = self.with_context[rng.integers(len(self.with_context))]
+            other = source[rng.integers(len(source))]
+            if not own & documents_in(other["name"].decode()):
+                return other
+        raise ValueError("foreign_rate needs sequences of several documents: in 100 draws all were of the same")
 
 
 def examples(
@@ -152,7 +176,7 @@ def batches(
 
 def open_mix(data: Path, mix: dict[str, float], stage: Stage, config: ExampleConfig) -> list[Sequences]:
     """The datasets below `data` that `mix` names; `data` itself where it names none. All of one tokenizer."""
-    sources = [Sequences(data / name, stage, config) for name in mix or {"": 1.0}]
+    sources = [Sequences(data / name, stage, config) for name in mix or [""]]
     fingerprints = {source.records.tokenizer.fingerprint() for source in sources}
     if len(fingerprints) > 1:
         raise ValueError(f"{data}: {', '.join(mix)} were tokenised with different tokenizers: prepare them again")

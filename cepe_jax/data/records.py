@@ -5,10 +5,11 @@ A dataset is written unit by unit, by any number of processes. A unit gives one 
 `dataset.json`, and after it the metadata by which TFDS knows a dataset. What has no such metadata is not read.
 """
 
+import functools
 import hashlib
 import json
+import resource
 import shutil
-import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ import numpy as np
 
 from cepe_jax.data.tokenizer import NAMES as TOKENIZER_NAMES
 from cepe_jax.data.tokenizer import Tokenizer
-from cepe_jax.directories import refuse_another_run
+from cepe_jax.directories import refuse_another_run, staged_path
 
 INDEX = "dataset.json"
 TFDS_FILES = "features.json", "dataset_info.json"  # the second makes a directory a TFDS dataset
@@ -39,11 +40,6 @@ def text():
 
 def token_dtype(vocab_size: int) -> type:
     return np.uint16 if vocab_size <= 1 << 16 else np.uint32
-
-
-def staged_path(path: Path) -> Path:
-    """Where to write what is then renamed to `path`: beside it, and no other process' of any machine."""
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex}")
 
 
 def write_json(path: Path, value) -> None:
@@ -146,6 +142,7 @@ class Builder:
         stored = self.units / "identity.json"
         if self.finished:
             refuse_another_run(out, read_index(out)["identity"], identity)
+            print(f"{out} is finished: remove it to make it again")
             return
         if not stored.exists():
             inside = {path.name for path in out.iterdir()} if out.exists() else set()
@@ -274,6 +271,28 @@ def _reason(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def allow_open_files(number: int) -> None:
+    """Readers keep the shards open that they have read from: raises this process' limit of open files as far as it may.
+
+    ValueError where that is not far enough.
+    """
+    needed = number + 256  # what else a process has open
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and needed > hard:
+        raise ValueError(f"{number} shards, and {hard} files may be open: raise ulimit -Hn, or --unit_bytes")
+    if needed > soft:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+@functools.lru_cache(maxsize=4)
+def opened(path: Path, split: str, digest: str) -> "Records":
+    """The records with this digest, opened once by a process that works on one unit after another."""
+    records = Records(path, split)
+    if records.digest != digest:
+        raise ValueError(f"{path} has changed since this run began: start it again")
+    return records
+
+
 class Records:
     """One split of a dataset, a sequence of records; it can be sent to other processes.
 
@@ -293,6 +312,7 @@ class Records:
         shards = self.facts["shards"]
         for number, shard in enumerate(shards):
             check_shard(shard_path(self.path, self.name, split, number, len(shards)), shard["bytes"])
+        allow_open_files(len(shards))
         try:
             self._source = tfds.builder_from_directory(self.path).as_data_source(split)
         except Exception as error:  # whatever TFDS meets in a damaged file

@@ -1,9 +1,10 @@
 """Passages for sequences: documents cut into passages, searched for what each sequence begins with.
 
-`out/index` holds the passages and what is searched, built once and the same for every job; the result is a dataset
-whose record i belongs to record i of the sequences.
+`out/index` holds the passages and what is searched, the same for every job; the first one that is built stays. The
+result is a dataset whose record i belongs to record i of the sequences.
 """
 
+import functools
 import json
 import os
 import shutil
@@ -15,9 +16,11 @@ import numpy as np
 
 from cepe_jax.data.corpus import Corpus
 from cepe_jax.data.examples import PAD
-from cepe_jax.data.records import Builder, Records, ShardWriter, array, shard_path, staged_path, text, token_dtype
+from cepe_jax.data.records import Builder, Records, ShardWriter, array, opened, shard_path, text, token_dtype
+from cepe_jax.data.sampling import documents_in
 from cepe_jax.data.search import BATCH, BM25, Dense, Encoder, Searcher, load_encoder
 from cepe_jax.data.units import JobConfig, Work, run_units
+from cepe_jax.directories import staged_path
 from cepe_jax.progress import track
 
 NAME = "retrieved"
@@ -152,17 +155,19 @@ def retrieve(config: RetrieveConfig) -> None:
         raise ValueError(f"{config.passages} and {config.data} have different tokenizers: prepare both with one")
     encode = load_encoder(config.encoder) if config.encoder else None
     tokenizer = base.tokenizer
-    settings = {k: v for k, v in vars(config).items() if k not in ("out", "shard", "workers")}
-    settings |= {"data": base.digest, "passages": corpus.records.digest}
+    settings = config.identity("out") | {"data": base.digest, "passages": corpus.records.digest}
     builder = Builder(config.out, settings, tokenizer)
     if builder.finished:
-        print(f"{config.out} is finished: remove it to retrieve again")
         return
-    build_index(config, corpus, encode)
+    try:
+        build_index(config, corpus, encode)
+    except ValueError:  # other settings may do
+        builder.forget()
+        raise
     sizes = [shard["records"] for shard in base.facts["shards"]]
     units = [(sum(sizes[:number]), size) for number, size in enumerate(sizes)]
     dtype = token_dtype(tokenizer.vocab_size)
-    work = RetrieveUnit(config, len(units), dtype)
+    work = RetrieveUnit(config, len(units), dtype, base.digest)
     job = config if config.workers or not encode else replace(config, workers=1)  # an accelerator is one process's
     marks = run_units(builder, units, sizes, work, job, "retrieve, sequences")
     if marks is None:
@@ -173,11 +178,18 @@ def retrieve(config: RetrieveConfig) -> None:
         "path": os.path.relpath(config.data.resolve(), config.out.resolve()),
         "split": config.split,
         "digest": base.digest,
-        "records": len(base),
     }
-    facts = {name: getattr(config, name) for name in ("k", "passage_length", "query_tokens")}
+    facts = {name: getattr(config, name) for name in ("passage_length", "query_tokens")}
     facts |= {"tokenizer": base.index["tokenizer"], "joins": joins}
     builder.register(NAME, features_of(dtype, config.passage_length), marks, facts)
+
+
+@functools.lru_cache(maxsize=1)
+def opened_index(config: RetrieveConfig) -> tuple[Passages, Searcher]:
+    """The index of `config.out`, opened once by a process that works on one unit after another."""
+    index = config.out / INDEX
+    searcher = Dense(index, load_encoder(config.encoder)) if config.encoder else BM25(index)
+    return Passages(index, config.passage_length), searcher
 
 
 @dataclass(frozen=True)
@@ -187,20 +199,18 @@ class RetrieveUnit:
     config: RetrieveConfig
     num_units: int
     dtype: type
+    digest: str  # of the sequences
 
     def __call__(self, number: int, first: int, count: int) -> Work:
         config = self.config
-        base = Records(config.data, config.split)
-        tokenizer = base.tokenizer
-        index = config.out / INDEX
-        passages = Passages(index, config.passage_length)
-        searcher: Searcher = Dense(index, load_encoder(config.encoder)) if config.encoder else BM25(index)
+        base = opened(config.data, config.split, self.digest)
+        tokenizer, (passages, searcher) = base.tokenizer, opened_index(config)
         path = shard_path(config.out, NAME, config.split, number, self.num_units)
         shard = ShardWriter(path, features_of(self.dtype, config.passage_length))
         for start in range(first, first + count, BATCH):
             records = [base[n] for n in range(start, min(start + BATCH, first + count))]
             queries = [tokenizer.decode(record["tokens"][: config.query_tokens].tolist()) for record in records]
-            excluded = [passages.of(own_documents(record["name"].decode())) for record in records]
+            excluded = [passages.of(documents_in(record["name"].decode())) for record in records]
             all_numbers, all_scores = searcher.search(queries, excluded, config.k)
             for record, numbers, scores in zip(records, all_numbers, all_scores, strict=True):
                 found = numbers[numbers >= 0]
@@ -218,8 +228,3 @@ class RetrieveUnit:
                 shard.write(result, record["domain"].decode(), int(lengths.sum()), lengths.tolist())
                 yield 1, int(lengths.sum())
         return {"splits": {config.split: shard.close()}}
-
-
-def own_documents(name: str) -> set[str]:
-    """The documents that a sequence of this name has pieces of."""
-    return {line.rpartition("@")[0] for line in name.split("\n")}

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 
 from cepe_jax.data.corpus import NAME as DOCUMENTS
-from cepe_jax.data.records import Builder, Records, ShardWriter, array, shard_path, text, token_dtype
+from cepe_jax.data.records import Builder, Records, ShardWriter, array, opened, shard_path, text, token_dtype
 from cepe_jax.data.units import JobConfig, Work, run_units
 
 Piece = tuple[int, int, int]  # a document of a shard, and the first and one past the last of its tokens
@@ -96,9 +96,13 @@ def quotas(records: Records, config: SampleConfig) -> list[dict[str, int]]:
             raise ValueError(f"budget names {domain}: the domains of {config.data} are {', '.join(names)}")
     shards = range(len(records.facts["shards"]))
     result: list[dict[str, int]] = [{} for _ in shards]
-    tables = [records.lengths(shard) for shard in shards]
-    for domain in sorted(config.budget or names):
-        supplies = [supply(table.get(domain, (None, np.zeros(0, int)))[1], config) for table in tables]
+    domains = sorted(config.budget or names)
+    all_supplies: dict[str, list[int]] = {domain: [] for domain in domains}
+    for shard in shards:
+        table = records.lengths(shard)
+        for domain in domains:
+            all_supplies[domain].append(supply(table[domain][1], config) if domain in table else 0)
+    for domain, supplies in all_supplies.items():
         wanted = config.budget.get(domain, 0) // config.length or sum(supplies)
         if wanted > sum(supplies):
             raise ValueError(
@@ -118,21 +122,24 @@ def features_of(dtype) -> dict:
     return {"tokens": array(dtype, None), "name": text(), "domain": text()}
 
 
+def documents_in(name: str) -> set[str]:
+    """The documents that a sequence of this name has pieces of."""
+    return {line.rpartition("@")[0] for line in name.split("\n")}
+
+
 def sample(config: SampleConfig) -> None:
     """A dataset of sequences at `config.out`, with as many tokens of each domain as the budget says."""
     records = Records(config.data, config.split)
     if records.name != DOCUMENTS:
         raise ValueError(f"{config.data} holds {records.name} records: sequences are sampled from {DOCUMENTS}")
     tokenizer = records.tokenizer
-    settings = {k: v for k, v in vars(config).items() if k not in ("data", "out", "shard", "workers")}
-    settings["data"] = records.digest
+    settings = config.identity("data", "out") | {"data": records.digest}
     units = [(quota,) for quota in quotas(records, config)]
     builder = Builder(config.out, settings, tokenizer)
     if builder.finished:
-        print(f"{config.out} is finished: remove it to sample again")
         return
     dtype = token_dtype(tokenizer.vocab_size)
-    work = SampleUnit(config, len(units), dtype)
+    work = SampleUnit(config, len(units), dtype, records.digest)
     sizes = [sum(quota.values()) for (quota,) in units]
     marks = run_units(builder, units, sizes, work, config, f"sample {config.kind}, sequences")
     if marks is not None:
@@ -147,23 +154,24 @@ class SampleUnit:
     config: SampleConfig
     num_units: int
     dtype: type
+    digest: str
 
     def __call__(self, number: int, quota: dict[str, int]) -> Work:
         config = self.config
-        records = Records(config.data, config.split)
+        records = opened(config.data, config.split, self.digest)
         path = shard_path(config.out, config.kind, config.split, number, self.num_units)
         shard = ShardWriter(path, features_of(self.dtype))
         rng = np.random.default_rng((config.seed, number))
         table = records.lengths(number)
         for domain, wanted in quota.items():
             places, lengths = table.get(domain, (np.zeros(0, int), np.zeros(0, int)))
-            # A sequence may be of many documents and a document in many sequences: those of a domain are held at once.
-            documents = [records[place] for place in places] if wanted else []
             if config.kind == "filtered":
                 possible = [[window] for window in windows(lengths, config)]
                 sequences = [possible[i] for i in sorted(rng.permutation(len(possible))[:wanted])]
             else:
                 sequences = [sequence for sequence, _ in zip(packs(lengths, config, rng), range(wanted), strict=False)]
+            # A sequence may be of many documents, and a document in many sequences: they are held at once.
+            documents = {d: records[places[d]] for d in sorted({d for sequence in sequences for d, *_ in sequence})}
             for sequence in sequences:
                 tokens = np.concatenate([documents[d]["tokens"][start:end] for d, start, end in sequence])
                 name = "\n".join(f"{documents[d]['name'].decode()}@{start}" for d, start, _ in sequence)

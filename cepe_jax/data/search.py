@@ -24,7 +24,7 @@ class Searcher(Protocol):
 
 
 class BM25:
-    """Words in common: Lucene's BM25 with k1 = 1.5, b = 0.75, without the 33 commonest words of English.
+    """Words in common: Lucene's BM25 with k1 = 1.5, b = 0.75, without the words of bm25s' English stop list.
 
     Those would only cost time: the commoner a word, the less it weighs, and the more passages it is looked up in.
     """

@@ -1,5 +1,6 @@
 """Raw documents: `.jsonl` files with a `text` in each line, other files as one document each; `.gz`, `.zst` of both."""
 
+import glob
 import gzip
 import json
 import os
@@ -55,7 +56,9 @@ def plan(
     for pattern in patterns:
         if Path(pattern).is_absolute():
             raise ValueError(f"pattern {pattern}: give patterns of paths below {root}, such as **/*.txt")
-    paths = {path for pattern in patterns for path in root.glob(pattern) if path.is_file()}
+    # Of the ways to match, this one goes into folders that are links: domains may lie on several disks.
+    found = {name for p in patterns for name in glob.glob(p, root_dir=root, recursive=True, include_hidden=True)}
+    paths = {root / name for name in found if (root / name).is_file()}
     output = Path(os.path.relpath(out, root))
     units: list[list[Extent]] = []
     room = 0
@@ -96,7 +99,8 @@ def _open(path: Path):
             from compression import zstd
         else:
             from backports import zstd
-        return zstd.open(path)
+        most = {zstd.DecompressionParameter.window_log_max: 31}  # files of zstd --long too
+        return zstd.open(path, options=most)
     return open(path, "rb")
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import sentencepiece
 
+from cepe_jax.directories import staged_path
+
 PART = 1 << 14  # characters that are encoded as one string where a cut changes nothing
 MAX_SENTENCE = 1 << 20  # bytes of one text in training
 NAMES = "tokenizer.model", "tokenizer.json"  # what a directory's tokenizer is called; the first that is there
@@ -45,8 +47,9 @@ class Tokenizer:
         return self._impl.decode([int(i) for i in ids if i not in (self.bos_id, self.eos_id)])
 
     def fingerprint(self) -> str:
-        """Equal for tokenizers that give equal ids, whatever options their files store."""
-        return hashlib.sha256("\n".join(map(repr, self._impl.table())).encode()).hexdigest()
+        """Equal for tokenizers that give equal ids, BOS and EOS too, whatever options their files store."""
+        table = map(repr, (self.bos_id, self.eos_id, *self._impl.table()))
+        return hashlib.sha256("\n".join(table).encode()).hexdigest()
 
     def check_is_of(self, directory: Path | str) -> None:
         """ValueError when `directory` holds another tokenizer: its model knows other ids."""
@@ -161,11 +164,18 @@ def train(texts: Iterable[str], vocab_size: int, path: Path) -> Tokenizer:
 
     One character is not: U+2581, which SentencePiece writes for a space, comes back as one.
     """
-    staged = path.with_suffix(".model.tmp")
-    with open(staged, "wb") as file:
+    staged, faults, refusal = staged_path(path), [], None
+
+    def watched() -> Iterator[str]:
         try:
+            yield from texts
+        except Exception as error:  # of the texts: SentencePiece would make a RuntimeError of its traceback
+            faults.append(error)
+
+    try:
+        with open(staged, "wb") as file:
             sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=iter(texts),
+                sentence_iterator=watched(),
                 model_writer=file,
                 model_type="bpe",
                 vocab_size=vocab_size,
@@ -180,8 +190,10 @@ def train(texts: Iterable[str], vocab_size: int, path: Path) -> Tokenizer:
                 num_threads=2,
                 minloglevel=2,
             )
-        except RuntimeError as error:
-            reason = str(error).strip().splitlines()[-1]
-            raise ValueError(f"cannot train {vocab_size} pieces on these texts: {reason}") from None
+    except RuntimeError as error:
+        refusal = str(error).strip().splitlines()[-1]
+    if faults or refusal:
+        staged.unlink()
+        raise faults[0] if faults else ValueError(f"cannot train {vocab_size} pieces on these texts: {refusal}")
     staged.rename(path)
     return Tokenizer(path)

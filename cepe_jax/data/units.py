@@ -8,7 +8,8 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import partial
 from queue import Empty
 
 from cepe_jax.data.records import Builder
@@ -32,6 +33,11 @@ class JobConfig:
         if self.workers < 0:
             raise ValueError(f"workers is {self.workers}: give a number of processes, or 0 for one per core")
 
+    def identity(self, *places: str) -> dict:
+        """The settings that make the result what it is: all but these `places` and how the work is shared."""
+        shared = {field.name for field in fields(JobConfig)}
+        return {name: value for name, value in vars(self).items() if name not in shared | set(places)}
+
 
 def run_units(
     builder: Builder,
@@ -48,14 +54,14 @@ def run_units(
     """
     first, every = map(int, job.shard.split("/"))
     open_units = [n for n in range(first, len(units), every) if builder.marked(n, units[n]) is None]
-    workers = min(job.workers or os.cpu_count() or 1, len(open_units))
+    workers = min(job.workers or cores(), len(open_units))
     if open_units:
-        run = _in_processes if workers > 1 else _here
+        run = partial(_in_processes, workers=workers) if workers > 1 else _here
         begun, tokens = time.monotonic(), 0
 
         def sizes_of_progress() -> Iterator[float]:
             nonlocal tokens
-            for size, new_tokens in run(builder, units, open_units, work, workers):
+            for size, new_tokens in run(builder, units, open_units, work):
                 tokens += new_tokens
                 yield size
 
@@ -72,12 +78,17 @@ def run_units(
     return marks
 
 
+def cores() -> int:
+    """Cores that this process may run on; a scheduler gives a job fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _do(builder: Builder, number: int, unit: tuple, work: Callable[..., Work]) -> Iterator[tuple[float, int]]:
     facts = yield from work(number, *unit)
     builder.mark(number, unit, facts)
 
 
-def _here(builder, units, open_units, work, workers) -> Iterator[tuple[float, int]]:
+def _here(builder, units, open_units, work) -> Iterator[tuple[float, int]]:
     for number in open_units:
         yield from _do(builder, number, units[number], work)
 

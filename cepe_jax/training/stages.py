@@ -57,7 +57,7 @@ class TrainConfig:
     num_cross_layers: int = 0  # of the decoder's last layers; 0 = all
     cross_init: CrossInit = "copy"
     train: tuple[str, ...] = ("encoder", "cross")  # of the warm-up and main stage
-    mix: dict[str, float] = field(default_factory=dict)  # dataset below `data` -> weight of its sequences
+    mix: dict[str, float] = field(default_factory=dict)  # dataset below `data` -> weight of its examples
     workers: int = 0  # processes that load data; 0 = threads of this one
     examples: ExampleConfig = ExampleConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -158,6 +158,9 @@ def run_stage(config: TrainConfig) -> Path:
     """The directory `config.out/model`, trained; a run that was cut off goes on from its newest checkpoint."""
     model_dir, record = config.out / "model", config.out / "config.json"
     sources = open_mix(config.data, config.mix, config.stage, config.examples)
+    for source in sources:
+        if source.joined and source.joined.name == "teacher":
+            raise ValueError(f"{source.joined.path} holds a teacher's probabilities: no stage here learns from them")
     tokenizer = sources[0].records.tokenizer
     resolved = json.loads(json.dumps(dataclasses.asdict(config), default=str))
     resolved["dataset"] = {"tokenizer": tokenizer.fingerprint(), "sequences": [source.digest for source in sources]}

@@ -317,8 +317,9 @@ def test_many_bad_documents_are_an_error(config, encodings):
     assert len(read_all(config.out)) == 35
 
 
-def test_nothing_but_bad_documents_ends_it_at_once(config, encodings):
+def test_nothing_but_bad_documents_ends_it_at_once(config, encodings, monkeypatch):
     """Not after hours: such as when all lines call their text something else."""
+    monkeypatch.setattr(corpus_module, "HOPELESS", 100)
     write_lines(config.input / "a" / "0.jsonl", [" "] * 300)
     with pytest.raises(
         ValueError, match="100 of 100 documents are bad, .* the first at .*0.jsonl:1: an empty document"
@@ -495,8 +496,49 @@ def test_a_finished_dataset_is_left_alone(config, encodings, capsys):
     encodings.count = 0
     prepare(dataclasses.replace(config, workers=2, bad_share=0.5, shard="1/3"))
     assert encodings.count == 0
-    assert capsys.readouterr().out == f"{config.out} is finished: remove it to prepare it again\n"
+    assert capsys.readouterr().out == f"{config.out} is finished: remove it to make it again\n"
     assert {path: path.stat().st_mtime_ns for path in config.out.rglob("*")} == before
+    (config.input / "one_more.txt").write_text("a small file that makes no other unit")
+    with pytest.raises(ValueError, match="is finished, of other files than .* holds: give another --out"):
+        prepare(config)
+
+
+def test_documents_in_linked_folders_are_read(config, tmp_path):
+    """Domains may lie on several disks."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "linked.txt").write_text("a document on another disk " * 9)
+    (config.input / "link").symlink_to(tmp_path / "elsewhere")
+    prepare(config)
+    found = {d.name: d.domain for split in ("train", "test") for d in Corpus(config.out, split)}
+    assert found["link/linked.txt"] == "link"
+
+
+def test_a_failed_tokenizer_leaves_room_for_another_run(config):
+    with pytest.raises(ValueError, match="cannot train 100000 pieces"):
+        prepare(dataclasses.replace(config, tokenizer="", vocab_size=100_000))
+    prepare(dataclasses.replace(config, tokenizer="", vocab_size=300))
+    assert Corpus(config.out, "train").tokenizer.vocab_size == 300
+
+
+def test_the_share_of_bad_documents_is_that_of_all(tmp_path):
+    """A file of nothing but bad lines, in a unit of its own, below the share of the whole."""
+    home = tmp_path / "in"
+    home.mkdir()
+    (home / "good.jsonl").write_text("".join(json.dumps({"text": f"document {n} of many"}) + "\n" for n in range(3000)))
+    (home / "poor.jsonl").write_text("".join('{"text": 1}\n' if n % 3 else '{"text": "fine"}\n' for n in range(450)))
+    config = PrepareConfig(
+        input=home, out=tmp_path / "out", vocab_size=300, unit_bytes=20_000, workers=1, bad_share=0.1
+    )
+    prepare(config)
+    assert Corpus(config.out, "train").records.index["counts"]["bad"] == 300
+
+
+def test_bad_documents_while_a_tokenizer_is_trained(config, monkeypatch):
+    """The error is the documents', not SentencePiece's."""
+    monkeypatch.setattr(corpus_module, "HOPELESS", 5)
+    (config.input / "a.jsonl").write_text('{"content": "the wrong name"}\n' * 9)
+    with pytest.raises(ValueError, match=r"5 of 5 documents are bad, .* the first at .*a\.jsonl:1: no text"):
+        prepare(dataclasses.replace(config, tokenizer="", patterns=("*.jsonl",)))
 
 
 @pytest.mark.parametrize("name", ["mine", "tokenizer.json", "units"])

@@ -135,16 +135,17 @@ def found(number: int = 2) -> dict:
     ("neighbours", "chunk_length", "chunks", "scores"),
     [
         ("none", 4, [[100, 101, 102, 103], [200, 201, 202], []], [2, 1, -np.inf]),
-        ("separate", 4, [[100, 101, 102, 103], [150, 151, 152, 153], [200, 201, 202]], [2, 2, 1]),
+        ("separate", 4, [[100, 101, 102, 103], [150, 151, 152, 153], [200, 201, 202], []], [2, 2, 1, -np.inf]),
         ("joint", 8, [[100, 101, 102, 103, 150, 151, 152, 153], [200, 201, 202], []], [2, 1, -np.inf]),
     ],
 )
 def test_retrieved(neighbours, chunk_length, chunks, scores):
-    config = dataclasses.replace(CONFIG, neighbours=neighbours, chunk_length=chunk_length)
+    num_chunks = len(chunks)
+    config = dataclasses.replace(CONFIG, neighbours=neighbours, chunk_length=chunk_length, num_chunks=num_chunks)
     example = retrieved(found(), config)
     assert [row[real].tolist() for row, real in zip(example["context"], example["context_mask"], strict=True)] == chunks
     assert not example["context"][~example["context_mask"]].any()
-    assert example["context"].shape == (3, chunk_length)
+    assert example["context"].shape == (num_chunks, chunk_length)
     assert example["scores"].tolist() == scores
     assert example["tokens"].tolist() == TOKENS[:6].tolist()
     assert example["labels"].tolist() == [IGNORE, IGNORE, *TOKENS[3:7].tolist()]  # the query is tokens 0, 1, 2

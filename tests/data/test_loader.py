@@ -1,7 +1,7 @@
 """Batches: pure in (seed, n) for any hosts and workers, each piece once per epoch, and what each stage shows."""
 
 import dataclasses
-import json
+import multiprocessing
 from collections import Counter
 from itertools import islice
 
@@ -92,9 +92,14 @@ def test_resuming_repeats_and_skips_nothing(home, first):
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_workers_change_nothing(home, workers):
-    """Whole batches, from any step on, in their order; what is dropped early ends its processes."""
+    """Whole batches, from any step on, in their order; a loader that is closed leaves no process behind."""
     data = mixture(home, "cepe")
-    assert same(take(data, 7, first=2, workers=workers, share=(1, 2)), take(data, 7, first=2, share=(1, 2)))
+    loading = batches(data, 4, first=2, workers=workers, share=(1, 2))
+    found = list(islice(loading, 7))
+    assert len(multiprocessing.active_children()) >= workers
+    loading.close()
+    assert not multiprocessing.active_children()
+    assert same(found, take(data, 7, first=2, share=(1, 2)))
 
 
 def place(example: dict) -> tuple[int, int]:
@@ -188,7 +193,7 @@ def test_foreign_contexts(home):
     mixed = contexts(0.8)
     assert [window for window, *_ in mixed] == [window for window, *_ in contexts(0.0)]
     own = np.mean([of == number for (number, _), of, _ in mixed])
-    assert abs(own - (0.2 + 0.8 / 15)) < 4.5 * np.sqrt(0.25 * 0.75 / 400)
+    assert abs(own - 0.2) < 4.5 * np.sqrt(0.2 * 0.8 / 400)  # a foreign context is never of the window's document
     assert {of for _, of, _ in mixed} == set(range(15))
     starts = {i * FAR + FAR + j for i in range(15) for j in (0, 24)}
     assert all(context[0] in starts and (np.diff(context) == 1).all() for *_, context in mixed)
@@ -236,7 +241,7 @@ def teacher_of(number: int) -> dict:
 
 @pytest.fixture(scope="module")
 def joined(home, tokenizer):
-    facts = {"joins": sequences.joins(home / "a"), "query_tokens": 5}
+    facts = {"joins": sequences.joins(home / "a"), "query_tokens": 5, "passage_length": 4}
     shards = [[passages_of(i) for i in range(7)], [passages_of(i) for i in range(7, 10)]]
     sequences.write(home / "retrieved", "retrieved", RETRIEVED, shards, tokenizer, **facts)
     taught = [[teacher_of(i) for i in range(10)]]
@@ -253,6 +258,33 @@ def test_passages_are_joined_by_index(joined):
         assert example["labels"].tolist() == [IGNORE] * 4 + sequence(number)[5:13].tolist()
         seen.add(number)
     assert seen == set(range(10))
+
+
+def test_passages_that_leave_nothing_to_learn_or_do_not_fit(joined):
+    """Every label would be inside the query; a passage would be longer than a chunk."""
+    with pytest.raises(
+        ValueError, match="found for 5 tokens, whose labels are ignored, and the window has 4: retrieve"
+    ):
+        mixture(joined, "cepe", mix={"retrieved": 1}, window=4)
+    with pytest.raises(ValueError, match="its chunks have 4 tokens, chunk_length is 3: raise it"):
+        mixture(joined, "cepe", mix={"retrieved": 1}, chunk_length=3)
+    with pytest.raises(ValueError, match="its chunks have 8 tokens, chunk_length is 7: raise it"):
+        mixture(joined, "cepe", mix={"retrieved": 1}, chunk_length=7, neighbours="joint")
+    assert mixture(joined, "cepe", mix={"retrieved": 1}, chunk_length=8, neighbours="joint")[0]["context"].shape == (
+        3,
+        8,
+    )
+
+
+def test_joined_records_go_through_processes(joined):
+    data = mixture(joined, "cepe", mix={"retrieved": 1, "b": 1})
+    assert same(take(data, 3, workers=1), take(data, 3))
+
+
+def test_a_foreign_context_needs_another_document(home, tokenizer, tmp_path):
+    sequences.write_sequences(tmp_path / "one", [sequence(0)], LENGTH, tokenizer, shards=1)
+    with pytest.raises(ValueError, match="foreign_rate needs sequences of several documents"):
+        rows(mixture(tmp_path, "cepe", mix={"one": 1}, foreign_rate=1.0), 1)
 
 
 def test_passages_mix_with_what_stands_before(joined):
@@ -279,7 +311,7 @@ def test_datasets_that_do_not_join(joined, tokenizer, tmp_path):
             tmp_path / f"teacher_of_{name}", "teacher", TAUGHT, [[teacher_of(0)] * 10], tokenizer, **facts
         )
         with pytest.raises(
-            ValueError, match=rf"teacher_of_{name} does not join .*{name}: it was made for 10 other records"
+            ValueError, match=rf"teacher_of_{name} does not join .*{name}: it has 10 records for others"
         ):
             Sequences(path, "cepe", CONFIG)
     with pytest.raises(ValueError, match=r"teacher_index \[12, 2\] and teacher_prob \[12, 3\] .* window's 10"):
@@ -298,11 +330,9 @@ def test_what_cannot_be_read(home, tokenizer, tmp_path):
     documents = sequences.write(tmp_path / "docs", "documents", sequences.SEQUENCE, [[record]], tokenizer)
     with pytest.raises(ValueError, match="docs holds documents: sample sequences from it first"):
         Sequences(documents, "lm", CONFIG)
-    index = home / "a" / "dataset.json"
     (tmp_path / "other").mkdir()
     other = sequences.train(["abcdefgh " * 9, "hgfedcba " * 9], 290, tmp_path / "other" / "tokenizer.model")
     sequences.write_sequences(tmp_path / "b", [sequence(0)], LENGTH, other, shards=1)
     (tmp_path / "a").symlink_to(home / "a")
     with pytest.raises(ValueError, match="a, b were tokenised with different tokenizers"):
         open_mix(tmp_path, {"a": 1, "b": 1}, "lm", CONFIG)
-    assert json.loads(index.read_text())["length"] == LENGTH

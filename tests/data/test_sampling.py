@@ -295,7 +295,7 @@ def test_a_finished_dataset_is_left_alone(config, capsys):
     sample(config)
     times = {path: path.stat().st_mtime_ns for path in config.out.rglob("*")}
     sample(config)
-    assert capsys.readouterr().out == f"{config.out} is finished: remove it to sample again\n"
+    assert capsys.readouterr().out == f"{config.out} is finished: remove it to make it again\n"
     assert {path: path.stat().st_mtime_ns for path in config.out.rglob("*")} == times
 
 

@@ -136,6 +136,18 @@ def test_fingerprints(home, sentencepiece, hugging_face):
     assert len({other.fingerprint() for other in others}) == 4
 
 
+def test_fingerprint_knows_the_end_of_sequence(tmp_path):
+    """A base and an instruct model may share tokenizer.json and differ in the EOS that their settings name."""
+    prints = set()
+    for name in ("</s>", "<|im_end|>"):
+        home = tmp_path / name.strip("<|/>")
+        home.mkdir()
+        save_json(home / "tokenizer.json", ["<s>", "</s>", "<|im_end|>"])
+        (home / "tokenizer_config.json").write_text(json.dumps({"eos_token": name}))
+        prints.add(Tokenizer(home).fingerprint())
+    assert len(prints) == 2
+
+
 def test_fingerprint_ignores_what_a_model_file_notes(home, sentencepiece):
     pytest.importorskip("google.protobuf")
     from sentencepiece import sentencepiece_model_pb2
