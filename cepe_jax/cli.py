@@ -166,8 +166,12 @@ def run_command(commands: dict[str, tuple[type, Callable]], default: str = "") -
     def main() -> None:
         named = len(sys.argv) > 1 and not sys.argv[1].startswith("-")
         word = sys.argv.pop(1) if named else default
+        if not named and {"-h", "--help"} & set(sys.argv):
+            print(f"commands: {', '.join(commands)}; --help after one of them shows its settings\n")
+            if not default:
+                return
         if word not in commands:
-            raise ValueError(f"unknown command {word!r}: give one of {', '.join(commands)}")
+            raise ValueError(f"{word or 'no command'}: give one of {', '.join(commands)}")
         config_class, function = commands[word]
         function(parse(config_class))
 

@@ -1,6 +1,6 @@
 """Speeds of one part, as a table and as JSON.
 
-python scripts/benchmark.py data --input=documents --tokenizer=llama-2 --out=out/benchmark
+python scripts/benchmark.py data --input=documents --tokenizer=llama-2-7b --out=out/benchmark
 """
 
 from cepe_jax.cli import run_command

@@ -1,8 +1,8 @@
 """Datasets for training: tokenised documents, then sequences sampled from them, then passages found for those.
 
-python scripts/prepare_data.py --input=documents --out=data/documents --tokenizer=llama-2
+python scripts/prepare_data.py --input=documents --out=data/documents --tokenizer=llama-2-7b
 python scripts/prepare_data.py sample --config configs/sample_filtered.yaml --data=data/documents --out=data/filtered
-python scripts/prepare_data.py retrieve --data=data/filtered --passages=data/documents --out=data/retrieved --k=16
+python scripts/prepare_data.py retrieve --data=data/windows --passages=data/documents --out=data/retrieved --k=16
 """
 
 from cepe_jax.cli import run_command

@@ -9,7 +9,7 @@ from typing import Literal
 
 import pytest
 
-from cepe_jax.cli import parse, run
+from cepe_jax.cli import parse, run, run_command
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 
@@ -218,3 +218,42 @@ def test_a_script_fails_with_one_line_and_status_1(tmp_path):
     assert done.stderr.splitlines() == [f"prepare_data.py: {tmp_path / 'absent'}: no such directory"]
     assert not done.stdout
     assert not (tmp_path / "o").exists()
+
+
+@pytest.fixture
+def command(monkeypatch):
+    """What run_command calls for these arguments: (command, its settings)."""
+
+    def command(*arguments: str, default: str = "") -> list:
+        called = []
+        table = {
+            "first": (Settings, lambda settings: called.append(("first", settings))),
+            "second": (Inner, lambda settings: called.append(("second", settings))),
+        }
+        monkeypatch.setattr(sys, "argv", ["script.py", *arguments])
+        run_command(table, default)
+        return called
+
+    return command
+
+
+def test_the_first_argument_names_the_command(command):
+    assert command("second", "--steps=5") == [("second", Inner(steps=5))]
+    assert command("first", "--out=o", default="second") == [("first", Settings(Path("o")))]
+    assert command("--steps=5", default="second") == [("second", Inner(steps=5))]
+
+
+@pytest.mark.parametrize(("arguments", "said"), [(["third"], "third: give one of first, second"), ([], "no command: ")])
+def test_unknown_commands(command, arguments, said):
+    with pytest.raises(SystemExit, match=f"script.py: {said}"):
+        command(*arguments)
+
+
+def test_help_names_the_commands(command, capsys):
+    assert command("--help") == []
+    with pytest.raises(SystemExit) as ended:
+        command("--help", default="second")
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    assert shown.count("commands: first, second") == 2
+    assert "--steps" in shown

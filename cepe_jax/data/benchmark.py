@@ -180,7 +180,7 @@ def markdown(report: dict) -> str:
         f"{report['documents']:,} documents, {report['bytes'] / 1e6:.1f} MB, {report['tokens']:,} tokens; "
         f"{report['device']}, Python {report['python']}",
         "",
-        "| | tokens a second | in one process, on one core | of the faster bare loop |",
+        "| | tokens a second | a process | of the faster bare loop |",
         "|---|---|---|---|",
         *(
             f"| {row['what']} | {row['tokens_per_second']:,.0f} | {row['per_process']:,.0f} | "

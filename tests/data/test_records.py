@@ -113,7 +113,7 @@ def test_tfds_reads_the_same(written, tmp_path):
 
 
 def test_tensorflow_is_not_imported(tmp_path):
-    """Neither to prepare, nor to sample, nor to read, where it is installed."""
+    """Neither to prepare, sample, retrieve, nor to read and load, where it is installed."""
     (tmp_path / "tensorflow").mkdir()
     (tmp_path / "tensorflow" / "__init__.py").write_text("print('imported')")
     (tmp_path / "in").mkdir()
@@ -124,7 +124,10 @@ import sys
 from pathlib import Path
 sys.path.insert(0, {str(tmp_path)!r})
 from cepe_jax.data.corpus import Corpus, PrepareConfig, prepare
+from cepe_jax.data.examples import ExampleConfig
+from cepe_jax.data.loader import batches, examples, open_mix
 from cepe_jax.data.records import Records
+from cepe_jax.data.retrieval import RetrieveConfig, retrieve
 from cepe_jax.data.sampling import SampleConfig, sample
 home = Path({str(tmp_path)!r})
 given = dict(workers=1, seed=0)
@@ -132,6 +135,11 @@ prepare(PrepareConfig(input=home / "in", out=home / "out", vocab_size=275, test_
 sample(SampleConfig(data=home / "out", out=home / "sampled", kind="packed", length=8, **given))
 assert len(Corpus(home / "out", "train")[0].tokens) > 10
 assert len(Records(home / "sampled", "train")[0]["tokens"]) == 9
+passages = dict(passage_split="train", k=2, passage_length=4, query_tokens=4)
+retrieve(RetrieveConfig(data=home / "sampled", passages=home / "out", out=home / "retrieved", **passages, **given))
+sizes = ExampleConfig(window=8, num_chunks=2, chunk_length=4)
+data = examples(open_mix(home, {{"retrieved": 1.0}}, "cepe", sizes), [1.0], "cepe", sizes, seed=0)
+assert next(batches(data, 2))["context"].shape == (2, 2, 4)
 assert "tensorflow" not in sys.modules
 print("done")
 """
