@@ -4,7 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from cepe_jax.data.records import Builder, Records, ShardWriter, array, shard_path, text
+from cepe_jax.data.builder import Builder, ShardWriter, array, text
+from cepe_jax.data.records import Records, shard_path
 from cepe_jax.data.tokenizer import Tokenizer, train
 
 SEQUENCE = {"tokens": array(np.uint16, None), "name": text(), "domain": text()}

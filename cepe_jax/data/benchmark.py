@@ -13,10 +13,11 @@ from pathlib import Path
 
 from cepe_jax.config import DECODERS, ENCODERS, CepeConfig
 from cepe_jax.cost import CHIPS, cepe_flops
+from cepe_jax.data.builder import write_json
 from cepe_jax.data.corpus import PrepareConfig, prepare
 from cepe_jax.data.examples import ExampleConfig
 from cepe_jax.data.loader import batches, examples, open_mix
-from cepe_jax.data.records import Records, write_json
+from cepe_jax.data.records import Records
 from cepe_jax.data.sampling import SampleConfig, sample
 from cepe_jax.data.sources import plan, read
 from cepe_jax.data.tokenizer import Tokenizer

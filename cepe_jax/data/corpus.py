@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from cepe_jax.data import tokenizer as tokenizers
+from cepe_jax.data.builder import Builder, ShardWriter, array, text, token_dtype
 from cepe_jax.data.examples import Document
-from cepe_jax.data.records import Builder, Records, ShardWriter, array, read_index, shard_path, text, token_dtype
+from cepe_jax.data.records import Records, read_index, shard_path
 from cepe_jax.data.sources import Extent, holds_lines, plan, read
 from cepe_jax.data.tokenizer import Tokenizer
 from cepe_jax.data.units import JobConfig, Work, run_units

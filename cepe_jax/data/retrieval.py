@@ -14,9 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
+from cepe_jax.data.builder import Builder, ShardWriter, array, text, token_dtype
 from cepe_jax.data.corpus import Corpus
 from cepe_jax.data.examples import PAD
-from cepe_jax.data.records import Builder, Records, ShardWriter, array, opened, shard_path, text, token_dtype
+from cepe_jax.data.records import Records, opened, shard_path
 from cepe_jax.data.sampling import documents_in
 from cepe_jax.data.search import BATCH, BM25, Dense, Encoder, Searcher, load_encoder
 from cepe_jax.data.units import JobConfig, Work, run_units

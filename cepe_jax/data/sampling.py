@@ -8,8 +8,9 @@ from typing import Literal
 
 import numpy as np
 
+from cepe_jax.data.builder import Builder, ShardWriter, array, text, token_dtype
 from cepe_jax.data.corpus import NAME as DOCUMENTS
-from cepe_jax.data.records import Builder, Records, ShardWriter, array, opened, shard_path, text, token_dtype
+from cepe_jax.data.records import Records, opened, shard_path
 from cepe_jax.data.units import JobConfig, Work, run_units
 
 Piece = tuple[int, int, int]  # a document of a shard, and the first and one past the last of its tokens

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from functools import partial
 from queue import Empty
 
-from cepe_jax.data.records import Builder
+from cepe_jax.data.builder import Builder
 from cepe_jax.progress import track
 
 # Work on one unit: yields (progress in the unit's size, tokens) as it goes, and returns the facts of its mark.

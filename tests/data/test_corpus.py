@@ -15,8 +15,9 @@ import pytest
 import tokenizers
 
 from cepe_jax.data import corpus as corpus_module
+from cepe_jax.data.builder import Builder, ShardWriter
 from cepe_jax.data.corpus import SPLITS, Corpus, PrepareConfig, prepare, split_of
-from cepe_jax.data.records import Builder, Records, ShardWriter, read_index
+from cepe_jax.data.records import Records, read_index
 from cepe_jax.data.tokenizer import Tokenizer, train
 
 WORDS = ["def ", "return ", "self", "\n", "    ", "x", " = ", "é🙂", "(", ")", "1", "\t", "\r\n"]
@@ -403,7 +404,7 @@ import os, signal, sys
 from pathlib import Path
 from cepe_jax.cli import parse
 from cepe_jax.data.corpus import PrepareConfig, prepare
-from cepe_jax.data.records import ShardWriter
+from cepe_jax.data.builder import ShardWriter
 last, write = int(os.environ["WRITES"]), ShardWriter.write
 def count(*args):
     global last

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import sequences
 
+from cepe_jax.data.builder import array
 from cepe_jax.data.examples import IGNORE, ExampleConfig
 from cepe_jax.data.loader import Sequences, batches, examples, open_mix
-from cepe_jax.data.records import array
 
 FAR = 4_000  # token = FAR * (its sequence + 1) + its place
 LENGTH = 50

@@ -1,6 +1,7 @@
 """Datasets of records: TFDS reads what was written, facts are exact, and what is damaged is refused by name."""
 
 import pickle
+import resource
 import shutil
 import subprocess
 import sys
@@ -10,20 +11,10 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from cepe_jax.data import records as records_module
-from cepe_jax.data.records import (
-    Builder,
-    Records,
-    ShardWriter,
-    add_counts,
-    array,
-    lengths_path,
-    read_index,
-    report,
-    shard_path,
-    text,
-    token_dtype,
-)
+from cepe_jax.data import builder as builder_module
+from cepe_jax.data import records
+from cepe_jax.data.builder import Builder, ShardWriter, add_counts, array, report, text, token_dtype
+from cepe_jax.data.records import Records, lengths_path, read_index, shard_path
 from cepe_jax.data.tokenizer import Tokenizer, train
 
 NAME = "things"
@@ -346,20 +337,20 @@ def test_what_is_there_is_not_touched(tmp_path, tokenizer, name):
 def test_jobs_that_begin_at_once(tmp_path, tokenizer, monkeypatch):
     """Wherever another job stands in its beginning, this one goes on; the other's settings still count."""
     out = tmp_path / "out"
-    write_json = records_module.write_json
+    write_json = builder_module.write_json
 
     def another_begins_in_the_middle(path, value):
-        monkeypatch.setattr(records_module, "write_json", write_json)
+        monkeypatch.setattr(builder_module, "write_json", write_json)
         assert path.name == "identity.json"
         Builder(out, {"setting": 1}, tokenizer)
         write_json(path, value)
 
-    monkeypatch.setattr(records_module, "write_json", another_begins_in_the_middle)
+    monkeypatch.setattr(builder_module, "write_json", another_begins_in_the_middle)
     Builder(out, {"setting": 1}, tokenizer)
     assert Tokenizer(out).fingerprint() == tokenizer.fingerprint()
     assert sorted(path.name for path in out.rglob("*")) == ["identity.json", "tokenizer.model", "units"]
 
-    monkeypatch.setattr(records_module, "write_json", lambda *_: 1 / 0)  # killed before it could say its settings
+    monkeypatch.setattr(builder_module, "write_json", lambda *_: 1 / 0)  # killed before it could say its settings
     with pytest.raises(ZeroDivisionError):
         Builder(tmp_path / "killed", {}, tokenizer)
     monkeypatch.undo()
@@ -426,3 +417,16 @@ def test_the_tokenizer_is_copied_under_its_usual_name(tmp_path, tokenizer, name)
     found = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir() if path.is_file()}
     usual = "tokenizer.model" if name.endswith(".model") else "tokenizer.json"
     assert found == {usual: b"content", "tokenizer_config.json": b"{}"}
+
+
+def test_the_limit_of_open_files_is_raised_as_far_as_it_may(monkeypatch):
+    """Readers keep their shards open: a thousand of them would meet the usual soft limit in the middle of training."""
+    raised = []
+    monkeypatch.setattr(records.resource, "getrlimit", lambda which: (1024, 4096))
+    monkeypatch.setattr(records.resource, "setrlimit", lambda which, limits: raised.append((which, limits)))
+    records.allow_open_files(700)
+    assert not raised
+    records.allow_open_files(1000)
+    assert raised == [(resource.RLIMIT_NOFILE, (4096, 4096))]
+    with pytest.raises(ValueError, match="4000 shards, and 4096 files may be open: raise ulimit -Hn"):
+        records.allow_open_files(4000)

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
+from cepe_jax.data.builder import Builder, ShardWriter, array, text
 from cepe_jax.data.corpus import NAME
-from cepe_jax.data.records import Builder, Records, ShardWriter, array, read_index, shard_path, text
+from cepe_jax.data.records import Records, read_index, shard_path
 from cepe_jax.data.sampling import SampleConfig, apportion, packs, quotas, sample, supply, windows
 from cepe_jax.data.tokenizer import train
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from cepe_jax.data.records import Builder
+from cepe_jax.data.builder import Builder
 from cepe_jax.data.units import JobConfig, run_units
 
 UNITS = [(name,) for name in "abcdefg"]
@@ -141,7 +141,7 @@ import sys
 from pathlib import Path
 from test_units import UNITS, Note
 from cepe_jax.cli import run
-from cepe_jax.data.records import Builder
+from cepe_jax.data.builder import Builder
 from cepe_jax.data.units import JobConfig, run_units
 if __name__ == "__main__":
     out = Path(sys.argv[1])
