@@ -614,18 +614,19 @@ def big(tmp_path: Path, given: Tokenizer, characters: int) -> tuple[PrepareConfi
     return config, long[:characters]
 
 
-def check_big(config: PrepareConfig, long: str) -> None:
+def longest_text(config: PrepareConfig) -> str:
+    """Of the twenty documents that were prepared."""
     found = read_all(config.out)
     assert len(found) == 20
     document = max((document for _, document in found.values()), key=lambda document: len(document.tokens))
-    assert Tokenizer(config.out).decode(document.tokens) == long
+    return Tokenizer(config.out).decode(document.tokens)
 
 
 def test_a_document_of_five_megabytes(tmp_path, given):
     """On one line, longer than several units together."""
     config, long = big(tmp_path, given, 5_000_000)
     prepare(config)
-    check_big(config, long)
+    assert longest_text(config) == long
 
 
 @pytest.mark.slow
@@ -648,4 +649,4 @@ if __name__ == "__main__":
     seconds, gigabytes = map(float, done.stdout.split())
     assert seconds < 60
     assert gigabytes < 4
-    check_big(config, long)
+    assert longest_text(config) == long

@@ -133,7 +133,7 @@ def test_packed_sequences_use_every_token_once(config, documents, length):
     assert max(len(pieces) for _, pieces, _ in found) >= 3
 
 
-def test_a_long_document_is_in_order_within_its_pieces(config, documents):
+def test_the_pieces_of_a_long_document_are_spread(config, documents):
     """Pieces of one document are far apart in random order, not one after another."""
     found = sampled(dataclasses.replace(config, kind="packed", length=3, budget={"b": 0}))
     starts = [
