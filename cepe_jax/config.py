@@ -7,7 +7,10 @@ M = C * L memory length.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
+
+Remat = Literal["none", "dots", "full"]
+Backend = Literal["xla", "splash", "cudnn"]
 
 
 def _require(condition: bool, message: str) -> None:
@@ -59,7 +62,9 @@ class TransformerConfig:
     norm_eps: float = 1e-5
     rope: RopeConfig = RopeConfig()
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; weights are cast to it when used
-    remat: Literal["none", "dots", "full"] = "none"  # what the backward pass recomputes in each layer
+    remat: Remat = "none"  # what the backward pass recomputes in each layer
+    attention: Backend = "xla"  # splash: TPU; cudnn: GPU
+    mlp_chunk: int = 0  # positions whose MLP activations exist at once; 0 = all
 
     def __post_init__(self):
         sizes = ("vocab_size", "width", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_width")
@@ -72,6 +77,8 @@ class TransformerConfig:
         )
         _require(self.norm_eps > 0, f"norm_eps is {self.norm_eps}: give a number above 0")
         _require(self.remat in ("none", "dots", "full"), f"remat {self.remat!r}: choose none, dots or full")
+        _require(self.attention in get_args(Backend), f"attention {self.attention!r}: choose xla, splash or cudnn")
+        _require(self.mlp_chunk >= 0, f"mlp_chunk is {self.mlp_chunk}: give a number of positions, or 0 for all")
         _require(self.dtype in ("float32", "bfloat16"), f"dtype {self.dtype!r}: choose float32 or bfloat16")
         _require(self.head_dim % 2 == 0, f"head_dim {self.head_dim} is odd: rotary positions turn pairs")
 

@@ -54,6 +54,17 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, partition_spec(axes, auto))
 
 
+def on_shards(function, in_axes: tuple[tuple[str | None, ...], ...], out_axes: tuple[str | None, ...]):
+    """`function` of every device's shard of each argument, placed after the table; without a mesh, itself.
+
+    For kernels that the compiler cannot partition. An axis must divide by the devices it is split over.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return function
+    in_specs = tuple(partition_spec(axes) for axes in in_axes)
+    return jax.shard_map(function, in_specs=in_specs, out_specs=partition_spec(out_axes), check_vma=False)
+
+
 def is_variable(x) -> bool:
     return isinstance(x, nnx.Variable)
 

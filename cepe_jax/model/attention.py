@@ -1,9 +1,14 @@
-"""Attention over masked keys, in one pass or merged from partial results."""
+"""Attention over masked keys, in one pass or merged from partial results, and its back ends."""
 
+import functools
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
+
+from cepe_jax.config import Backend
+from cepe_jax.sharding import on_shards
 
 _NEVER = jnp.finfo(jnp.float32).min
 
@@ -60,9 +65,73 @@ def merge(*parts: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
     return out.reshape(B, T, K * G, H)
 
 
-def attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mask) -> jax.Array:
+def attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mask, backend: Backend = "xla") -> jax.Array:
     """softmax(q k / sqrt(H)) v over the keys of `mask`, (B, T, N, H) in q's dtype; zero where no key is valid.
 
-    Query heads are grouped over the K key/value heads (GQA): head n reads kv head n // (N / K).
+    Query heads are grouped over the K key/value heads (GQA): head n reads kv head n // (N / K). The back end "xla"
+    stores the scores (B, N, T, S); "splash" (TPU) and "cudnn" (GPU, 16 bits) never do.
     """
-    return merge(attend_partial(q_BTNH, k_BSKH, v_BSKH, mask)).astype(q_BTNH.dtype)
+    if backend == "xla":
+        return merge(attend_partial(q_BTNH, k_BSKH, v_BSKH, mask)).astype(q_BTNH.dtype)
+    kernel = functools.partial({"splash": _splash, "cudnn": _cudnn}[backend], mask.causal)
+    heads, kv_heads = (("batch", "length", name, "head_dim") for name in ("heads", "kv_heads"))
+    valid = () if mask.valid_BS is None else (mask.valid_BS,)
+    in_axes = heads, kv_heads, kv_heads, *[("batch", "length") for _ in valid]
+    out_BTNH = on_shards(kernel, in_axes, heads)(q_BTNH, k_BSKH, v_BSKH, *valid)
+    if mask.valid_BS is None:
+        return out_BTNH
+    # The kernels return a mean of values to a query without a valid key.
+    any_valid = jnp.cumsum(mask.valid_BS, axis=1) > 0 if mask.causal else mask.valid_BS.any(axis=1, keepdims=True)
+    return jnp.where(any_valid[:, :, None, None], out_BTNH, 0)
+
+
+def _splash(causal: bool, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, valid_BS: jax.Array | None = None):
+    """Splash attention of one shard. Lengths are filled up to whole blocks; a filled key is of another segment."""
+    T, N, H = q_BTNH.shape[1:]
+    S = k_BSKH.shape[1]
+    q_BNTH, k_BKSH, v_BKSH = (
+        jnp.pad(x, [(0, 0), (0, -x.shape[1] % _LANES), (0, 0), (0, 0)]).swapaxes(1, 2)
+        for x in (q_BTNH * H**-0.5, k_BSKH, v_BSKH)
+    )
+    if valid_BS is None and S % _LANES and not causal:
+        valid_BS = jnp.ones((q_BTNH.shape[0], S), bool)
+    kernel = _splash_kernel(causal, N, q_BNTH.shape[2], k_BKSH.shape[2])
+    if valid_BS is None:
+        out_BNTH = jax.vmap(kernel)(q_BNTH, k_BKSH, v_BKSH)
+    else:
+        keys = jnp.pad(valid_BS.astype(jnp.int32), [(0, 0), (0, -S % _LANES)])
+        segments = splash_attention_kernel.SegmentIds(jnp.ones((len(keys), q_BNTH.shape[2]), jnp.int32), keys)
+        out_BNTH = jax.vmap(lambda *x: kernel(*x[:3], segment_ids=x[3]))(q_BNTH, k_BKSH, v_BKSH, segments)
+    return out_BNTH.swapaxes(1, 2)[:, :T]
+
+
+_LANES = 128  # a block of keys is a multiple of it
+
+
+@functools.lru_cache  # a causal mask of 32K x 32K takes seconds
+def _splash_kernel(causal: bool, num_heads: int, T: int, S: int):
+    def block(length: int) -> int:
+        return next(size for size in (512, 256, _LANES) if length % size == 0)  # 2,048 overflows the chip's VMEM
+
+    q, kv = block(T), block(S)
+    sizes = splash_attention_kernel.BlockSizes(
+        block_q=q, block_kv=kv, block_kv_compute=kv,
+        block_q_dkv=q, block_kv_dkv=kv, block_kv_dkv_compute=kv,
+        block_q_dq=q, block_kv_dq=kv,
+    )  # fmt: skip
+    seen = splash_attention_mask.CausalMask if causal else splash_attention_mask.FullMask
+    with jax.ensure_compile_time_eval():  # the mask's blocks are constants, kept for other traces
+        return splash_attention_kernel.make_splash_mha(
+            splash_attention_mask.MultiHeadMask([seen((T, S))] * num_heads),
+            head_shards=1,
+            q_seq_shards=1,
+            block_sizes=sizes,
+        )
+
+
+def _cudnn(causal: bool, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, valid_BS: jax.Array | None = None):
+    """cuDNN's flash attention of one shard. It takes holes in the keys as (B, 1, T, S), one for all heads."""
+    seen = None
+    if valid_BS is not None:
+        seen = jnp.broadcast_to(valid_BS[:, None, None], (len(valid_BS), 1, q_BTNH.shape[1], valid_BS.shape[1]))
+    return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=seen, is_causal=causal, implementation="cudnn")

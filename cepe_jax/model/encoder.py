@@ -44,7 +44,7 @@ class Encoder(nnx.Module):
         table = rope_table(config.rope, config.head_dim, jnp.arange(tokens_BL.shape[1])[None])
 
         def layer(x_BLE, block):
-            x_BLE, _ = block(x_BLE, table, Mask(valid_BS=mask_BL))
+            x_BLE, _ = block(config, x_BLE, table, Mask(valid_BS=mask_BL))
             return constrain(x_BLE, "batch", "length", "embed"), None
 
         x_BLE = constrain(embed(self.embed, tokens_BL, config.dtype), "batch", "length", "embed")

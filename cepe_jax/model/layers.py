@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from cepe_jax.config import TransformerConfig
+from cepe_jax.config import Backend, TransformerConfig
 from cepe_jax.model.attention import Mask, attend, attend_partial, merge
 from cepe_jax.model.rope import rotate
 
@@ -63,20 +63,39 @@ class SelfAttention(nnx.Module):
         self.v = normal(v, (Z, D, K, H), D**-0.5, ("layer", "embed", "kv_heads", "head_dim"))
         self.o = normal(o, (Z, N, H, D), (2 * Z * N * H) ** -0.5, ("layer", "heads", "head_dim", "embed"))
 
-    def __call__(self, x_BTD: Array, table, mask: Mask, cached=None) -> tuple[Array, tuple[Array, Array]]:
+    def __call__(
+        self, x_BTD: Array, table, mask: Mask, backend: Backend, cached=None
+    ) -> tuple[Array, tuple[Array, Array]]:
         """The attention's output, and this call's own rotated keys and values.
 
-        `mask` is over the call's own T keys; `cached` = (k_BSKH, v_BSKH, valid_BS) are keys before them.
+        `mask` is over the call's own T keys; `cached` = (k_BSKH, v_BSKH, valid_BS) are keys before them, read in
+        place by XLA whatever the back end.
         """
         q_BTNH = rotate(project("BTD,DNH->BTNH", x_BTD, self.q), table)
         k_BTKH = rotate(project("BTD,DKH->BTKH", x_BTD, self.k), table)
         v_BTKH = project("BTD,DKH->BTKH", x_BTD, self.v)
-        parts = [attend_partial(q_BTNH, k_BTKH, v_BTKH, mask)]
-        if cached is not None:
+        if cached is None:
+            out_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, mask, backend)
+        else:
             k_BSKH, v_BSKH, valid_BS = cached
-            parts.append(attend_partial(q_BTNH, k_BSKH, v_BSKH, Mask(valid_BS=valid_BS)))
-        out_BTNH = merge(*parts).astype(x_BTD.dtype)
+            own = attend_partial(q_BTNH, k_BTKH, v_BTKH, mask)
+            out_BTNH = merge(own, attend_partial(q_BTNH, k_BSKH, v_BSKH, Mask(valid_BS=valid_BS))).astype(x_BTD.dtype)
         return project("BTNH,NHD->BTD", out_BTNH, self.o), (k_BTKH, v_BTKH)
+
+
+def in_chunks(function: Callable[[Array], Array], x_BTD: Array, chunk: int) -> Array:
+    """`function(x)` of `chunk` positions at a time (0 = all), for a function of each position by itself.
+
+    The backward pass recomputes a chunk, so that what the function makes of one is never stored for another
+    (mini-sequence training).
+    """
+    B, T, D = x_BTD.shape
+    if chunk == 0 or chunk >= T:
+        return function(x_BTD)
+    padded = jnp.pad(x_BTD, [(0, 0), (0, -T % chunk), (0, 0)])
+    chunks = jnp.moveaxis(padded.reshape(B, -1, chunk, D), 1, 0)
+    out = jax.lax.map(jax.checkpoint(function), chunks)
+    return jnp.moveaxis(out, 0, 1).reshape(B, -1, D)[:, :T]
 
 
 class MLP(nnx.Module):
@@ -106,14 +125,20 @@ class Block(nnx.Module):
         self.mlp = MLP(config, key=mlp)
 
     def __call__(
-        self, x_BTD: Array, table, mask: Mask, cached=None, read: Callable[[Array], Array] | None = None
+        self,
+        config: TransformerConfig,
+        x_BTD: Array,
+        table,
+        mask: Mask,
+        cached=None,
+        read: Callable[[Array], Array] | None = None,
     ) -> tuple[Array, tuple[Array, Array]]:
         """x after self-attention, `read` (when given) and MLP, each added to it; and the call's keys and values."""
-        attended, kv = self.attention(self.attention_norm(x_BTD), table, mask, cached)
+        attended, kv = self.attention(self.attention_norm(x_BTD), table, mask, config.attention, cached)
         x_BTD = x_BTD + attended
         if read is not None:
             x_BTD = x_BTD + read(x_BTD)
-        return x_BTD + self.mlp(self.mlp_norm(x_BTD)), kv
+        return x_BTD + in_chunks(lambda x: self.mlp(self.mlp_norm(x)), x_BTD, config.mlp_chunk), kv
 
 
 class CrossAttention(nnx.Module):
@@ -126,9 +151,10 @@ class CrossAttention(nnx.Module):
     def num_layers(self) -> int:
         return self.q.shape[0]
 
-    def __call__(self, x_BTD: Array, memory_BME: Array, mask_BM: Array | None) -> Array:
+    def __call__(self, x_BTD: Array, memory_BME: Array, mask_BM: Array | None, backend: Backend) -> Array:
         """What to add to x; zero in rows whose memory is wholly masked."""
         q_BTNH = project("BTD,DNH->BTNH", self.norm(x_BTD), self.q)
         k_BMKH = project("BME,EKH->BMKH", memory_BME, self.k)
         v_BMKH = project("BME,EKH->BMKH", memory_BME, self.v)
-        return project("BTNH,NHD->BTD", attend(q_BTNH, k_BMKH, v_BMKH, Mask(valid_BS=mask_BM)), self.o)
+        out_BTNH = attend(q_BTNH, k_BMKH, v_BMKH, Mask(valid_BS=mask_BM), backend)
+        return project("BTNH,NHD->BTD", out_BTNH, self.o)

@@ -91,8 +91,8 @@ class Llama(nnx.Module):
             if cache is not None and not cache.empty:
                 cached = at(cache.k_ZBSKH, index), at(cache.v_ZBSKH, index), cache.valid_BS
             if reader is not None:
-                read = partial(reader, memory_BME=memory_BME, mask_BM=memory_mask_BM)
-            x_BTD, kv = (block or at(self.layers, index))(x_BTD, table, mask, cached, read)
+                read = partial(reader, memory_BME=memory_BME, mask_BM=memory_mask_BM, backend=config.attention)
+            x_BTD, kv = (block or at(self.layers, index))(config, x_BTD, table, mask, cached, read)
             return constrain(x_BTD, "batch", "length", "embed"), kv if cache is not None else None
 
         num_plain = config.num_layers if memory_BME is None else config.num_layers - cross.num_layers

@@ -10,7 +10,7 @@ from typing import Literal
 
 import jax
 
-from cepe_jax.config import DECODERS, ENCODERS, preset
+from cepe_jax.config import DECODERS, ENCODERS, Backend, Remat, preset
 from cepe_jax.data.examples import ExampleConfig
 from cepe_jax.data.loader import Stage, batches, examples, open_mix
 from cepe_jax.directories import refuse_another_run
@@ -37,11 +37,23 @@ Dtype = Literal["float32", "bfloat16"]
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each axis of the mesh; their product is the number of devices."""
+    """Devices along each axis of the mesh."""
 
-    data: int = 1
-    fsdp: int = 1
-    tensor: int = 1
+    data: int = 1  # copies of the model
+    fsdp: int = 0  # devices over which each copy is cut; 0 = all that the others leave
+    tensor: int = 1  # devices that share a sequence, by heads
+
+    def __post_init__(self):
+        if min(self.data, self.tensor) < 1 or self.fsdp < 0:
+            raise ValueError(f"{self}: give numbers of devices above 0")
+
+
+@dataclass(frozen=True)
+class RematConfig:
+    """What the backward pass recomputes in each layer: nothing, all but matrix products, all."""
+
+    decoder: Remat = "none"
+    encoder: Remat = "none"
 
 
 @dataclass(frozen=True)
@@ -61,20 +73,17 @@ class TrainConfig:
     workers: int = 0  # processes that load data; 0 = threads of this one
     examples: ExampleConfig = ExampleConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
-    accumulate: int = 1  # micro-batches per step
+    micro_batch: int = 0  # sequences that a device (or those of one `mesh.tensor`) computes at once; 0 = all it has
     loss_chunk: int = 0  # positions whose logits exist at once; 0 = all
+    mlp_chunk: int = 0  # positions whose MLP activations exist at once; 0 = all
     dtype: Dtype = "float32"  # of activations and of frozen weights; what trains is float32
-    remat: Literal["none", "dots", "full"] = "none"
+    attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"  # splash: TPU; cudnn: GPU, 16 bits
+    remat: RematConfig = RematConfig()
     mesh: MeshConfig = MeshConfig()
     save_every: int = 500  # steps
     seed: int = 0
 
     def __post_init__(self):
-        rows = self.mesh.data * self.mesh.fsdp * self.accumulate
-        if self.batch_size % rows:
-            raise ValueError(
-                f"batch_size {self.batch_size} is not a multiple of accumulate x mesh.data x mesh.fsdp = {rows}"
-            )
         needs = {"lm": [["decoder"]], "mlm": [["encoder"], ["decoder", "encoder"]]}.get(
             self.stage, [["cepe"], ["decoder", "encoder"]]
         )
@@ -90,9 +99,41 @@ class TrainConfig:
                     raise ValueError(f"{name} is for a start from decoder and encoder: leave it out")
         if any(weight <= 0 for weight in self.mix.values()):
             raise ValueError(f"mix is {self.mix}: give weights above 0")
+        for name in ("micro_batch", "loss_chunk", "mlp_chunk"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}: give a number, or 0 for all")
         if self.workers < 0:
             raise ValueError(f"workers is {self.workers}: give a number of processes, or 0 for threads")
         Run(self.out, self.steps, self.save_every)
+
+
+def mesh_of(config: TrainConfig, devices: int) -> MeshConfig:
+    """The mesh over all devices; ValueError where they do not divide, or the batch does not over them."""
+    mesh = config.mesh
+    if mesh.fsdp == 0:
+        mesh = dataclasses.replace(mesh, fsdp=max(devices // (mesh.data * mesh.tensor), 1))
+    micro_batches(config, mesh.data * mesh.fsdp)
+    return mesh
+
+
+def micro_batches(config: TrainConfig, shares: int) -> int:
+    """Into how many micro-batches a step's batch falls, where it is cut into `shares`."""
+    rows = shares * (config.micro_batch or 1)
+    if config.batch_size % rows:
+        raise ValueError(
+            f"batch_size {config.batch_size} is not a multiple of mesh.data x mesh.fsdp x micro_batch = {rows}: "
+            f"change one of them"
+        )
+    return config.batch_size // rows if config.micro_batch else 1
+
+
+def backend_of(config: TrainConfig, platform: str) -> Backend:
+    """The attention of this run: the one it names, or the platform's own."""
+    if config.attention != "auto":
+        return config.attention
+    if platform == "gpu":
+        return "cudnn" if config.dtype == "bfloat16" else "xla"
+    return "splash" if platform == "tpu" else "xla"
 
 
 def starting_model(config: TrainConfig, vocab_size: int) -> Cepe | Llama | Encoder:
@@ -140,7 +181,7 @@ def born_sharded(make, *args):
     return jax.jit(make, out_shardings=shardings)(*args)
 
 
-def prepare_to_run(model: Cepe | Llama | Encoder, config: TrainConfig, vocab_size: int) -> None:
+def prepare_to_run(model: Cepe | Llama | Encoder, config: TrainConfig, vocab_size: int, backend: Backend) -> None:
     """The model computes as the configuration says; ValueError when it cannot read the tokenizer's ids."""
     for name in ("decoder", "encoder"):
         if (part := parts_of(model).get(name)) is None:
@@ -151,7 +192,10 @@ def prepare_to_run(model: Cepe | Llama | Encoder, config: TrainConfig, vocab_siz
                 f"the {name}'s vocabulary of {part.config.vocab_size} is below the {needed} ids of {config.data}: "
                 f"prepare the data with the model's tokenizer"
             )
-        part.config = dataclasses.replace(part.config, dtype=config.dtype, remat=config.remat)
+        remat = getattr(config.remat, name)
+        part.config = dataclasses.replace(
+            part.config, dtype=config.dtype, remat=remat, attention=backend, mlp_chunk=config.mlp_chunk
+        )
 
 
 def run_stage(config: TrainConfig) -> Path:
@@ -169,7 +213,9 @@ def run_stage(config: TrainConfig) -> Path:
         print(f"{model_dir} is finished: remove {config.out} to train again")
         return model_dir
     data = examples(sources, list(config.mix.values()) or [1.0], config.stage, config.examples, config.seed)
-    with jax.set_mesh(make_mesh(**dataclasses.asdict(config.mesh))):
+    sizes = mesh_of(config, jax.device_count())
+    backend = backend_of(config, jax.default_backend())
+    with jax.set_mesh(make_mesh(**dataclasses.asdict(sizes))):
         mesh = jax.sharding.get_mesh()
         share = batch_share(mesh, config.batch_size)
 
@@ -181,11 +227,11 @@ def run_stage(config: TrainConfig) -> Path:
             if Path(start).is_dir():
                 tokenizer.check_is_of(start)
         model = starting_model(config, tokenizer.vocab_size)
-        prepare_to_run(model, config, tokenizer.vocab_size)
+        prepare_to_run(model, config, tokenizer.vocab_size, backend)
         whole = config.stage in ("lm", "mlm")
         trainable, frozen = split(model, tuple(parts_of(model)) if whole else config.train)
-        sizes = [sum(x.size for x in jax.tree.leaves(parts)) for parts in (trainable, frozen)]
-        print(f"{config.stage}: {sizes[0]:,} parameters train, {sizes[1]:,} are frozen")
+        counts = [sum(x.size for x in jax.tree.leaves(parts)) for parts in (trainable, frozen)]
+        print(f"{config.stage}: {counts[0]:,} parameters train, {counts[1]:,} are frozen; attention: {backend}")
         optimizer = config.optimizer.build(config.optimizer.schedule(config.steps))
         objective = MaskedLM(config.loss_chunk) if config.stage == "mlm" else NextToken(config.loss_chunk)
         config.out.mkdir(parents=True, exist_ok=True)
@@ -199,7 +245,7 @@ def run_stage(config: TrainConfig) -> Path:
                 Run(config.out, config.steps, config.save_every),
                 initial,
                 frozen,
-                make_train_step(objective, optimizer, config.accumulate),
+                make_train_step(objective, optimizer, micro_batches(config, sizes.data * sizes.fsdp)),
                 batches_from,
                 checkpoints,
             )
@@ -213,7 +259,7 @@ def identity_of(resolved: dict) -> dict:
     The contents of the places are compared instead.
     """
     places = {"data", "decoder", "encoder", "cepe", "out"}
-    pace = {"save_every", "mesh", "workers"}
+    pace = {"save_every", "mesh", "micro_batch", "workers"}
     return {key: value for key, value in resolved.items() if key not in places | pace}
 
 

@@ -13,7 +13,7 @@ import optax
 
 from cepe_jax.model.cepe import Parts, assemble
 from cepe_jax.progress import track
-from cepe_jax.sharding import shardings_of
+from cepe_jax.sharding import constrain, shardings_of
 from cepe_jax.training.objectives import Batch
 from cepe_jax.weights.checkpoint import Checkpoints
 
@@ -65,7 +65,8 @@ def make_train_step(objective, optimizer: optax.GradientTransformation, accumula
     """`step(state, frozen, batch) -> (state, metrics)`, compiled; `state` is donated.
 
     The batch's rows are taken in `accumulate` micro-batches, weighted so that the result is the whole batch's:
-    by kept labels, not by rows. Only what trains has gradients; the frozen parts are an argument like the batch.
+    by kept labels, not by rows. Micro-batch i has rows i, i + accumulate, ...: of each device's share the same number,
+    so that none moves. Only what trains has gradients; the frozen parts are an argument like the batch.
     """
 
     def train_step(state: TrainState, frozen: Parts, batch: Batch):
@@ -84,7 +85,8 @@ def make_train_step(objective, optimizer: optax.GradientTransformation, accumula
         if accumulate == 1:
             terms, gradient = gradient_of(batch)
         else:
-            micros = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), batch)
+            micros = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
+            micros = jax.tree.map(lambda x: constrain(x, None, "batch", *[None] * (x.ndim - 2)), micros)
             first = jax.tree.map(lambda x: x[0], micros)
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient_of, first))
             (terms, gradient), _ = jax.lax.scan(add, zeros, micros)

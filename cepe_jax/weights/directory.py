@@ -19,7 +19,7 @@ from cepe_jax.weights.tensors import Config, Model, shapes, tensors_of
 
 FORMAT = "cepe_jax"
 KINDS = {"llama": DecoderConfig, "encoder": EncoderConfig, "cepe": CepeConfig}
-RUN_TIME = ("dtype", "remat")  # choices of a run, not facts about the weights
+RUN_TIME = ("dtype", "remat", "attention", "mlp_chunk")  # choices of a run, not facts about the weights
 ASSETS = (
     "tokenizer.model",
     "tokenizer.json",

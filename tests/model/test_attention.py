@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from tiny import relative_error
 
+from cepe_jax.model import attention
 from cepe_jax.model.attention import Mask, attend, attend_partial, merge
 
 B, T, S, N, K, H = 2, 4, 6, 6, 2, 5
@@ -126,3 +127,40 @@ def test_bfloat16_in_bfloat16_out_with_float32_sums(qkv):
     assert ours.dtype == jnp.bfloat16
     wanted = oracle(*(np.asarray(x, np.float32) for x in narrow), np.ones((B, T, S), bool))
     assert relative_error(ours, wanted) < 2**-7
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """Splash attention's kernels, interpreted: they compile for TPUs alone."""
+    kernels = attention.splash_attention_kernel
+    make = partial(kernels.make_splash_mha, interpret=True)
+    monkeypatch.setattr(kernels, "make_splash_mha", make)
+    attention._splash_kernel.cache_clear()
+    yield
+    attention._splash_kernel.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "causal", "holes"),
+    [(130, 130, True, True), (5, 300, False, True), (128, 200, False, False)],
+)
+def test_splash_equals_xla(interpreted, queries, keys, causal, holes):
+    """Outputs and gradients; lengths that fill no block, rows without a key, grouped heads, left padding."""
+    rng = np.random.default_rng(2)
+    q, k, v = (rng.standard_normal((2, t, n, 8)).astype(np.float32) for t, n in ((queries, 4), (keys, 2), (keys, 2)))
+    valid = rng.random((2, keys)) < 0.7
+    valid[0, : keys // 3], valid[1] = False, False
+    mask, weight = Mask(causal, valid if holes else None), rng.standard_normal(q.shape)
+
+    @partial(jax.jit, static_argnums=0)
+    def run(backend, *qkv):
+        def loss(*qkv):
+            out = attend(*qkv, mask, backend)
+            return (out * weight).sum(), out
+
+        return jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(*qkv)
+
+    (*grads, out), (*wanted, wanted_out) = (jax.tree.leaves(run(backend, q, k, v)) for backend in ("splash", "xla"))
+    assert relative_error(out, wanted_out) < 1e-5
+    for ours, theirs in zip(grads, wanted, strict=True):
+        assert relative_error(ours, theirs) < 1e-5

@@ -17,7 +17,7 @@ from cepe_jax.data.loader import batches
 from cepe_jax.data.sampling import SampleConfig, sample
 from cepe_jax.model.cepe import Cepe, parts_of
 from cepe_jax.training import stages
-from cepe_jax.training.stages import MeshConfig, TrainConfig, run_stage
+from cepe_jax.training.stages import MeshConfig, RematConfig, TrainConfig, run_stage
 from cepe_jax.weights.huggingface import load
 
 SIZES = {"width": 16, "num_heads": 2, "num_kv_heads": 1, "head_dim": 8, "mlp_width": 24}
@@ -59,7 +59,7 @@ def runs(data, tmp_path_factory):
             ("lm", {"decoder": "tiny"}),
             ("mlm", {"decoder": decoder, "encoder": "tiny"}),
             ("warmup", {"decoder": decoder, "encoder": encoder, "num_cross_layers": 1}),
-            ("cepe", {"cepe": str(root / "warmup/model"), "accumulate": 2, "loss_chunk": 5}),
+            ("cepe", {"cepe": str(root / "warmup/model"), "micro_batch": 2, "loss_chunk": 5}),
         ):
             mix = {"filtered": 1.0, "packed": 2.0} if stage == "cepe" else {"filtered": 1.0}
             run_stage(TrainConfig(stage, data, root / stage, 3, 4, mix=mix, examples=EXAMPLES[stage], **start))
@@ -95,7 +95,7 @@ def test_a_stage_leaves_its_configuration_metrics_and_tokenizer(runs, data):
 
 def test_a_finished_stage_is_not_trained_again(runs, data, capsys):
     mix = {"filtered": 1.0, "packed": 2.0}
-    start = {"cepe": "moved", "accumulate": 2, "loss_chunk": 5, "mix": mix, "examples": EXAMPLES["cepe"]}
+    start = {"cepe": "moved", "micro_batch": 2, "loss_chunk": 5, "mix": mix, "examples": EXAMPLES["cepe"]}
     config = TrainConfig("cepe", data, runs / "cepe", 3, 4, **start)
     assert run_stage(config) == runs / "cepe/model"
     assert "is finished" in capsys.readouterr().out
@@ -140,7 +140,7 @@ def test_a_run_is_of_its_data(runs, data, tmp_path):
     for kind in ("filtered", "packed"):
         sample(SampleConfig(data=data / "docs", out=tmp_path / kind, kind=kind, length=32, seed=5, stride=0, workers=1))
     mix = {"filtered": 1.0, "packed": 2.0}
-    start = {"cepe": "moved", "accumulate": 2, "loss_chunk": 5, "mix": mix, "examples": EXAMPLES["cepe"]}
+    start = {"cepe": "moved", "micro_batch": 2, "loss_chunk": 5, "mix": mix, "examples": EXAMPLES["cepe"]}
     with pytest.raises(ValueError, match="is of another run, dataset is"):
         run_stage(TrainConfig("cepe", tmp_path, runs / "cepe", 3, 4, **start))
 
@@ -173,7 +173,12 @@ def test_a_model_of_another_vocabulary_is_refused(runs, tmp_path):
 
 
 def test_in_bfloat16_the_frozen_part_is_narrow_and_what_trains_is_not(runs, data, tmp_path):
-    start = {"cepe": str(runs / "warmup/model"), "examples": EXAMPLES["cepe"], "dtype": "bfloat16", "remat": "full"}
+    start = {
+        "cepe": str(runs / "warmup/model"),
+        "examples": EXAMPLES["cepe"],
+        "dtype": "bfloat16",
+        "remat": RematConfig("full", "full"),
+    }
     model = run_stage(TrainConfig("cepe", data / "packed", tmp_path / "out", 2, 4, **start))
     tensors = json.loads((model / "hash.json").read_text())["tensors"]
     assert {(name.split(".")[0], facts["dtype"]) for name, facts in tensors.items()} == {
@@ -189,8 +194,7 @@ def test_in_bfloat16_the_frozen_part_is_narrow_and_what_trains_is_not(runs, data
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"batch_size": 6, "accumulate": 4}, "batch_size 6 is not a multiple of .* = 4"),
-        ({"batch_size": 6, "mesh": MeshConfig(fsdp=4)}, "batch_size 6 is not a multiple of .* = 4"),
+        ({"micro_batch": -1}, "micro_batch is -1"),
         ({"cepe": ""}, "stage cepe starts from cepe or decoder and encoder; given: none of them"),
         ({"decoder": "a"}, "stage cepe starts from cepe or decoder and encoder; given: decoder and cepe"),
         ({"stage": "lm"}, "stage lm starts from decoder; given: cepe"),
@@ -205,3 +209,51 @@ def test_bad_configurations(changes, message):
     fields = {"stage": "cepe", "data": Path("d"), "out": Path("o"), "steps": 3, "batch_size": 4, "cepe": "c"}
     with pytest.raises(ValueError, match=message):
         TrainConfig(**fields | changes)
+
+
+def test_a_mesh_of_no_devices_is_refused():
+    with pytest.raises(ValueError, match="data=0.*give numbers of devices above 0"):
+        MeshConfig(data=0)
+
+
+CONFIG = TrainConfig("cepe", Path("d"), Path("o"), 3, 16, cepe="c")
+
+
+@pytest.mark.parametrize(
+    ("changes", "devices", "fsdp", "micro_batches"),
+    [
+        ({}, 1, 1, 1),
+        ({"micro_batch": 1}, 1, 1, 16),
+        ({"micro_batch": 1}, 8, 8, 2),
+        ({"micro_batch": 2, "mesh": MeshConfig(tensor=2)}, 8, 4, 2),
+        ({"micro_batch": 4, "mesh": MeshConfig(data=2, fsdp=2)}, 4, 2, 1),
+        ({"mesh": MeshConfig(tensor=4)}, 8, 2, 1),
+    ],
+)
+def test_a_batch_falls_into_the_devices_micro_batches(changes, devices, fsdp, micro_batches):
+    config = dataclasses.replace(CONFIG, **changes)
+    mesh = stages.mesh_of(config, devices)
+    assert mesh.fsdp == fsdp
+    assert stages.micro_batches(config, mesh.data * mesh.fsdp) == micro_batches
+
+
+@pytest.mark.parametrize(
+    ("changes", "devices"), [({"micro_batch": 3}, 1), ({}, 3), ({"mesh": MeshConfig(data=32)}, 32)]
+)
+def test_a_batch_that_does_not_divide_is_refused(changes, devices):
+    with pytest.raises(ValueError, match=r"batch_size 16 is not a multiple of .* = (3|32): change one of them"):
+        stages.mesh_of(dataclasses.replace(CONFIG, **changes), devices)
+
+
+@pytest.mark.parametrize(
+    ("changes", "platform", "backend"),
+    [
+        ({}, "tpu", "splash"),
+        ({}, "cpu", "xla"),
+        ({}, "gpu", "xla"),  # cuDNN computes in 16 bits
+        ({"dtype": "bfloat16"}, "gpu", "cudnn"),
+        ({"attention": "xla"}, "tpu", "xla"),
+    ],
+)
+def test_attention_is_the_platforms(changes, platform, backend):
+    assert stages.backend_of(dataclasses.replace(CONFIG, **changes), platform) == backend
