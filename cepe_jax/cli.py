@@ -79,6 +79,8 @@ def _check(config_class, values: dict, root, group: str) -> None:
         kind = config_class.__dataclass_fields__[name].type
         if value is None and type(None) not in typing.get_args(kind):
             raise ValueError(f"{setting} has no value: give one, or leave it out")
+        if value is not None:  # of a group that may be left out, the group
+            kind = next(filter(dataclasses.is_dataclass, typing.get_args(kind)), kind)
         if dataclasses.is_dataclass(kind):
             if not isinstance(value, dict):
                 raise ValueError(f"{setting} is {value!r}: it is a group of settings, give them by name")

@@ -11,6 +11,7 @@ import numpy as np
 
 IGNORE = -100  # a label that is no target
 PAD = 0  # fills what the masks leave out
+TEACHER = "teacher"  # the name of a dataset of a teacher's probabilities
 
 Example = dict[str, np.ndarray]
 
@@ -34,6 +35,11 @@ class ExampleConfig:
     whole_chunk_rate: float = 0.1  # of those are masked whole, of the others a random suffix
     mlm_rate: float = 0.3  # of tokens are masked in MLM
     neighbours: Literal["none", "joint", "separate"] = "none"  # of retrieved passages: in the same chunk, or the next
+
+    @property
+    def span(self) -> int:
+        """Tokens of a window and the context before it."""
+        return self.num_chunks * self.chunk_length + self.window
 
     def __post_init__(self):
         for name in ("window", "num_chunks", "chunk_length"):

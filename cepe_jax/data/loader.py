@@ -25,7 +25,7 @@ from cepe_jax.data.sampling import documents_in
 if TYPE_CHECKING:
     import grain
 
-Stage = Literal["lm", "mlm", "warmup", "cepe"]
+Stage = Literal["lm", "mlm", "warmup", "cepe", "ceped"]
 
 
 class Sequences:
@@ -51,8 +51,8 @@ class Sequences:
         if self.joined and self.joined.name == RETRIEVED:
             self.query = {"query_tokens": self.joined.index["query_tokens"]}
             check_retrieved(path, self.joined.index, config)
-        elif stage == "cepe":
-            self.size += config.num_chunks * config.chunk_length
+        elif stage in ("cepe", "ceped"):
+            self.size = config.span
         length = self.records.index["length"]
         if length < self.size:
             raise ValueError(
@@ -108,7 +108,7 @@ class ToExample:
                 return masked_lm(tokens[: config.window], self.special, self.mask_id, config.mlm_rate, rng)
             case "warmup":
                 return duplicate(tokens, 0, config)
-            case "cepe":
+            case "cepe" | "ceped":
                 return mask_chunks(self._with_context(record, rng), config, rng)
 
     def _with_context(self, record: dict, rng: np.random.Generator) -> Example:

@@ -26,18 +26,18 @@ def sum_over_chunks(terms: Callable, chunk: int, hidden_BTD: Array, *arrays_BT: 
     that what `terms` makes of a chunk (its logits) is never stored for another.
     """
     arrays = [array for array, _ in arrays_BT]
-    T = hidden_BTD.shape[1]
-    if chunk in (0, T):
+    if chunk in (0, hidden_BTD.shape[1]):
         return terms(hidden_BTD, *arrays)
-
-    def chunked(x_BT, fill):
-        widths = [(0, 0), (0, -T % chunk)] + [(0, 0)] * (x_BT.ndim - 2)
-        padded = jnp.pad(x_BT, widths, constant_values=fill)
-        return jnp.moveaxis(padded.reshape(x_BT.shape[0], -1, chunk, *x_BT.shape[2:]), 1, 0)
-
-    xs = [chunked(hidden_BTD, 0), *(chunked(array, fill) for array, fill in arrays_BT)]
+    xs = [in_chunks(hidden_BTD, chunk, 0), *(in_chunks(array, chunk, fill) for array, fill in arrays_BT)]
     sums = jax.lax.map(jax.checkpoint(lambda x: terms(*x)), xs)
     return jax.tree.map(lambda a: a.sum(axis=0), sums)
+
+
+def in_chunks(x_BT: Array, chunk: int, fill: float) -> Array:
+    """(chunks, B, chunk, ...): the positions of `x_BT` (B, T, ...) in order, the last chunk filled up."""
+    widths = [(0, 0), (0, -x_BT.shape[1] % chunk)] + [(0, 0)] * (x_BT.ndim - 2)
+    padded = jnp.pad(x_BT, widths, constant_values=fill)
+    return jnp.moveaxis(padded.reshape(x_BT.shape[0], -1, chunk, *x_BT.shape[2:]), 1, 0)
 
 
 def token_nll(logits: Array, labels: Array) -> Array:
@@ -97,25 +97,69 @@ class MaskedLM:
         return nll, {"nll": nll}
 
 
+def teacher_top(decoder: Llama, tokens_BS: Array, window: int, top_k: int, chunk: int) -> dict[str, Array]:
+    """What the plain decoder expects after each of the last `window` tokens; no gradient passes.
+
+    `teacher_index` (B, window, K) are its likeliest next tokens, `teacher_prob` (B, window, K + 1) in fp32 their
+    probabilities and the rest's mass. Logits exist for `chunk` positions at a time (0 = all).
+    """
+    if top_k > decoder.config.vocab_size:
+        raise ValueError(f"top_k {top_k} exceeds the teacher's vocabulary of {decoder.config.vocab_size}")
+    decoder = jax.lax.stop_gradient(decoder)
+    hidden_BTD = decoder.decode(tokens_BS)[0][:, -window:]
+
+    def top(hidden_BTD):
+        logits = decoder.logits(hidden_BTD)
+        chosen, index = jax.lax.top_k(logits, top_k)
+        prob = jnp.exp(chosen - jax.nn.logsumexp(logits, axis=-1, keepdims=True))
+        rest = jnp.maximum(1 - prob.sum(axis=-1, keepdims=True), 0)
+        return {"teacher_index": index, "teacher_prob": jnp.concatenate([prob, rest], axis=-1)}
+
+    chunks = jax.lax.map(top, in_chunks(hidden_BTD, chunk or window, 0))
+    B = len(tokens_BS)
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(B, -1, x.shape[-1])[:, :window], chunks)
+
+
 @dataclass(frozen=True)
-class Distill:
+class DistillConfig:
+    """What CEPED's loss weighs, and what of the teacher it reads."""
+
+    nll_weight: float = 1.0  # of the next token's cross entropy
+    kl_weight: float = 2.0
+    top_k: int = 50  # of the teacher's likeliest tokens
+    smooth: float = 0.0  # added to probabilities; 0: the mass of all other tokens is left out
+
+    def __post_init__(self):
+        for name in ("nll_weight", "kl_weight", "top_k"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}: give a number above 0")
+        if not self.smooth >= 0:
+            raise ValueError(f"smooth is {self.smooth}: give 0 or more")
+
+
+@dataclass(frozen=True)
+class Distill(DistillConfig):
     """CEPED: next-token cross entropy plus KL(teacher || student) over the teacher's top K tokens (section 3.3).
 
     The batch has `teacher_index` (B, n, K) and `teacher_prob` (B, n, K + 1), the last entry the rest's mass, for the
-    last n positions. KL is averaged over all B n of them, ignored labels too. Without `smooth` the rest's mass is
-    left out and nothing renormalised; with it, it counts, and `smooth` is added to both distributions' K + 1 entries.
+    last n positions. Without them the frozen decoder is the teacher of the whole window: it reads the context, masked
+    or not, and then the tokens, all of them real. KL is averaged over all B n positions, ignored labels too. Without
+    `smooth` the rest's mass is left out and nothing renormalised; with it, it counts, and `smooth` is added to both
+    distributions' K + 1 entries.
     """
 
-    nll_weight: float = 1.0
-    kl_weight: float = 2.0
-    smooth: float = 0.0
     loss_chunk: int = 0
 
     def weights(self, batch: Batch) -> dict[str, Array]:
-        B, n = batch["teacher_index"].shape[:2]
+        B, n = batch.get("teacher_index", batch["tokens"]).shape[:2]
         return {"nll": (batch["labels"] != IGNORE).sum(), "kl": jnp.asarray(B * n)}
 
     def __call__(self, model: Cepe, batch: Batch, weights) -> tuple[Array, dict[str, Array]]:
+        if "teacher_index" not in batch:
+            B, T = batch["tokens"].shape
+            tokens_BS = jnp.concatenate([batch["context"].reshape(B, -1), batch["tokens"]], axis=1)
+            batch = batch | teacher_top(model.decoder, tokens_BS, T, self.top_k, self.loss_chunk)
+
         def terms(hidden_BTD, labels_BT, prob_BTK, index_BTK, taught_BT):
             logits = model.decoder.logits(hidden_BTD)
             kl_BT = self._kl(jax.nn.log_softmax(logits), prob_BTK.astype(jnp.float32), index_BTK)

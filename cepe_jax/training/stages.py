@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -11,8 +11,8 @@ from typing import Literal
 import jax
 
 from cepe_jax.config import DECODERS, ENCODERS, Backend, Remat, preset
-from cepe_jax.data.examples import ExampleConfig
-from cepe_jax.data.loader import Stage, batches, examples, open_mix
+from cepe_jax.data.examples import TEACHER, ExampleConfig
+from cepe_jax.data.loader import Sequences, Stage, batches, examples, open_mix
 from cepe_jax.directories import refuse_another_run
 from cepe_jax.model.cepe import (
     Cepe,
@@ -26,10 +26,10 @@ from cepe_jax.model.cepe import (
 from cepe_jax.model.encoder import Encoder
 from cepe_jax.model.llama import Llama
 from cepe_jax.sharding import batch_share, make_mesh, place_batch, shardings_of
-from cepe_jax.training.objectives import MaskedLM, NextToken
+from cepe_jax.training.objectives import Distill, DistillConfig, MaskedLM, NextToken
 from cepe_jax.training.trainer import OptimizerConfig, Run, init_state, make_train_step, train
 from cepe_jax.weights.checkpoint import Checkpoints, digests_of
-from cepe_jax.weights.directory import save
+from cepe_jax.weights.directory import check_window, save
 from cepe_jax.weights.huggingface import load
 
 Dtype = Literal["float32", "bfloat16"]
@@ -58,13 +58,13 @@ class RematConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    stage: Stage  # lm: a decoder from scratch; mlm: an encoder; warmup and cepe: as in the paper
+    stage: Stage  # lm: a decoder from scratch; mlm: an encoder; warmup, cepe and ceped: as in the paper
     data: Path  # a dataset of sequences, or the directory of those that `mix` names
     out: Path  # gets checkpoints/, metrics.jsonl, config.json, and at the end model/
     steps: int
     batch_size: int  # sequences per step
     decoder: str = ""  # a preset (lm) or a model directory; mlm: the encoder starts from its first layers
-    encoder: str = ""  # a preset (mlm) or a model directory
+    encoder: str = ""  # a preset, which starts at random, or a model directory
     cepe: str = ""  # a model directory, in place of decoder and encoder
     num_cross_layers: int = 0  # of the decoder's last layers; 0 = all
     cross_init: CrossInit = "copy"
@@ -72,6 +72,7 @@ class TrainConfig:
     mix: dict[str, float] = field(default_factory=dict)  # dataset below `data` -> weight of its examples
     workers: int = 0  # processes that load data; 0 = threads of this one
     examples: ExampleConfig = ExampleConfig()
+    distill: DistillConfig | None = None  # of stage ceped, which needs it
     optimizer: OptimizerConfig = OptimizerConfig()
     micro_batch: int = 0  # sequences that a device (or those of one `mesh.tensor`) computes at once; 0 = all it has
     loss_chunk: int = 0  # positions whose logits exist at once; 0 = all
@@ -97,6 +98,10 @@ class TrainConfig:
             for name in ("num_cross_layers", "cross_init"):
                 if getattr(self, name) != TrainConfig.__dataclass_fields__[name].default:
                     raise ValueError(f"{name} is for a start from decoder and encoder: leave it out")
+        if (self.distill is not None) != (self.stage == "ceped"):
+            raise ValueError(f"stage is {self.stage}: distill is the loss of stage ceped, give both or neither")
+        if self.stage == "ceped" and self.examples.foreign_rate:
+            raise ValueError("foreign_rate is not for stage ceped: its teacher reads what stands before the window")
         if any(weight <= 0 for weight in self.mix.values()):
             raise ValueError(f"mix is {self.mix}: give weights above 0")
         for name in ("micro_batch", "loss_chunk", "mlp_chunk"):
@@ -162,7 +167,11 @@ def starting_model(config: TrainConfig, vocab_size: int) -> Cepe | Llama | Encod
     if config.cepe:
         return load(config.cepe, config.dtype, config.train)
     decoder = load(config.decoder, config.dtype, tuple({"decoder"} & set(config.train)))
-    encoder = load(config.encoder, config.dtype, tuple({"encoder"} & set(config.train)))
+    if config.encoder in ENCODERS:
+        sizes = dataclasses.replace(ENCODERS[config.encoder], vocab_size=vocab_size + 1)
+        encoder = born_sharded(lambda key: Encoder(sizes, key=key), key)
+    else:
+        encoder = load(config.encoder, config.dtype, tuple({"encoder"} & set(config.train)))
     if encoder.config.mlm_head:
         del encoder.mlm_head
         encoder.config = dataclasses.replace(encoder.config, mlm_head=False)
@@ -198,13 +207,50 @@ def prepare_to_run(model: Cepe | Llama | Encoder, config: TrainConfig, vocab_siz
         )
 
 
+def objective_of(config: TrainConfig) -> NextToken | MaskedLM | Distill:
+    match config.stage:
+        case "mlm":
+            return MaskedLM(config.loss_chunk)
+        case "ceped":
+            return Distill(**vars(config.distill), loss_chunk=config.loss_chunk)
+    return NextToken(config.loss_chunk)
+
+
+def check_teacher(config: TrainConfig, sources: Sequence[Sequences]) -> None:
+    """ValueError where the datasets are not what the stage's loss learns from, or the decoder is no teacher for them.
+
+    The teacher's probabilities are in the datasets, or else the decoder that the stage starts from computes them.
+    """
+    taught = [source.joined is not None and source.joined.name == TEACHER for source in sources]
+    if config.stage != "ceped":
+        if any(taught):
+            raise ValueError(f"{config.data}: holds a teacher's probabilities, and stage {config.stage} reads none")
+        return
+    for source, is_taught in zip(sources, taught, strict=True):
+        if source.joined and not is_taught:
+            raise ValueError(
+                f"{source.joined.path}: its contexts are passages, and stage ceped needs what stood before"
+            )
+        if is_taught and source.joined.index["top_k"] != config.distill.top_k:
+            raise ValueError(
+                f"{source.joined.path} has {source.joined.index['top_k']} tokens a position and distill.top_k is "
+                f"{config.distill.top_k}: set the one, or make the other again"
+            )
+    if all(taught):
+        print("teacher: probabilities in the data")
+        return
+    if any(taught):
+        raise ValueError(f"{config.data}: a part of mix holds a teacher's probabilities: give all of it one, or none")
+    if "decoder" in config.train:
+        raise ValueError("the decoder is the teacher and cannot train: leave it out, or prepare a teacher's dataset")
+    check_window(config.cepe or config.decoder, config.examples.span)
+    print("teacher: the frozen decoder, in each step")
+
+
 def run_stage(config: TrainConfig) -> Path:
     """The directory `config.out/model`, trained; a run that was cut off goes on from its newest checkpoint."""
     model_dir, record = config.out / "model", config.out / "config.json"
     sources = open_mix(config.data, config.mix, config.stage, config.examples)
-    for source in sources:
-        if source.joined and source.joined.name == "teacher":
-            raise ValueError(f"{source.joined.path} holds a teacher's probabilities: no stage here learns from them")
     tokenizer = sources[0].records.tokenizer
     resolved = json.loads(json.dumps(dataclasses.asdict(config), default=str))
     resolved["dataset"] = {"tokenizer": tokenizer.fingerprint(), "sequences": [source.digest for source in sources]}
@@ -212,6 +258,7 @@ def run_stage(config: TrainConfig) -> Path:
         refuse_another_run(config.out, identity_of(json.loads(record.read_text())), identity_of(resolved))
         print(f"{model_dir} is finished: remove {config.out} to train again")
         return model_dir
+    check_teacher(config, sources)
     data = examples(sources, list(config.mix.values()) or [1.0], config.stage, config.examples, config.seed)
     sizes = mesh_of(config, jax.device_count())
     backend = backend_of(config, jax.default_backend())
@@ -233,7 +280,6 @@ def run_stage(config: TrainConfig) -> Path:
         counts = [sum(x.size for x in jax.tree.leaves(parts)) for parts in (trainable, frozen)]
         print(f"{config.stage}: {counts[0]:,} parameters train, {counts[1]:,} are frozen; attention: {backend}")
         optimizer = config.optimizer.build(config.optimizer.schedule(config.steps))
-        objective = MaskedLM(config.loss_chunk) if config.stage == "mlm" else NextToken(config.loss_chunk)
         config.out.mkdir(parents=True, exist_ok=True)
         if not (config.out / "checkpoints").exists():
             record.write_text(json.dumps(resolved, indent=1))
@@ -245,7 +291,7 @@ def run_stage(config: TrainConfig) -> Path:
                 Run(config.out, config.steps, config.save_every),
                 initial,
                 frozen,
-                make_train_step(objective, optimizer, micro_batches(config, sizes.data * sizes.fsdp)),
+                make_train_step(objective_of(config), optimizer, micro_batches(config, sizes.data * sizes.fsdp)),
                 batches_from,
                 checkpoints,
             )

@@ -37,6 +37,19 @@ def is_ours(path: Path) -> bool:
     return read_json(path / "config.json").get("format") == FORMAT
 
 
+def facts_at(path: Path) -> dict:
+    """The Hugging Face facts of the directory, in either format."""
+    config = read_json(path / "config.json")
+    return config.get("huggingface", {}) if config.get("format") == FORMAT else facts_of(config)
+
+
+def check_window(path: Path | str, length: int) -> None:
+    """ValueError where the directory says that its decoder was trained for fewer positions."""
+    positions = facts_at(Path(path)).get("max_position_embeddings")
+    if positions is not None and length > positions:
+        raise ValueError(f"{path} reads {positions} tokens, and context and window have {length}: lower one of them")
+
+
 class Directory:
     """A directory in our format, its names, shapes and types checked against its config and its hashes."""
 
@@ -93,10 +106,8 @@ def check_names(where: Path, expected: set[str], found: set[str]) -> None:
 
 def save(model: Model, path: Path | str, assets: Path | str | None = None) -> None:
     """`model` is at `path` in our format, with the tokenizer files and Hugging Face facts of directory `assets`."""
-    facts = {}
-    if assets is not None:
-        config = read_json(Path(assets) / "config.json") if (Path(assets) / "config.json").is_file() else {}
-        facts = config.get("huggingface", {}) if config.get("format") == FORMAT else facts_of(config)
+    has_config = assets is not None and (Path(assets) / "config.json").is_file()
+    facts = facts_at(Path(assets)) if has_config else {}
     tensors = track(tensors_of(model), f"writing {path}", len(shapes(model.config)))
     write(path, model.config, tensors, facts, assets)
 

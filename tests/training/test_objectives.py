@@ -10,9 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from tiny import DECODER, make_decoder
 
 from cepe_jax.data.examples import IGNORE
 from cepe_jax.model.cepe import assemble, parts_of, split
+from cepe_jax.model.llama import Llama
 from cepe_jax.training.objectives import Distill, MaskedLM, NextToken, sum_over_chunks
 from cepe_jax.training.trainer import OptimizerConfig, init_state, make_train_step
 from cepe_jax.weights.huggingface import load, table
@@ -47,15 +49,21 @@ def cepe_batch(golden: dict, mask: str = "encoder_attention_mask") -> dict:
     }
 
 
-def loss_and_gradient(objective, model, batch, train=("encoder", "cross")):
+def loss_and_gradient(objective, model, batch, train=("encoder", "cross"), micro=False):
+    """Of the whole batch; with `micro` the sum over its rows."""
     trainable, frozen = split(model, train)
 
     @jax.jit
     def run(trainable, frozen, batch):
-        def loss(trainable):
-            return objective(assemble(trainable | frozen), batch, objective.weights(batch))[0]
+        weights = objective.weights(batch)
 
-        return jax.value_and_grad(loss)(trainable)
+        def of_rows(rows):
+            return jax.value_and_grad(lambda t: objective(assemble(t | frozen), rows, weights)[0])(trainable)
+
+        if not micro:
+            return of_rows(batch)
+        by_row = jax.lax.map(of_rows, jax.tree.map(lambda x: x[:, None], batch))
+        return jax.tree.map(lambda x: x.sum(axis=0), by_row)
 
     return run(trainable, frozen, batch)
 
@@ -141,6 +149,7 @@ def batch(cepe):
     labels = rng.integers(0, 64, (B, T))
     labels[0] = IGNORE
     labels[1, ::2] = IGNORE
+    labels[:, :4] = IGNORE  # a whole chunk
     teacher = rng.dirichlet(np.ones(K + 1), (B, 6))
     return {
         "tokens": rng.integers(0, 64, (B, T)),
@@ -152,15 +161,34 @@ def batch(cepe):
     }
 
 
-@pytest.mark.parametrize("objective", [NextToken(), Distill()])
-def test_chunks_change_neither_loss_nor_gradient(cepe, batch, objective):
-    """Lengths that do not divide, and a chunk of one position."""
-    whole, wanted = loss_and_gradient(objective, cepe, batch)
-    for chunk in (4, 1):
-        loss, gradient = loss_and_gradient(dataclasses.replace(objective, loss_chunk=chunk), cepe, batch)
-        assert float(loss) == pytest.approx(float(whole), rel=1e-6)
-        for ours, theirs in zip(jax.tree.leaves(gradient), jax.tree.leaves(wanted), strict=True):
-            assert error(ours, theirs) <= 1e-5
+@pytest.fixture(scope="module")
+def tied() -> Llama:
+    return make_decoder(dataclasses.replace(DECODER, tied_head=True))
+
+
+CASES = {
+    "next token": (NextToken(), "cepe", ()),
+    "tied head": (NextToken(), "tied", ()),
+    "masked": (MaskedLM(), "encoder", ()),
+    "taught": (Distill(), "cepe", ()),
+    "taught online": (Distill(top_k=4), "cepe", ("teacher_prob", "teacher_index")),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_chunks_change_neither_loss_nor_gradient(request, batch, case):
+    """In micro-batches too: lengths that do not divide, and a chunk without a label."""
+    objective, name, absent = CASES[case]
+    model = request.getfixturevalue(name)
+    train = ("encoder", "cross") if name == "cepe" else tuple(parts_of(model))
+    batch = {field: value for field, value in batch.items() if field not in absent}
+    whole, wanted = loss_and_gradient(objective, model, batch, train)
+    assert float(whole) > 1
+    chunked = dataclasses.replace(objective, loss_chunk=4)
+    loss, gradient = loss_and_gradient(chunked, model, batch, train, micro=True)
+    assert float(loss) == pytest.approx(float(whole), rel=1e-6)
+    for ours, theirs in zip(jax.tree.leaves(gradient), jax.tree.leaves(wanted), strict=True):
+        assert error(ours, theirs) <= 1e-5
 
 
 def test_a_batch_without_a_kept_label_has_loss_and_gradient_zero(cepe, batch):

@@ -17,6 +17,7 @@ from cepe_jax.data.loader import batches
 from cepe_jax.data.sampling import SampleConfig, sample
 from cepe_jax.model.cepe import Cepe, parts_of
 from cepe_jax.training import stages
+from cepe_jax.training.objectives import DistillConfig
 from cepe_jax.training.stages import MeshConfig, RematConfig, TrainConfig, run_stage
 from cepe_jax.weights.huggingface import load
 
@@ -203,6 +204,12 @@ def test_in_bfloat16_the_frozen_part_is_narrow_and_what_trains_is_not(runs, data
         ({"mix": {"a": 0.0}}, r"mix is \{'a': 0.0\}: give weights above 0"),
         ({"workers": -1}, "workers is -1: give a number of processes"),
         ({"num_cross_layers": 2}, "num_cross_layers is for a start from decoder and encoder"),
+        ({"distill": DistillConfig()}, "stage is cepe: distill is the loss of stage ceped, give both or neither"),
+        ({"stage": "ceped"}, "stage is ceped: distill is the loss of stage ceped"),
+        (
+            {"stage": "ceped", "distill": DistillConfig(), "examples": ExampleConfig(foreign_rate=0.1)},
+            "foreign_rate is not for stage ceped",
+        ),
     ],
 )
 def test_bad_configurations(changes, message):
