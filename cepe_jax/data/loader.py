@@ -146,8 +146,28 @@ def examples(
     """
     import grain  # takes a second or two: only what loads data pays for it
 
-    shuffled = [grain.MapDataset.source(s).shuffle(seed=seed + i).repeat() for i, s in enumerate(sources)]
-    return grain.MapDataset.mix(shuffled, weights).seed(seed).random_map(ToExample(sources, stage, config))
+    mixed = grain.MapDataset.mix(_shuffled(sources, seed), weights)
+    return mixed.seed(seed).random_map(ToExample(sources, stage, config))
+
+
+def _shuffled(sources: Sequence[Sequences], seed: int) -> list["grain.MapDataset"]:
+    import grain
+
+    return [grain.MapDataset.source(source).shuffle(seed=seed + i).repeat() for i, source in enumerate(sources)]
+
+
+def names_in(
+    sources: Sequence[Sequences], weights: Sequence[float], seed: int, batch_size: int, number: int
+) -> list[str]:
+    """Which sequences global batch `number` is made of: the dataset of each, and the first line of its name."""
+    import grain
+
+    named = [
+        records.map(lambda record, path=source.records.path: f"{path.name}/{record['name'].decode().splitlines()[0]}")
+        for source, records in zip(sources, _shuffled(sources, seed), strict=True)
+    ]
+    mixed = grain.MapDataset.mix(named, weights)
+    return [mixed[i] for i in range(number * batch_size, (number + 1) * batch_size)]
 
 
 def batches(

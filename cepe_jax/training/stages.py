@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from cepe_jax.config import DECODERS, ENCODERS, Backend, Remat, preset
 from cepe_jax.data.examples import TEACHER, ExampleConfig
-from cepe_jax.data.loader import Sequences, Stage, batches, examples, open_mix
+from cepe_jax.data.loader import Sequences, Stage, batches, examples, names_in, open_mix
 from cepe_jax.directories import refuse_another_run
 from cepe_jax.model.cepe import (
     Cepe,
@@ -26,6 +28,7 @@ from cepe_jax.model.cepe import (
 from cepe_jax.model.encoder import Encoder
 from cepe_jax.model.llama import Llama
 from cepe_jax.sharding import batch_share, make_mesh, place_batch, shardings_of
+from cepe_jax.training.logs import StepFacts
 from cepe_jax.training.objectives import Distill, DistillConfig, MaskedLM, NextToken
 from cepe_jax.training.trainer import OptimizerConfig, Run, init_state, make_train_step, train
 from cepe_jax.weights.checkpoint import Checkpoints, digests_of
@@ -82,6 +85,7 @@ class TrainConfig:
     remat: RematConfig = RematConfig()
     mesh: MeshConfig = MeshConfig()
     save_every: int = 500  # steps
+    log_every: int = 10  # steps
     seed: int = 0
 
     def __post_init__(self):
@@ -109,7 +113,7 @@ class TrainConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}: give a number, or 0 for all")
         if self.workers < 0:
             raise ValueError(f"workers is {self.workers}: give a number of processes, or 0 for threads")
-        Run(self.out, self.steps, self.save_every)
+        Run(self.out, self.steps, self.save_every, self.log_every)
 
 
 def mesh_of(config: TrainConfig, devices: int) -> MeshConfig:
@@ -248,7 +252,10 @@ def check_teacher(config: TrainConfig, sources: Sequence[Sequences]) -> None:
 
 
 def run_stage(config: TrainConfig) -> Path:
-    """The directory `config.out/model`, trained; a run that was cut off goes on from its newest checkpoint."""
+    """The directory `config.out/model`, trained; a run that was cut off goes on from its newest checkpoint.
+
+    That of the checkpoints where the run was asked to stop before its end.
+    """
     model_dir, record = config.out / "model", config.out / "config.json"
     sources = open_mix(config.data, config.mix, config.stage, config.examples)
     tokenizer = sources[0].records.tokenizer
@@ -259,7 +266,8 @@ def run_stage(config: TrainConfig) -> Path:
         print(f"{model_dir} is finished: remove {config.out} to train again")
         return model_dir
     check_teacher(config, sources)
-    data = examples(sources, list(config.mix.values()) or [1.0], config.stage, config.examples, config.seed)
+    weights = list(config.mix.values()) or [1.0]
+    data = examples(sources, weights, config.stage, config.examples, config.seed)
     sizes = mesh_of(config, jax.device_count())
     backend = backend_of(config, jax.default_backend())
     with jax.set_mesh(make_mesh(**dataclasses.asdict(sizes))):
@@ -279,7 +287,9 @@ def run_stage(config: TrainConfig) -> Path:
         trainable, frozen = split(model, tuple(parts_of(model)) if whole else config.train)
         counts = [sum(x.size for x in jax.tree.leaves(parts)) for parts in (trainable, frozen)]
         print(f"{config.stage}: {counts[0]:,} parameters train, {counts[1]:,} are frozen; attention: {backend}")
-        optimizer = config.optimizer.build(config.optimizer.schedule(config.steps))
+        schedule = config.optimizer.schedule(config.steps)
+        optimizer = config.optimizer.build(schedule)
+        learning_rates = np.asarray(jax.vmap(schedule)(jnp.arange(config.steps)))
         config.out.mkdir(parents=True, exist_ok=True)
         if not (config.out / "checkpoints").exists():
             record.write_text(json.dumps(resolved, indent=1))
@@ -288,15 +298,25 @@ def run_stage(config: TrainConfig) -> Path:
         del model, trainable  # a resumed run would hold them beside the restored ones
         with contextlib.closing(Checkpoints(config.out / "checkpoints", identity)) as checkpoints:
             state = train(
-                Run(config.out, config.steps, config.save_every),
+                Run(config.out, config.steps, config.save_every, config.log_every),
+                StepFacts(learning_rates, tokens_of_step(config), flops=0.0),
                 initial,
                 frozen,
                 make_train_step(objective_of(config), optimizer, micro_batches(config, sizes.data * sizes.fsdp)),
                 batches_from,
+                lambda step: names_in(sources, weights, config.seed, config.batch_size, step),
                 checkpoints,
             )
+        if int(state.step) < config.steps:
+            return config.out / "checkpoints"
         save(assemble(state.trainable | frozen), model_dir, assets=tokenizer_home(config))
     return model_dir
+
+
+def tokens_of_step(config: TrainConfig) -> int:
+    """What the decoder or encoder reads in a step, contexts too."""
+    examples = config.examples
+    return config.batch_size * (examples.window if config.stage in ("lm", "mlm") else examples.span)
 
 
 def identity_of(resolved: dict) -> dict:
@@ -305,7 +325,7 @@ def identity_of(resolved: dict) -> dict:
     The contents of the places are compared instead.
     """
     places = {"data", "decoder", "encoder", "cepe", "out"}
-    pace = {"save_every", "mesh", "micro_batch", "workers"}
+    pace = {"save_every", "log_every", "mesh", "micro_batch", "workers"}
     return {key: value for key, value in resolved.items() if key not in places | pace}
 
 

@@ -1,20 +1,22 @@
-"""One training loop for every stage: state, optimiser, step, checkpoints, metrics."""
+"""One training loop for every stage: state, optimiser, step, checkpoints."""
 
-import json
-import time
+import contextlib
+import dataclasses
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from cepe_jax.model.cepe import Parts, assemble
 from cepe_jax.progress import track
 from cepe_jax.sharding import constrain, shardings_of
+from cepe_jax.training.logs import Log, StepFacts
 from cepe_jax.training.objectives import Batch
+from cepe_jax.training.stop import StopRequests
 from cepe_jax.weights.checkpoint import Checkpoints
 
 
@@ -50,15 +52,19 @@ class OptimizerConfig:
 class TrainState:
     trainable: Parts
     opt_state: optax.OptState
-    step: jax.Array
+    step: jax.Array  # steps taken
+    halted: jax.Array  # 1 from the first step on that was not finite; neither it nor any later one is taken
 
 
 def init_state(trainable: Parts, optimizer: optax.GradientTransformation) -> TrainState:
     """Step 0, the optimiser's state placed like what it belongs to."""
+
+    def start(trainable):
+        return optimizer.init(trainable), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
+
     mesh = jax.sharding.get_mesh()
-    shardings = None if mesh.empty else shardings_of(jax.eval_shape(optimizer.init, trainable), mesh)
-    opt_state = jax.jit(optimizer.init, out_shardings=shardings)(trainable)
-    return TrainState(trainable, opt_state, jnp.zeros((), jnp.int32))
+    shardings = None if mesh.empty else shardings_of(jax.eval_shape(start, trainable), mesh)
+    return TrainState(trainable, *jax.jit(start, out_shardings=shardings)(trainable))
 
 
 def make_train_step(objective, optimizer: optax.GradientTransformation, accumulate: int = 1) -> Callable:
@@ -67,6 +73,8 @@ def make_train_step(objective, optimizer: optax.GradientTransformation, accumula
     The batch's rows are taken in `accumulate` micro-batches, weighted so that the result is the whole batch's:
     by kept labels, not by rows. Micro-batch i has rows i, i + accumulate, ...: of each device's share the same number,
     so that none moves. Only what trains has gradients; the frozen parts are an argument like the batch.
+    A step whose loss or gradient is not finite is not taken, nor is any after it: the metrics, which may be read
+    much later, have `halted`, and the state is still the one before that step.
     """
 
     def train_step(state: TrainState, frozen: Parts, batch: Batch):
@@ -76,8 +84,8 @@ def make_train_step(objective, optimizer: optax.GradientTransformation, accumula
             return objective(assemble(trainable | frozen), rows, weights)
 
         def gradient_of(rows):
-            (_, terms), gradient = jax.value_and_grad(loss, has_aux=True)(state.trainable, rows)
-            return terms, gradient
+            (total, terms), gradient = jax.value_and_grad(loss, has_aux=True)(state.trainable, rows)
+            return terms | {"loss": total}, gradient
 
         def add(total, rows):
             return jax.tree.map(jnp.add, total, gradient_of(rows)), None
@@ -92,14 +100,18 @@ def make_train_step(objective, optimizer: optax.GradientTransformation, accumula
             (terms, gradient), _ = jax.lax.scan(add, zeros, micros)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.trainable)
         metrics = terms | {"grad_norm": optax.tree.norm(gradient)}
-        return TrainState(optax.apply_updates(state.trainable, updates), opt_state, state.step + 1), metrics
+        finite = jnp.isfinite(jnp.stack(list(metrics.values()))).all()
+        halted = state.halted | ~finite
+        taken = TrainState(optax.apply_updates(state.trainable, updates), opt_state, state.step + 1, state.halted)
+        stays = dataclasses.replace(state, halted=halted)
+        return jax.tree.map(lambda new, old: jnp.where(halted, old, new), taken, stays), metrics | {"halted": halted}
 
     return jax.jit(train_step, donate_argnums=0)
 
 
 @dataclass(frozen=True)
 class Run:
-    """Where one run's files go and how often: `checkpoints/`, `metrics.jsonl`."""
+    """Where one run's files go and how often: `checkpoints/`, `metrics.jsonl`, `tensorboard/`."""
 
     out: Path
     steps: int
@@ -114,54 +126,73 @@ class Run:
 
 def train(
     run: Run,
+    facts: StepFacts,
     state: TrainState,
     frozen: Parts,
     step: Callable,
     batches_from: Callable[[int], Iterator[Batch]],
+    records_of: Callable[[int], list[str]],
     checkpoints: Checkpoints,
 ) -> TrainState:
     """The state after `run.steps` steps, going on from the newest checkpoint where there is one.
 
+    SIGTERM, or preemption of one of many processes, saves the state and ends the run before its last step: then that
+    state is returned. Ctrl-C does so too, and raises KeyboardInterrupt.
     `batches_from(n)` yields the batches of steps n, n + 1, ...: a resumed run sees what an uninterrupted one does.
-    A non-finite loss ends the run with a ValueError that names the step.
+    A step that is not finite ends the run with a ValueError that names it and `records_of` it; the state before it
+    is saved. The batches must be on the devices: between dispatches nothing is moved there, nor waited for.
     """
     first = 0
     if (restored := checkpoints.restore(state)) is not None:
         first, state = restored
         print(f"resumed at step {first} of {run.steps} from {checkpoints.directory}")
-    log = MetricsLog(run.out / "metrics.jsonl", first)
     batches = batches_from(first)
-    pending: list[tuple[int, dict]] = []  # read one step late, so that the device never waits for the host
-    for number in track(range(first, run.steps), run.out.name, run.steps - first, lambda: log.latest):
-        state, metrics = step(state, frozen, next(batches))
-        log.write(pending)
-        done = number + 1
-        saving = done % run.save_every == 0 or done == run.steps
-        pending = [(done, metrics)] if saving or done % run.log_every == 0 else []
-        if saving:
-            log.write(pending)  # before the state is saved: what is not finite is not kept
-            pending = []
-            checkpoints.save(done, state)
+    pending: tuple[int, dict] | None = None  # read one step late, so that the device never waits for the host
+    with contextlib.closing(Log(run.out, first, facts)) as log, StopRequests() as stop:
+
+        def settle() -> None:
+            """What is pending is read and logged; it ends the run where it is not finite."""
+            nonlocal pending
+            if pending is None:
+                return
+            (done, metrics), pending = pending, None
+            values = {name: value.item() for name, value in jax.device_get(metrics).items()}
+            if values.pop("halted"):
+                raise ValueError(kept_before_halt(state, checkpoints, records_of))
+            if done % run.log_every == 0 or done == run.steps:
+                log.write(done, values)
+            elif done == first + 1:
+                log.rest(done)
+
+        for done in track(range(first + 1, run.steps + 1), run.out.name, run.steps - first, lambda: log.latest):
+            batch = next(batches)
+            with jax.transfer_guard("disallow"):
+                state, metrics = step(state, frozen, batch)
+            settle()
+            stopping = stop.after(done) and done < run.steps
+            saving = stopping or done % run.save_every == 0 or done == run.steps
+            if saving or done == first + 1 or done % run.log_every == 0:
+                pending = done, metrics
+            if saving:
+                settle()  # waits for the step, as the save does: what a checkpoint holds is finite and logged
+                checkpoints.save(done, state)
+            if stopping:
+                checkpoints.wait()
+                print(f"stopped after step {done} of {run.steps}, which is saved: the same command goes on from there")
+                if stop.received == signal.SIGINT:
+                    raise KeyboardInterrupt
+                break
     return state
 
 
-class MetricsLog:
-    """metrics.jsonl, one line per logged step; lines after `first` (of a run that was cut off) are dropped."""
-
-    def __init__(self, path: Path, first: int):
-        kept = path.read_text().splitlines(keepends=True) if path.exists() else []
-        kept = [line for line in kept if line.endswith("\n") and json.loads(line)["step"] <= first]
-        path.write_text("".join(kept))
-        self.path, self.latest, self._last = path, "", (first, time.monotonic())
-
-    def write(self, steps: list[tuple[int, dict[str, jax.Array]]]) -> None:
-        for step, metrics in steps:
-            values = {name: float(value) for name, value in metrics.items()}
-            if not np.isfinite(list(values.values())).all():
-                raise ValueError(f"step {step}: {values} is not finite: lower the learning rate, or look at the data")
-            last_step, last_time = self._last
-            self._last = step, time.monotonic()
-            values["seconds_per_step"] = (self._last[1] - last_time) / (step - last_step)
-            with open(self.path, "a") as file:
-                file.write(json.dumps({"step": step} | values) + "\n")
-            self.latest = f"nll {values['nll']:.3f}"
+def kept_before_halt(state: TrainState, checkpoints: Checkpoints, records_of: Callable[[int], list[str]]) -> str:
+    """Saves the state before the step that was not finite, and says which step of which records that was."""
+    step = int(jax.device_get(state.step))
+    if checkpoints.latest() != step:
+        checkpoints.save(step, dataclasses.replace(state, halted=jnp.zeros_like(state.halted)))
+    checkpoints.wait()
+    return (
+        f"step {step + 1}: the loss or its gradient is not finite. The state before it is "
+        f"{checkpoints.directory / str(step)}: lower the learning rate, or look at its records: "
+        f"{', '.join(records_of(step))}"
+    )

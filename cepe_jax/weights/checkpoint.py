@@ -4,6 +4,9 @@ State is stored as plain dicts, readable without our classes. Orbax checks neith
 directories, and nnx merges by order, so names, shapes, dtypes and a digest of every array are checked here.
 """
 
+import contextlib
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -12,6 +15,9 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from cepe_jax.directories import refuse_another_run
+
+# Orbax raises what goes wrong with a save, and logs it before, four times and with pages of traces.
+logging.getLogger("absl").addFilter(lambda record: not record.exc_info or "orbax" not in record.pathname)
 
 
 def digests_of(state) -> dict[str, int]:
@@ -46,6 +52,18 @@ def _unflat(flat: dict[str, jax.Array], like):
     return jax.tree.unflatten(jax.tree.structure(like), [flat[name] for name in _flat(like)])
 
 
+def _described(flat: dict[str, jax.Array]) -> dict[str, dict]:
+    """What is stored of every array beside it: type, shape, digest. The digests wait for the arrays to be computed."""
+    digests = jax.device_get(_digests(flat))
+    return {
+        name: {"dtype": str(x.dtype), "shape": list(x.shape), "digest": int(digests[name])} for name, x in flat.items()
+    }
+
+
+class Refused(ValueError):
+    """A checkpoint is not what its run wrote."""
+
+
 class Checkpoints:
     """The checkpoints of one run, in `directory`: at most the newest two are kept.
 
@@ -58,56 +76,94 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(max_to_keep=2, cleanup_tmp_directories=True)
         self.manager = ocp.CheckpointManager(self.directory.absolute(), options=options)
 
+    def latest(self) -> int | None:
+        """The step of the newest; None where there is none."""
+        return self.manager.latest_step()
+
     def save(self, step: int, state) -> None:
-        """Starts saving; the arrays may be donated as soon as this returns."""
+        """Starts saving; the arrays may be donated as soon as this returns.
+
+        It waits for the save before this one, for the arrays and for their copies in the host's memory; they are
+        written while training goes on. OSError when the save before this one failed.
+        """
         flat = _flat(state)
-        facts = {"identity": self.identity, "digests": digests_of(state)}
-        self.manager.save(
-            step, args=ocp.args.Composite(state=ocp.args.StandardSave(flat), facts=ocp.args.JsonSave(facts))
-        )
+        facts = {"identity": self.identity, "step": step, "arrays": _described(flat)}
+        with self._failing_in_one_line():
+            args = ocp.args.Composite(state=ocp.args.StandardSave(flat), facts=ocp.args.JsonSave(facts))
+            self.manager.save(step, args=args, force=True)
+
+    def wait(self) -> None:
+        """Returns when the last save is on disk; OSError when it failed."""
+        with self._failing_in_one_line():
+            self.manager.wait_until_finished()
+
+    def close(self) -> None:
+        try:
+            self.wait()
+        finally:
+            self.manager.close()
 
     def restore(self, like) -> tuple[int, object] | None:
         """(step, state) of the newest checkpoint, shaped and placed like `like`; None where there is none.
 
-        ValueError for a checkpoint that is damaged, of another run, or of another model.
+        ValueError for a checkpoint of another run or another model, and for a damaged one: this names the newest that
+        is whole. A directory that has a number for its name is a checkpoint.
         """
-        step = self.manager.latest_step()
-        if step is None:
-            return None
-        where = self.directory / str(step)
-        mend = f"remove it to go on from the one before, or start in another directory ({self._others(step)})"
+        refused: list[int] = []
+        reason = ""
+        for step in sorted(self.manager.all_steps(), reverse=True):
+            try:
+                state = self._read(step, like)
+            except Refused as error:  # its traceback, which holds arrays, ends here
+                reason = reason or str(error)
+                refused.append(step)
+                continue
+            if not refused:
+                return step, state
+            others = f" and {', '.join(map(str, refused[1:]))}, damaged too," if refused[1:] else ""
+            raise ValueError(f"{reason}: remove it{others} to go on from the one of step {step}, which is whole")
+        if refused:
+            raise ValueError(f"{reason}: there is no whole one before it: start in another directory")
+        return None
+
+    def _read(self, step: int, like):
+        """The state of a checkpoint, which is `like` and has the digests that it was saved with; Refused otherwise."""
+        where, wanted = self.directory / str(step), _flat(like)
         try:
             facts = self.manager.restore(step, args=ocp.args.Composite(facts=ocp.args.JsonRestore()))["facts"]
+            identity, arrays, saved_at = facts["identity"], facts["arrays"], facts["step"]
         except Exception as error:  # Orbax raises many kinds, with pages of traces
-            raise ValueError(f"{where}: damaged ({_first_line(error)}): {mend}") from None
-        refuse_another_run(where, facts["identity"], self.identity)
-        abstract = {
-            name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for name, x in _flat(like).items()
-        }
-        stored = facts["digests"]
-        if differing := sorted(set(stored) ^ set(abstract)):
-            raise ValueError(f"{where}: differs from this model in {differing[0]}: {mend}")
+            raise Refused(f"{where}: damaged, or no checkpoint of ours ({_shortened(error)})") from None
+        refuse_another_run(where, identity, self.identity)
+        if saved_at != step:
+            raise Refused(f"{where}: is the checkpoint of step {saved_at} under another name")
+        for name in sorted(set(arrays) | set(wanted)):
+            there, here = arrays.get(name), wanted.get(name)
+            there = there and f"{there['dtype']}{there['shape']}"
+            here = None if here is None else f"{here.dtype}{list(here.shape)}"
+            if there != here:
+                raise ValueError(f"{where}: is of another model, {name} is {there} there and {here} here")
+        abstract = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for name, x in wanted.items()}
         try:
-            flat = self.manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))[
-                "state"
-            ]
+            args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+            flat = self.manager.restore(step, args=args)["state"]
         except Exception as error:
-            raise ValueError(f"{where}: damaged or of other shapes ({_first_line(error)}): {mend}") from None
-        state = _unflat(flat, like)
-        for name, value in digests_of(state).items():
-            if value != stored[name]:
-                raise ValueError(f"{where}: {name} is damaged, its digest differs from the stored one: {mend}")
-        return step, state
+            raise Refused(f"{where}: damaged ({_shortened(error)})") from None
+        for name, found in _described(flat).items():
+            if found != arrays[name]:
+                raise Refused(f"{where}: {name} is damaged, its digest differs from the stored one")
+        return _unflat(flat, like)
 
-    def close(self) -> None:
-        """Returns when the last save is on disk; raises what went wrong with it."""
-        self.manager.wait_until_finished()
-        self.manager.close()
-
-    def _others(self, step: int) -> str:
-        earlier = [s for s in self.manager.all_steps() if s < step]
-        return f"there is one of step {max(earlier)}" if earlier else "there is no earlier one"
+    @contextlib.contextmanager
+    def _failing_in_one_line(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            whole = f"the one of step {self.latest()} is whole" if self.latest() is not None else "there is none yet"
+            raise OSError(f"{self.directory}: a checkpoint was not written ({_shortened(error)}): {whole}") from None
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+def _shortened(error: Exception) -> str:
+    """One line; the beginning of a long one says what was done, its end what is wrong."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return line if len(line) <= 250 else f"{line[:100]} ... {line[-140:]}"

@@ -11,7 +11,7 @@ import sequences
 
 from cepe_jax.data.builder import array
 from cepe_jax.data.examples import IGNORE, ExampleConfig
-from cepe_jax.data.loader import Sequences, batches, examples, open_mix
+from cepe_jax.data.loader import Sequences, batches, examples, names_in, open_mix
 
 FAR = 4_000  # token = FAR * (its sequence + 1) + its place
 LENGTH = 50
@@ -69,6 +69,17 @@ def test_a_batch_is_a_function_of_seed_and_number(home, stage):
     )
     other = take(mixture(home, stage, seed=1), 20)
     assert not any(same([x], [y]) for x, y in zip(whole, other, strict=True))
+
+
+def test_the_sequences_of_a_batch_have_names(home):
+    """Dataset and name of each row of batch n; a token says which sequence it is of."""
+    mix = {"a": 2.0, "b": 1.0}
+    sources = open_mix(home, mix, "lm", CONFIG)
+    batch = take(mixture(home, "lm"), 6)[5]
+    owners = [int(row[0]) // FAR - 1 for row in batch["tokens"]]
+    names = [f"a/{owner}@0" if owner < 10 else f"b/{owner - 10}@0" for owner in owners]
+    assert names_in(sources, list(mix.values()), seed=0, batch_size=4, number=5) == names
+    assert len({name[0] for name in names}) == 2
 
 
 @pytest.mark.parametrize("stage", ["lm", "cepe"])

@@ -1,21 +1,28 @@
 """The loop: what is frozen stays, micro-batches add up, a resumed run equals an uninterrupted one, bad runs say why."""
 
+import contextlib
 import dataclasses
 import json
+import os
 import shutil
+import signal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from cepe_jax.data.examples import IGNORE
 from cepe_jax.model.cepe import split
+from cepe_jax.training import stop
+from cepe_jax.training.logs import StepFacts
 from cepe_jax.training.objectives import NextToken
-from cepe_jax.training.trainer import OptimizerConfig, Run, init_state, make_train_step, train
+from cepe_jax.training.trainer import OptimizerConfig, Run, TrainState, init_state, make_train_step, train
 from cepe_jax.weights.checkpoint import Checkpoints
 
 TRAIN = "encoder", "cross"
 STEPS = 6
+FACTS = StepFacts(np.arange(STEPS) / 10, tokens=100, flops=1e3)
 
 
 def batch_of(step: int) -> dict[str, np.ndarray]:
@@ -28,7 +35,11 @@ def batch_of(step: int) -> dict[str, np.ndarray]:
 
 
 def batches_from(first: int):
-    yield from map(batch_of, range(first, STEPS))
+    yield from (jax.device_put(batch_of(step)) for step in range(first, STEPS))
+
+
+def records_of(step: int) -> list[str]:
+    return [f"filtered/{step}@{row}" for row in range(4)]
 
 
 @pytest.fixture(scope="module")
@@ -42,19 +53,31 @@ def step(optimizer):
     return make_train_step(NextToken(), optimizer)
 
 
+def a_copy(model):
+    return jax.tree.map(lambda x: x.copy(), model)
+
+
 @pytest.fixture
 def run(cepe, optimizer, step, tmp_path):
     """Trains in tmp_path until `steps`, going on from what is there; returns the state."""
 
-    def go(steps=STEPS, identity="ours", step=step):
-        trainable, frozen = split(jax.tree.map(lambda x: x.copy(), cepe), TRAIN)
-        checkpoints = Checkpoints(tmp_path / "checkpoints", {"run": identity})
-        setting = Run(tmp_path, steps, save_every=2, log_every=1)
-        state = train(setting, init_state(trainable, optimizer), frozen, step, batches_from, checkpoints)
-        checkpoints.close()
-        return state
+    def go(steps=STEPS, identity="ours", step=step, save_every=2, log_every=1):
+        trainable, frozen = split(a_copy(cepe), TRAIN)
+        setting = Run(tmp_path, steps, save_every, log_every)
+        with contextlib.closing(Checkpoints(tmp_path / "checkpoints", {"run": identity})) as checkpoints:
+            start = init_state(trainable, optimizer)
+            return train(setting, FACTS, start, frozen, step, batches_from, records_of, checkpoints)
 
     return go
+
+
+def lines_in(path) -> list[dict]:
+    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_times(lines: list[dict]) -> list[dict]:
+    times = "seconds_per_step", "tokens_per_second", "peak_memory"
+    return [{name: value for name, value in line.items() if name not in times} for line in lines]
 
 
 def bits(tree) -> list[bytes]:
@@ -63,7 +86,7 @@ def bits(tree) -> list[bytes]:
 
 def test_only_what_trains_has_gradients_and_optimiser_state(cepe, optimizer, step):
     """And the frozen part keeps its bits under weight decay; every trained array moves."""
-    trainable, frozen = split(jax.tree.map(lambda x: x.copy(), cepe), TRAIN)
+    trainable, frozen = split(a_copy(cepe), TRAIN)
     del trainable["encoder"].mlm_head  # no batch of this stage reaches it
     before, trained = bits(frozen), bits(trainable)
     state = init_state(trainable, optimizer)
@@ -80,7 +103,7 @@ def test_micro_batches_add_up_to_the_batch(cepe, optimizer, step):
     """Weighted by kept labels: the mean of the micro-batches' means would be another number."""
     results = []
     for make in (step, make_train_step(NextToken(), optimizer, accumulate=4)):
-        trainable, frozen = split(jax.tree.map(lambda x: x.copy(), cepe), TRAIN)
+        trainable, frozen = split(a_copy(cepe), TRAIN)
         results.append(make(init_state(trainable, optimizer), frozen, batch_of(0))[1])
     for name in ("nll", "grad_norm"):
         assert float(results[1][name]) == pytest.approx(float(results[0][name]), rel=1e-5)
@@ -101,9 +124,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(run, tmp_path):
     shutil.rmtree(tmp_path / "checkpoints" / str(STEPS))  # as if killed after step 4 was saved, and after step 5 ran
     (tmp_path / "metrics.jsonl").write_text("\n".join([*lines[:5], lines[5][:7]]))
     assert bits(run()) == whole
-    resumed = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    resumed = lines_in(tmp_path)
     assert [line["step"] for line in resumed] == list(range(1, STEPS + 1))
-    assert [line["nll"] for line in resumed] == [json.loads(line)["nll"] for line in lines]
+    assert without_times(resumed) == without_times(map(json.loads, lines))
 
 
 def test_a_finished_run_is_not_trained_again(run, step):
@@ -131,7 +154,7 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_is_named(run, tmp_pa
     run(4)
     files = [p for p in (tmp_path / "checkpoints/4/state").rglob("*") if p.is_file()]
     flip_a_bit(max(files, key=lambda p: p.stat().st_size))
-    with pytest.raises(ValueError, match=r"checkpoints/4: .*there is one of step 2"):
+    with pytest.raises(ValueError, match=r"checkpoints/4: .*damaged.*go on from the one of step 2, which is whole$"):
         run()
     shutil.rmtree(tmp_path / "checkpoints/4")
     run()
@@ -140,19 +163,105 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_is_named(run, tmp_pa
 def test_an_empty_directory_is_no_checkpoint(run, tmp_path):
     run(2)
     (tmp_path / "checkpoints/3").mkdir()
-    with pytest.raises(ValueError, match=r"checkpoints/3: damaged .*there is one of step 2"):
+    with pytest.raises(ValueError, match=r"checkpoints/3: damaged.* go on from the one of step 2, which is whole$"):
         run()
 
 
-@pytest.mark.parametrize(("log_every", "noticed"), [(1, 1), (5, 2)])
-def test_a_loss_that_is_not_finite_ends_the_run(cepe, optimizer, step, tmp_path, log_every, noticed):
-    """And is not saved, also where the step of a save (2) is not one whose metrics are logged."""
-    trainable, frozen = split(jax.tree.map(lambda x: x.copy(), cepe), TRAIN)
-    trainable["cross"].q = trainable["cross"].q.replace(trainable["cross"].q[...].at[0, 0, 0, 0].set(np.nan))
-    state, setting = init_state(trainable, optimizer), Run(tmp_path, STEPS, save_every=2, log_every=log_every)
-    with pytest.raises(ValueError, match=f"step {noticed}: .*not finite"):
-        train(setting, state, frozen, step, batches_from, Checkpoints(tmp_path / "checkpoints", {}))
-    assert not list((tmp_path / "checkpoints").iterdir())
+class Metric:
+    """A number on a device: `events` gets an entry when it is read."""
+
+    def __init__(self, events: list, step: int, value: float):
+        self.events, self.step, self.value = events, step, value
+
+    def __array__(self, dtype=None, copy=None):
+        self.events.append(("read", self.step))
+        return np.asarray(self.value)
+
+
+def test_a_step_is_dispatched_before_the_metrics_of_the_one_before_are_read(tmp_path):
+    events = []
+
+    def step(state, frozen, batch):
+        n = len([1 for kind, _ in events if kind == "dispatch"]) + 1
+        events.append(("dispatch", n))
+        return state, {"loss": Metric(events, n, 0.5), "halted": np.zeros(())}
+
+    state = TrainState({"w": jnp.ones(3)}, (), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
+    with contextlib.closing(Checkpoints(tmp_path / "checkpoints", {})) as checkpoints:
+        setting = Run(tmp_path, 4, save_every=4, log_every=1)
+        train(setting, FACTS, state, {}, step, batches_from, records_of, checkpoints)
+    order = "dispatch 1, dispatch 2, read 1, dispatch 3, read 2, dispatch 4, read 3, read 4"
+    assert ", ".join(f"{kind} {n}" for kind, n in events) == order
+
+
+@pytest.mark.parametrize(("bad", "log_every"), [(1, 1), (4, 5), (3, 5)])
+def test_a_step_that_is_not_finite_is_not_taken(run, step, tmp_path, bad, log_every):
+    """Nor is any after it, though the metrics are read later; what is saved is the state before it, bit for bit."""
+    calls, poison = [], jax.jit(lambda frozen: jax.tree.map(lambda x: x * jnp.nan, frozen))
+
+    def poisoned(state, frozen, batch):
+        calls.append(1)
+        if len(calls) == bad:
+            frozen = poison(frozen)
+        return step(state, frozen, batch)
+
+    whole = bits(run(bad - 1)) if bad > 1 else None
+    shutil.rmtree(tmp_path, ignore_errors=True)
+    tmp_path.mkdir()
+    names = ", ".join(records_of(bad - 1))
+    with pytest.raises(ValueError, match=f"^step {bad}: .*not finite.*checkpoints/{bad - 1}: .*records: {names}$"):
+        run(step=poisoned, save_every=2 * log_every, log_every=log_every)
+    assert len(calls) == (bad + 1 if log_every == 1 else log_every + 1)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [str(bad - 1)]
+    assert not lines_in(tmp_path)
+    if whole:
+        assert bits(run(bad - 1)) == whole
+    assert int(run().step) == STEPS  # without the poison it goes on from there
+
+
+def test_sigterm_saves_and_ends(run, step, tmp_path, capsys):
+    """After the step in flight; the second signal would kill. What goes on from there equals an uninterrupted run."""
+    whole = bits(run())
+    lines = without_times(lines_in(tmp_path))
+    shutil.rmtree(tmp_path)
+    tmp_path.mkdir()
+    before = signal.getsignal(signal.SIGTERM)
+    handlers = []
+
+    def stopped_in(nth, number):
+        calls = []
+
+        def wrapped(*args):
+            calls.append(1)
+            if len(calls) == nth:
+                os.kill(os.getpid(), number)
+                handlers.append(signal.getsignal(number))
+            return step(*args)
+
+        return wrapped
+
+    assert int(run(step=stopped_in(3, signal.SIGTERM), log_every=2).step) == 3
+    assert "stopped after step 3 of 6" in capsys.readouterr().out
+    with pytest.raises(KeyboardInterrupt):
+        run(step=stopped_in(1, signal.SIGINT), save_every=5, log_every=2)
+    assert "stopped after step 4 of 6" in capsys.readouterr().out
+    assert handlers == [signal.SIG_DFL, signal.default_int_handler]
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert bits(run(log_every=2)) == whole
+    assert without_times(lines_in(tmp_path)) == [line for line in lines if line["step"] % 2 == 0]
+
+
+def test_of_many_processes_none_installs_a_handler(monkeypatch):
+    """All ask jax at every step: it tells each the same step at which to end."""
+    before, asked = signal.getsignal(signal.SIGTERM), []
+    monkeypatch.setattr(stop.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(
+        stop.multihost_utils, "reached_preemption_sync_point", lambda step: asked.append(step) or step == 7
+    )
+    with stop.StopRequests() as requests:
+        assert signal.getsignal(signal.SIGTERM) == before
+        assert [requests.after(step) for step in (5, 6, 7)] == [False, False, True]
+    assert asked == [5, 6, 7]
 
 
 @pytest.mark.parametrize(("field", "value"), [("learning_rate", 0.0), ("warmup_fraction", 1.0)])

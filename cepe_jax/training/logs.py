@@ -1,0 +1,79 @@
+"""What a run tells while it trains: a status line, `metrics.jsonl`, TensorBoard events; its speed and memory."""
+
+import json
+import resource
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+
+
+@dataclass(frozen=True)
+class StepFacts:
+    """What is known of a step before it runs."""
+
+    learning_rates: Sequence[float]  # of every step
+    tokens: int  # of all its sequences, contexts too
+    flops: float  # model FLOPs, see cost.py
+    peak_flops: float | None = None  # per second, of all devices together; None where the chip's is not known
+
+
+class Log:
+    """`metrics.jsonl` and `tensorboard/` in `out`; what a run that was cut off wrote there of steps after `first` goes.
+
+    Of many processes the first writes. Speeds are of the steps since the last entry. They leave out the first step of
+    a run, which is compiled, and what happens before `rest`.
+    """
+
+    def __init__(self, out: Path, first: int, facts: StepFacts):
+        self.facts, self.latest = facts, ""
+        self._path, self._events, self._since = out / "metrics.jsonl", None, None
+        if jax.process_index() == 0:
+            kept = self._path.read_text().splitlines(keepends=True) if self._path.exists() else []
+            kept = [line for line in kept if line.endswith("\n") and json.loads(line)["step"] <= first]
+            self._path.write_text("".join(kept))
+            from tensorboardX import SummaryWriter  # here: where torch is installed, this imports it
+
+            # A file of each start, though two were in one second; what earlier ones have after `first` is taken back.
+            self._events = SummaryWriter(str(out / "tensorboard"), purge_step=first + 1, filename_suffix=f".{first}")
+
+    def rest(self, step: int) -> None:
+        """Speeds begin anew after `step`, which is done."""
+        self._since = step, time.monotonic()
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        """An entry for `step`, which has just been done."""
+        values = metrics | {"learning_rate": float(self.facts.learning_rates[step - 1])}
+        shown = [f"loss {metrics['loss']:.3f}"]
+        if self._since is not None and step > self._since[0]:
+            seconds = (time.monotonic() - self._since[1]) / (step - self._since[0])
+            values |= {"seconds_per_step": seconds, "tokens_per_second": self.facts.tokens / seconds}
+            shown.append(f"{values['tokens_per_second']:,.0f} tokens/s")
+            if self.facts.peak_flops is not None:
+                values["mfu"] = self.facts.flops / (seconds * self.facts.peak_flops)
+                shown.append(f"MFU {values['mfu']:.1%}")
+        values["peak_memory"] = peak_memory()
+        self.latest = ", ".join([*shown, f"{values['peak_memory'] / 1e9:.2f} GB"])
+        self.rest(step)
+        self.record(step, values)
+
+    def record(self, step: int, values: dict[str, float]) -> None:
+        """One line of `metrics.jsonl`, and as much in TensorBoard."""
+        if self._events is None:
+            return
+        with open(self._path, "a") as file:
+            file.write(json.dumps({"step": step} | values) + "\n")
+        for name, value in values.items():
+            self._events.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        if self._events is not None:
+            self._events.close()
+
+
+def peak_memory() -> int:
+    """Bytes in use at the worst moment so far: of the fullest device, or of this process where devices do not count."""
+    counted = [stats["peak_bytes_in_use"] for device in jax.local_devices() if (stats := device.memory_stats())]
+    return max(counted) if counted else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
