@@ -8,6 +8,13 @@ from typing import TypeVar
 Item = TypeVar("Item")
 
 SECONDS_BETWEEN_LINES = 10.0
+_silent = False
+
+
+def silence() -> None:
+    """This process shows no progress from now on: of many that run as one, one speaks."""
+    global _silent
+    _silent = True
 
 
 def track(
@@ -22,6 +29,9 @@ def track(
     `total` is needed where the iterable has no length, in the same unit as `amount` of an item. `status()` is shown
     beside the count.
     """
+    if _silent:
+        yield from iterable
+        return
     from rich.console import Console  # here, so that what only computes imports without rich
     from rich.progress import Progress, TextColumn
 

@@ -1,7 +1,7 @@
 """One stage of training: a decoder from scratch (lm), the encoder (mlm), the warm-up, the main stage (cepe)."""
 
 from cepe_jax.cli import parse, run
-from cepe_jax.training.stages import TrainConfig, run_stage
+from cepe_jax.training.stages import TrainConfig, launch
 
 if __name__ == "__main__":
-    run(lambda: print(run_stage(parse(TrainConfig))))
+    run(lambda: print(launch(parse(TrainConfig))))

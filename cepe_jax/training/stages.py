@@ -16,6 +16,7 @@ from cepe_jax.config import DECODERS, ENCODERS, Backend, Remat, preset
 from cepe_jax.data.examples import TEACHER, ExampleConfig
 from cepe_jax.data.loader import Sequences, Stage, batches, examples, names_in, open_mix
 from cepe_jax.directories import refuse_another_run
+from cepe_jax.distributed import DistributedConfig, first_says, is_first, joined, meet
 from cepe_jax.model.cepe import (
     Cepe,
     CrossInit,
@@ -84,6 +85,7 @@ class TrainConfig:
     attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"  # splash: TPU; cudnn: GPU, 16 bits
     remat: RematConfig = RematConfig()
     mesh: MeshConfig = MeshConfig()
+    distributed: DistributedConfig = DistributedConfig()
     save_every: int = 500  # steps
     log_every: int = 10  # steps
     seed: int = 0
@@ -251,6 +253,12 @@ def check_teacher(config: TrainConfig, sources: Sequence[Sequences]) -> None:
     print("teacher: the frozen decoder, in each step")
 
 
+def launch(config: TrainConfig) -> Path:
+    """`run_stage` by this process, which is alone or one of the many that its settings or its cluster name."""
+    with joined(config.distributed, config.out / "compiled"):
+        return run_stage(config)
+
+
 def run_stage(config: TrainConfig) -> Path:
     """The directory `config.out/model`, trained; a run that was cut off goes on from its newest checkpoint.
 
@@ -261,7 +269,7 @@ def run_stage(config: TrainConfig) -> Path:
     tokenizer = sources[0].records.tokenizer
     resolved = json.loads(json.dumps(dataclasses.asdict(config), default=str))
     resolved["dataset"] = {"tokenizer": tokenizer.fingerprint(), "sequences": [source.digest for source in sources]}
-    if model_dir.exists():
+    if first_says(model_dir.exists()):
         refuse_another_run(config.out, identity_of(json.loads(record.read_text())), identity_of(resolved))
         print(f"{model_dir} is finished: remove {config.out} to train again")
         return model_dir
@@ -290,9 +298,12 @@ def run_stage(config: TrainConfig) -> Path:
         schedule = config.optimizer.schedule(config.steps)
         optimizer = config.optimizer.build(schedule)
         learning_rates = np.asarray(jax.vmap(schedule)(jnp.arange(config.steps)))
-        config.out.mkdir(parents=True, exist_ok=True)
-        if not (config.out / "checkpoints").exists():
+        if is_first() and not (config.out / "checkpoints").exists():
+            config.out.mkdir(parents=True, exist_ok=True)
             record.write_text(json.dumps(resolved, indent=1))
+        meet()
+        if not record.exists():
+            raise ValueError(f"{record} is missing in process {jax.process_index()}: give an --out that all share")
         identity = identity_of(resolved) | {"frozen": digests_of(frozen)}
         initial = init_state(trainable, optimizer)
         del model, trainable  # a resumed run would hold them beside the restored ones
@@ -325,7 +336,7 @@ def identity_of(resolved: dict) -> dict:
     The contents of the places are compared instead.
     """
     places = {"data", "decoder", "encoder", "cepe", "out"}
-    pace = {"save_every", "log_every", "mesh", "micro_batch", "workers"}
+    pace = {"save_every", "log_every", "mesh", "micro_batch", "distributed", "workers"}
     return {key: value for key, value in resolved.items() if key not in places | pace}
 
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from cepe_jax.distributed import peers
 from cepe_jax.model.cepe import Parts, assemble
 from cepe_jax.progress import track
 from cepe_jax.sharding import constrain, shardings_of
@@ -148,7 +149,12 @@ def train(
         print(f"resumed at step {first} of {run.steps} from {checkpoints.directory}")
     batches = batches_from(first)
     pending: tuple[int, dict] | None = None  # read one step late, so that the device never waits for the host
-    with contextlib.closing(Log(run.out, first, facts)) as log, StopRequests() as stop:
+    done = first
+
+    def where() -> str:
+        return f" by step {done + 1}: start again, it goes on from step {checkpoints.latest_whole() or 0}"
+
+    with contextlib.closing(Log(run.out, first, facts)) as log, StopRequests() as stop, peers(where):
 
         def settle() -> None:
             """What is pending is read and logged; it ends the run where it is not finite."""

@@ -80,6 +80,11 @@ class Checkpoints:
         """The step of the newest; None where there is none."""
         return self.manager.latest_step()
 
+    def latest_whole(self) -> int | None:
+        """The step of the newest that is whole on disk: one that is still being written is not."""
+        self.manager.reload()
+        return self.manager.latest_step()
+
     def save(self, step: int, state) -> None:
         """Starts saving; the arrays may be donated as soon as this returns.
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from cepe_jax.config import CepeConfig, DecoderConfig, EncoderConfig, RopeConfig
 from cepe_jax.directories import new_directory
+from cepe_jax.distributed import is_first, meet
 from cepe_jax.progress import track
 from cepe_jax.weights.files import WeightFiles, describe, digest, read_json, write_json, write_shards
 from cepe_jax.weights.hf_config import facts_of
@@ -105,11 +106,19 @@ def check_names(where: Path, expected: set[str], found: set[str]) -> None:
 
 
 def save(model: Model, path: Path | str, assets: Path | str | None = None) -> None:
-    """`model` is at `path` in our format, with the tokenizer files and Hugging Face facts of directory `assets`."""
+    """`model` is at `path` in our format, with the tokenizer files and Hugging Face facts of directory `assets`.
+
+    Of many processes, which all call this, the first writes.
+    """
     has_config = assets is not None and (Path(assets) / "config.json").is_file()
     facts = facts_at(Path(assets)) if has_config else {}
     tensors = track(tensors_of(model), f"writing {path}", len(shapes(model.config)))
-    write(path, model.config, tensors, facts, assets)
+    if is_first():
+        write(path, model.config, tensors, facts, assets)
+    else:
+        for _ in tensors:
+            pass  # the first process needs this one's part of each
+    meet()
 
 
 def write(

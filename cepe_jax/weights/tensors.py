@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 
 from cepe_jax.config import CepeConfig, DecoderConfig, EncoderConfig
 from cepe_jax.model.cepe import Cepe, Parts, assemble, parts_of
@@ -80,13 +81,19 @@ def shapes(config: Config) -> dict[str, tuple[int, ...]]:
 
 
 def tensors_of(model: Model) -> Iterator[tuple[str, np.ndarray]]:
-    """Every tensor of a model in memory, fetched from the devices one by one."""
+    """Every tensor of a model in memory, fetched from the devices one by one, of all processes to each."""
     for names, leaf in _leaves(parts_of(model)):
         if _is_stack(leaf):
             for layer, name in enumerate(names):
-                yield name, np.asarray(leaf[layer])
+                yield name, _fetch(leaf[layer])
         else:
-            yield names[0], np.asarray(leaf[...])
+            yield names[0], _fetch(leaf[...])
+
+
+def _fetch(x: jax.Array) -> np.ndarray:
+    if not x.is_fully_addressable:
+        return multihost_utils.process_allgather(x, tiled=True)
+    return np.asarray(x)
 
 
 def build(config: Config, dtype: Literal["float32", "bfloat16"], read: Read, master: tuple[str, ...] = ()) -> Model:

@@ -1,0 +1,139 @@
+"""Many processes that run as one: how they find each other, which of them writes, what ends them together."""
+
+import contextlib
+import os
+import re
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from cepe_jax import progress
+
+# In the messages of collectives that end because another process did: Gloo on CPU, NCCL on GPU, and what JAX's own
+# service says to the processes that remain.
+LOST = re.compile(r"gloo|nccl|closed by peer|reset by peer|heartbeat|coordination service", re.IGNORECASE)
+LOST_STATUS = 3  # exit status of a process whose peer was lost; the runtime's own abort has 134
+
+
+@dataclass(frozen=True)
+class DistributedConfig:
+    """How this process finds the others. JAX knows by itself on a TPU pod, and where SLURM or Open MPI started it."""
+
+    coordinator: str = ""  # host:port of process 0
+    num_processes: int = 0
+    process_id: int = -1
+    start_seconds: int = 300  # in which all processes must have come
+    heartbeat_seconds: int = 100  # a process that is silent for so long is lost, and the others end
+
+    def __post_init__(self):
+        given = [bool(self.coordinator), self.num_processes > 0, self.process_id >= 0]
+        if any(given) and not all(given):
+            raise ValueError("distributed: give coordinator, num_processes and process_id, or none of them")
+        if self.coordinator and not re.fullmatch(r".+:\d+", self.coordinator):
+            raise ValueError(f"distributed.coordinator is {self.coordinator}: give host:port of process 0")
+        if given[0] and self.process_id >= self.num_processes:
+            raise ValueError(
+                f"distributed.process_id is {self.process_id}: {self.num_processes} processes count from 0"
+            )
+        for name in ("start_seconds", "heartbeat_seconds"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"distributed.{name} is {getattr(self, name)}: give a number above 0")
+
+
+@contextmanager
+def joined(config: DistributedConfig, compiled: Path) -> Iterator[None]:
+    """In the block this process is one of the run's, and the first of them alone prints.
+
+    Before the block nothing may have used a device. What is compiled is kept in `compiled`, for the next start, unless
+    JAX_COMPILATION_CACHE_DIR names another place. A process that fails ends at once: the others must not wait for it.
+    """
+    _connect(config)
+    if not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", str(compiled))
+    if jax.process_count() == 1:
+        yield
+        return
+    with contextlib.ExitStack() as stack:
+        if not is_first():
+            progress.silence()
+            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+        try:
+            with peers(lambda: ": what it said last tells why"):
+                yield
+        except BaseException:
+            # Python waits for this thread after it has printed the error, and not for what JAX would do at its exit,
+            # which is to wait for all processes.
+            threading.Timer(1.0, os._exit, (1,)).start()
+            raise
+
+
+def _connect(config: DistributedConfig) -> None:
+    if jax.distributed.is_initialized():
+        return
+    explicit = [config.coordinator, config.num_processes, config.process_id] if config.coordinator else []
+
+    def give_up() -> None:
+        where = f"at {config.coordinator} " if explicit else ""
+        _leave(
+            f"the processes did not all meet {where}within {config.start_seconds} s: start every one, each with its "
+            f"own process id and all with one coordinator, which is process 0"
+        )
+
+    timer = threading.Timer(config.start_seconds, give_up)  # JAX would abort the process, with pages of traces
+    timer.daemon = True
+    timer.start()
+    try:
+        jax.distributed.initialize(
+            *explicit,
+            initialization_timeout=config.start_seconds + 60,
+            heartbeat_timeout_seconds=config.heartbeat_seconds,
+        )
+    except ValueError as error:
+        if explicit or "coordinator_address should be defined" not in str(error):
+            raise
+        # no cluster: this process is alone
+    finally:
+        timer.cancel()
+
+
+def _leave(message: str) -> None:
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr, flush=True)
+    os._exit(LOST_STATUS)
+
+
+@contextmanager
+def peers(where: Callable[[], str]) -> Iterator[None]:
+    """When another process is lost in the block, this one ends with one line: where, and from where it goes on.
+
+    It ends here and now: whatever is left to do would wait for the lost one. Where the runtime notices first (no
+    process waits in a collective that can fail, as on TPUs), it aborts this process itself.
+    """
+    try:
+        yield
+    except (RuntimeError, ValueError, OSError) as error:  # the last from a checkpoint that was not written
+        if jax.process_count() == 1 or not LOST.search(str(error)):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        _leave(f"process {jax.process_index()}: a peer was lost{where()} ({reason})")
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes what the processes share."""
+    return jax.process_index() == 0
+
+
+def first_says(value: bool) -> bool:
+    """The first process' value, in all of them."""
+    return bool(multihost_utils.broadcast_one_to_all(np.asarray(value)))
+
+
+def meet() -> None:
+    """All processes are here."""
+    multihost_utils.sync_global_devices("meet")
