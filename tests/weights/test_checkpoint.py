@@ -1,0 +1,121 @@
+"""Checkpoints: what comes back has the bits and the place it had; what is not its run's own is refused in one line."""
+
+import contextlib
+import resource
+import shutil
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cepe_jax.weights.checkpoint import Checkpoints
+
+STATE = {"a": jnp.arange(300_000, dtype=jnp.float32) / 7, "b": {"c": jnp.arange(5, dtype=jnp.bfloat16)}}
+
+
+@pytest.fixture
+def home(tmp_path) -> Path:
+    """The directory of two checkpoints, of steps 2 and 4."""
+    with contextlib.closing(Checkpoints(tmp_path, {"run": 1})) as checkpoints:
+        for step in (2, 4):
+            checkpoints.save(step, STATE | {"a": STATE["a"] + step})
+    return tmp_path
+
+
+def restore(home: Path, like=STATE):
+    with contextlib.closing(Checkpoints(home, {"run": 1})) as checkpoints:
+        return checkpoints.restore(like)
+
+
+def refusal(home: Path, like=STATE) -> str:
+    with pytest.raises(ValueError, match=r"^[^\n]*$") as refused:
+        restore(home, like)
+    return str(refused.value).removeprefix(f"{home}/")
+
+
+def largest(path: Path) -> Path:
+    return max((p for p in path.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+def flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def test_the_newest_comes_back(home):
+    step, state = restore(home)
+    assert step == 4
+    np.testing.assert_array_equal(state["a"], STATE["a"] + 4)
+    np.testing.assert_array_equal(state["b"]["c"], STATE["b"]["c"])
+
+
+DAMAGES = {
+    "a bit of an array": lambda path: flip_a_bit(largest(path / "state")),
+    "an array is cut short": lambda path: largest(path / "state").write_bytes(b"0" * 1000),
+    "an array is missing": lambda path: largest(path / "state").unlink(),
+    "no state": lambda path: shutil.rmtree(path / "state"),
+    "no facts": lambda path: shutil.rmtree(path / "facts"),
+    "facts cut short": lambda path: largest(path / "facts").write_text('{"identity": {"ru'),
+    "empty": lambda path: [shutil.rmtree(p) if p.is_dir() else p.unlink() for p in path.iterdir()],
+    "a file of another program": lambda path: (shutil.rmtree(path), path.mkdir(), (path / "model.pt").touch()),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_refused_and_the_one_before_named(home, damage):
+    DAMAGES[damage](home / "4")
+    told = refusal(home)
+    assert told.startswith("4: ")
+    assert "damaged" in told
+    assert told.endswith(": remove it to go on from the one of step 2, which is whole")
+    shutil.rmtree(home / "4")
+    step, state = restore(home)
+    assert step == 2
+    np.testing.assert_array_equal(state["a"], STATE["a"] + 2)
+
+
+def test_all_that_are_damaged_are_named(home):
+    (home / "600").mkdir()
+    flip_a_bit(largest(home / "4/state"))
+    assert refusal(home).endswith("remove it and 4, damaged too, to go on from the one of step 2, which is whole")
+    flip_a_bit(largest(home / "2/state"))
+    assert refusal(home).endswith("there is no whole one before it: start in another directory")
+
+
+def test_under_another_name(home):
+    (home / "4").rename(home / "5")
+    assert "5: is the checkpoint of step 4 under another name: remove it to go on from" in refusal(home)
+
+
+@pytest.mark.parametrize(
+    ("like", "differs"),
+    [
+        (STATE | {"a": STATE["a"].astype(jnp.bfloat16)}, "a is float32[300000] there and bfloat16[300000] here"),
+        (STATE | {"a": STATE["a"][:4]}, "a is float32[300000] there and float32[4] here"),
+        (STATE | {"b": {}}, "b.c is bfloat16[5] there and None here"),
+        (STATE | {"d": STATE["a"]}, "d is None there and float32[300000] here"),
+    ],
+)
+def test_another_models_is_refused(home, like, differs):
+    """A type too: Orbax would cast."""
+    assert refusal(home, like) == f"4: is of another model, {differs}"
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of a thread of Orbax
+@pytest.mark.parametrize("noticed_by", ["save", "close"])
+def test_a_full_disk(home, noticed_by):
+    """As a limit of the size of files: an error in one line, no hang, and the last whole checkpoint stays."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    checkpoints = Checkpoints(home, {"run": 1})
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        checkpoints.save(6, STATE)
+        with pytest.raises(OSError, match=f"^{home}: a checkpoint was not written .*: the one of step 4 is whole$"):
+            checkpoints.save(8, STATE) if noticed_by == "save" else checkpoints.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    checkpoints.close()
+    assert sorted(path.name for path in home.iterdir() if path.name.isdecimal()) == ["2", "4"]
+    assert restore(home)[0] == 4
