@@ -41,7 +41,7 @@ EXAMPLES = {  # the context is as long as the window, as in the paper
 
 def tiny(name: str, data: Path, root: Path) -> TrainConfig:
     values = read_yaml(CONFIGS / f"train_{name}.yaml")
-    sizes = {"steps": 2, "save_every": 1, "batch_size": 4, "micro_batch": min(values["micro_batch"], 2)}
+    sizes = {"steps": 2, "log_every": 1, "batch_size": 4, "micro_batch": min(values["micro_batch"], 2)}
     sizes |= {"loss_chunk": 5, "dtype": "float32"}
     values["examples"] |= EXAMPLES[name]
     starts = {part: str(root / place) for part, place in STARTS[name].items()}
@@ -105,6 +105,7 @@ def test_the_first_loss_is_that_of_the_start(runs, name):
         best = np.argsort(-log_teacher, axis=-1)[..., :50]
         log_p, log_q = (np.take_along_axis(x, best, -1) for x in (log_teacher, log_prob))
         assert first["kl"] == pytest.approx((np.exp(log_p) * (log_p - log_q)).sum(-1).mean(), rel=1e-4)
+        assert first["loss"] == pytest.approx(first["nll"] + 2 * first["kl"], rel=1e-5)
 
 
 @pytest.mark.parametrize("name", STARTS)
