@@ -34,10 +34,10 @@ class Sequences:
     What another dataset joined to a sequence (its passages, its teacher's probabilities) is in its record.
     """
 
-    def __init__(self, path: Path, stage: Stage, config: ExampleConfig):
+    def __init__(self, path: Path, stage: Stage, config: ExampleConfig, split: str = "train"):
         """ValueError where the dataset has no sequences, too short ones, or does not join the one it was made for."""
         self.joined, self.query = None, {}
-        self.records = Records(path, "train")
+        self.records = Records(path, split)
         if joins := self.records.index.get("joins"):
             self.joined, self.records = self.records, Records(path / joins["path"], joins["split"])
             if joins["digest"] != self.records.digest or len(self.joined) != len(self.records):
@@ -194,9 +194,11 @@ def batches(
         iterator.close()  # its processes and shared memory would stay
 
 
-def open_mix(data: Path, mix: dict[str, float], stage: Stage, config: ExampleConfig) -> list[Sequences]:
+def open_mix(
+    data: Path, mix: dict[str, float], stage: Stage, config: ExampleConfig, split: str = "train"
+) -> list[Sequences]:
     """The datasets below `data` that `mix` names; `data` itself where it names none. All of one tokenizer."""
-    sources = [Sequences(data / name, stage, config) for name in mix or [""]]
+    sources = [Sequences(data / name, stage, config, split) for name in mix or [""]]
     fingerprints = {source.records.tokenizer.fingerprint() for source in sources}
     if len(fingerprints) > 1:
         raise ValueError(f"{data}: {', '.join(mix)} were tokenised with different tokenizers: prepare them again")

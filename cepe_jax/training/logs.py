@@ -28,7 +28,7 @@ class Log:
     """
 
     def __init__(self, out: Path, first: int, facts: StepFacts):
-        self.facts, self.latest = facts, ""
+        self.facts, self.latest, self._evaluated = facts, "", ""
         self._path, self._events, self._since = out / "metrics.jsonl", None, None
         if jax.process_index() == 0:
             kept = self._path.read_text().splitlines(keepends=True) if self._path.exists() else []
@@ -55,9 +55,15 @@ class Log:
                 values["mfu"] = self.facts.flops / (seconds * self.facts.peak_flops)
                 shown.append(f"MFU {values['mfu']:.1%}")
         values["peak_memory"] = peak_memory()
-        self.latest = ", ".join([*shown, f"{values['peak_memory'] / 1e9:.2f} GB"])
+        self.latest = ", ".join([*shown, f"{values['peak_memory'] / 1e9:.2f} GB"]) + self._evaluated
         self.rest(step)
         self.record(step, values)
+
+    def write_evaluation(self, step: int, terms: dict[str, float]) -> None:
+        """An entry for what the model of after `step`, which is done, was evaluated to; speeds leave it out."""
+        self._evaluated = f", eval loss {terms['loss']:.3f} at step {step}"
+        self.record(step, {f"eval_{name}": value for name, value in terms.items()})
+        self.rest(step)
 
     def record(self, step: int, values: dict[str, float]) -> None:
         """One line of `metrics.jsonl`, and as much in TensorBoard."""

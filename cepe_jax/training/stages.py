@@ -5,6 +5,7 @@ import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -15,6 +16,7 @@ import numpy as np
 from cepe_jax.config import DECODERS, ENCODERS, Backend, Remat, preset
 from cepe_jax.data.examples import TEACHER, ExampleConfig
 from cepe_jax.data.loader import Sequences, Stage, batches, examples, names_in, open_mix
+from cepe_jax.data.tokenizer import Tokenizer
 from cepe_jax.directories import refuse_another_run
 from cepe_jax.distributed import DistributedConfig, first_says, is_first, joined, meet
 from cepe_jax.model.cepe import (
@@ -29,6 +31,7 @@ from cepe_jax.model.cepe import (
 from cepe_jax.model.encoder import Encoder
 from cepe_jax.model.llama import Llama
 from cepe_jax.sharding import batch_share, make_mesh, place_batch, shardings_of
+from cepe_jax.training.heldout import EvalConfig, HeldOut
 from cepe_jax.training.logs import StepFacts
 from cepe_jax.training.objectives import Distill, DistillConfig, MaskedLM, NextToken
 from cepe_jax.training.trainer import OptimizerConfig, Run, init_state, make_train_step, train
@@ -88,6 +91,7 @@ class TrainConfig:
     distributed: DistributedConfig = DistributedConfig()
     save_every: int = 500  # steps
     log_every: int = 10  # steps
+    evaluation: EvalConfig = EvalConfig()
     seed: int = 0
 
     def __post_init__(self):
@@ -115,7 +119,7 @@ class TrainConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}: give a number, or 0 for all")
         if self.workers < 0:
             raise ValueError(f"workers is {self.workers}: give a number of processes, or 0 for threads")
-        Run(self.out, self.steps, self.save_every, self.log_every)
+        Run(self.out, self.steps, self.save_every, self.log_every, self.evaluation.every)
 
 
 def mesh_of(config: TrainConfig, devices: int) -> MeshConfig:
@@ -276,14 +280,15 @@ def run_stage(config: TrainConfig) -> Path:
     check_teacher(config, sources)
     weights = list(config.mix.values()) or [1.0]
     data = examples(sources, weights, config.stage, config.examples, config.seed)
+    unseen = None if config.evaluation.data is None else held_out_examples(config, tokenizer)
     sizes = mesh_of(config, jax.device_count())
     backend = backend_of(config, jax.default_backend())
     with jax.set_mesh(make_mesh(**dataclasses.asdict(sizes))):
         mesh = jax.sharding.get_mesh()
         share = batch_share(mesh, config.batch_size)
 
-        def batches_from(first: int) -> Iterator[dict[str, jax.Array]]:
-            for batch in batches(data, config.batch_size, first, share, config.workers):
+        def batches_from(first: int, data=data, workers: int = config.workers) -> Iterator[dict[str, jax.Array]]:
+            for batch in batches(data, config.batch_size, first, share, workers):
                 yield place_batch(batch, mesh, config.batch_size)
 
         for start in filter(None, (config.cepe, config.decoder, config.encoder)):
@@ -304,24 +309,43 @@ def run_stage(config: TrainConfig) -> Path:
         meet()
         if not record.exists():
             raise ValueError(f"{record} is missing in process {jax.process_index()}: give an --out that all share")
+        objective, accumulate = objective_of(config), micro_batches(config, sizes.data * sizes.fsdp)
+        evaluate = None
+        if unseen is not None:
+            with contextlib.closing(batches_from(0, unseen, workers=0)) as some:
+                evaluate = HeldOut(objective, frozen, list(islice(some, config.evaluation.batches)), accumulate)
         identity = identity_of(resolved) | {"frozen": digests_of(frozen)}
         initial = init_state(trainable, optimizer)
         del model, trainable  # a resumed run would hold them beside the restored ones
         with contextlib.closing(Checkpoints(config.out / "checkpoints", identity)) as checkpoints:
             state = train(
-                Run(config.out, config.steps, config.save_every, config.log_every),
+                Run(config.out, config.steps, config.save_every, config.log_every, config.evaluation.every),
                 StepFacts(learning_rates, tokens_of_step(config), flops=0.0),
                 initial,
                 frozen,
-                make_train_step(objective_of(config), optimizer, micro_batches(config, sizes.data * sizes.fsdp)),
+                make_train_step(objective, optimizer, accumulate),
                 batches_from,
                 lambda step: names_in(sources, weights, config.seed, config.batch_size, step),
                 checkpoints,
+                evaluate,
             )
         if int(state.step) < config.steps:
             return config.out / "checkpoints"
         save(assemble(state.trainable | frozen), model_dir, assets=tokenizer_home(config))
     return model_dir
+
+
+def held_out_examples(config: TrainConfig, tokenizer: Tokenizer):
+    """The examples of the evaluation; ValueError where they are of another tokenizer, or too few."""
+    where, wanted = config.evaluation.data, config.evaluation.batches * config.batch_size
+    (source,) = open_mix(where, {}, config.stage, config.examples, config.evaluation.split)
+    if source.records.tokenizer.fingerprint() != tokenizer.fingerprint():
+        raise ValueError(f"{where} was tokenised with another tokenizer than {config.data}: prepare it with the same")
+    if len(source) < wanted:
+        raise ValueError(
+            f"{where} has {len(source)} examples, and evaluation.batches of batch_size want {wanted}: lower batches"
+        )
+    return examples([source], [1.0], config.stage, config.examples, config.seed)
 
 
 def tokens_of_step(config: TrainConfig) -> int:
@@ -336,7 +360,7 @@ def identity_of(resolved: dict) -> dict:
     The contents of the places are compared instead.
     """
     places = {"data", "decoder", "encoder", "cepe", "out"}
-    pace = {"save_every", "log_every", "mesh", "micro_batch", "distributed", "workers"}
+    pace = {"save_every", "log_every", "evaluation", "mesh", "micro_batch", "distributed", "workers"}
     return {key: value for key, value in resolved.items() if key not in places | pace}
 
 

@@ -68,12 +68,29 @@ def init_state(trainable: Parts, optimizer: optax.GradientTransformation) -> Tra
     return TrainState(trainable, *jax.jit(start, out_shardings=shardings)(trainable))
 
 
+def sum_over_rows(function: Callable, batch: Batch, accumulate: int):
+    """`function(rows)`, a tree of sums over rows, added up over `accumulate` micro-batches of a batch's rows.
+
+    Micro-batch i has rows i, i + accumulate, ...: of each device's share the same number, so that none moves.
+    """
+    if accumulate == 1:
+        return function(batch)
+
+    def add(total, rows):
+        return jax.tree.map(jnp.add, total, function(rows)), None
+
+    micros = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
+    micros = jax.tree.map(lambda x: constrain(x, None, "batch", *[None] * (x.ndim - 2)), micros)
+    first = jax.tree.map(lambda x: x[0], micros)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, first))
+    return jax.lax.scan(add, zeros, micros)[0]
+
+
 def make_train_step(objective, optimizer: optax.GradientTransformation, accumulate: int = 1) -> Callable:
     """`step(state, frozen, batch) -> (state, metrics)`, compiled; `state` is donated.
 
     The batch's rows are taken in `accumulate` micro-batches, weighted so that the result is the whole batch's:
-    by kept labels, not by rows. Micro-batch i has rows i, i + accumulate, ...: of each device's share the same number,
-    so that none moves. Only what trains has gradients; the frozen parts are an argument like the batch.
+    by kept labels, not by rows. Only what trains has gradients; the frozen parts are an argument like the batch.
     A step whose loss or gradient is not finite is not taken, nor is any after it: the metrics, which may be read
     much later, have `halted`, and the state is still the one before that step.
     """
@@ -88,17 +105,7 @@ def make_train_step(objective, optimizer: optax.GradientTransformation, accumula
             (total, terms), gradient = jax.value_and_grad(loss, has_aux=True)(state.trainable, rows)
             return terms | {"loss": total}, gradient
 
-        def add(total, rows):
-            return jax.tree.map(jnp.add, total, gradient_of(rows)), None
-
-        if accumulate == 1:
-            terms, gradient = gradient_of(batch)
-        else:
-            micros = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
-            micros = jax.tree.map(lambda x: constrain(x, None, "batch", *[None] * (x.ndim - 2)), micros)
-            first = jax.tree.map(lambda x: x[0], micros)
-            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient_of, first))
-            (terms, gradient), _ = jax.lax.scan(add, zeros, micros)
+        terms, gradient = sum_over_rows(gradient_of, batch, accumulate)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.trainable)
         metrics = terms | {"grad_norm": optax.tree.norm(gradient)}
         finite = jnp.isfinite(jnp.stack(list(metrics.values()))).all()
@@ -118,9 +125,10 @@ class Run:
     steps: int
     save_every: int  # steps
     log_every: int = 10  # steps
+    evaluate_every: int = 500  # steps
 
     def __post_init__(self):
-        for name in ("steps", "save_every", "log_every"):
+        for name in ("steps", "save_every", "log_every", "evaluate_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: give a number above 0")
 
@@ -134,6 +142,7 @@ def train(
     batches_from: Callable[[int], Iterator[Batch]],
     records_of: Callable[[int], list[str]],
     checkpoints: Checkpoints,
+    evaluate: Callable[[Parts], dict[str, float]] | None = None,
 ) -> TrainState:
     """The state after `run.steps` steps, going on from the newest checkpoint where there is one.
 
@@ -177,10 +186,14 @@ def train(
             settle()
             stopping = stop.after(done) and done < run.steps
             saving = stopping or done % run.save_every == 0 or done == run.steps
-            if saving or done == first + 1 or done % run.log_every == 0:
+            evaluating = evaluate is not None and (done % run.evaluate_every == 0 or done == run.steps)
+            if saving or evaluating or done == first + 1 or done % run.log_every == 0:
                 pending = done, metrics
-            if saving:
+            if saving or evaluating:
                 settle()  # waits for the step, as the save does: what a checkpoint holds is finite and logged
+            if evaluating:
+                log.write_evaluation(done, evaluate(state.trainable))
+            if saving:
                 checkpoints.save(done, state)
             if stopping:
                 checkpoints.wait()

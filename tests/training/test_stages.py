@@ -17,8 +17,10 @@ from cepe_jax.data.loader import batches
 from cepe_jax.data.sampling import SampleConfig, sample
 from cepe_jax.model.cepe import Cepe, parts_of
 from cepe_jax.training import stages
+from cepe_jax.training.heldout import EvalConfig
 from cepe_jax.training.objectives import DistillConfig
 from cepe_jax.training.stages import MeshConfig, RematConfig, TrainConfig, run_stage
+from cepe_jax.training.trainer import OptimizerConfig
 from cepe_jax.weights.huggingface import load
 
 SIZES = {"width": 16, "num_heads": 2, "num_kv_heads": 1, "head_dim": 8, "mlp_width": 24}
@@ -134,6 +136,32 @@ def test_a_killed_run_reads_on_where_it_was(runs, data, tmp_path, monkeypatch):
     assert [step for step, _ in seen] == [0, 1, 2, 3, 4, 3, 4]
     assert seen[:3] + seen[5:] == uninterrupted
     assert bits(load(whole)) == bits(load(resumed))
+
+
+def test_evaluation_changes_nothing(runs, data, tmp_path):
+    """It reads the test split, the same batches at every time; the run may go on without it, and has the same bits."""
+    sample(
+        SampleConfig(data=data / "docs", out=tmp_path / "unseen", kind="filtered", length=32, split="test", workers=1)
+    )
+    start = {"cepe": str(runs / "warmup/model"), "mix": {"filtered": 1.0, "packed": 2.0}, "examples": EXAMPLES["cepe"]}
+    still = OptimizerConfig(learning_rate=1e-30)
+    config = TrainConfig("cepe", data, tmp_path / "with", 2, 4, log_every=1, optimizer=still, **start)
+    evaluated = dataclasses.replace(config, evaluation=EvalConfig(unseen, every=1, batches=2))
+    model = run_stage(evaluated)
+    lines = [json.loads(line) for line in (tmp_path / "with/metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], "eval_nll" in line) for line in lines] == [(1, False), (1, True), (2, False), (2, True)]
+    assert lines[1]["eval_nll"] == lines[3]["eval_nll"] != lines[0]["nll"]
+    assert run_stage(config) == model
+    without = run_stage(dataclasses.replace(config, out=tmp_path / "without"))
+    assert bits(load(model)) == bits(load(without))
+    for changes, message in (
+        ({"batches": 1000}, "unseen has .* examples, and evaluation.batches of batch_size want 4000: lower batches"),
+        ({"split": "train"}, "unseen: has no split train: it has test"),
+    ):
+        evaluation = dataclasses.replace(evaluated.evaluation, **changes)
+        with pytest.raises(ValueError, match=message):
+            run_stage(dataclasses.replace(evaluated, out=tmp_path / "refused", evaluation=evaluation))
+    assert not (tmp_path / "refused").exists()
 
 
 def test_a_run_is_of_its_data(runs, data, tmp_path):

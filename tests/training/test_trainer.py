@@ -61,12 +61,12 @@ def a_copy(model):
 def run(cepe, optimizer, step, tmp_path):
     """Trains in tmp_path until `steps`, going on from what is there; returns the state."""
 
-    def go(steps=STEPS, identity="ours", step=step, save_every=2, log_every=1):
+    def go(steps=STEPS, identity="ours", step=step, save_every=2, log_every=1, evaluate=None):
         trainable, frozen = split(a_copy(cepe), TRAIN)
-        setting = Run(tmp_path, steps, save_every, log_every)
+        setting = Run(tmp_path, steps, save_every, log_every, evaluate_every=2)
         with contextlib.closing(Checkpoints(tmp_path / "checkpoints", {"run": identity})) as checkpoints:
             start = init_state(trainable, optimizer)
-            return train(setting, FACTS, start, frozen, step, batches_from, records_of, checkpoints)
+            return train(setting, FACTS, start, frozen, step, batches_from, records_of, checkpoints, evaluate)
 
     return go
 
@@ -251,6 +251,25 @@ def test_sigterm_saves_and_ends(run, step, tmp_path, capsys):
     assert without_times(lines_in(tmp_path)) == [line for line in lines if line["step"] % 2 == 0]
 
 
+def test_evaluation_is_logged_where_it_should_be(run, tmp_path):
+    """Every second step and after the last; it sees the weights of its step, and a resumed run has each entry once."""
+
+    def evaluate(trainable) -> dict[str, float]:
+        return {"loss": float(jnp.abs(trainable["cross"].q[...]).sum())}
+
+    def entries() -> list[tuple[int, float]]:
+        return [(line["step"], line["eval_loss"]) for line in lines_in(tmp_path) if "eval_loss" in line]
+
+    state = run(5, save_every=3, evaluate=evaluate)
+    whole = entries()
+    assert [step for step, _ in whole] == [2, 4, 5]
+    assert whole[-1][1] == evaluate(state.trainable)["loss"] != whole[0][1]
+    shutil.rmtree(tmp_path / "checkpoints/5")
+    run(5, save_every=3, evaluate=evaluate)
+    assert entries() == whole
+    assert [line["step"] for line in lines_in(tmp_path) if "loss" in line] == [1, 2, 3, 4, 5]
+
+
 def test_of_many_processes_none_installs_a_handler(monkeypatch):
     """All ask jax at every step: it tells each the same step at which to end."""
     before, asked = signal.getsignal(signal.SIGTERM), []
@@ -271,6 +290,6 @@ def test_bad_optimizer_settings(field, value):
 
 
 def test_bad_run_settings(tmp_path):
-    for field in ("steps", "save_every", "log_every"):
+    for field in ("steps", "save_every", "log_every", "evaluate_every"):
         with pytest.raises(ValueError, match=f"{field} is 0"):
             dataclasses.replace(Run(tmp_path, 1, 1), **{field: 0})
