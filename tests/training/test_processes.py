@@ -164,6 +164,24 @@ def test_a_run_goes_on_with_any_number_of_processes(home, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_signal_to_one_process_stops_all_at_the_same_step(home, tmp_path):
+    """SIGTERM to the second of two: both save the same step and end as if all were well."""
+    out = tmp_path / "out"
+    processes = start(home, 2, settings(home, out, steps=1_000_000, save_every=1_000_000))
+    deadline = time.monotonic() + 120
+    while not (out / "metrics.jsonl").exists() or not losses(out):
+        assert time.monotonic() < deadline
+        assert processes[0].poll() is None, processes[0].text()
+        time.sleep(0.1)
+    processes[1].send_signal(signal.SIGTERM)
+    assert ended(processes) == [0, 0], [process.text() for process in processes]
+    step = int(re.search(r"stopped after step (\d+) of 1000000", processes[0].text())[1])
+    assert step >= 10
+    assert [path.name for path in (out / "checkpoints").iterdir()] == [str(step)]
+    assert not (out / "model").exists()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("lost", [0, 1])
 def test_a_silent_process_ends_the_others(home, tmp_path, lost):
     """One of two stops without an end; a heartbeat of 10 s later the other ends."""
