@@ -112,16 +112,21 @@ class Checkpoints:
         """(step, state) of the newest checkpoint, shaped and placed like `like`; None where there is none.
 
         ValueError for a checkpoint of another run or another model, and for a damaged one: this names the newest that
-        is whole. A directory that has a number for its name is a checkpoint.
+        is whole (of many processes none looks further). A directory that has a number for its name is a checkpoint.
         """
         refused: list[int] = []
         reason = ""
-        for step in sorted(self.manager.all_steps(), reverse=True):
+        steps = sorted(self.manager.all_steps(), reverse=True)
+        for step in steps:
             try:
                 state = self._read(step, like)
             except Refused as error:  # its traceback, which holds arrays, ends here
                 reason = reason or str(error)
                 refused.append(step)
+                if jax.process_count() > 1:
+                    # Others may have found their parts whole, and wait for this one: it ends, and then they do.
+                    before = ", ".join(map(str, steps[len(refused) :])) or "none"
+                    raise ValueError(f"{reason}: remove it to go on from the one before (there is: {before})") from None
                 continue
             if not refused:
                 return step, state

@@ -164,6 +164,21 @@ def test_a_run_goes_on_with_any_number_of_processes(home, tmp_path):
 
 
 @pytest.mark.slow
+def test_what_one_process_finds_damaged_ends_all(home, tmp_path):
+    """Each process reads its own part of a checkpoint; none waits for one that cannot for longer than a heartbeat."""
+    out = tmp_path / "out"
+    assert ended(start(home, 2, settings(home, out), stop=4)) == [1, 1]
+    for file in (out / "checkpoints/4/state/ocdbt.process_1/d").iterdir():
+        os.truncate(file, 10)
+    processes = start(home, 2, settings(home, out, **{"distributed.heartbeat_seconds": 10}))
+    status = ended(processes, seconds=60)
+    assert sorted({1, LOST_STATUS, -signal.SIGABRT} | set(status)) == [-signal.SIGABRT, 1, LOST_STATUS]
+    assert 1 in status
+    refusal = processes[status.index(1)].text()
+    assert re.search(r"train.py: \S*checkpoints/4: damaged \(.*: remove it .* the one before \(there is: 2\)", refusal)
+
+
+@pytest.mark.slow
 def test_a_signal_to_one_process_stops_all_at_the_same_step(home, tmp_path):
     """SIGTERM to the second of two: both save the same step and end as if all were well."""
     out = tmp_path / "out"
