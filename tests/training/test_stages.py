@@ -140,9 +140,8 @@ def test_a_killed_run_reads_on_where_it_was(runs, data, tmp_path, monkeypatch):
 
 def test_evaluation_changes_nothing(runs, data, tmp_path):
     """It reads the test split, the same batches at every time; the run may go on without it, and has the same bits."""
-    sample(
-        SampleConfig(data=data / "docs", out=tmp_path / "unseen", kind="filtered", length=32, split="test", workers=1)
-    )
+    unseen = tmp_path / "unseen"
+    sample(SampleConfig(data=data / "docs", out=unseen, kind="filtered", length=32, split="test", workers=1))
     start = {"cepe": str(runs / "warmup/model"), "mix": {"filtered": 1.0, "packed": 2.0}, "examples": EXAMPLES["cepe"]}
     still = OptimizerConfig(learning_rate=1e-30)
     config = TrainConfig("cepe", data, tmp_path / "with", 2, 4, log_every=1, optimizer=still, **start)
