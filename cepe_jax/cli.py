@@ -5,13 +5,29 @@ import difflib
 import sys
 import typing
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeVar
 
 import draccus
 import yaml
+from etils import epath
+
+from cepe_jax.directories import is_remote
 
 Config = TypeVar("Config")
+
+
+def _place(text: str, _) -> Path | epath.Path:
+    """A setting that may be in a bucket; pathlib would make gs:/ of gs://."""
+    if not is_remote(text):
+        return Path(text)
+    if find_spec("gcsfs") is None:
+        raise ValueError("pip install gcsfs to write into a bucket")
+    return epath.Path(text)
+
+
+draccus.decode.register(epath.Path, _place)
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -90,6 +106,8 @@ def _check(config_class, values: dict, root, group: str) -> None:
         elif _is_text(kind):
             if not isinstance(value, str | None):
                 raise ValueError(f"{setting} is {value!r}: give text, in YAML in quotes")
+            if kind is not epath.Path and is_remote(value):
+                raise ValueError(f"{setting} is {value}: mount the bucket (gcsfuse) and give the directory it is at")
         else:
             try:
                 _decode(kind, value)
@@ -106,7 +124,7 @@ def _kind(config_class, dotted: str):
 
 
 def _is_text(kind) -> bool:
-    return kind in (str, Path, Path | None)
+    return kind in (str, Path, Path | None, epath.Path)
 
 
 def _from_text(config_class, name: str, text: str):

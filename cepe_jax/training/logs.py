@@ -8,6 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
+from etils import epath
+
+from cepe_jax.directories import is_remote
+from cepe_jax.distributed import is_first
 
 
 @dataclass(frozen=True)
@@ -23,17 +27,19 @@ class StepFacts:
 class Log:
     """`metrics.jsonl` and `tensorboard/` in `out`; what a run that was cut off wrote there of steps after `first` goes.
 
-    Of many processes the first writes. Speeds are of the steps since the last entry. They leave out the first step of
-    a run, which is compiled, and what happens before `rest`.
+    Of many processes the first writes. In a bucket there is no `tensorboard/`. Speeds are of the steps since the last
+    entry. They leave out the first step of a run, which is compiled, and what happens before `rest`.
     """
 
-    def __init__(self, out: Path, first: int, facts: StepFacts):
+    def __init__(self, out: Path | epath.Path, first: int, facts: StepFacts):
         self.facts, self.latest, self._evaluated = facts, "", ""
         self._path, self._events, self._since = out / "metrics.jsonl", None, None
-        if jax.process_index() == 0:
+        self._writes = is_first()
+        if self._writes:
             kept = self._path.read_text().splitlines(keepends=True) if self._path.exists() else []
             kept = [line for line in kept if line.endswith("\n") and json.loads(line)["step"] <= first]
             self._path.write_text("".join(kept))
+        if self._writes and not is_remote(out):
             from tensorboardX import SummaryWriter  # here: where torch is installed, this imports it
 
             # A file of each start, though two were in one second; what earlier ones have after `first` is taken back.
@@ -67,10 +73,14 @@ class Log:
 
     def record(self, step: int, values: dict[str, float]) -> None:
         """One line of `metrics.jsonl`, and as much in TensorBoard."""
-        if self._events is None:
+        if not self._writes:
+            return
+        line = json.dumps({"step": step} | values) + "\n"
+        if is_remote(self._path):
+            self._path.write_text(self._path.read_text() + line)
             return
         with open(self._path, "a") as file:
-            file.write(json.dumps({"step": step} | values) + "\n")
+            file.write(line)
         for name, value in values.items():
             self._events.add_scalar(name, value, step)
 

@@ -12,6 +12,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
 from cepe_jax.config import DECODERS, ENCODERS, Backend, Remat, preset
 from cepe_jax.data.examples import TEACHER, ExampleConfig
@@ -67,7 +68,7 @@ class RematConfig:
 class TrainConfig:
     stage: Stage  # lm: a decoder from scratch; mlm: an encoder; warmup, cepe and ceped: as in the paper
     data: Path  # a dataset of sequences, or the directory of those that `mix` names
-    out: Path  # gets checkpoints/, metrics.jsonl, config.json, and at the end model/
+    out: epath.Path  # gets checkpoints/, metrics.jsonl, config.json, and at the end model/; may be gs://bucket/...
     steps: int
     batch_size: int  # sequences per step
     decoder: str = ""  # a preset (lm) or a model directory; mlm: the encoder starts from its first layers
@@ -273,7 +274,7 @@ def run_stage(config: TrainConfig) -> Path:
     tokenizer = sources[0].records.tokenizer
     resolved = json.loads(json.dumps(dataclasses.asdict(config), default=str))
     resolved["dataset"] = {"tokenizer": tokenizer.fingerprint(), "sequences": [source.digest for source in sources]}
-    if first_says(model_dir.exists()):
+    if first_says((model_dir / "config.json").exists()):
         refuse_another_run(config.out, identity_of(json.loads(record.read_text())), identity_of(resolved))
         print(f"{model_dir} is finished: remove {config.out} to train again")
         return model_dir

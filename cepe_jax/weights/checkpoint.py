@@ -12,9 +12,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from etils import epath
 from flax import nnx
 
-from cepe_jax.directories import refuse_another_run
+from cepe_jax.directories import is_remote, refuse_another_run
 
 # Orbax raises what goes wrong with a save, and logs it before, four times and with pages of traces.
 logging.getLogger("absl").addFilter(lambda record: not record.exc_info or "orbax" not in record.pathname)
@@ -71,10 +72,11 @@ class Checkpoints:
     configuration, the hash of the frozen base. It is stored with each and compared on restore.
     """
 
-    def __init__(self, directory: Path, identity: dict):
-        self.directory, self.identity = Path(directory), identity
+    def __init__(self, directory: Path | epath.Path, identity: dict):
+        self.directory = directory if is_remote(directory) else Path(directory).absolute()
+        self.identity = identity
         options = ocp.CheckpointManagerOptions(max_to_keep=2, cleanup_tmp_directories=True)
-        self.manager = ocp.CheckpointManager(self.directory.absolute(), options=options)
+        self.manager = ocp.CheckpointManager(self.directory, options=options)
 
     def latest(self) -> int | None:
         """The step of the newest; None where there is none."""

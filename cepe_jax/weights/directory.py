@@ -97,7 +97,7 @@ class Directory:
             raise ValueError(f"{self.path}/hash.json contradicts itself: copy it again")
 
 
-def check_names(where: Path, expected: set[str], found: set[str]) -> None:
+def check_names(where: Path | str, expected: set[str], found: set[str]) -> None:
     """ValueError that names missing and unknown tensors, if there are any."""
     for word, names in ("lacks", sorted(expected - found)), ("holds unknown", sorted(found - expected)):
         if names:
@@ -130,10 +130,10 @@ def write(
 ) -> None:
     """The tensors, consumed one by one, are at `path` in our format. `facts` go back into an exported config.json."""
     expected = shapes(config)
-    with new_directory(Path(path)) as partial:
+    with new_directory(path) as partial:
         copy_assets(assets, partial)
         hashes = write_shards(partial, tensors)
-        check_names(Path(path), set(expected), set(hashes))
+        check_names(path, set(expected), set(hashes))
         for name, written in hashes.items():
             if tuple(written["shape"]) != expected[name]:
                 raise ValueError(f"{name} is {written['shape']}, by its config {list(expected[name])}")

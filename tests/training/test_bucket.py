@@ -1,0 +1,103 @@
+"""Runs in a bucket, which here is in memory. Checkpoints go another way, from TensorStore to the service itself."""
+
+import json
+from pathlib import Path
+from typing import ClassVar
+
+import fsspec
+import numpy as np
+import pytest
+import tiny
+from etils import epath
+from fsspec.implementations.memory import MemoryFileSystem
+
+from cepe_jax import cli
+from cepe_jax.directories import new_directory
+from cepe_jax.training.logs import Log, StepFacts
+from cepe_jax.training.stages import TrainConfig
+from cepe_jax.weights import checkpoint
+from cepe_jax.weights.checkpoint import Checkpoints
+from cepe_jax.weights.directory import Directory, save
+
+RUN = epath.Path("gs://bucket/run")
+
+
+class Bucket(MemoryFileSystem):
+    protocol = ("gs", "gcs")
+    store: ClassVar[dict] = {}
+    pseudo_dirs: ClassVar[list] = [""]
+    closed: ClassVar[list] = []
+
+    def pipe_file(self, path, value, **options):
+        self.closed.append(path)
+        return super().pipe_file(path, value, **options)
+
+    def _open(self, path, mode="rb", **options):
+        if mode != "rb":
+            self.closed.append(path)
+        return super()._open(path, mode, **options)
+
+
+@pytest.fixture(autouse=True)
+def bucket(monkeypatch):
+    monkeypatch.setenv("EPATH_USE_TF", "false")
+    for name in Bucket.protocol:
+        fsspec.register_implementation(name, Bucket, clobber=True)
+    Bucket.store.clear()
+    Bucket.pseudo_dirs[:] = [""]
+    Bucket.closed.clear()
+
+
+def test_settings_keep_the_address(monkeypatch):
+    values = {"stage": "lm", "data": "d", "out": str(RUN), "steps": 3, "batch_size": 4, "decoder": "tiny"}
+    monkeypatch.setattr(cli, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install gcsfs"):
+        cli.decode(TrainConfig, values)
+    monkeypatch.setattr(cli, "find_spec", lambda name: name)
+    assert str(cli.decode(TrainConfig, values).out / "model") == "gs://bucket/run/model"
+    assert cli.decode(TrainConfig, values | {"out": "a/b"}).out == Path("a/b")
+    for name in ("data", "decoder"):
+        with pytest.raises(ValueError, match=rf"{name} is gs://b/d: mount the bucket \(gcsfuse\)"):
+            cli.decode(TrainConfig, values | {name: "gs://b/d"})
+
+
+def test_a_model_is_there_once_its_config_is(tmp_path):
+    save(tiny.make_decoder(), RUN / "model")
+    save(tiny.make_decoder(), tmp_path / "model")
+    assert Bucket.closed[-1].endswith("run/model/config.json")
+    copied = tmp_path / "copied"
+    copied.mkdir()
+    for file in (RUN / "model").iterdir():
+        file.copy(copied / file.name)
+    Directory(copied).verify()
+    assert (copied / "hash.json").read_bytes() == (tmp_path / "model/hash.json").read_bytes()
+    with pytest.raises(ValueError, match="gs://bucket/run/model exists"):
+        save(tiny.make_decoder(), RUN / "model")
+
+
+def test_a_model_that_was_cut_off_is_written_anew():
+    (RUN / "model").mkdir(parents=True)
+    (RUN / "model/a").write_text("half")
+    with new_directory(RUN / "model") as partial:
+        (partial / "a").write_text("whole")
+        (partial / "config.json").write_text("{}")
+    assert (RUN / "model/a").read_text() == "whole"
+
+
+def test_metrics_go_on_in_a_bucket():
+    RUN.mkdir(parents=True)
+    facts = StepFacts(np.ones(9), 1, 1.0)
+    for first, steps in (0, (1, 2, 3)), (2, (3, 4)):
+        log = Log(RUN, first, facts)
+        for step in steps:
+            log.write(step, {"loss": 10.0 * first + step})
+        log.close()
+    lines = [json.loads(line) for line in (RUN / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["loss"]) for line in lines] == [(1, 1.0), (2, 2.0), (3, 23.0), (4, 24.0)]
+
+
+def test_checkpoints_are_given_the_address(monkeypatch):
+    given = []
+    monkeypatch.setattr(checkpoint.ocp, "CheckpointManager", lambda directory, **_: given.append(str(directory)))
+    Checkpoints(RUN / "checkpoints", {})
+    assert given == ["gs://bucket/run/checkpoints"]
