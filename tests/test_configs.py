@@ -18,12 +18,14 @@ from cepe_jax.data.sampling import SampleConfig
 from cepe_jax.evaluation.report import EvaluateConfig
 from cepe_jax.inference.text import GenerateConfig
 from cepe_jax.training.stages import TrainConfig
+from cepe_jax.training.teacher import TeacherConfig
 
 ROOT = Path(__file__).parents[1]
 CLASSES = {  # of a script, or of a script and its command
     "prepare_data.py": PrepareConfig,
     "prepare_data.py sample": SampleConfig,
     "prepare_data.py retrieve": RetrieveConfig,
+    "prepare_data.py teacher": TeacherConfig,
     "benchmark.py data": DataBenchmarkConfig,
     "train.py": TrainConfig,
     "evaluate.py": EvaluateConfig,

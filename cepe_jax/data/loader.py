@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from cepe_jax.data.examples import (
+    TEACHER,
     Example,
     ExampleConfig,
     chunks_before,
@@ -53,6 +54,8 @@ class Sequences:
             check_retrieved(path, self.joined.index, config)
         elif stage in ("cepe", "ceped"):
             self.size = config.span
+        if self.joined and self.joined.name == TEACHER:
+            check_taught(path, self.joined.index, config)
         length = self.records.index["length"]
         if length < self.size:
             raise ValueError(
@@ -90,6 +93,13 @@ def check_retrieved(path: Path, index: dict, config: ExampleConfig) -> None:
         raise ValueError(f"{path}: its chunks have {needed} tokens, chunk_length is {config.chunk_length}: raise it")
 
 
+def check_taught(path: Path, index: dict, config: ExampleConfig) -> None:
+    """ValueError where the teacher read other tokens than an example has, or was asked about others."""
+    for name, size in ("window", config.window), ("context", config.span - config.window):
+        if index[name] != size:
+            raise ValueError(f"{path}: its teacher's {name} has {index[name]} tokens, here it has {size}: change one")
+
+
 class ToExample:
     """A record and a random generator to an example of the stage; it can be sent to other processes."""
 
@@ -119,12 +129,10 @@ class ToExample:
             del example["scores"]  # training reads none, and a mixture's examples have the same fields
             return example
         example = previous_document(record["tokens"], start, config)
-        if "teacher_prob" in record:
-            return example | taught(record, config)
         if rng.random() < config.foreign_rate:
             other = self._of_other_documents(record, rng)
             example |= chunks_before(other["tokens"], start, config.num_chunks, config.chunk_length)
-        return example
+        return example | taught(record, config) if "teacher_prob" in record else example
 
     def _of_other_documents(self, record: dict, rng: np.random.Generator) -> dict:
         """A record that shares no document with this one: its context could hold the window."""

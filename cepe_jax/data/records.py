@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+import os
 import resource
 from collections.abc import Iterator
 from pathlib import Path
@@ -141,3 +142,9 @@ class Records:
     def digest(self) -> str:
         """Equal for splits with the same records in the same order."""
         return hashlib.sha256(" ".join(shard["sha256"] for shard in self.facts["shards"]).encode()).hexdigest()
+
+
+def joins(records: Records, out: Path) -> dict[str, str]:
+    """What the index of the dataset at `out` says of these records, which its own belong to, one to each."""
+    path = os.path.relpath(records.path.resolve(), out.resolve())
+    return {"path": path, "split": records.split, "digest": records.digest}

@@ -6,7 +6,6 @@ result is a dataset whose record i belongs to record i of the sequences.
 
 import functools
 import json
-import os
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -17,7 +16,7 @@ import numpy as np
 from cepe_jax.data.builder import Builder, ShardWriter, array, text, token_dtype
 from cepe_jax.data.corpus import Corpus
 from cepe_jax.data.examples import PAD
-from cepe_jax.data.records import Records, opened, shard_path
+from cepe_jax.data.records import Records, joins, opened, shard_path
 from cepe_jax.data.sampling import documents_in
 from cepe_jax.data.search import BATCH, BM25, Dense, Encoder, Searcher, load_encoder
 from cepe_jax.data.units import JobConfig, Work, run_units
@@ -175,13 +174,8 @@ def retrieve(config: RetrieveConfig) -> None:
         return
     for left in config.out.glob(f".{INDEX}.*"):  # of jobs that were killed
         shutil.rmtree(left)
-    joins = {
-        "path": os.path.relpath(config.data.resolve(), config.out.resolve()),
-        "split": config.split,
-        "digest": base.digest,
-    }
     facts = {name: getattr(config, name) for name in ("passage_length", "query_tokens")}
-    facts |= {"tokenizer": base.index["tokenizer"], "joins": joins}
+    facts |= {"tokenizer": base.index["tokenizer"], "joins": joins(base, config.out)}
     builder.register(NAME, features_of(dtype, config.passage_length), marks, facts)
 
 

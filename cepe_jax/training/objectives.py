@@ -26,7 +26,7 @@ def sum_over_chunks(terms: Callable, chunk: int, hidden_BTD: Array, *arrays_BT: 
     that what `terms` makes of a chunk (its logits) is never stored for another.
     """
     arrays = [array for array, _ in arrays_BT]
-    if chunk in (0, hidden_BTD.shape[1]):
+    if not 0 < chunk < hidden_BTD.shape[1]:
         return terms(hidden_BTD, *arrays)
     xs = [in_chunks(hidden_BTD, chunk, 0), *(in_chunks(array, chunk, fill) for array, fill in arrays_BT)]
     sums = jax.lax.map(jax.checkpoint(lambda x: terms(*x)), xs)
@@ -115,7 +115,7 @@ def teacher_top(decoder: Llama, tokens_BS: Array, window: int, top_k: int, chunk
         rest = jnp.maximum(1 - prob.sum(axis=-1, keepdims=True), 0)
         return {"teacher_index": index, "teacher_prob": jnp.concatenate([prob, rest], axis=-1)}
 
-    chunks = jax.lax.map(top, in_chunks(hidden_BTD, chunk or window, 0))
+    chunks = jax.lax.map(top, in_chunks(hidden_BTD, min(chunk or window, window), 0))
     B = len(tokens_BS)
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(B, -1, x.shape[-1])[:, :window], chunks)
 

@@ -145,10 +145,12 @@ def micro_batches(config: TrainConfig, shares: int) -> int:
 
 def backend_of(config: TrainConfig, platform: str) -> Backend:
     """The attention of this run: the one it names, or the platform's own."""
-    if config.attention != "auto":
-        return config.attention
+    return native_backend(platform, config.dtype) if config.attention == "auto" else config.attention
+
+
+def native_backend(platform: str, dtype: Dtype) -> Backend:
     if platform == "gpu":
-        return "cudnn" if config.dtype == "bfloat16" else "xla"
+        return "cudnn" if dtype == "bfloat16" else "xla"
     return "splash" if platform == "tpu" else "xla"
 
 

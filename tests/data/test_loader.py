@@ -256,7 +256,8 @@ def joined(home, tokenizer):
     shards = [[passages_of(i) for i in range(7)], [passages_of(i) for i in range(7, 10)]]
     sequences.write(home / "retrieved", "retrieved", RETRIEVED, shards, tokenizer, **facts)
     taught = [[teacher_of(i) for i in range(10)]]
-    sequences.write(home / "teacher", "teacher", TAUGHT, taught, tokenizer, joins=sequences.joins(home / "a"))
+    facts = {"joins": sequences.joins(home / "a"), "window": 12, "context": 12}
+    sequences.write(home / "teacher", "teacher", TAUGHT, taught, tokenizer, **facts)
     return home
 
 
@@ -305,8 +306,12 @@ def test_passages_mix_with_what_stands_before(joined):
         assert batch["context"].shape == (4, 3, 4)
 
 
+def test_distillation_sees_the_main_stages_examples(home):
+    assert same(rows(mixture(home, "ceped"), 20), rows(mixture(home, "cepe"), 20))
+
+
 def test_a_teacher_is_joined_by_index(joined):
-    for example in rows(mixture(joined, "cepe", mix={"teacher": 1}), 10):
+    for example in rows(mixture(joined, "ceped", mix={"teacher": 1}), 10):
         number, start = place(example)
         assert start == 12
         np.testing.assert_array_equal(example["teacher_index"], teacher_of(number)["teacher_index"])
@@ -325,8 +330,10 @@ def test_datasets_that_do_not_join(joined, tokenizer, tmp_path):
             ValueError, match=rf"teacher_of_{name} does not join .*{name}: it has 10 records for others"
         ):
             Sequences(path, "cepe", CONFIG)
-    with pytest.raises(ValueError, match=r"teacher_index \[12, 2\] and teacher_prob \[12, 3\] .* window's 10"):
-        rows(mixture(joined, "cepe", mix={"teacher": 1}, window=10), 1)
+    with pytest.raises(ValueError, match="its teacher's window has 12 tokens, here it has 10: change one"):
+        mixture(joined, "ceped", mix={"teacher": 1}, window=10)
+    with pytest.raises(ValueError, match="its teacher's context has 12 tokens, here it has 8: change one"):
+        mixture(joined, "ceped", mix={"teacher": 1}, num_chunks=2)
 
 
 def test_what_cannot_be_read(home, tokenizer, tmp_path):
