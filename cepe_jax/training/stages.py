@@ -93,6 +93,7 @@ class TrainConfig:
     save_every: int = 500  # steps
     log_every: int = 10  # steps
     evaluation: EvalConfig = EvalConfig()
+    profile: tuple[int, ...] = ()  # the first and the last step to trace, into out/profile/
     seed: int = 0
 
     def __post_init__(self):
@@ -120,7 +121,11 @@ class TrainConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}: give a number, or 0 for all")
         if self.workers < 0:
             raise ValueError(f"workers is {self.workers}: give a number of processes, or 0 for threads")
-        Run(self.out, self.steps, self.save_every, self.log_every, self.evaluation.every)
+        run_of(self)
+
+
+def run_of(config: TrainConfig) -> Run:
+    return Run(config.out, config.steps, config.save_every, config.log_every, config.evaluation.every, config.profile)
 
 
 def mesh_of(config: TrainConfig, devices: int) -> MeshConfig:
@@ -322,7 +327,7 @@ def run_stage(config: TrainConfig) -> Path:
         del model, trainable  # a resumed run would hold them beside the restored ones
         with contextlib.closing(Checkpoints(config.out / "checkpoints", identity)) as checkpoints:
             state = train(
-                Run(config.out, config.steps, config.save_every, config.log_every, config.evaluation.every),
+                run_of(config),
                 StepFacts(learning_rates, tokens_of_step(config), flops=0.0),
                 initial,
                 frozen,
@@ -363,7 +368,7 @@ def identity_of(resolved: dict) -> dict:
     The contents of the places are compared instead.
     """
     places = {"data", "decoder", "encoder", "cepe", "out"}
-    pace = {"save_every", "log_every", "evaluation", "mesh", "micro_batch", "distributed", "workers"}
+    pace = {"save_every", "log_every", "evaluation", "profile", "mesh", "micro_batch", "distributed", "workers"}
     return {key: value for key, value in resolved.items() if key not in places | pace}
 
 

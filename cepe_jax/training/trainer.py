@@ -119,18 +119,21 @@ def make_train_step(objective, optimizer: optax.GradientTransformation, accumula
 
 @dataclass(frozen=True)
 class Run:
-    """Where one run's files go and how often: `checkpoints/`, `metrics.jsonl`, `tensorboard/`."""
+    """Where one run's files go and how often: `checkpoints/`, `metrics.jsonl`, `tensorboard/`, `profile/`."""
 
     out: Path
     steps: int
     save_every: int  # steps
     log_every: int = 10  # steps
     evaluate_every: int = 500  # steps
+    profile: tuple[int, ...] = ()  # the first and the last step to trace
 
     def __post_init__(self):
         for name in ("steps", "save_every", "log_every", "evaluate_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: give a number above 0")
+        if self.profile and not (len(self.profile) == 2 and 1 <= self.profile[0] <= self.profile[1] <= self.steps):
+            raise ValueError(f"profile is {list(self.profile)}: give the first and the last step to trace, as [11, 13]")
 
 
 def train(
@@ -163,7 +166,13 @@ def train(
     def where() -> str:
         return f" by step {done + 1}: start again, it goes on from step {checkpoints.latest_whole() or 0}"
 
-    with contextlib.closing(Log(run.out, first, facts)) as log, StopRequests() as stop, peers(where):
+    traced = range(max(run.profile[0], first + 1), run.profile[1] + 1) if run.profile else range(0)
+    with (
+        contextlib.closing(Log(run.out, first, facts)) as log,
+        StopRequests() as stop,
+        peers(where),
+        contextlib.ExitStack() as trace,
+    ):
 
         def settle() -> None:
             """What is pending is read and logged; it ends the run where it is not finite."""
@@ -181,16 +190,23 @@ def train(
 
         for done in track(range(first + 1, run.steps + 1), run.out.name, run.steps - first, lambda: log.latest):
             batch = next(batches)
-            with jax.transfer_guard("disallow"):
+            if done in traced[:1]:
+                jax.block_until_ready(state)
+                trace.enter_context(jax.profiler.trace(str(run.out / "profile")))
+            with jax.transfer_guard("disallow"), jax.profiler.StepTraceAnnotation("step", step_num=done):
                 state, metrics = step(state, frozen, batch)
             settle()
             stopping = stop.after(done) and done < run.steps
             saving = stopping or done % run.save_every == 0 or done == run.steps
             evaluating = evaluate is not None and (done % run.evaluate_every == 0 or done == run.steps)
-            if saving or evaluating or done == first + 1 or done % run.log_every == 0:
+            if saving or evaluating or done in traced[-1:] or done == first + 1 or done % run.log_every == 0:
                 pending = done, metrics
             if saving or evaluating:
                 settle()  # waits for the step, as the save does: what a checkpoint holds is finite and logged
+            if done in traced[-1:]:
+                settle()
+                trace.close()
+                log.rest(done)
             if evaluating:
                 log.write_evaluation(done, evaluate(state.trainable))
             if saving:

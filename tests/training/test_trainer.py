@@ -2,8 +2,10 @@
 
 import contextlib
 import dataclasses
+import gzip
 import json
 import os
+import re
 import shutil
 import signal
 
@@ -61,9 +63,9 @@ def a_copy(model):
 def run(cepe, optimizer, step, tmp_path):
     """Trains in tmp_path until `steps`, going on from what is there; returns the state."""
 
-    def go(steps=STEPS, identity="ours", step=step, save_every=2, log_every=1, evaluate=None):
+    def go(steps=STEPS, identity="ours", step=step, save_every=2, log_every=1, evaluate=None, profile=()):
         trainable, frozen = split(a_copy(cepe), TRAIN)
-        setting = Run(tmp_path, steps, save_every, log_every, evaluate_every=2)
+        setting = Run(tmp_path, steps, save_every, log_every, evaluate_every=2, profile=profile)
         with contextlib.closing(Checkpoints(tmp_path / "checkpoints", {"run": identity})) as checkpoints:
             start = init_state(trainable, optimizer)
             return train(setting, FACTS, start, frozen, step, batches_from, records_of, checkpoints, evaluate)
@@ -268,6 +270,22 @@ def test_evaluation_is_logged_where_it_should_be(run, tmp_path):
     run(5, save_every=3, evaluate=evaluate)
     assert entries() == whole
     assert [line["step"] for line in lines_in(tmp_path) if "loss" in line] == [1, 2, 3, 4, 5]
+
+
+def test_the_steps_asked_for_are_traced(run, tmp_path):
+    """And no other, by their numbers in the run; the trace is where TensorBoard looks for it."""
+    run(profile=(3, 4))
+    (path,) = (tmp_path / "profile/plugins/profile").glob("*/*.trace.json.gz")
+    events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+    steps = {event["args"]["step_num"] for event in events if event.get("name") == "step"}
+    assert steps == {"3", "4"}
+    assert list(path.parent.glob("*.xplane.pb"))
+
+
+@pytest.mark.parametrize("profile", [(3,), (0, 2), (4, 3), (3, 7)])
+def test_bad_steps_to_trace(tmp_path, profile):
+    with pytest.raises(ValueError, match=re.escape(f"profile is {list(profile)}: give the first and the last step")):
+        Run(tmp_path, STEPS, 1, profile=profile)
 
 
 def test_of_many_processes_none_installs_a_handler(monkeypatch):
