@@ -154,6 +154,7 @@ def train(
     `batches_from(n)` yields the batches of steps n, n + 1, ...: a resumed run sees what an uninterrupted one does.
     A step that is not finite ends the run with a ValueError that names it and `records_of` it; the state before it
     is saved. The batches must be on the devices: between dispatches nothing is moved there, nor waited for.
+    `evaluate` gets what trains, every `run.evaluate_every` steps and after the last.
     """
     first = 0
     if (restored := checkpoints.restore(state)) is not None:
