@@ -5,7 +5,6 @@ import difflib
 import sys
 import typing
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,18 +15,8 @@ from etils import epath
 from cepe_jax.directories import is_remote
 
 Config = TypeVar("Config")
-
-
-def _place(text: str, _) -> Path | epath.Path:
-    """A setting that may be in a bucket; pathlib would make gs:/ of gs://."""
-    if not is_remote(text):
-        return Path(text)
-    if find_spec("gcsfs") is None:
-        raise ValueError("pip install gcsfs to write into a bucket")
-    return epath.Path(text)
-
-
-draccus.decode.register(epath.Path, _place)
+# A setting of this type may be in a bucket. pathlib's would make gs:/ of gs://.
+draccus.decode.register(epath.Path, lambda text, _: epath.Path(text) if is_remote(text) else Path(text))
 
 
 class _UniqueKeys(yaml.SafeLoader):

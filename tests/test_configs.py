@@ -43,7 +43,7 @@ def shown_commands() -> dict[str, str]:
             text = f"```bash\n{ast.get_docstring(ast.parse(text))}\n```\n"
         blocks = re.findall(r"^ *```(?:bash|sh|shell|console)\n(.*?)^ *```", text, re.DOTALL | re.MULTILINE)
         lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-        found = [line.strip().removeprefix("$ ") for line in lines if "python scripts/" in line]
+        found = [line[line.index("python scripts/") :] for line in lines if "python scripts/" in line]  # after srun too
         shown |= {f"{name}:{number} {line[:60]}": line for number, line in enumerate(found)}
     quickstart = (ROOT / "scripts" / "quickstart.sh").read_text().replace("\\\n", " ")
     for line in re.findall(r"^stage .*", quickstart, re.MULTILINE):

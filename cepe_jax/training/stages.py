@@ -5,6 +5,7 @@ import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Literal
@@ -18,7 +19,7 @@ from cepe_jax.config import DECODERS, ENCODERS, Backend, Remat, preset
 from cepe_jax.data.examples import TEACHER, ExampleConfig
 from cepe_jax.data.loader import Sequences, Stage, batches, examples, names_in, open_mix
 from cepe_jax.data.tokenizer import Tokenizer
-from cepe_jax.directories import refuse_another_run
+from cepe_jax.directories import is_remote, refuse_another_run
 from cepe_jax.distributed import DistributedConfig, first_says, is_first, joined, meet
 from cepe_jax.model.cepe import (
     Cepe,
@@ -267,6 +268,8 @@ def check_teacher(config: TrainConfig, sources: Sequence[Sequences]) -> None:
 
 def launch(config: TrainConfig) -> Path:
     """`run_stage` by this process, which is alone or one of the many that its settings or its cluster name."""
+    if is_remote(config.out) and find_spec("gcsfs") is None:
+        raise ValueError(f"{config.out} is in a bucket: pip install gcsfs to write there")
     with joined(config.distributed, config.out / "compiled"):
         return run_stage(config)
 

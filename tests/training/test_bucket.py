@@ -13,8 +13,9 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from cepe_jax import cli
 from cepe_jax.directories import new_directory
+from cepe_jax.training import stages
 from cepe_jax.training.logs import Log, StepFacts
-from cepe_jax.training.stages import TrainConfig
+from cepe_jax.training.stages import TrainConfig, launch
 from cepe_jax.weights import checkpoint
 from cepe_jax.weights.checkpoint import Checkpoints
 from cepe_jax.weights.directory import Directory, save
@@ -48,17 +49,19 @@ def bucket(monkeypatch):
     Bucket.closed.clear()
 
 
-def test_settings_keep_the_address(monkeypatch):
+def test_settings_keep_the_address():
     values = {"stage": "lm", "data": "d", "out": str(RUN), "steps": 3, "batch_size": 4, "decoder": "tiny"}
-    monkeypatch.setattr(cli, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="pip install gcsfs"):
-        cli.decode(TrainConfig, values)
-    monkeypatch.setattr(cli, "find_spec", lambda name: name)
     assert str(cli.decode(TrainConfig, values).out / "model") == "gs://bucket/run/model"
     assert cli.decode(TrainConfig, values | {"out": "a/b"}).out == Path("a/b")
     for name in ("data", "decoder"):
         with pytest.raises(ValueError, match=rf"{name} is gs://b/d: mount the bucket \(gcsfuse\)"):
             cli.decode(TrainConfig, values | {name: "gs://b/d"})
+
+
+def test_a_run_in_a_bucket_needs_its_library(monkeypatch):
+    monkeypatch.setattr(stages, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="gs://bucket/run is in a bucket: pip install gcsfs"):
+        launch(TrainConfig("lm", Path("d"), RUN, 3, 4, decoder="tiny"))
 
 
 def test_a_model_is_there_once_its_config_is(tmp_path):
