@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import sys
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -133,24 +133,44 @@ def _field_names(config_class) -> set[str]:
     return names
 
 
-def parse(config_class: type[Config]) -> Config:
-    """The configuration on the command line: `--config FILE`, then `--group.setting=value`, the last one winning."""
+def parse(config_class: type[Config], complete: Callable[[dict], dict] = lambda values: values) -> Config:
+    """The configuration on the command line: `--config FILE`, then `--group.setting=value`, the last one winning.
+
+    `complete` may add to what was given.
+    """
+    values, overrides = {}, []
+    for name, value in _arguments(config_class):
+        if name == "config":
+            values = read_yaml(Path(value))
+        else:
+            overrides.append((name, value))
+    for name, value in overrides:
+        _set(values, name, _from_text(config_class, name, value))
+    return decode(config_class, complete(values))
+
+
+def take(config_class: type[Config]) -> Config:
+    """The configuration whose settings are on the command line among another's; those are left there, for `parse`."""
+    values, left = {}, []
+    for name, value in _arguments(config_class):
+        if name in config_class.__dataclass_fields__:
+            values[name] = _from_text(config_class, name, value)
+        else:
+            left.append(f"--{name}={value}")
+    sys.argv[1:] = left
+    return decode(config_class, values)
+
+
+def _arguments(config_class) -> Iterator[tuple[str, str]]:
+    """(setting, text) of each argument; `--help` shows the class' settings and ends the program."""
     arguments = sys.argv[1:]
     if {"-h", "--help"} & set(arguments):
-        return draccus.parse(config_class, args=["--help"])
-    values, overrides = {}, []
+        draccus.parse(config_class, args=["--help"])
     while arguments:
         name, equals, value = arguments.pop(0).partition("=")
         if not name.startswith("--") or not (equals or arguments):
             raise ValueError(f"{name}: write settings as --setting=value")
-        value = value if equals else arguments.pop(0)
-        if name == "--config":
-            values = read_yaml(Path(value))
-        else:
-            overrides.append((name[2:], value))
-    for name, value in overrides:
-        _set(values, name, _from_text(config_class, name, value))
-    return decode(config_class, values)
+        yield name[2:], value if equals else arguments.pop(0)
 
 
 def run(main: Callable[[], None]) -> None:
@@ -166,10 +186,11 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(f"{Path(sys.argv[0]).name}: interrupted")
 
 
-def run_command(commands: dict[str, tuple[type, Callable]], default: str = "") -> None:
-    """Runs the command that the first argument names, with the configuration that the others give it.
+def run_command(commands: dict[str, tuple], default: str = "") -> None:
+    """Runs the command that the first argument names, with the configurations that the others give it.
 
-    `commands` has for each its configuration and its function. Errors are as in `run`.
+    `commands` has for each its configuration and its function; where the function takes a second configuration, whose
+    settings stand among the first one's, that too and what completes it. Errors are as in `run`.
     """
 
     def main() -> None:
@@ -181,7 +202,7 @@ def run_command(commands: dict[str, tuple[type, Callable]], default: str = "") -
                 return
         if word not in commands:
             raise ValueError(f"{word or 'no command'}: give one of {', '.join(commands)}")
-        config_class, function = commands[word]
-        function(parse(config_class))
+        config_class, function, *second = commands[word]
+        function(*([take(config_class), parse(*second)] if second else [parse(config_class)]))
 
     run(main)

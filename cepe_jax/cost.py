@@ -3,36 +3,64 @@
 A multiply-add is 2 FLOPs; causal attention counts half its square; embeddings, norms and softmax count nothing.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cepe_jax.config import CepeConfig, TransformerConfig
+from cepe_jax.config import CepeConfig, DecoderConfig, EncoderConfig, TransformerConfig
 
 
 @dataclass(frozen=True)
 class Chip:
-    """One accelerator, and how many of them a host of a pod has."""
+    """One accelerator, as its vendor describes it."""
 
     peak_flops: float  # bf16, per second
-    per_host: int
+    hbm: float  # bytes; of TPUs what their compiler lets a program have
+    bandwidth: float  # of HBM, bytes per second
+    links: float  # to other chips, all ports together, bytes per second one way
+    per_host: int  # chips of a host of a pod
 
 
-CHIPS = {"v5e": Chip(1.97e14, 4)}
+CHIPS = {
+    "v4": Chip(2.75e14, 30.75 * 2**30, 1.2e12, 3e11, 4),
+    "v5e": Chip(1.97e14, 15.75 * 2**30, 8.1e11, 2e11, 4),
+    "v5p": Chip(4.59e14, 95.74 * 2**30, 2.8e12, 6e11, 4),
+    "v6e": Chip(9.18e14, 31.25 * 2**30, 1.6e12, 4e11, 4),
+    "a100": Chip(3.12e14, 80e9, 2.0e12, 3e11, 8),
+    "h100": Chip(9.89e14, 80e9, 3.35e12, 4.5e11, 8),
+    "h200": Chip(9.89e14, 141e9, 4.8e12, 4.5e11, 8),
+}
+
+# In what a device calls itself, the first that fits: chip.
+_KINDS = {
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5": "v5p",
+    "TPU v6 lite": "v6e",
+    "H200": "h200",
+    "H100": "h100",
+    "A100": "a100",
+}
 
 
-def _layer_weights(config: TransformerConfig) -> int:
-    """Weights that multiply each position in one Llama block."""
-    heads = 2 * config.num_heads + 2 * config.num_kv_heads
-    return config.width * (heads * config.head_dim + 3 * config.mlp_width)
+def chip_of(device_kind: str) -> Chip | None:
+    """The chip of a `jax.Device.device_kind`; None for one that is not in the table, as a CPU."""
+    return next((CHIPS[name] for kind, name in _KINDS.items() if kind in device_kind), None)
+
+
+def peak_flops(devices: Sequence) -> float | None:
+    """Per second, of all `jax.Device`s together; None where one's chip is not in the table."""
+    chips = [chip_of(device.device_kind) for device in devices]
+    return None if None in chips else sum(chip.peak_flops for chip in chips)
 
 
 @dataclass(frozen=True)
 class Flops:
     """FLOPs of one sequence's forward pass, by what the backward pass makes of them."""
 
-    frozen: float  # weights without gradients that gradients pass through: as much again
-    trained: float  # weights with gradients: twice as much again
-    attention: float  # scores and sums of values, twice as much again
-    ahead: float = 0.0  # frozen weights and attention that no gradient reaches
+    frozen: float = 0.0  # weights without gradients that gradients pass through: as much again
+    trained: float = 0.0  # weights with gradients: twice as much again
+    attention: float = 0.0  # scores and sums of values, twice as much again
+    ahead: float = 0.0  # weights and attention that no gradient reaches
 
     @property
     def forward(self) -> float:
@@ -44,20 +72,72 @@ class Flops:
         return self.forward + self.frozen + 2 * (self.trained + self.attention)
 
 
-def cepe_flops(config: CepeConfig, window: int, num_chunks: int, chunk_length: int) -> Flops:
-    """Of CEPE with a frozen decoder: `window` tokens that read `num_chunks` chunks of `chunk_length` tokens."""
+def _layer_weights(config: TransformerConfig) -> int:
+    """Weights that multiply each position in one Llama block."""
+    heads = 2 * config.num_heads + 2 * config.num_kv_heads
+    return config.width * (heads * config.head_dim + 3 * config.mlp_width)
+
+
+def _layers(config: TransformerConfig, positions: int) -> float:
+    return 2 * _layer_weights(config) * positions * config.num_layers
+
+
+def _head(config: TransformerConfig, positions: int) -> float:
+    return 2 * config.width * config.vocab_size * positions
+
+
+def _causal(config: DecoderConfig, window: int) -> float:
+    return 2 * window**2 * config.num_heads * config.head_dim * config.num_layers
+
+
+def _chunked(config: EncoderConfig, num_chunks: int, length: int) -> float:
+    return 4 * length**2 * num_chunks * config.num_heads * config.head_dim * config.num_layers
+
+
+def decoder_flops(config: DecoderConfig, window: int) -> Flops:
+    """Of a plain decoder, all of it trained, on `window` tokens."""
+    return Flops(trained=_layers(config, window) + _head(config, window), attention=_causal(config, window))
+
+
+def encoder_flops(config: EncoderConfig, num_chunks: int, chunk_length: int) -> Flops:
+    """Of an encoder, all of it trained, on `num_chunks` chunks; with its MLM head where it has one."""
+    weights = _layers(config, num_chunks * chunk_length)
+    if config.mlm_head:
+        weights += _head(config, num_chunks * chunk_length) + 2 * config.width**2 * num_chunks * chunk_length
+    return Flops(trained=weights, attention=_chunked(config, num_chunks, chunk_length))
+
+
+def cepe_flops(
+    config: CepeConfig, window: int, num_chunks: int, chunk_length: int, train: tuple[str, ...] = ("encoder", "cross")
+) -> Flops:
+    """Of CEPE: `window` tokens that read `num_chunks` chunks of `chunk_length` tokens. `train`: the parts that do."""
     decoder, encoder, memory = config.decoder, config.encoder, num_chunks * chunk_length
     heads_width, kv_width = decoder.num_heads * decoder.head_dim, decoder.num_kv_heads * decoder.head_dim
     spliced = config.num_cross_layers / decoder.num_layers
-    layers = decoder.num_layers * (2 * _layer_weights(decoder) * window + 2 * window**2 * heads_width)
-    self_attention = 2 * window**2 * heads_width * decoder.num_layers * spliced
-    head = 2 * decoder.width * decoder.vocab_size * window
-    cross_weights = 2 * heads_width * decoder.width * window + 2 * encoder.width * kv_width * memory
-    encoded = 2 * _layer_weights(encoder) * memory * encoder.num_layers
-    encoder_attention = 4 * chunk_length * encoder.num_heads * encoder.head_dim * memory * encoder.num_layers
+    weights = {  # and attention, of what a gradient reaches
+        "decoder": spliced * _layers(decoder, window) + _head(decoder, window),
+        "cross": 4 * (heads_width * decoder.width * window + encoder.width * kv_width * memory)
+        * config.num_cross_layers,
+        "encoder": _layers(encoder, memory),
+    }  # fmt: skip
+    attention = spliced * _causal(decoder, window) + 4 * window * memory * heads_width * config.num_cross_layers
+    ahead = (1 - spliced) * (_layers(decoder, window) + _causal(decoder, window))
+    if "decoder" in train:
+        weights["decoder"] += (1 - spliced) * _layers(decoder, window)
+        attention, ahead = attention + (1 - spliced) * _causal(decoder, window), 0.0
+    if "encoder" in train:
+        attention += _chunked(encoder, num_chunks, chunk_length)
+    else:
+        ahead += weights.pop("encoder") + _chunked(encoder, num_chunks, chunk_length)
     return Flops(
-        frozen=spliced * decoder.num_layers * 2 * _layer_weights(decoder) * window + head,
-        trained=encoded + 2 * cross_weights * config.num_cross_layers,
-        attention=self_attention + encoder_attention + 4 * window * memory * heads_width * config.num_cross_layers,
-        ahead=(1 - spliced) * layers,
+        frozen=sum(flops for part, flops in weights.items() if part not in train),
+        trained=sum(flops for part, flops in weights.items() if part in train),
+        attention=attention,
+        ahead=ahead,
     )
+
+
+def teacher_flops(config: DecoderConfig, window: int, memory: int) -> Flops:
+    """Of the plain decoder that teaches `window` positions after `memory` tokens of context."""
+    length = window + memory
+    return Flops(ahead=_layers(config, length) + _causal(config, length) + _head(config, window))

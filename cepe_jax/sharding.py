@@ -1,5 +1,7 @@
 """Where arrays live on a mesh: one table from logical axes to mesh axes. Nothing else knows the mesh's names."""
 
+from collections.abc import Sequence
+
 import jax
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -25,13 +27,15 @@ RULES: dict[str | None, tuple[str, ...]] = {
 }
 
 
-def make_mesh(data: int = 1, fsdp: int = 1, context: int = 1, tensor: int = 1) -> jax.sharding.Mesh:
-    """A mesh over all devices; ValueError when the sizes do not multiply to their number."""
-    shape = (data, fsdp, context, tensor)
-    if (product := data * fsdp * context * tensor) != jax.device_count():
+def make_mesh(
+    data: int = 1, fsdp: int = 1, context: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
+) -> jax.sharding.Mesh:
+    """A mesh over `devices`, or all there are; ValueError when the sizes do not multiply to their number."""
+    shape, count = (data, fsdp, context, tensor), jax.device_count() if devices is None else len(devices)
+    if (product := data * fsdp * context * tensor) != count:
         sizes = ", ".join(f"{name}={size}" for name, size in zip(MESH_AXES, shape, strict=True))
-        raise ValueError(f"mesh {sizes} wants {product} devices and there are {jax.device_count()}: change the sizes")
-    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+        raise ValueError(f"mesh {sizes} wants {product} devices and there are {count}: change the sizes")
+    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
 
 
 def partition_spec(axes: tuple[str | None, ...], usable=MESH_AXES) -> PartitionSpec:
@@ -52,6 +56,15 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
         return x
     auto = [name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto]
     return jax.lax.with_sharding_constraint(x, partition_spec(axes, auto))
+
+
+def constrain_like(tree):
+    """`tree` while tracing under a mesh, each Variable placed as its `axes` say; other leaves as they are."""
+
+    def place(leaf):
+        return leaf.replace(constrain(leaf[...], *leaf.get_metadata()["axes"])) if is_variable(leaf) else leaf
+
+    return jax.tree.map(place, tree, is_leaf=is_variable)
 
 
 def on_shards(function, in_axes: tuple[tuple[str | None, ...], ...], out_axes: tuple[str | None, ...]):
@@ -79,6 +92,11 @@ def shardings_of(tree, mesh: jax.sharding.Mesh):
     return jax.tree.map(rule, tree, is_leaf=is_variable)
 
 
+def batch_axes(x) -> tuple[str | None, ...]:
+    """Logical axes of an array of a batch: its rows, and whatever each holds."""
+    return ("batch", *[None] * (x.ndim - 1))
+
+
 def batch_share(mesh: jax.sharding.Mesh, batch_size: int) -> tuple[int, int]:
     """(h, H): of the rows of a batch this process feeds the h-th of H equal shares. Processes may feed the same one."""
     if mesh.empty:
@@ -104,7 +122,7 @@ def place_batch(batch: dict, mesh: jax.sharding.Mesh, batch_size: int) -> dict:
         return batch
 
     def place(x):
-        sharding = NamedSharding(mesh, partition_spec(("batch", *[None] * (x.ndim - 1))))
+        sharding = NamedSharding(mesh, partition_spec(batch_axes(x)))
         return jax.make_array_from_process_local_data(sharding, x, (batch_size, *x.shape[1:]))
 
     return jax.tree.map(place, batch)

@@ -10,13 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from cepe_jax.cli import parse, read_yaml
+from cepe_jax.cli import parse, read_yaml, take
 from cepe_jax.data.benchmark import DataBenchmarkConfig
 from cepe_jax.data.corpus import PrepareConfig
 from cepe_jax.data.retrieval import RetrieveConfig
 from cepe_jax.data.sampling import SampleConfig
 from cepe_jax.evaluation.report import EvaluateConfig
 from cepe_jax.inference.text import GenerateConfig
+from cepe_jax.training.aot import CompileConfig, without_files
+from cepe_jax.training.benchmark import MemoryConfig, TrainBenchmarkConfig
 from cepe_jax.training.stages import TrainConfig
 from cepe_jax.training.teacher import TeacherConfig
 
@@ -27,10 +29,14 @@ CLASSES = {  # of a script, or of a script and its command
     "prepare_data.py retrieve": RetrieveConfig,
     "prepare_data.py teacher": TeacherConfig,
     "benchmark.py data": DataBenchmarkConfig,
+    "benchmark.py train": TrainBenchmarkConfig,
+    "benchmark.py memory": MemoryConfig,
+    "compile_tpu.py": CompileConfig,
     "train.py": TrainConfig,
     "evaluate.py": EvaluateConfig,
     "generate.py": GenerateConfig,
 }
+AMONG_TRAINING = "benchmark.py train", "benchmark.py memory", "compile_tpu.py"  # its settings too
 CONFIGS = sorted((ROOT / "configs").glob("*"))
 
 
@@ -72,6 +78,8 @@ def parse_command(monkeypatch):
             if f"{script} {words[1]}" in CLASSES:
                 script = f"{script} {words.pop(1)}"
             monkeypatch.setattr(sys, "argv", words)
+            if script in AMONG_TRAINING:
+                return take(CLASSES[script]), parse(TrainConfig, without_files)
             return parse(CLASSES[script])
         monkeypatch.setattr(sys, "argv", words)
         spec = importlib.util.spec_from_file_location("convert", ROOT / "scripts" / script)

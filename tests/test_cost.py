@@ -1,11 +1,12 @@
 """Formulas against the figures of the paper's model (Llama-2-7B, 435M encoder), worked out by hand."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 
 from cepe_jax.config import DECODERS, ENCODERS, CepeConfig
-from cepe_jax.cost import cepe_flops
+from cepe_jax.cost import cepe_flops, decoder_flops, encoder_flops, peak_flops, teacher_flops
 
 CEPE_7B = CepeConfig(DECODERS["llama2_7b"], ENCODERS["mlm_large"], 32)
 
@@ -39,3 +40,45 @@ def test_grouped_heads():
     """Llama-3-8B's keys and values are a quarter as wide: 128K forward is 470 TFLOP."""
     config = CepeConfig(DECODERS["llama3_8b"], ENCODERS["mlm_large"], 32)
     assert cepe_flops(config, 4096, 496, 256).forward / 1e12 == pytest.approx(470, abs=1)
+
+
+def test_parts_that_do_not_train_cost_less():
+    """Only cross-attention: no gradient reaches the encoder. The decoder too: nothing is frozen or ahead."""
+    full, shape = cepe_flops(CEPE_7B, 4096, 16, 256), (CEPE_7B, 4096, 16, 256)
+    cross = cepe_flops(*shape, train=("cross",))
+    encoder = encoder_flops(ENCODERS["mlm_large"], 16, 256)
+    assert cross.ahead == encoder.forward
+    assert full.train - cross.train == 2 * encoder.forward
+    every = cepe_flops(
+        dataclasses.replace(CEPE_7B, num_cross_layers=8), *shape[1:], train=("decoder", "encoder", "cross")
+    )
+    assert (every.frozen, every.ahead) == (0, 0)
+    assert every.train == 3 * every.forward
+
+
+def test_a_plain_decoder():
+    """6 N a token to train, and the attention: 126 TFLOP forward on 8,192 tokens."""
+    flops = decoder_flops(DECODERS["llama2_7b"], 8192)
+    assert flops.forward / 1e12 == pytest.approx(125.8, abs=0.1)
+    assert flops.train == 3 * flops.forward
+    taught = teacher_flops(DECODERS["llama2_7b"], 4096, 4096)
+    assert taught.train == taught.forward == flops.forward - 2 * 4096 * 32_000 * 4096  # logits of half of them
+
+
+def test_the_encoder_and_its_head():
+    """302M weights of layers and 33.8M of the head multiply each token; chunks see themselves alone."""
+    config = dataclasses.replace(ENCODERS["mlm_large"], mlm_head=True)
+    flops = encoder_flops(config, 1, 512)
+    assert flops.trained == 2 * 512 * (24 * (4 * 1024**2 + 3 * 1024 * 4096) + 1024**2 + 32_001 * 1024)
+    assert flops.attention == 4 * 512 * 512 * 1024 * 24
+    assert encoder_flops(config, 4, 128).attention == flops.attention / 4
+
+
+@pytest.mark.parametrize(
+    ("kind", "teraflops"),
+    [("TPU v5 lite", 197), ("TPU v5", 459), ("TPU v5p", 459), ("TPU v4", 275), ("TPU v6 lite", 918)]
+    + [("NVIDIA H100 80GB HBM3", 989), ("NVIDIA A100-SXM4-80GB", 312), ("cpu", None)],
+)
+def test_peaks_by_what_devices_call_themselves(kind, teraflops):
+    device = SimpleNamespace(device_kind=kind)
+    assert peak_flops([device, device]) == (teraflops and pytest.approx(2e12 * teraflops, rel=1e-3))

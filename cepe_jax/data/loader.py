@@ -145,6 +145,20 @@ class ToExample:
         raise ValueError("foreign_rate needs sequences of several documents: in 100 draws all were of the same")
 
 
+def blank(stage: Stage, config: ExampleConfig) -> Example:
+    """An example of the stage with nothing in it: its arrays' names, shapes and dtypes."""
+    tokens, rng = np.zeros(config.span + 1, np.int32), np.random.default_rng(0)
+    match stage:
+        case "lm":
+            return window_at(tokens, 0, config.window)
+        case "mlm":
+            return masked_lm(tokens[: config.window], (), 0, config.mlm_rate, rng)
+        case "warmup":
+            return duplicate(tokens, 0, config)
+        case "cepe" | "ceped":
+            return previous_document(tokens, config.span - config.window, config)
+
+
 def examples(
     sources: Sequence[Sequences], weights: Sequence[float], stage: Stage, config: ExampleConfig, seed: int
 ) -> "grain.MapDataset":

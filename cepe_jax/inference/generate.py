@@ -51,7 +51,7 @@ def sample(logits_BV: Array, sampling: Sampling, key: Array) -> Array:
 
 
 @partial(jax.jit, static_argnames="sampling", donate_argnames="cache")
-def _next_token(model: Cepe | Llama, tokens_BT, mask_BT, memory, cache: KVCache, sampling: Sampling, key):
+def next_token(model: Cepe | Llama, tokens_BT, mask_BT, memory, cache: KVCache, sampling: Sampling, key):
     """Reads the tokens into the cache and draws the ones that follow."""
     if isinstance(model, Llama):
         decoder, (hidden_BTD, cache) = model, model.decode(tokens_BT, mask_BT, cache)
@@ -111,7 +111,7 @@ def generate(
     running = np.ones(len(prompts), bool)
     generated: list[list[int]] = [[] for _ in prompts]
     for key in keys:
-        next_B, cache = _next_token(model, tokens_BT, mask_BT, memory, cache, sampling, key)
+        next_B, cache = next_token(model, tokens_BT, mask_BT, memory, cache, sampling, key)
         tokens_BT, mask_BT = np.asarray(next_B)[:, None], np.ones((len(prompts), 1), bool)
         running &= ~np.isin(tokens_BT[:, 0], list(stop_ids))
         for row in np.flatnonzero(running):

@@ -108,7 +108,6 @@ def _splash(causal: bool, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Arra
 _LANES = 128  # a block of keys is a multiple of it
 
 
-@functools.lru_cache  # a causal mask of 32K x 32K takes seconds
 def _splash_kernel(causal: bool, num_heads: int, T: int, S: int):
     def block(length: int) -> int:
         return next(size for size in (512, 256, _LANES) if length % size == 0)  # 2,048 overflows the chip's VMEM
@@ -120,13 +119,8 @@ def _splash_kernel(causal: bool, num_heads: int, T: int, S: int):
         block_q_dq=q, block_kv_dq=kv,
     )  # fmt: skip
     seen = splash_attention_mask.CausalMask if causal else splash_attention_mask.FullMask
-    with jax.ensure_compile_time_eval():  # the mask's blocks are constants, kept for other traces
-        return splash_attention_kernel.make_splash_mha(
-            splash_attention_mask.MultiHeadMask([seen((T, S))] * num_heads),
-            head_shards=1,
-            q_seq_shards=1,
-            block_sizes=sizes,
-        )
+    heads = splash_attention_mask.MultiHeadMask([seen((T, S))] * num_heads)
+    return splash_attention_kernel.make_splash_mha(heads, head_shards=1, q_seq_shards=1, block_sizes=sizes)
 
 
 def _cudnn(causal: bool, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, valid_BS: jax.Array | None = None):

@@ -1,5 +1,7 @@
 """The bidirectional encoder of context chunks, and its masked-language-model head."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -53,11 +55,20 @@ class Encoder(nnx.Module):
 
     def mlm_logits(self, hidden_BLE: Array) -> Array:
         """Logits (B, L, V) in fp32 of the masked tokens, from what the encoder returns."""
+        return self.mlm_unembedding()(hidden_BLE)
+
+    def mlm_unembedding(self) -> Callable[[Array], Array]:
+        """`mlm_logits`, for use in a loop: its largest weight is gathered once, before it."""
         if not self.config.mlm_head:
             raise ValueError("this encoder has no MLM head: load or train one with mlm_head")
         head = self.mlm_head
-        x_BLE = project("BLE,ED->BLD", hidden_BLE, head.dense) + head.dense_bias[...].astype(hidden_BLE.dtype)
-        x_BLE = head.norm(jax.nn.silu(x_BLE))
-        weight_VE = self.embed[...].astype(x_BLE.dtype)
-        logits = jnp.einsum("BLE,VE->BLV", x_BLE, weight_VE, preferred_element_type=jnp.float32)
-        return logits + head.bias[...].astype(jnp.float32)
+        weight_VE = constrain(self.embed[...], "encoder_vocab", None)
+
+        def logits(hidden_BLE: Array) -> Array:
+            x_BLE = project("BLE,ED->BLD", hidden_BLE, head.dense) + head.dense_bias[...].astype(hidden_BLE.dtype)
+            x_BLE = head.norm(jax.nn.silu(x_BLE))
+            cast_VE = weight_VE.astype(x_BLE.dtype)
+            found = jnp.einsum("BLE,VE->BLV", x_BLE, cast_VE, preferred_element_type=jnp.float32)
+            return found + head.bias[...].astype(jnp.float32)
+
+        return logits

@@ -53,9 +53,17 @@ class Llama(nnx.Module):
 
     def logits(self, hidden_BTD: Array) -> Array:
         """(B, T, V) in fp32 of what `decode` returns."""
-        head = self.embed if self.config.tied_head else self.head
-        weight_VD = head[...].astype(hidden_BTD.dtype)
-        return jnp.einsum("BTD,VD->BTV", hidden_BTD, weight_VD, preferred_element_type=jnp.float32)
+        return self.unembedding()(hidden_BTD)
+
+    def unembedding(self) -> Callable[[Array], Array]:
+        """`logits`, for use in a loop: its weights are gathered once, before it."""
+        weight_VD = constrain((self.embed if self.config.tied_head else self.head)[...], "vocab", None)
+
+        def logits(hidden_BTD: Array) -> Array:
+            cast_VD = weight_VD.astype(hidden_BTD.dtype)
+            return jnp.einsum("BTD,VD->BTV", hidden_BTD, cast_VD, preferred_element_type=jnp.float32)
+
+        return logits
 
     def decode(
         self,

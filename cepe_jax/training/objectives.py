@@ -69,10 +69,10 @@ class NextToken:
         return {"nll": (batch["labels"] != IGNORE).sum()}
 
     def __call__(self, model: Cepe | Llama, batch: Batch, weights) -> tuple[Array, dict[str, Array]]:
-        decoder = model if isinstance(model, Llama) else model.decoder
+        logits = (model if isinstance(model, Llama) else model.decoder).unembedding()
 
         def terms(hidden_BTD, labels_BT):
-            return token_nll(decoder.logits(hidden_BTD), labels_BT).sum()
+            return token_nll(logits(hidden_BTD), labels_BT).sum()
 
         total = sum_over_chunks(terms, self.loss_chunk, hidden_states(model, batch), (batch["labels"], IGNORE))
         nll = _mean(total, weights["nll"])
@@ -89,8 +89,10 @@ class MaskedLM:
         return {"nll": (batch["labels"] != IGNORE).sum()}
 
     def __call__(self, model: Encoder, batch: Batch, weights) -> tuple[Array, dict[str, Array]]:
+        logits = model.mlm_unembedding()
+
         def terms(hidden_BLE, labels_BL):
-            return token_nll(model.mlm_logits(hidden_BLE), labels_BL).sum()
+            return token_nll(logits(hidden_BLE), labels_BL).sum()
 
         hidden_BLE = model(batch["tokens"], batch.get("token_mask"))
         nll = _mean(sum_over_chunks(terms, self.loss_chunk, hidden_BLE, (batch["labels"], IGNORE)), weights["nll"])
@@ -106,10 +108,10 @@ def teacher_top(decoder: Llama, tokens_BS: Array, window: int, top_k: int, chunk
     if top_k > decoder.config.vocab_size:
         raise ValueError(f"top_k {top_k} exceeds the teacher's vocabulary of {decoder.config.vocab_size}")
     decoder = jax.lax.stop_gradient(decoder)
-    hidden_BTD = decoder.decode(tokens_BS)[0][:, -window:]
+    hidden_BTD, unembed = decoder.decode(tokens_BS)[0][:, -window:], decoder.unembedding()
 
     def top(hidden_BTD):
-        logits = decoder.logits(hidden_BTD)
+        logits = unembed(hidden_BTD)
         chosen, index = jax.lax.top_k(logits, top_k)
         prob = jnp.exp(chosen - jax.nn.logsumexp(logits, axis=-1, keepdims=True))
         rest = jnp.maximum(1 - prob.sum(axis=-1, keepdims=True), 0)
@@ -160,8 +162,10 @@ class Distill(DistillConfig):
             tokens_BS = jnp.concatenate([batch["context"].reshape(B, -1), batch["tokens"]], axis=1)
             batch = batch | teacher_top(model.decoder, tokens_BS, T, self.top_k, self.loss_chunk)
 
+        unembed = model.decoder.unembedding()
+
         def terms(hidden_BTD, labels_BT, prob_BTK, index_BTK, taught_BT):
-            logits = model.decoder.logits(hidden_BTD)
+            logits = unembed(hidden_BTD)
             kl_BT = self._kl(jax.nn.log_softmax(logits), prob_BTK.astype(jnp.float32), index_BTK)
             return token_nll(logits, labels_BT).sum(), jnp.where(taught_BT, kl_BT, 0.0).sum()
 

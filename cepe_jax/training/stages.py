@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from cepe_jax.config import DECODERS, ENCODERS, Backend, Remat, preset
+from cepe_jax.config import DECODERS, ENCODERS, Backend, CepeConfig, DecoderConfig, EncoderConfig, Remat, preset
+from cepe_jax.cost import Flops, cepe_flops, decoder_flops, encoder_flops, peak_flops, teacher_flops
 from cepe_jax.data.examples import TEACHER, ExampleConfig
 from cepe_jax.data.loader import Sequences, Stage, batches, examples, names_in, open_mix
 from cepe_jax.data.tokenizer import Tokenizer
@@ -39,7 +40,8 @@ from cepe_jax.training.objectives import Distill, DistillConfig, MaskedLM, NextT
 from cepe_jax.training.trainer import OptimizerConfig, Run, init_state, make_train_step, train
 from cepe_jax.weights.checkpoint import Checkpoints, digests_of
 from cepe_jax.weights.directory import check_window, save
-from cepe_jax.weights.huggingface import load
+from cepe_jax.weights.huggingface import load, read_config
+from cepe_jax.weights.tensors import Config
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -160,6 +162,56 @@ def native_backend(platform: str, dtype: Dtype) -> Backend:
     return "splash" if platform == "tpu" else "xla"
 
 
+def sizes_of(config: TrainConfig, vocab_size: int | None = None) -> Config:
+    """The config of the stage's model, nothing loaded. `vocab_size`: the tokenizer's; a preset's own when not given."""
+
+    def part(name: str, presets: dict, mask: int):
+        start = getattr(config, name)
+        if Path(start).is_dir():
+            return read_config(start)
+        sizes = preset(presets, start)
+        return sizes if vocab_size is None else dataclasses.replace(sizes, vocab_size=vocab_size + mask)
+
+    match config.stage:
+        case "lm":
+            return part("decoder", DECODERS, 0)
+        case "mlm":
+            return dataclasses.replace(part("encoder", ENCODERS, 1), mlm_head=True)
+    if config.cepe:
+        return read_config(config.cepe)
+    decoder, encoder = part("decoder", DECODERS, 0), part("encoder", ENCODERS, 1)
+    layers = config.num_cross_layers or decoder.num_layers
+    return CepeConfig(decoder, dataclasses.replace(encoder, mlm_head=False), layers)
+
+
+def at_run_time(sizes: Config, config: TrainConfig, backend: Backend) -> Config:
+    """The sizes, to compute as the configuration says."""
+    if isinstance(sizes, CepeConfig):
+        parts = {name: at_run_time(getattr(sizes, name), config, backend) for name in ("decoder", "encoder")}
+        return dataclasses.replace(sizes, **parts)
+    remat = config.remat.encoder if isinstance(sizes, EncoderConfig) else config.remat.decoder
+    run_time = {"dtype": config.dtype, "remat": remat, "attention": backend, "mlp_chunk": config.mlp_chunk}
+    return dataclasses.replace(sizes, **run_time)
+
+
+def trained_parts(config: TrainConfig) -> tuple[str, ...]:
+    return {"lm": ("decoder",), "mlm": ("encoder",)}.get(config.stage, config.train)
+
+
+def flops_of(config: TrainConfig, sizes: Config) -> Flops:
+    """Of one sequence of the stage."""
+    shape = config.examples.window, config.examples.num_chunks, config.examples.chunk_length
+    match sizes:
+        case DecoderConfig():
+            return decoder_flops(sizes, config.examples.window)
+        case EncoderConfig():
+            return encoder_flops(sizes, 1, config.examples.window)
+    flops = cepe_flops(sizes, *shape, config.train)
+    if config.stage != "ceped":
+        return flops
+    return dataclasses.replace(flops, ahead=flops.ahead + teacher_flops(sizes.decoder, shape[0], shape[1] * shape[2]))
+
+
 def starting_model(config: TrainConfig, vocab_size: int) -> Cepe | Llama | Encoder:
     """The model of the stage before its first step: presets are initialised at random, directories loaded.
 
@@ -220,10 +272,7 @@ def prepare_to_run(model: Cepe | Llama | Encoder, config: TrainConfig, vocab_siz
                 f"the {name}'s vocabulary of {part.config.vocab_size} is below the {needed} ids of {config.data}: "
                 f"prepare the data with the model's tokenizer"
             )
-        remat = getattr(config.remat, name)
-        part.config = dataclasses.replace(
-            part.config, dtype=config.dtype, remat=remat, attention=backend, mlp_chunk=config.mlp_chunk
-        )
+        part.config = at_run_time(part.config, config, backend)
 
 
 def objective_of(config: TrainConfig) -> NextToken | MaskedLM | Distill:
@@ -307,13 +356,17 @@ def run_stage(config: TrainConfig) -> Path:
                 tokenizer.check_is_of(start)
         model = starting_model(config, tokenizer.vocab_size)
         prepare_to_run(model, config, tokenizer.vocab_size, backend)
-        whole = config.stage in ("lm", "mlm")
-        trainable, frozen = split(model, tuple(parts_of(model)) if whole else config.train)
+        trainable, frozen = split(model, trained_parts(config))
         counts = [sum(x.size for x in jax.tree.leaves(parts)) for parts in (trainable, frozen)]
         print(f"{config.stage}: {counts[0]:,} parameters train, {counts[1]:,} are frozen; attention: {backend}")
         schedule = config.optimizer.schedule(config.steps)
         optimizer = config.optimizer.build(schedule)
-        learning_rates = np.asarray(jax.vmap(schedule)(jnp.arange(config.steps)))
+        facts = StepFacts(
+            learning_rates=np.asarray(jax.vmap(schedule)(jnp.arange(config.steps))),
+            tokens=tokens_of_step(config),
+            flops=config.batch_size * flops_of(config, model.config).train,
+            peak_flops=peak_flops(jax.devices()),
+        )
         if is_first() and not (config.out / "checkpoints").exists():
             config.out.mkdir(parents=True, exist_ok=True)
             record.write_text(json.dumps(resolved, indent=1))
@@ -331,7 +384,7 @@ def run_stage(config: TrainConfig) -> Path:
         with contextlib.closing(Checkpoints(config.out / "checkpoints", identity)) as checkpoints:
             state = train(
                 run_of(config),
-                StepFacts(learning_rates, tokens_of_step(config), flops=0.0),
+                facts,
                 initial,
                 frozen,
                 make_train_step(objective, optimizer, accumulate),

@@ -14,7 +14,7 @@ import optax
 from cepe_jax.distributed import peers
 from cepe_jax.model.cepe import Parts, assemble
 from cepe_jax.progress import track
-from cepe_jax.sharding import constrain, shardings_of
+from cepe_jax.sharding import constrain, constrain_like, shardings_of
 from cepe_jax.training.logs import Log, StepFacts
 from cepe_jax.training.objectives import Batch
 from cepe_jax.training.stop import StopRequests
@@ -57,15 +57,20 @@ class TrainState:
     halted: jax.Array  # 1 from the first step on that was not finite; neither it nor any later one is taken
 
 
-def init_state(trainable: Parts, optimizer: optax.GradientTransformation) -> TrainState:
-    """Step 0, the optimiser's state placed like what it belongs to."""
+def initial_state(trainable: Parts, optimizer: optax.GradientTransformation) -> TrainState:
+    """Step 0."""
+    return TrainState(trainable, optimizer.init(trainable), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
 
-    def start(trainable):
-        return optimizer.init(trainable), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
+
+def init_state(trainable: Parts, optimizer: optax.GradientTransformation) -> TrainState:
+    """Step 0, the optimiser's state born where what it belongs to is; `trainable` is not copied."""
+
+    def rest(trainable: Parts) -> TrainState:
+        return dataclasses.replace(initial_state(trainable, optimizer), trainable=None)
 
     mesh = jax.sharding.get_mesh()
-    shardings = None if mesh.empty else shardings_of(jax.eval_shape(start, trainable), mesh)
-    return TrainState(trainable, *jax.jit(start, out_shardings=shardings)(trainable))
+    shardings = None if mesh.empty else shardings_of(jax.eval_shape(rest, trainable), mesh)
+    return dataclasses.replace(jax.jit(rest, out_shardings=shardings)(trainable), trainable=trainable)
 
 
 def sum_over_rows(function: Callable, batch: Batch, accumulate: int):
@@ -103,7 +108,7 @@ def make_train_step(objective, optimizer: optax.GradientTransformation, accumula
 
         def gradient_of(rows):
             (total, terms), gradient = jax.value_and_grad(loss, has_aux=True)(state.trainable, rows)
-            return terms | {"loss": total}, gradient
+            return terms | {"loss": total}, constrain_like(gradient)
 
         terms, gradient = sum_over_rows(gradient_of, batch, accumulate)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.trainable)
@@ -112,7 +117,9 @@ def make_train_step(objective, optimizer: optax.GradientTransformation, accumula
         halted = state.halted | ~finite
         taken = TrainState(optax.apply_updates(state.trainable, updates), opt_state, state.step + 1, state.halted)
         stays = dataclasses.replace(state, halted=halted)
-        return jax.tree.map(lambda new, old: jnp.where(halted, old, new), taken, stays), metrics | {"halted": halted}
+        state = jax.tree.map(lambda new, old: jnp.where(halted, old, new), taken, stays)
+        # Placed as it came in, whatever the compiler would choose.
+        return constrain_like(state), metrics | {"halted": halted}
 
     return jax.jit(train_step, donate_argnums=0)
 

@@ -51,6 +51,11 @@ def check_window(path: Path | str, length: int) -> None:
         raise ValueError(f"{path} reads {positions} tokens, and context and window have {length}: lower one of them")
 
 
+def config_at(path: Path) -> Config:
+    """The config of the directory in our format at `path`."""
+    return _config_from(read_json(path / "config.json"), str(path / "config.json"))
+
+
 class Directory:
     """A directory in our format, its names, shapes and types checked against its config and its hashes."""
 

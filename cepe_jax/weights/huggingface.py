@@ -16,7 +16,7 @@ import numpy as np
 from cepe_jax.config import CepeConfig, DecoderConfig, EncoderConfig
 from cepe_jax.directories import new_directory
 from cepe_jax.progress import track
-from cepe_jax.weights.directory import Directory, check_names, copy_assets, is_ours, write
+from cepe_jax.weights.directory import Directory, check_names, config_at, copy_assets, is_ours, write
 from cepe_jax.weights.files import WeightFiles, read_json, write_json, write_shards
 from cepe_jax.weights.hf_config import facts_of, from_hf, to_hf_config
 from cepe_jax.weights.tensors import Config, Model, build, shapes
@@ -161,6 +161,12 @@ class HuggingFace:
 def _same_bits(a: np.ndarray, b: np.ndarray) -> bool:
     bits = f"u{a.dtype.itemsize}"
     return a.dtype == b.dtype and a.shape == b.shape and np.array_equal(a.view(bits), b.view(bits))
+
+
+def read_config(path: Path | str) -> Config:
+    """The config of the model at `path`, in our format or Hugging Face's; no weight is looked at."""
+    path = Path(path)
+    return config_at(path) if is_ours(path) else from_hf(read_json(path / "config.json"), str(path / "config.json"))
 
 
 def load(path: Path | str, dtype: Literal["float32", "bfloat16"] = "float32", master: tuple[str, ...] = ()) -> Model:

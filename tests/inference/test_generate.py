@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from tiny import DECODER, ENCODER
 
-from cepe_jax.inference.generate import Sampling, _next_token, generate, sample
+from cepe_jax.inference.generate import Sampling, generate, next_token, sample
 from cepe_jax.weights.huggingface import load
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -132,8 +132,8 @@ def test_stops(cepe, context, hot):
 def test_it_ends_with_the_last_row(cepe, context, hot, monkeypatch):
     from cepe_jax.inference import generate as module
 
-    steps, step = [], module._next_token
-    monkeypatch.setattr(module, "_next_token", lambda *args: steps.append(1) or step(*args))
+    steps, step = [], module.next_token
+    monkeypatch.setattr(module, "next_token", lambda *args: steps.append(1) or step(*args))
     stop_ids = [row[2] for row in hot]
     generate(cepe, PROMPTS, *context, max_new_tokens=12, sampling=HOT, stop_ids=stop_ids)
     assert len(steps) <= 3
@@ -142,12 +142,12 @@ def test_it_ends_with_the_last_row(cepe, context, hot, monkeypatch):
 def test_seeds(cepe, context, hot):
     """Equal seeds give equal tokens, another one others without compiling anew; fewer tokens are the first ones."""
     assert generate(cepe, PROMPTS, *context, max_new_tokens=12, sampling=HOT) == hot
-    compiled = _next_token._cache_size()
+    compiled = next_token._cache_size()
     other = Sampling(HOT.temperature, HOT.top_k, HOT.top_p, seed=8)
     assert generate(cepe, PROMPTS, *context, max_new_tokens=12, sampling=other) != hot
     fewer = generate(cepe, PROMPTS, *context, max_new_tokens=5, sampling=HOT, cache_slots=19)
     assert fewer == [row[:5] for row in hot]
-    assert _next_token._cache_size() == compiled
+    assert next_token._cache_size() == compiled
 
 
 BAD = {

@@ -135,9 +135,6 @@ def interpreted(monkeypatch):
     kernels = attention.splash_attention_kernel
     make = partial(kernels.make_splash_mha, interpret=True)
     monkeypatch.setattr(kernels, "make_splash_mha", make)
-    attention._splash_kernel.cache_clear()
-    yield
-    attention._splash_kernel.cache_clear()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,70 @@
+"""The steps of inference by shape and place, to be compiled ahead of time."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+
+from cepe_jax.config import CepeConfig
+from cepe_jax.cost import cepe_flops, encoder_flops
+from cepe_jax.inference.generate import Sampling, encode, next_token
+from cepe_jax.model.cache import KVCache
+from cepe_jax.model.cepe import Cepe, assemble
+from cepe_jax.sharding import partition_spec
+from cepe_jax.training.aot import Step, placed
+from cepe_jax.training.stages import TrainConfig
+from cepe_jax.weights.tensors import Config, abstract_parts
+
+
+def _array(shape: tuple[int, ...], dtype, *axes: str | None) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(jax.sharding.get_mesh(), partition_spec(axes)))
+
+
+def _model(config: TrainConfig, sizes: Config) -> Cepe:
+    if not isinstance(sizes, CepeConfig):
+        raise ValueError(f"stage {config.stage} has no context to read: give the config of a CEPE")
+    return assemble(placed(abstract_parts(sizes), jnp.dtype(config.dtype)))
+
+
+def encode_step(config: TrainConfig, sizes: Config) -> Step:
+    """All chunks of a batch."""
+    B, C, L = config.batch_size, config.examples.num_chunks, config.examples.chunk_length
+    contexts = [_array((B, C, L), dtype, "batch", None, None) for dtype in (jnp.int32, bool)]
+    flops = B * encoder_flops(sizes.encoder, C, L).forward
+    return Step(encode, (_model(config, sizes), *contexts), flops, flops)
+
+
+def _read(config: TrainConfig, sizes: Config, tokens: int, cached: bool) -> Step:
+    model, decoder = _model(config, sizes), sizes.decoder
+    B, window = config.batch_size, config.examples.window
+    M = config.examples.num_chunks * config.examples.chunk_length
+    memory = _array((B, M, sizes.encoder.width), decoder.dtype, "batch", None, None)
+    memory_mask = _array((B, M), bool, "batch", None)
+    kv = (decoder.num_layers, B, window, decoder.num_kv_heads, decoder.head_dim)
+    k, v = (_array(kv, decoder.dtype, None, "batch", None, "kv_heads", None) for _ in range(2))
+    cache = KVCache(k, v, _array((B, window), bool, "batch", None), _array((), jnp.int32), empty=not cached)
+    given = [_array((B, tokens), dtype, "batch", None) for dtype in (jnp.int32, bool)]
+    key = _array((), jax.eval_shape(lambda: jax.random.key(0)).dtype)
+    arguments = model, *given, (memory, memory_mask), cache, Sampling(), key
+    flops = cepe_flops(sizes, tokens, 1, M, train=()).forward - encoder_flops(sizes.encoder, 1, M).forward
+    flops -= 2 * decoder.width * decoder.vocab_size * (tokens - 1)  # logits of the last position alone
+    flops += cached * 4 * window * decoder.num_heads * decoder.head_dim * decoder.num_layers
+    return Step(next_token, arguments, B * flops, B * flops)
+
+
+def prefill_step(config: TrainConfig, sizes: Config) -> Step:
+    """A window of tokens read into an empty cache, and the token after them."""
+    return _read(config, sizes, config.examples.window, cached=False)
+
+
+def decode_step(config: TrainConfig, sizes: Config) -> Step:
+    """One token, from a cache as long as the window."""
+    return _read(config, sizes, 1, cached=True)
+
+
+STEPS: dict[str, Callable[[TrainConfig, Config], Step]] = {
+    "encode": encode_step,
+    "prefill": prefill_step,
+    "decode": decode_step,
+}

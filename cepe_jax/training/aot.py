@@ -1,0 +1,226 @@
+"""Steps compiled ahead of time for TPUs that are not at hand, and what their programs say: memory, collectives, limits.
+
+The compiler comes with `jax[tpu]` and runs on a CPU machine; nothing here touches an accelerator or reads a weight.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import NamedSharding
+
+from cepe_jax.cost import CHIPS, Chip
+from cepe_jax.data.loader import blank
+from cepe_jax.sharding import batch_axes, is_variable, make_mesh, partition_spec, shardings_of
+from cepe_jax.training.hlo import collectives
+from cepe_jax.training.stages import (
+    TrainConfig,
+    at_run_time,
+    flops_of,
+    mesh_of,
+    micro_batches,
+    objective_of,
+    sizes_of,
+    trained_parts,
+)
+from cepe_jax.training.trainer import initial_state, make_train_step
+from cepe_jax.weights.tensors import Config, abstract_parts
+
+
+@dataclass(frozen=True)
+class CompileConfig:
+    topology: str  # of the TPU compiler: v5e:4x4, v6e:8x8, v4:4x4x4, v5p:2x4x4
+    stage: Literal["train", "encode", "prefill", "decode"] = "train"
+    batch: int = 0  # sequences; 0 = batch_size to train, one a device (or those of one mesh.tensor) to infer
+    out: Path = Path("out/compile")  # gets a JSON file for each step
+
+
+@dataclass(frozen=True)
+class Step:
+    """A jitted function, its arguments by shape and place, and the FLOPs that its formula gives it."""
+
+    function: Callable
+    arguments: tuple
+    model_flops: float
+    done_flops: float  # with what the backward pass recomputes
+
+
+def compile_step(what: CompileConfig, config: TrainConfig, make: Callable[[TrainConfig, Config], Step]) -> dict:
+    """The step that `make` gives, compiled for a topology: bytes a chip, collectives, and the time they allow.
+
+    Written to `what.out` as JSON too. What a chip's memory does not hold is said as well: see `check_fits`.
+    """
+    devices, chip = devices_of(what.topology)
+    if what.batch:
+        config = dataclasses.replace(config, batch_size=what.batch)
+    elif what.stage != "train":
+        config = dataclasses.replace(config, batch_size=len(devices) // config.mesh.tensor)
+    shares = mesh_of(config, len(devices))
+    sizes = at_run_time(sizes_of(config), config, "splash")
+    result = {
+        "topology": what.topology,
+        "chips": len(devices),
+        "stage": config.stage if what.stage == "train" else what.stage,
+        "batch": config.batch_size,
+        "mesh": dataclasses.asdict(shares),
+    }
+    begun = time.monotonic()
+    with jax.set_mesh(make_mesh(**dataclasses.asdict(shares), devices=devices)):
+        step = make(config, sizes)
+        try:
+            compiled = step.function.lower(*step.arguments).compile()
+        except jax.errors.JaxRuntimeError as error:
+            compiled, needed = None, bytes_needed(str(error))
+    result |= {"fits": compiled is not None, "compile_seconds": time.monotonic() - begun}
+    if compiled is None:
+        result["memory"] = {"needed": needed, "hbm": chip.hbm}
+    else:
+        result["memory"] = memory_of(compiled) | {"hbm": chip.hbm}
+        result["collectives"] = collectives(compiled.as_text())
+        result |= roofline(step, result, chip)
+    what.out.mkdir(parents=True, exist_ok=True)
+    name = f"{result['stage']}_{what.topology.replace(':', '_')}_{config.batch_size}.json"
+    (what.out / name).write_text(json.dumps(result, indent=1))
+    return result
+
+
+def check_fits(result: dict) -> None:
+    """ValueError where a chip's memory does not hold the step."""
+    if not result["fits"]:
+        raise ValueError(
+            f"{result['stage']} on {result['topology']} needs {gib(result['memory']['needed'])} a chip and there are "
+            f"{gib(result['memory']['hbm'])}: take more chips, a larger mesh.tensor, a smaller micro_batch or batch, "
+            f"remat, loss_chunk or mlp_chunk"
+        )
+
+
+def without_files(values: dict) -> dict:
+    """The settings of training, completed: no data are read and nothing is written, and sizes are the paper's."""
+    values = {"data": "none", "out": "none"} | values
+    if values.get("stage") not in ("lm", "mlm") and not {"cepe", "decoder", "encoder"} & set(values):
+        values |= {"decoder": "llama2_7b", "encoder": "mlm_large"}
+    return values
+
+
+def devices_of(topology: str) -> tuple[list, Chip]:
+    """The devices of a TPU topology, none of them at hand, and their chip; ValueError where the compiler knows none."""
+    name, _, shape = topology.partition(":")
+    if name not in CHIPS or not re.fullmatch(r"\d+(x\d+)+", shape):
+        raise ValueError(f"topology {topology!r}: give a TPU and a shape, as v5e:4x4, v6e:8x8, v4:4x4x4 or v5p:2x4x4")
+    # libtpu asks the machine it runs on for these, and waits where that is no TPU's host.
+    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
+    options = {"chip_config_name": "megacore"} if name == "v4" else {}  # else a chip is two devices
+    if math.prod(map(int, shape.split("x"))) == 1:
+        options["chips_per_host_bounds"] = (1, 1, 1)
+    try:
+        return topologies.get_topology_desc(topology, platform="tpu", **options).devices, CHIPS[name]
+    except Exception as error:  # of the compiler's own kinds, or the library is not there
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"topology {topology}: {reason}: give one that exists, and install jax[tpu]") from None
+
+
+def placed(tree, dtype=None):
+    """The tree with a shape, a dtype (`dtype` for each Variable, where given) and its place for each array."""
+    mesh = jax.sharding.get_mesh()
+
+    def place(leaf, sharding):
+        if is_variable(leaf):
+            return leaf.replace(jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype, sharding=sharding))
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree.map(place, tree, shardings_of(tree, mesh), is_leaf=is_variable)
+
+
+def placed_batch(batch: dict, rows: int) -> dict:
+    """`rows` examples like the one in `batch`, by shape and place."""
+    mesh = jax.sharding.get_mesh()
+
+    def place(x):
+        x = jax.ShapeDtypeStruct((rows, *x.shape), x.dtype)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, partition_spec(batch_axes(x))))
+
+    return jax.tree.map(place, batch)
+
+
+def train_step(config: TrainConfig, sizes: Config) -> Step:
+    """The step of training, under the mesh of the moment."""
+    mesh = jax.sharding.get_mesh()
+    shares = mesh_of(config, mesh.size)
+    optimizer = config.optimizer.build(config.optimizer.schedule(config.steps))
+    parts, trains = abstract_parts(sizes), trained_parts(config)
+    frozen = {name: placed(part, jnp.dtype(config.dtype)) for name, part in parts.items() if name not in trains}
+    trainable = {name: part for name, part in parts.items() if name in trains}
+    state = jax.eval_shape(lambda trainable: initial_state(trainable, optimizer), trainable)
+    function = make_train_step(objective_of(config), optimizer, micro_batches(config, shares.data * shares.fsdp))
+    batch = placed_batch(blank(config.stage, config.examples), config.batch_size)
+    flops = flops_of(config, sizes)
+    again = flops.forward - flops.ahead if "full" in (config.remat.decoder, config.remat.encoder) else 0
+    done = config.batch_size * (flops.train + again)
+    return Step(function, (placed(state), frozen, batch), config.batch_size * flops.train, done)
+
+
+def table(result: dict) -> str:
+    """The result in lines for people."""
+    memory = {name: gib(size) for name, size in result["memory"].items()}
+    shares = ", ".join(f"{axis} {size}" for axis, size in result["mesh"].items())
+    seconds = ", ".join(f"{what} {time:.3g} s" for what, time in result["seconds_at_least"].items())
+    moved = [f"{k} {v['bytes'] / 1e9:.2f} GB in {v['number']:,}" for k, v in result["collectives"].items()]
+    return "\n".join(
+        (
+            f"{result['stage']}, {result['batch']} sequences, {result['topology']}: {result['chips']} chips, {shares}",
+            f"a chip: {memory.pop('peak')} of {memory.pop('hbm')} ({', '.join(f'{k} {v}' for k, v in memory.items())})",
+            f"collectives of a chip and step: {'; '.join(moved) or 'none'}",
+            f"{result['model_flops']:.4g} model FLOPs; at least: {seconds}; MFU at most {result['mfu_at_most']:.1%}",
+            f"compiled in {result['compile_seconds']:.0f} s",
+        )
+    )
+
+
+def gib(count: float) -> str:
+    return f"{count / 2**30:.2f} GiB"
+
+
+def bytes_needed(message: str) -> int:
+    """Of what the compiler says when a program does not fit; any other message of its is raised as it is."""
+    units = {"B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+    found = re.search(r"(?:temporaries|[Uu]sed|requires?)[^()\d]*\(?([\d.]+)([BKMGT])", message)
+    if "RESOURCE_EXHAUSTED" not in message or not found:
+        raise RuntimeError(message)
+    return int(float(found[1]) * units[found[2]])
+
+
+def memory_of(compiled) -> dict[str, int]:
+    """Bytes a device: arguments, results, results in the place of arguments, temporaries, and the peak of all."""
+    found = compiled.memory_analysis()
+    names = {"arguments": "argument", "results": "output", "aliases": "alias", "temporaries": "temp"}
+    sizes = {ours: getattr(found, f"{theirs}_size_in_bytes") for ours, theirs in names.items()}
+    return sizes | {"peak": found.peak_memory_in_bytes}
+
+
+def roofline(step: Step, result: dict, chip: Chip) -> dict:
+    """The shortest time that compute, memory and network each allow the step, and the MFU of the longest of them.
+
+    Compute does all FLOPs at the chip's peak; memory reads every argument and writes every result once; the network
+    carries the collectives' results over all links of a chip.
+    """
+    chips = result["chips"]
+    moved = sum(kind["bytes"] for kind in result["collectives"].values())
+    seconds = {
+        "compute": step.done_flops / chips / chip.peak_flops,
+        "memory": (result["memory"]["arguments"] + result["memory"]["results"]) / chip.bandwidth,
+        "network": moved / chip.links,
+    }
+    longest = max(seconds.values())
+    mfu = step.model_flops / chips / chip.peak_flops / longest
+    return {"model_flops": step.model_flops, "seconds_at_least": seconds, "step_seconds": longest, "mfu_at_most": mfu}

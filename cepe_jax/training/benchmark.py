@@ -1,0 +1,172 @@
+"""How fast a step of training is on the devices at hand, and what memory longer sequences take on TPUs."""
+
+import dataclasses
+import json
+import time
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cepe_jax.config import CepeConfig
+from cepe_jax.cost import peak_flops
+from cepe_jax.data.loader import blank
+from cepe_jax.progress import track
+from cepe_jax.sharding import make_mesh, place_batch
+from cepe_jax.training.aot import CompileConfig, compile_step, devices_of, gib, memory_of, train_step
+from cepe_jax.training.logs import peak_memory
+from cepe_jax.training.stages import TrainConfig, at_run_time, backend_of, mesh_of, sizes_of, tokens_of_step
+from cepe_jax.weights.tensors import abstract_parts
+
+
+@dataclass(frozen=True)
+class TrainBenchmarkConfig:
+    timed_steps: int = 10
+    out: Path = Path("out/benchmark")  # gets train.json and train.md
+
+    def __post_init__(self):
+        if self.timed_steps < 1:
+            raise ValueError(f"timed_steps is {self.timed_steps}: give a number above 0")
+
+
+def benchmark_train(what: TrainBenchmarkConfig, config: TrainConfig) -> None:
+    """The time of a step on random weights and tokens, its speed and memory, printed and in `what.out`."""
+    shares = mesh_of(config, jax.device_count())
+    backend = backend_of(config, jax.default_backend())
+    sizes = at_run_time(sizes_of(config), config, backend)
+    with jax.set_mesh(make_mesh(**dataclasses.asdict(shares))):
+        step = train_step(config, sizes)
+        begun = time.monotonic()
+        compiled = step.function.lower(*step.arguments).compile()
+        compile_seconds = time.monotonic() - begun
+        state, frozen, _ = step.arguments
+        trainable = _filled(state.trainable, 0.02)
+        state = dataclasses.replace(_filled(dataclasses.replace(state, trainable=None), 0.0), trainable=trainable)
+        frozen, batch = _filled(frozen, 0.02), _tokens(config, sizes)
+        seconds = []
+        for _ in track(range(1 + what.timed_steps), "benchmark"):
+            begun = time.monotonic()
+            state, metrics = compiled(state, frozen, batch)
+            loss = float(metrics["loss"])
+            seconds.append(time.monotonic() - begun)
+    median, peak = float(np.median(seconds[1:])), peak_flops(jax.devices())
+    result = {
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "date": date.today().isoformat(),
+        "stage": config.stage,
+        "parameters": sum(x.size for x in jax.tree.leaves(abstract_parts(sizes))),
+        "batch": config.batch_size,
+        "tokens": tokens_of_step(config),
+        "attention": backend,
+        "loss": loss,
+        "compile_seconds": compile_seconds,
+        "step_seconds": median,
+        "tokens_per_second": tokens_of_step(config) / median,
+        "model_flops": step.model_flops,
+        "flops_per_second": step.model_flops / median,
+        "mfu": peak and step.model_flops / median / peak,
+        "memory": memory_of(compiled) | {"in_use": peak_memory()},
+    }
+    memory = result["memory"]
+    rows = {
+        "device": result["device"],
+        "model": f"{result['stage']}, {result['parameters']:,} parameters, attention {backend}",
+        "step": f"{config.batch_size} sequences, {result['tokens']:,} tokens, {median:.3f} s",
+        "tokens a second": f"{result['tokens_per_second']:,.0f}",
+        "model FLOPs": f"{step.model_flops:.4g} a step, {result['flops_per_second']:.4g} a second",
+        "MFU": f"{result['mfu']:.1%}" if peak else "not known: this device's peak is not",
+        "memory": f"{gib(memory['in_use'])} in use at most",
+        "by the compiler": f"{gib(memory['arguments'])} of arguments, {gib(memory['temporaries'])} of temporaries",
+        "compilation": f"{compile_seconds:.1f} s",
+    }
+    page = "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]) + "\n"
+    what.out.mkdir(parents=True, exist_ok=True)
+    (what.out / "train.json").write_text(json.dumps(result, indent=1))
+    (what.out / "train.md").write_text(page)
+    print(page)
+
+
+def _filled(abstract, scale: float):
+    """Arrays like these: normal with deviation `scale`, zeros where it is 0; each born where it belongs."""
+
+    def make():
+        keys = iter(jax.random.split(jax.random.key(0), len(jax.tree.leaves(abstract))))
+        return jax.tree.map(
+            lambda x: jax.random.normal(next(keys), x.shape, x.dtype) * scale if scale else jnp.zeros(x.shape, x.dtype),
+            abstract,
+        )
+
+    return jax.jit(make, out_shardings=jax.tree.map(lambda x: x.sharding, abstract))()
+
+
+def _tokens(config: TrainConfig, sizes) -> dict[str, jax.Array]:
+    """A batch of random tokens, nothing masked."""
+    rng = np.random.default_rng(0)
+    vocab_size = (sizes.decoder if isinstance(sizes, CepeConfig) else sizes).vocab_size
+
+    def draw(x):
+        shape = (config.batch_size, *x.shape)
+        return np.ones(shape, bool) if x.dtype == bool else rng.integers(0, vocab_size, shape, np.int32)
+
+    batch = {name: draw(x) for name, x in blank(config.stage, config.examples).items()}
+    return place_batch(batch, jax.sharding.get_mesh(), config.batch_size)
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    topology: str = "v5e:4x4"
+    windows: tuple[int, ...] = (4096, 8192, 16_384, 32_768)
+    chunks: tuple[int, ...] = (16, 64, 256, 1024)
+    out: Path = Path("out/memory")  # gets memory.json, memory.png, and a JSON file for each step
+
+
+def benchmark_memory(what: MemoryConfig, config: TrainConfig) -> None:
+    """Bytes a chip against the window and against the number of chunks, one sequence a chip, as JSON and a plot.
+
+    Once with the configuration's loss_chunk and mlp_chunk, once without. Compiled for a TPU, not run.
+    """
+    if not (config.loss_chunk or config.mlp_chunk):
+        raise ValueError("loss_chunk and mlp_chunk are 0: give at least one, to be compared with none")
+    batch = len(devices_of(what.topology)[0]) // config.mesh.tensor
+    forms = {"chunked": config, "whole": dataclasses.replace(config, loss_chunk=0, mlp_chunk=0)}
+    points = [("window", size) for size in what.windows] + [("num_chunks", size) for size in what.chunks]
+    curves = [{"axis": axis, "size": size, "form": form} for axis, size in points for form in forms]
+    for curve in track(curves, "compiling"):
+        examples = dataclasses.replace(config.examples, **{curve["axis"]: curve["size"]})
+        step = CompileConfig(what.topology, batch=batch, out=what.out / "{axis}_{size}_{form}".format(**curve))
+        result = compile_step(step, dataclasses.replace(forms[curve["form"]], examples=examples), train_step)
+        memory = result["memory"]
+        curve |= {"fits": result["fits"], "bytes": memory["peak"] if result["fits"] else memory["needed"]}
+    report = {"topology": what.topology, "hbm": memory["hbm"], "curves": curves}
+    (what.out / "memory.json").write_text(json.dumps(report, indent=1))
+    _plot(report, config, what.out / "memory.png")
+    print(what.out / "memory.png")
+
+
+def _plot(report: dict, config: TrainConfig, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
+    titles = {
+        "window": f"window, with {config.examples.num_chunks} chunks",
+        "num_chunks": f"chunks of {config.examples.chunk_length}, with a window of {config.examples.window:,}",
+    }
+    labels = {"chunked": f"loss_chunk {config.loss_chunk}, mlp_chunk {config.mlp_chunk}", "whole": "both 0"}
+    for panel, (axis, title) in zip(panels, titles.items(), strict=True):
+        for form, label in labels.items():
+            points = [c for c in report["curves"] if (c["axis"], c["form"]) == (axis, form)]
+            panel.plot([c["size"] for c in points], [c["bytes"] / 2**30 for c in points], marker="o", label=label)
+        panel.axhline(report["hbm"] / 2**30, color="grey", linestyle=":", label=f"a chip of {report['topology']}")
+        panel.set(xlabel=title, xscale="log", yscale="log")
+        panel.set_xticks(sizes := [c["size"] for c in points], [f"{size:,}" for size in sizes], minor=False)
+        panel.minorticks_off()
+    panels[0].set_ylabel("GiB a chip, one sequence each")
+    panels[0].legend(frameon=False)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

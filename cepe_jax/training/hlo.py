@@ -1,0 +1,87 @@
+"""What the text of a compiled program (HLO) says: its collectives, and the arrays it makes."""
+
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+
+_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4}
+_COLLECTIVE = re.compile(r"(.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(-start)?\(")
+_CALLED = re.compile(r"(?:calls|to_apply|body|branch_computations|called_computations)=(?:\{([^}]*)\}|%?([\w.\-]+))")
+
+Computations = dict[str, dict[str, str]]  # computation -> instruction -> what it is
+
+
+def arrays(text: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """(dtype, shape) of each array type that is written in the text."""
+    for dtype, shape in re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", text):
+        yield dtype, tuple(int(size) for size in shape.split(",") if size)
+
+
+def instructions(program: str) -> Iterator[str]:
+    """What each instruction of every computation is: its result's type, operation, operands."""
+    computations, _ = _computations(program)
+    for computation in computations.values():
+        yield from computation.values()
+
+
+def collectives(program: str) -> dict[str, dict[str, int]]:
+    """By kind of collective, how often a device takes part in one and the bytes of their results, in one execution.
+
+    What is in a loop counts as often as the loop runs. What is done piece by piece beside other work stands in several
+    computations under one channel, and counts where it starts.
+    """
+    computations, entry = _computations(program)
+    times: Counter = Counter()
+
+    def visit(name: str, factor: int) -> None:
+        times[name] += factor
+        for what in computations[name].values():
+            loop = re.search(r"condition=%?([\w.\-]+)", what)
+            for called in re.findall(r"[\w.\-]+", " ".join(map(" ".join, _CALLED.findall(what)))):
+                visit(called, factor * (_trips(computations[loop[1]], computations[called]) if loop else 1))
+
+    visit(entry, 1)
+    found: dict[tuple[str, str], list[tuple[int, int]]] = defaultdict(list)  # (kind, channel) -> (times, bytes)
+    for name, instructions in computations.items():
+        for instruction, what in instructions.items():
+            if match := _COLLECTIVE.match(what):
+                sizes = [_BYTES[dtype] * math.prod(shape) for dtype, shape in arrays(match[1])]
+                channel = re.search(r"channel_id=(\d+)", what)
+                of_result = max(sizes) if match[3] else sum(sizes)  # a start has both its ends
+                found[match[2], channel[1] if channel else instruction].append((times[name], of_result))
+    total: dict[str, Counter] = defaultdict(Counter)
+    for (kind, _), places in found.items():
+        number, size = min(places)
+        total[kind] += Counter(number=number, bytes=number * size)
+    return {kind: dict(numbers) for kind, numbers in sorted(total.items())}
+
+
+def _computations(program: str) -> tuple[Computations, str]:
+    computations: Computations = defaultdict(dict)
+    name = entry = ""
+    for line in program.splitlines():
+        if head := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line):
+            name = head[2]
+            entry = name if head[1] else entry
+        elif instruction := re.match(r"\s+(ROOT )?%?([\w.\-]+) = (.*)", line):
+            computations[name]["ROOT" if instruction[1] else instruction[2]] = instruction[3]
+    return computations, entry
+
+
+def _trips(condition: dict[str, str], body: dict[str, str]) -> int:
+    """How often a loop runs that counts from 0: `counter < constant`, and what the body adds to the counter."""
+
+    def operands(what: str, operation: str) -> list[str] | None:
+        found = re.search(rf" {operation}\((.*?)\)(?:,|$)", what)
+        return found and [name.split("%")[-1].strip() for name in re.split(r", (?:/\*.*?\*/)?", found[1])]
+
+    def constant(instructions: dict[str, str], name: str) -> int | None:
+        found = re.search(r" constant\((\d+)\)", instructions.get(name, ""))
+        return found and int(found[1])
+
+    counter, bound = operands(condition["ROOT"], "compare")
+    index = int(re.search(r"index=(\d+)", condition[counter].rpartition("get-tuple-element")[2])[1])
+    added = operands(body[operands(body["ROOT"], "tuple")[index]], "add")
+    step = next(filter(None, (constant(body, name) for name in added)))
+    return math.ceil(constant(condition, bound) / step)

@@ -1,0 +1,176 @@
+"""Steps compiled for TPUs that are not at hand, in processes of their own; what the programs of training may not hold.
+
+Run as a script it is such a process: it prints what the compiled step of a tiny model holds.
+"""
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SETTINGS = {  # sizes of which each can be told from every other in a shape
+    "window": 1024,
+    "num_chunks": 3,
+    "chunk_length": 256,
+    "loss_chunk": 128,
+}
+MEMORY = SETTINGS["num_chunks"] * SETTINGS["chunk_length"]
+TINY = (
+    "--decoder=tiny",
+    "--encoder=tiny",
+    "--batch_size=8",
+    *(f"--examples.{name}={SETTINGS[name]}" for name in ("window", "num_chunks", "chunk_length")),
+)
+
+
+def run(*command: str) -> subprocess.CompletedProcess:
+    pytest.importorskip("libtpu", reason="the TPU compiler is not installed")
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, *command], env=environment, cwd=ROOT, capture_output=True, text=True)
+
+
+def compile_tpu(*arguments: str) -> subprocess.CompletedProcess:
+    return run("scripts/compile_tpu.py", "--config", "configs/train_cepe.yaml", *TINY, *arguments)
+
+
+@pytest.mark.parametrize("stage", [pytest.param("train", marks=pytest.mark.slow), "decode"])
+def test_a_step_is_compiled_and_reported(tmp_path, stage):
+    done = compile_tpu("--topology=v5e:2x2", f"--stage={stage}", f"--out={tmp_path}")
+    assert done.returncode == 0, done.stderr[-2000:]
+    (path,) = tmp_path.iterdir()
+    result = json.loads(path.read_text())
+    assert path.name == {"train": "cepe_v5e_2x2_8.json", "decode": "decode_v5e_2x2_4.json"}[stage]
+    assert (result["chips"], result["mesh"], result["fits"]) == (4, {"data": 1, "fsdp": 4, "tensor": 1}, True)
+    memory = result["memory"]
+    assert memory["hbm"] == 15.75 * 2**30
+    assert 0 < memory["aliases"] <= memory["arguments"] < memory["hbm"]
+    assert result["collectives"]
+    times = result["seconds_at_least"]
+    assert result["step_seconds"] == max(times.values())
+    assert times["network"] == sum(kind["bytes"] for kind in result["collectives"].values()) / 2e11
+    assert result["mfu_at_most"] == pytest.approx(result["model_flops"] / 4 / 1.97e14 / result["step_seconds"])
+    assert "15.75 GiB" in done.stdout
+    assert "MFU at most" in done.stdout
+
+
+def test_what_does_not_fit_is_said(tmp_path):
+    """16,384 sequences at once on a chip: 6 GiB for each layer's input alone."""
+    done = compile_tpu("--topology=v5e:2x2", "--batch=65536", "--micro_batch=0", f"--out={tmp_path}")
+    assert done.returncode == 1
+    assert re.fullmatch(
+        r"compile_tpu.py: cepe on v5e:2x2 needs \d+\.\d\d GiB a chip and there are 15.75 GiB: take more chips, .*",
+        done.stderr.splitlines()[-1],
+    )
+    assert json.loads((tmp_path / "cepe_v5e_2x2_65536.json").read_text())["fits"] is False
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--topology=v5e:3x3"], "topology v5e:3x3: .*"),
+        (["--topology=v9:2x2"], "topology 'v9:2x2': give a TPU and a shape, as v5e:4x4, .*"),
+        (["--topology=v5e:2x2", "--batch=6"], "batch_size 6 is not a multiple of .* = 4: change one of them"),
+        (["--topology=v5e:2x2", "--mesh.data=3"], "mesh data=3, fsdp=1, .* wants 3 devices and there are 4: .*"),
+    ],
+)
+def test_bad_input(arguments, said):
+    done = compile_tpu("--batch_size=12", *arguments)
+    assert done.returncode == 1
+    assert re.fullmatch(f"compile_tpu.py: {said}", done.stderr.splitlines()[-1]), done.stderr
+
+
+@pytest.fixture(scope="module")
+def held() -> dict:
+    done = run(__file__)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+def test_no_array_of_all_logits_exists(held):
+    """Nor of more positions than `loss_chunk` at once, forward or backward."""
+    assert held["ours"]["logits"] == SETTINGS["loss_chunk"]
+    assert held["stored"]["logits"] == SETTINGS["window"]  # what is looked for is found where the loss is whole
+
+
+@pytest.mark.slow
+def test_no_array_of_scores_exists(held):
+    """Neither T x T nor T x M, in any order of their axes."""
+    assert held["ours"]["scores"] == []
+    assert held["stored"]["scores"]
+
+
+@pytest.mark.slow
+def test_nothing_of_the_frozen_decoder_is_computed(held):
+    """No gradient and no copy of its stacks: what has their shape is an argument, passed on as it is."""
+    assert held["ours"]["frozen"] == []
+    assert held["ours"]["trained"]  # what is looked for is found for what trains
+
+
+def main() -> None:
+    """Compiles our step, and one that stores scores and logits, and prints what each holds."""
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    import jax
+
+    from cepe_jax.config import DECODERS, ENCODERS
+    from cepe_jax.data.examples import ExampleConfig
+    from cepe_jax.sharding import make_mesh
+    from cepe_jax.training.aot import devices_of, train_step
+    from cepe_jax.training.hlo import arrays, instructions
+    from cepe_jax.training.stages import RematConfig, TrainConfig, at_run_time, sizes_of
+
+    shapes = ExampleConfig(*(SETTINGS[name] for name in ("window", "num_chunks", "chunk_length")))
+    # Head dimensions of 64 and odd sizes of all else: no two axes are alike.
+    DECODERS["tiny"] = dataclasses.replace(DECODERS["tiny"], head_dim=64, num_layers=5, mlp_width=448, vocab_size=3000)
+    ENCODERS["tiny"] = dataclasses.replace(ENCODERS["tiny"], head_dim=64, num_layers=7, vocab_size=3001)
+    base = TrainConfig("cepe", Path("d"), Path("o"), 10, 4, decoder="tiny", encoder="tiny", examples=shapes)
+    base = dataclasses.replace(base, dtype="bfloat16", remat=RematConfig("full", "full"))
+
+    def compiled(backend: str, loss_chunk: int) -> str:
+        config = dataclasses.replace(base, loss_chunk=loss_chunk)
+        with jax.set_mesh(make_mesh(fsdp=4, devices=devices_of("v5e:2x2")[0])):
+            step = train_step(config, at_run_time(sizes_of(config), config, backend))
+            return step.function.lower(*step.arguments).compile().as_text()
+
+    def positions_of_logits(program: str) -> int:
+        """The most positions of which an array holds the whole vocabulary."""
+        with_vocabulary = [shape for _, shape in arrays(program) if 3000 in shape]
+        return max(size for shape in with_vocabulary for size in shape if size in (1024, 512, 256, 128))
+
+    def scores(program: str) -> list:
+        pairs = {(1024, 1024), (1024, MEMORY), (MEMORY, 1024)}
+        found = {shape for _, shape in arrays(program) if pairs & {(a, b) for a in shape for b in shape if a != b}}
+        return sorted(found | {shape for _, shape in arrays(program) if shape.count(1024) > 1})
+
+    def computed(program: str, layers: int, width: int) -> list[str]:
+        """Instructions that compute an array of a stack's shape, (layers, ., width): they do not pass it on."""
+        passing = " parameter(", " get-tuple-element(", " bitcast(", " while(", " tuple(", " optimization-barrier("
+        made = []
+        for text in instructions(program):
+            result = text.split("(")[0]
+            is_stack = any(shape[0] == layers and width in shape for _, shape in arrays(result) if len(shape) > 2)
+            if is_stack and not any(word in text for word in passing):
+                made.append(text[:150])
+        return made
+
+    programs = {"ours": compiled("splash", SETTINGS["loss_chunk"]), "stored": compiled("xla", 0)}
+    held = {
+        name: {
+            "logits": positions_of_logits(program),
+            "scores": scores(program),
+            "frozen": computed(program, 5, 448),
+            "trained": computed(program, 7, 512),
+        }
+        for name, program in programs.items()
+    }
+    print(json.dumps(held))
+
+
+if __name__ == "__main__":
+    main()
