@@ -58,14 +58,14 @@ def home(tmp_path_factory) -> Path:
     cross = tiny.filled(lambda: cross_from_self_attention(decoder, encoder_config, 2, "normal", key=key), seed=3)
     save(Cepe(decoder, encoder, cross), home / "model")
     start = {"cepe": str(home / "model"), "train": ("cross",), "examples": EXAMPLES, "optimizer": OPTIMIZER}
-    start |= {"save_every": 2}
+    start |= {"save_every": 2, "log_every": 1}
     run_stage(TrainConfig("cepe", home / "data", home / "whole", STEPS, 8, **start))
     return home
 
 
 def settings(home: Path, out: Path, **changes) -> list[str]:
     values = {"stage": "cepe", "data": home / "data", "cepe": home / "model", "out": out}
-    values |= {"train": "[cross]", "steps": STEPS, "batch_size": 8, "save_every": 2}
+    values |= {"train": "[cross]", "steps": STEPS, "batch_size": 8, "save_every": 2, "log_every": 1}
     for group, fields in ("optimizer", OPTIMIZER), ("examples", EXAMPLES):
         values |= {f"{group}.{name}": json.dumps(value) for name, value in dataclasses.asdict(fields).items()}
     return [f"--{name}={value}" for name, value in (values | changes).items()] + MESH
@@ -122,7 +122,7 @@ def losses(out: Path) -> list[tuple[int, float]]:
 def assert_equals_whole(home: Path, out: Path) -> None:
     steps, values = zip(*losses(out), strict=True)
     wanted_steps, wanted = zip(*losses(home / "whole"), strict=True)
-    assert steps == wanted_steps
+    assert steps == wanted_steps == tuple(range(1, STEPS + 1))
     np.testing.assert_allclose(values, wanted, rtol=1e-5)
     ours, wanted = (jax.tree.leaves(load(home_of / "model")) for home_of in (out, home / "whole"))
     begun = jax.tree.leaves(load(home / "model"))
@@ -191,7 +191,6 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(home, tmp_path):
     processes[1].send_signal(signal.SIGTERM)
     assert ended(processes) == [0, 0], [process.text() for process in processes]
     step = int(re.search(r"stopped after step (\d+) of 1000000", processes[0].text())[1])
-    assert step >= 10
     assert [path.name for path in (out / "checkpoints").iterdir()] == [str(step)]
     assert not (out / "model").exists()
 
