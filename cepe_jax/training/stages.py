@@ -34,6 +34,7 @@ from cepe_jax.model.cepe import (
 from cepe_jax.model.encoder import Encoder
 from cepe_jax.model.llama import Llama
 from cepe_jax.sharding import batch_share, make_mesh, place_batch, shardings_of
+from cepe_jax.training.forecast import forecast
 from cepe_jax.training.heldout import EvalConfig, HeldOut
 from cepe_jax.training.logs import StepFacts
 from cepe_jax.training.objectives import Distill, DistillConfig, MaskedLM, NextToken
@@ -41,7 +42,7 @@ from cepe_jax.training.trainer import OptimizerConfig, Run, init_state, make_tra
 from cepe_jax.weights.checkpoint import Checkpoints, digests_of
 from cepe_jax.weights.directory import check_window, save
 from cepe_jax.weights.huggingface import load, read_config
-from cepe_jax.weights.tensors import Config
+from cepe_jax.weights.tensors import Config, abstract_parts
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -97,6 +98,7 @@ class TrainConfig:
     log_every: int = 10  # steps
     evaluation: EvalConfig = EvalConfig()
     profile: tuple[int, ...] = ()  # the first and the last step to trace, into out/profile/
+    dry_run: bool = False  # tells what the run will be and ends; nothing is loaded or written
     seed: int = 0
 
     def __post_init__(self):
@@ -326,7 +328,7 @@ def launch(config: TrainConfig) -> Path:
 def run_stage(config: TrainConfig) -> Path:
     """The directory `config.out/model`, trained; a run that was cut off goes on from its newest checkpoint.
 
-    That of the checkpoints where the run was asked to stop before its end.
+    That of the checkpoints where the run was asked to stop before its end. A dry run tells what it would do and ends.
     """
     model_dir, record = config.out / "model", config.out / "config.json"
     sources = open_mix(config.data, config.mix, config.stage, config.examples)
@@ -343,8 +345,14 @@ def run_stage(config: TrainConfig) -> Path:
     unseen = None if config.evaluation.data is None else held_out_examples(config, tokenizer)
     sizes = mesh_of(config, jax.device_count())
     backend = backend_of(config, jax.default_backend())
-    with jax.set_mesh(make_mesh(**dataclasses.asdict(sizes))):
-        mesh = jax.sharding.get_mesh()
+    mesh = make_mesh(**dataclasses.asdict(sizes))
+    devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    print(f"{devices}, mesh {dict(mesh.shape)}, processes: {jax.process_count()}, attention: {backend}")
+    if config.dry_run:
+        print(json.dumps(resolved, indent=1))
+        tell_ahead(config, sources, weights, tokenizer.vocab_size, devices)
+        return config.out
+    with jax.set_mesh(mesh):
         share = batch_share(mesh, config.batch_size)
 
         def batches_from(first: int, data=data, workers: int = config.workers) -> Iterator[dict[str, jax.Array]]:
@@ -358,7 +366,7 @@ def run_stage(config: TrainConfig) -> Path:
         prepare_to_run(model, config, tokenizer.vocab_size, backend)
         trainable, frozen = split(model, trained_parts(config))
         counts = [sum(x.size for x in jax.tree.leaves(parts)) for parts in (trainable, frozen)]
-        print(f"{config.stage}: {counts[0]:,} parameters train, {counts[1]:,} are frozen; attention: {backend}")
+        print(f"{config.stage}: {counts[0]:,} parameters train, {counts[1]:,} are frozen")
         schedule = config.optimizer.schedule(config.steps)
         optimizer = config.optimizer.build(schedule)
         facts = StepFacts(
@@ -412,6 +420,28 @@ def held_out_examples(config: TrainConfig, tokenizer: Tokenizer):
     return examples([source], [1.0], config.stage, config.examples, config.seed)
 
 
+def tell_ahead(
+    config: TrainConfig, sources: Sequence[Sequences], weights: Sequence[float], vocab_size: int, devices: str
+) -> None:
+    """Prints what the run will be, from shapes alone."""
+    model = sizes_of(config, vocab_size)
+    counts = {name: sum(x.size for x in jax.tree.leaves(part)) for name, part in abstract_parts(model).items()}
+    trained = sum(count for name, count in counts.items() if name in trained_parts(config))
+    print(f"{config.stage}: {trained:,} parameters train, {sum(counts.values()) - trained:,} are frozen")
+    names = (source.joined or source.records for source in sources)
+    for line in forecast(
+        steps=config.steps,
+        batch_size=config.batch_size,
+        tokens=tokens_of_step(config),
+        flops=config.batch_size * flops_of(config, model).train,
+        devices=devices,
+        peak_flops=peak_flops(jax.devices()),
+        examples={records.path.name: len(source) for records, source in zip(names, sources, strict=True)},
+        weights=weights,
+    ):
+        print(line)
+
+
 def tokens_of_step(config: TrainConfig) -> int:
     """What the decoder or encoder reads in a step, contexts too."""
     examples = config.examples
@@ -424,7 +454,17 @@ def identity_of(resolved: dict) -> dict:
     The contents of the places are compared instead.
     """
     places = {"data", "decoder", "encoder", "cepe", "out"}
-    pace = {"save_every", "log_every", "evaluation", "profile", "mesh", "micro_batch", "distributed", "workers"}
+    pace = {
+        "save_every",
+        "log_every",
+        "evaluation",
+        "profile",
+        "dry_run",
+        "mesh",
+        "micro_batch",
+        "distributed",
+        "workers",
+    }
     return {key: value for key, value in resolved.items() if key not in places | pace}
 
 

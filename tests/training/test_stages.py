@@ -14,6 +14,7 @@ from cepe_jax.config import DECODERS, ENCODERS
 from cepe_jax.data.corpus import PrepareConfig, prepare
 from cepe_jax.data.examples import ExampleConfig
 from cepe_jax.data.loader import batches
+from cepe_jax.data.records import Records
 from cepe_jax.data.sampling import SampleConfig, sample
 from cepe_jax.model.cepe import Cepe, parts_of
 from cepe_jax.training import stages
@@ -161,6 +162,26 @@ def test_evaluation_changes_nothing(runs, data, tmp_path):
         with pytest.raises(ValueError, match=message):
             run_stage(dataclasses.replace(evaluated, out=tmp_path / "refused", evaluation=evaluation))
     assert not (tmp_path / "refused").exists()
+
+
+def test_a_dry_run_tells_what_a_run_would_be(runs, data, tmp_path, capsys, monkeypatch):
+    """From shapes alone: nothing is loaded or written. The counts are those of the model that was trained."""
+    start = {"decoder": str(runs / "lm/model"), "encoder": str(runs / "mlm/model"), "num_cross_layers": 1}
+    mix = {"filtered": 1.0, "packed": 3.0}
+    config = TrainConfig("cepe", data, tmp_path / "out", 7, 4, mix=mix, examples=EXAMPLES["cepe"], **start)
+    for name in ("load", "starting_model", "batches"):
+        monkeypatch.delattr(stages, name)
+    run_stage(dataclasses.replace(config, dry_run=True))
+    said = capsys.readouterr().out
+    parts = parts_of(load(runs / "cepe/model"))
+    sizes = {name: sum(x.size for x in jax.tree.leaves(part)) for name, part in parts.items()}
+    assert f"cepe: {sizes['encoder'] + sizes['cross']:,} parameters train, {sizes['decoder']:,} are frozen" in said
+    assert "7 steps of 4 sequences and 128 tokens: 896 tokens" in said
+    assert '"learning_rate": 0.0003' in said
+    assert "1 x cpu, mesh {'data': 1, 'fsdp': 1, 'context': 1, 'tensor': 1}, processes: 1, attention: xla" in said
+    examples = len(Records(data / "packed", "train"))
+    assert f"packed: {7 * 4 * 0.75 / examples:.2f} times each of its {examples} examples" in said
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_run_is_of_its_data(runs, data, tmp_path):
