@@ -13,7 +13,7 @@ from cepe_jax.cli import run_command
 from cepe_jax.data.benchmark import DataBenchmarkConfig, benchmark
 from cepe_jax.training.aot import without_files
 from cepe_jax.training.benchmark import MemoryConfig, TrainBenchmarkConfig, benchmark_memory, benchmark_train
-from cepe_jax.training.stages import TrainConfig
+from cepe_jax.training.settings import TrainConfig
 
 COMMANDS = {
     "data": (DataBenchmarkConfig, benchmark),

@@ -14,7 +14,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"  # before jax is imported: the compiler's ow
 from cepe_jax.cli import parse, run, take
 from cepe_jax.inference.aot import STEPS
 from cepe_jax.training.aot import CompileConfig, check_fits, compile_step, table, train_step, without_files
-from cepe_jax.training.stages import TrainConfig
+from cepe_jax.training.settings import TrainConfig
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from cepe_jax.evaluation.report import EvaluateConfig
 from cepe_jax.inference.text import GenerateConfig
 from cepe_jax.training.aot import CompileConfig, without_files
 from cepe_jax.training.benchmark import MemoryConfig, TrainBenchmarkConfig
-from cepe_jax.training.stages import TrainConfig
+from cepe_jax.training.settings import TrainConfig
 from cepe_jax.training.teacher import TeacherConfig
 
 ROOT = Path(__file__).parents[1]

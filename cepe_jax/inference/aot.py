@@ -13,7 +13,7 @@ from cepe_jax.model.cache import KVCache
 from cepe_jax.model.cepe import Cepe, assemble
 from cepe_jax.sharding import partition_spec
 from cepe_jax.training.aot import Step, placed
-from cepe_jax.training.stages import TrainConfig
+from cepe_jax.training.settings import TrainConfig
 from cepe_jax.weights.tensors import Config, abstract_parts
 
 

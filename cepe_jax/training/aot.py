@@ -23,7 +23,7 @@ from cepe_jax.cost import CHIPS, Chip
 from cepe_jax.data.loader import blank
 from cepe_jax.sharding import batch_axes, is_variable, make_mesh, partition_spec, shardings_of
 from cepe_jax.training.hlo import collectives
-from cepe_jax.training.stages import (
+from cepe_jax.training.settings import (
     TrainConfig,
     at_run_time,
     flops_of,

@@ -18,7 +18,7 @@ from cepe_jax.progress import track
 from cepe_jax.sharding import make_mesh, place_batch
 from cepe_jax.training.aot import CompileConfig, compile_step, devices_of, gib, memory_of, train_step
 from cepe_jax.training.logs import peak_memory
-from cepe_jax.training.stages import TrainConfig, at_run_time, backend_of, mesh_of, sizes_of, tokens_of_step
+from cepe_jax.training.settings import TrainConfig, at_run_time, backend_of, mesh_of, sizes_of, tokens_of_step
 from cepe_jax.weights.tensors import abstract_parts
 
 

@@ -101,7 +101,7 @@ def opened_teacher(config: TeacherConfig) -> Callable[[np.ndarray], dict[str, np
     from cepe_jax.model.cepe import parts_of
     from cepe_jax.sharding import make_mesh, place_batch
     from cepe_jax.training.objectives import teacher_top
-    from cepe_jax.training.stages import native_backend
+    from cepe_jax.training.settings import native_backend
     from cepe_jax.weights.huggingface import load
 
     mesh = make_mesh(fsdp=jax.device_count())

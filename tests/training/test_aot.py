@@ -123,7 +123,7 @@ def main() -> None:
     from cepe_jax.sharding import make_mesh
     from cepe_jax.training.aot import devices_of, train_step
     from cepe_jax.training.hlo import arrays, instructions
-    from cepe_jax.training.stages import RematConfig, TrainConfig, at_run_time, sizes_of
+    from cepe_jax.training.settings import RematConfig, TrainConfig, at_run_time, sizes_of
 
     shapes = ExampleConfig(*(SETTINGS[name] for name in ("window", "num_chunks", "chunk_length")))
     # Head dimensions of 64 and odd sizes of all else: no two axes are alike.

@@ -15,7 +15,8 @@ from cepe_jax import cli
 from cepe_jax.directories import new_directory
 from cepe_jax.training import stages
 from cepe_jax.training.logs import Log, StepFacts
-from cepe_jax.training.stages import TrainConfig, launch
+from cepe_jax.training.settings import TrainConfig
+from cepe_jax.training.stages import launch
 from cepe_jax.weights import checkpoint
 from cepe_jax.weights.checkpoint import Checkpoints
 from cepe_jax.weights.directory import Directory, save

@@ -17,7 +17,8 @@ from cepe_jax.data.loader import batches, examples, open_mix
 from cepe_jax.model.cepe import parts_of
 from cepe_jax.model.llama import Llama
 from cepe_jax.training import stages
-from cepe_jax.training.stages import TrainConfig, run_stage, starting_model
+from cepe_jax.training.settings import TrainConfig
+from cepe_jax.training.stages import run_stage, starting_model
 from cepe_jax.weights.directory import save
 from cepe_jax.weights.huggingface import load
 

@@ -17,10 +17,11 @@ from cepe_jax.data.loader import batches
 from cepe_jax.data.records import Records
 from cepe_jax.data.sampling import SampleConfig, sample
 from cepe_jax.model.cepe import Cepe, parts_of
-from cepe_jax.training import stages
+from cepe_jax.training import settings, stages
 from cepe_jax.training.heldout import EvalConfig
 from cepe_jax.training.objectives import DistillConfig
-from cepe_jax.training.stages import MeshConfig, RematConfig, TrainConfig, run_stage
+from cepe_jax.training.settings import MeshConfig, RematConfig, TrainConfig
+from cepe_jax.training.stages import run_stage
 from cepe_jax.training.trainer import OptimizerConfig
 from cepe_jax.weights.huggingface import load
 
@@ -287,9 +288,9 @@ CONFIG = TrainConfig("cepe", Path("d"), Path("o"), 3, 16, cepe="c")
 )
 def test_a_batch_falls_into_the_devices_micro_batches(changes, devices, fsdp, micro_batches):
     config = dataclasses.replace(CONFIG, **changes)
-    mesh = stages.mesh_of(config, devices)
+    mesh = settings.mesh_of(config, devices)
     assert mesh.fsdp == fsdp
-    assert stages.micro_batches(config, mesh.data * mesh.fsdp) == micro_batches
+    assert settings.micro_batches(config, mesh.data * mesh.fsdp) == micro_batches
 
 
 @pytest.mark.parametrize(
@@ -297,7 +298,7 @@ def test_a_batch_falls_into_the_devices_micro_batches(changes, devices, fsdp, mi
 )
 def test_a_batch_that_does_not_divide_is_refused(changes, devices):
     with pytest.raises(ValueError, match=r"batch_size 16 is not a multiple of .* = (3|32): change one of them"):
-        stages.mesh_of(dataclasses.replace(CONFIG, **changes), devices)
+        settings.mesh_of(dataclasses.replace(CONFIG, **changes), devices)
 
 
 @pytest.mark.parametrize(
@@ -311,4 +312,4 @@ def test_a_batch_that_does_not_divide_is_refused(changes, devices):
     ],
 )
 def test_attention_is_the_platforms(changes, platform, backend):
-    assert stages.backend_of(dataclasses.replace(CONFIG, **changes), platform) == backend
+    assert settings.backend_of(dataclasses.replace(CONFIG, **changes), platform) == backend

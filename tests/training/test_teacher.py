@@ -17,7 +17,8 @@ from cepe_jax.data.retrieval import RetrieveConfig, retrieve
 from cepe_jax.model.encoder import Encoder
 from cepe_jax.model.llama import Llama
 from cepe_jax.training.objectives import DistillConfig
-from cepe_jax.training.stages import TrainConfig, run_stage
+from cepe_jax.training.settings import TrainConfig
+from cepe_jax.training.stages import run_stage
 from cepe_jax.training.teacher import TeacherConfig, teach
 from cepe_jax.weights.directory import save
 from cepe_jax.weights.huggingface import load

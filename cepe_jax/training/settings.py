@@ -1,0 +1,224 @@
+"""A stage of training as one configuration, and what follows from it alone: mesh, sizes, objective, FLOPs."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from etils import epath
+
+from cepe_jax.config import DECODERS, ENCODERS, Backend, CepeConfig, DecoderConfig, EncoderConfig, Remat, preset
+from cepe_jax.cost import Flops, cepe_flops, decoder_flops, encoder_flops, teacher_flops
+from cepe_jax.data.examples import ExampleConfig
+from cepe_jax.data.loader import Stage
+from cepe_jax.distributed import DistributedConfig
+from cepe_jax.model.cepe import CrossInit
+from cepe_jax.training.heldout import EvalConfig
+from cepe_jax.training.objectives import Distill, DistillConfig, MaskedLM, NextToken
+from cepe_jax.training.trainer import OptimizerConfig, Run
+from cepe_jax.weights.huggingface import read_config
+from cepe_jax.weights.tensors import Config
+
+Dtype = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis of the mesh."""
+
+    data: int = 1  # copies of the model
+    fsdp: int = 0  # devices over which each copy is cut; 0 = all that the others leave
+    tensor: int = 1  # devices that share a sequence, by heads
+
+    def __post_init__(self):
+        if min(self.data, self.tensor) < 1 or self.fsdp < 0:
+            raise ValueError(f"{self}: give numbers of devices above 0")
+
+
+@dataclass(frozen=True)
+class RematConfig:
+    """What the backward pass recomputes in each layer: nothing, all but matrix products, all."""
+
+    decoder: Remat = "none"
+    encoder: Remat = "none"
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    stage: Stage  # lm: a decoder from scratch; mlm: an encoder; warmup, cepe and ceped: as in the paper
+    data: Path  # a dataset of sequences, or the directory of those that `mix` names
+    out: epath.Path  # gets checkpoints/, metrics.jsonl, config.json, and at the end model/; may be gs://bucket/...
+    steps: int
+    batch_size: int  # sequences per step
+    decoder: str = ""  # a preset (lm) or a model directory; mlm: the encoder starts from its first layers
+    encoder: str = ""  # a preset, which starts at random, or a model directory
+    cepe: str = ""  # a model directory, in place of decoder and encoder
+    num_cross_layers: int = 0  # of the decoder's last layers; 0 = all
+    cross_init: CrossInit = "copy"
+    train: tuple[str, ...] = ("encoder", "cross")  # of the warm-up and main stage
+    mix: dict[str, float] = field(default_factory=dict)  # dataset below `data` -> weight of its examples
+    workers: int = 0  # processes that load data; 0 = threads of this one
+    examples: ExampleConfig = ExampleConfig()
+    distill: DistillConfig | None = None  # of stage ceped, which needs it
+    optimizer: OptimizerConfig = OptimizerConfig()
+    micro_batch: int = 0  # sequences that a device (or those of one `mesh.tensor`) computes at once; 0 = all it has
+    loss_chunk: int = 0  # positions whose logits exist at once; 0 = all
+    mlp_chunk: int = 0  # positions whose MLP activations exist at once; 0 = all
+    dtype: Dtype = "float32"  # of activations and of frozen weights; what trains is float32
+    attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"  # splash: TPU; cudnn: GPU, 16 bits
+    remat: RematConfig = RematConfig()
+    mesh: MeshConfig = MeshConfig()
+    distributed: DistributedConfig = DistributedConfig()
+    save_every: int = 500  # steps
+    log_every: int = 10  # steps
+    evaluation: EvalConfig = EvalConfig()
+    profile: tuple[int, ...] = ()  # the first and the last step to trace, into out/profile/
+    dry_run: bool = False  # tells what the run will be and ends; nothing is loaded or written
+    seed: int = 0
+
+    def __post_init__(self):
+        needs = {"lm": [["decoder"]], "mlm": [["encoder"], ["decoder", "encoder"]]}.get(
+            self.stage, [["cepe"], ["decoder", "encoder"]]
+        )
+        given = [name for name in ("decoder", "encoder", "cepe") if getattr(self, name)]
+        if given not in needs:
+            wanted = " or ".join(" and ".join(names) for names in needs)
+            raise ValueError(f"stage {self.stage} starts from {wanted}; given: {' and '.join(given) or 'none of them'}")
+        if needs == [["cepe"], ["decoder", "encoder"]] and not self.train:
+            raise ValueError("train is empty: name encoder, cross or decoder")
+        if given != ["decoder", "encoder"] or self.stage == "mlm":
+            for name in ("num_cross_layers", "cross_init"):
+                if getattr(self, name) != TrainConfig.__dataclass_fields__[name].default:
+                    raise ValueError(f"{name} is for a start from decoder and encoder: leave it out")
+        if (self.distill is not None) != (self.stage == "ceped"):
+            raise ValueError(f"stage is {self.stage}: distill is the loss of stage ceped, give both or neither")
+        if self.stage == "ceped" and self.examples.foreign_rate:
+            raise ValueError("foreign_rate is not for stage ceped: its teacher reads what stands before the window")
+        if any(weight <= 0 for weight in self.mix.values()):
+            raise ValueError(f"mix is {self.mix}: give weights above 0")
+        for name in ("micro_batch", "loss_chunk", "mlp_chunk"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}: give a number, or 0 for all")
+        if self.workers < 0:
+            raise ValueError(f"workers is {self.workers}: give a number of processes, or 0 for threads")
+        run_of(self)
+
+
+def run_of(config: TrainConfig) -> Run:
+    return Run(config.out, config.steps, config.save_every, config.log_every, config.evaluation.every, config.profile)
+
+
+def mesh_of(config: TrainConfig, devices: int) -> MeshConfig:
+    """The mesh over all devices; ValueError where they do not divide, or the batch does not over them."""
+    mesh = config.mesh
+    if mesh.fsdp == 0:
+        mesh = dataclasses.replace(mesh, fsdp=max(devices // (mesh.data * mesh.tensor), 1))
+    micro_batches(config, mesh.data * mesh.fsdp)
+    return mesh
+
+
+def micro_batches(config: TrainConfig, shares: int) -> int:
+    """Into how many micro-batches a step's batch falls, where it is cut into `shares`."""
+    rows = shares * (config.micro_batch or 1)
+    if config.batch_size % rows:
+        raise ValueError(
+            f"batch_size {config.batch_size} is not a multiple of mesh.data x mesh.fsdp x micro_batch = {rows}: "
+            f"change one of them"
+        )
+    return config.batch_size // rows if config.micro_batch else 1
+
+
+def backend_of(config: TrainConfig, platform: str) -> Backend:
+    """The attention of this run: the one it names, or the platform's own."""
+    return native_backend(platform, config.dtype) if config.attention == "auto" else config.attention
+
+
+def native_backend(platform: str, dtype: Dtype) -> Backend:
+    if platform == "gpu":
+        return "cudnn" if dtype == "bfloat16" else "xla"
+    return "splash" if platform == "tpu" else "xla"
+
+
+def sizes_of(config: TrainConfig, vocab_size: int | None = None) -> Config:
+    """The config of the stage's model, nothing loaded. `vocab_size`: the tokenizer's; a preset's own when not given."""
+
+    def part(name: str, presets: dict, mask: int):
+        start = getattr(config, name)
+        if Path(start).is_dir():
+            return read_config(start)
+        sizes = preset(presets, start)
+        return sizes if vocab_size is None else dataclasses.replace(sizes, vocab_size=vocab_size + mask)
+
+    match config.stage:
+        case "lm":
+            return part("decoder", DECODERS, 0)
+        case "mlm":
+            return dataclasses.replace(part("encoder", ENCODERS, 1), mlm_head=True)
+    if config.cepe:
+        return read_config(config.cepe)
+    decoder, encoder = part("decoder", DECODERS, 0), part("encoder", ENCODERS, 1)
+    layers = config.num_cross_layers or decoder.num_layers
+    return CepeConfig(decoder, dataclasses.replace(encoder, mlm_head=False), layers)
+
+
+def at_run_time(sizes: Config, config: TrainConfig, backend: Backend) -> Config:
+    """The sizes, to compute as the configuration says."""
+    if isinstance(sizes, CepeConfig):
+        parts = {name: at_run_time(getattr(sizes, name), config, backend) for name in ("decoder", "encoder")}
+        return dataclasses.replace(sizes, **parts)
+    remat = config.remat.encoder if isinstance(sizes, EncoderConfig) else config.remat.decoder
+    run_time = {"dtype": config.dtype, "remat": remat, "attention": backend, "mlp_chunk": config.mlp_chunk}
+    return dataclasses.replace(sizes, **run_time)
+
+
+def trained_parts(config: TrainConfig) -> tuple[str, ...]:
+    return {"lm": ("decoder",), "mlm": ("encoder",)}.get(config.stage, config.train)
+
+
+def flops_of(config: TrainConfig, sizes: Config) -> Flops:
+    """Of one sequence of the stage."""
+    shape = config.examples.window, config.examples.num_chunks, config.examples.chunk_length
+    match sizes:
+        case DecoderConfig():
+            return decoder_flops(sizes, config.examples.window)
+        case EncoderConfig():
+            return encoder_flops(sizes, 1, config.examples.window)
+    flops = cepe_flops(sizes, *shape, config.train)
+    if config.stage != "ceped":
+        return flops
+    return dataclasses.replace(flops, ahead=flops.ahead + teacher_flops(sizes.decoder, shape[0], shape[1] * shape[2]))
+
+
+def objective_of(config: TrainConfig) -> NextToken | MaskedLM | Distill:
+    match config.stage:
+        case "mlm":
+            return MaskedLM(config.loss_chunk)
+        case "ceped":
+            return Distill(**vars(config.distill), loss_chunk=config.loss_chunk)
+    return NextToken(config.loss_chunk)
+
+
+def tokens_of_step(config: TrainConfig) -> int:
+    """What the decoder or encoder reads in a step, contexts too."""
+    examples = config.examples
+    return config.batch_size * (examples.window if config.stage in ("lm", "mlm") else examples.span)
+
+
+def identity_of(resolved: dict) -> dict:
+    """What two configurations must share for one to go on where the other stopped: all but places and pace.
+
+    The contents of the places are compared instead.
+    """
+    places = {"data", "decoder", "encoder", "cepe", "out"}
+    pace = {
+        "save_every",
+        "log_every",
+        "evaluation",
+        "profile",
+        "dry_run",
+        "mesh",
+        "micro_batch",
+        "distributed",
+        "workers",
+    }
+    return {key: value for key, value in resolved.items() if key not in places | pace}
