@@ -12,6 +12,7 @@ MESH_AXES = ("data", "fsdp", "context", "tensor")
 # a parameter's "embed" is split over fsdp, an activation's is not, because its "batch" already took fsdp.
 RULES: dict[str | None, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
+    "looked_up": ("data",),  # rows of a table whose width is split over fsdp
     "memory": ("context",),
     "embed": ("fsdp",),
     "vocab": ("tensor",),

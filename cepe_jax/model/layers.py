@@ -11,6 +11,7 @@ from flax import nnx
 from cepe_jax.config import Backend, TransformerConfig
 from cepe_jax.model.attention import Mask, attend, attend_partial, merge
 from cepe_jax.model.rope import rotate
+from cepe_jax.sharding import constrain
 
 Array = jax.Array
 
@@ -38,7 +39,8 @@ def project(equation: str, x: Array, weight: nnx.Param) -> Array:
 def embed(table: nnx.Param, tokens: Array, dtype) -> Array:
     """Rows of the (V, D) table; NaN, and so a loud loss, for an id outside it."""
     rows = table[...].at[tokens].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
-    return rows.astype(dtype)
+    # Split as the table is, and over what does not split that: XLA cannot go from there to the batch's place at once.
+    return constrain(rows, "looked_up", *[None] * (tokens.ndim - 1), "embed").astype(dtype)
 
 
 class RMSNorm(nnx.Module):
