@@ -84,13 +84,23 @@ def is_variable(x) -> bool:
 
 
 def shardings_of(tree, mesh: jax.sharding.Mesh):
-    """A tree like `tree` with a NamedSharding for each Variable (from its `axes`), replicated for other leaves."""
+    """A tree like `tree` with a NamedSharding for each Variable (from its `axes`), replicated for other leaves.
 
-    def rule(leaf):
+    ValueError where an axis of one does not divide by the devices it is split over.
+    """
+
+    def rule(path, leaf):
         axes = leaf.get_metadata()["axes"] if is_variable(leaf) else ()
-        return NamedSharding(mesh, partition_spec(axes))
+        spec = partition_spec(axes)
+        for logical, size, name in zip(axes, leaf.shape, spec, strict=bool(axes)):
+            if name and size % mesh.shape[name]:
+                raise ValueError(
+                    f"{jax.tree_util.keystr(path, simple=True, separator='.')}: its {size} of {logical} do not divide "
+                    f"by mesh.{name}, which is {mesh.shape[name]}: change the mesh"
+                )
+        return NamedSharding(mesh, spec)
 
-    return jax.tree.map(rule, tree, is_leaf=is_variable)
+    return jax.tree_util.tree_map_with_path(rule, tree, is_leaf=is_variable)
 
 
 def batch_axes(x) -> tuple[str | None, ...]:

@@ -1,28 +1,45 @@
 """Placement: the table's rules, the golden placement of the 7B model, and one answer on every mesh of fake devices.
 
-Run as a script with sizes (fsdp=2 tensor=4) it compares that mesh with no mesh on the devices there are;
-with --write-specs it writes the golden file anew.
+Run as a script with a back end of attention and a list of meshes (xla '[{"fsdp": 8}]') it compares each with no mesh on
+the devices there are; with --write-specs it writes the golden file anew.
 """
 
+import contextlib
+import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
+import tempfile
+from functools import partial
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
 from jax.sharding import NamedSharding, PartitionSpec
-from tiny import DECODER, ENCODER, make_cepe, relative_error
+from tiny import DECODER, ENCODER, make_cepe, make_encoder, relative_error, with_config
 
 from cepe_jax.config import DECODERS, ENCODERS, CepeConfig
+from cepe_jax.data.examples import IGNORE
 from cepe_jax.model.cepe import Cepe, assemble, cross_from_self_attention, split
 from cepe_jax.model.encoder import Encoder
 from cepe_jax.model.llama import Llama
-from cepe_jax.sharding import MESH_AXES, constrain, make_mesh, partition_spec, shardings_of
+from cepe_jax.sharding import MESH_AXES, constrain, make_mesh, partition_spec, place_batch, shardings_of
+from cepe_jax.training.objectives import NextToken
+from cepe_jax.training.stages import born_sharded
+from cepe_jax.training.trainer import OptimizerConfig, init_state, make_train_step
+from cepe_jax.weights.checkpoint import Checkpoints
+from cepe_jax.weights.directory import save
+from cepe_jax.weights.huggingface import load
+from cepe_jax.weights.tensors import abstract_parts
 
+TRAIN = "encoder", "cross"
 SPECS = Path(__file__).parent / "model" / "llama2_7b_specs.json"
 
 
@@ -113,73 +130,183 @@ def test_shardings_of_follows_the_metadata(cepe):
     assert placed["model"].k == NamedSharding(mesh, PartitionSpec(None, "fsdp", "tensor", None))
 
 
-def compare_with_no_mesh(sizes: dict[str, int]) -> dict:
-    """The largest error of logits and gradients; gradients that are zero; how many weights were really split."""
-    rng = np.random.default_rng(0)
-    batch = (
-        rng.integers(0, DECODER.vocab_size, (4, 6)),
-        rng.integers(0, ENCODER.vocab_size, (4, 2, 4)),
-        rng.random((4, 2, 4)) < 0.8,
-        np.arange(6) >= np.array([0, 1, 2, 0])[:, None],
-    )
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"tensor": 4}, "cross.k: its 2 of kv_heads do not divide by mesh.tensor, which is 4: change the mesh"),
+        ({"fsdp": 16}, "cross.norm.scale: its 24 of embed do not divide by mesh.fsdp, which is 16: change the mesh"),
+    ],
+)
+def test_a_model_that_a_mesh_does_not_divide(sizes, message):
+    """Said before anything is read or made; tied to no device."""
+    mesh = jax.sharding.AbstractMesh(tuple((dict.fromkeys(MESH_AXES, 1) | sizes).values()), MESH_AXES)
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        shardings_of(abstract_parts(CepeConfig(DECODER, ENCODER, 2)), mesh)
+
+
+ROWS = 16  # of a batch; two micro-batches of a row for each of 8 devices
+SLOW = (
+    {},  # one device, under a mesh
+    {"fsdp": 8},
+    {"fsdp": 4, "tensor": 2},
+    {"data": 2, "fsdp": 4},
+    {"data": 2, "context": 2, "tensor": 2},
+    {"fsdp": 2, "context": 2, "tensor": 2},
+)
+
+
+def batch_of(step: int) -> dict[str, np.ndarray]:
+    """Every other row, and so one micro-batch of two, keeps few labels; one row has no context, others have holes."""
+    rng = np.random.default_rng(step)
+    labels = rng.integers(0, DECODER.vocab_size, (ROWS, 10))
+    labels[::2] = np.where(rng.random((ROWS // 2, 10)) < 0.8, IGNORE, labels[::2])
+    context_mask = rng.random((ROWS, 2, 6)) < 0.8
+    context_mask[3] = False
+    return {
+        "tokens": rng.integers(0, DECODER.vocab_size, (ROWS, 10)),
+        "labels": labels,
+        "context": rng.integers(0, ENCODER.vocab_size, (ROWS, 2, 6)),
+        "context_mask": context_mask,
+    }
+
+
+def model_of(**run_time) -> Cepe:
+    cepe = make_cepe()
+    encoder = with_config(make_encoder(dataclasses.replace(ENCODER, mlm_head=False)), **run_time)
+    return Cepe(with_config(cepe.decoder, **run_time), encoder, cepe.cross)
+
+
+def two_plain_steps(optimizer) -> list:
+    """(loss, weights, optimiser's state) after each step: no mesh, no chunk, nothing recomputed, the batch at once."""
 
     def loss(trainable, frozen, batch):
-        logits = assemble(trainable | frozen)(*batch)
-        return (logits**2 * batch[3][..., None]).mean(), logits
+        logits = assemble(trainable | frozen)(batch["tokens"], batch["context"], batch["context_mask"])
+        kept = batch["labels"] != IGNORE
+        nll = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(kept, batch["labels"], 0))
+        return jnp.where(kept, nll, 0).sum() / kept.sum()
 
-    step = jax.jit(jax.grad(loss, has_aux=True))
-    cepe = make_cepe()
-    wanted = step(*split(cepe, ("cross", "encoder")), batch)
-    mesh = make_mesh(**sizes)
+    @jax.jit
+    def step(trainable, opt_state, frozen, batch):
+        value, gradient = jax.value_and_grad(loss)(trainable, frozen, batch)
+        updates, opt_state = optimizer.update(gradient, opt_state, trainable)
+        return value, optax.apply_updates(trainable, updates), opt_state
+
+    trainable, frozen = split(model_of(), TRAIN)
+    results = [(None, trainable, optimizer.init(trainable))]
+    for number in range(2):
+        results.append(step(*results[-1][1:], frozen, batch_of(number)))
+    return jax.device_get(results[1:])
+
+
+def named(tree) -> dict[str, jax.Array]:
+    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def cuts(tree) -> list[int]:
+    """Into how many parts the stacks' matrices are cut: sizes of arrays over sizes of what one device has of them."""
+    return sorted(
+        {leaf.size // leaf.addressable_shards[0].data.size for leaf in jax.tree.leaves(tree) if leaf.ndim > 2}
+    )
+
+
+COMPILED: list[str] = []  # gets an entry for every program
+
+
+def compare(sizes: dict[str, int], attention: str, optimizer, wanted: list, saved: Path) -> dict:
+    """Two steps on a mesh against `wanted`: the largest error, what moved, what compiled, how arrays are cut."""
+    mesh = make_mesh(**sizes, devices=None if sizes else jax.devices()[:1])
+    errors = {}
     with jax.set_mesh(mesh):
-        placed = jax.device_put(cepe, shardings_of(cepe, mesh))
-        rows = jax.device_put(batch, NamedSharding(mesh, partition_spec(("batch",))))
-        ours = step(*split(placed, ("cross", "encoder")), rows)
-    named = [(jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(wanted)]
-    errors = {
-        name: relative_error(leaf, theirs)
-        for leaf, (name, theirs) in zip(jax.tree.leaves(ours), named, strict=True)
-        if np.asarray(theirs).any()
-    }
+        model = model_of(attention=attention, remat="full", mlp_chunk=4)
+        loaded = load(saved)
+        assert all((a == b).all() for a, b in zip(jax.tree.leaves(loaded), jax.tree.leaves(model), strict=True))
+        born = born_sharded(lambda key: Llama(DECODER, key=key), jax.random.key(3))
+        assert relative_error(born.layers.mlp.up, Llama(DECODER, key=jax.random.key(3)).layers.mlp.up) < 1e-6
+        held = [cuts(born), cuts(loaded)]
+        loaded = jax.tree.unflatten(
+            jax.tree.structure(model), jax.tree.leaves(loaded)
+        )  # how it computes is the model's
+        trainable, frozen = split(loaded, TRAIN)
+        state = init_state(trainable, optimizer)
+        before = [leaf.sharding for leaf in jax.tree.leaves(state)]
+        step = make_train_step(NextToken(loss_chunk=4), optimizer, accumulate=2)
+        for number, (loss, *then) in enumerate(wanted):
+            batch, already = place_batch(batch_of(number), mesh, ROWS), len(COMPILED)
+            state, metrics = step(state, frozen, batch)
+            again = len(COMPILED) - already
+            errors[f"loss {number}"] = relative_error(metrics["loss"], loss)
+            ours, theirs = named((state.trainable, state.opt_state)), named(tuple(then))
+            assert ours.keys() == theirs.keys()
+            errors |= {f"{name} {number}": relative_error(ours[name], theirs[name]) for name in theirs}
+        with contextlib.closing(Checkpoints(saved.parent / str(sizes), {})) as checkpoints:
+            checkpoints.save(2, state)
+            checkpoints.wait()
+            _, restored = checkpoints.restore(state)
+        assert all((a == b).all() for a, b in zip(jax.tree.leaves(restored), jax.tree.leaves(state), strict=True))
+    worst = max(errors, key=errors.get)
+    placed = zip(before, jax.tree.leaves(state), jax.tree.leaves(restored), strict=True)
     return {
-        "error": max(errors.values()),
-        "zero": [name for name, _ in named if name not in errors],
-        "split": sum(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(placed)),
-        "batch_spec": ours[1].sharding.spec[0],
+        "worst": worst,
+        "error": errors[worst],
+        "compiled in the second step": again,
+        "moved": sum(not then.is_equivalent_to(x.sharding, x.ndim) for then, *now in placed for x in now),
+        "cuts": [*held, cuts(state), cuts(restored)],
     }
 
 
-@pytest.mark.parametrize(
-    "sizes",
-    [
-        {"data": 2, "fsdp": 2, "tensor": 2},
-        pytest.param({"fsdp": 4, "context": 2}, marks=pytest.mark.slow),
-        pytest.param({"data": 2, "context": 2, "tensor": 2}, marks=pytest.mark.slow),
-    ],
-    ids=str,
-)
-def test_one_answer_on_every_mesh(sizes):
-    """fp32, logits and gradients. Every trainable weight has a gradient but the MLM head, which no logit reads."""
+def check_meshes(attention: str, *meshes: dict[str, int]) -> None:
+    """In a process of 8 devices: every mesh has the answer of none, and the compiler no complaint."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiles in half the time
+        "TF_CPP_MIN_LOG_LEVEL": "1",  # warnings are written
     }
-    arguments = [f"{name}={size}" for name, size in sizes.items()]
-    done = subprocess.run([sys.executable, __file__, *arguments], env=environment, capture_output=True, text=True)
+    command = [sys.executable, __file__, attention, json.dumps(meshes)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    result = json.loads(done.stdout)
-    assert result["error"] < 1e-5
-    assert len(result["zero"]) == 4
-    assert all(".mlm_head" in name for name in result["zero"])
-    assert result["split"] >= 30 - 10 * ("fsdp" not in sizes)
-    split_over = [name for name in ("data", "fsdp") if name in sizes]
-    assert result["batch_spec"] == (split_over if len(split_over) > 1 else split_over[0])
+    results = [json.loads(line) for line in done.stdout.splitlines()]
+    for mesh, result in zip(meshes, results, strict=True):
+        assert result["error"] < 1e-5, f"{mesh} {result}"
+        assert result["moved"] == result["compiled in the second step"] == 0, f"{mesh} {result}"
+        assert result["cuts"] == [[mesh.get("fsdp", 1) * mesh.get("tensor", 1)]] * 4, f"{mesh} {result}"
+    assert "Involuntary full rematerialization" not in done.stderr
+
+
+def test_one_answer_on_a_mesh():
+    """Two steps in fp32: losses, weights, moments (the first step's are the gradients); placed as before."""
+    check_meshes("xla", {"data": 2, "fsdp": 2, "tensor": 2})
+
+
+@pytest.mark.slow
+def test_one_answer_on_every_mesh():
+    check_meshes("xla", *SLOW)
+
+
+@pytest.mark.slow
+def test_one_answer_on_a_mesh_of_splash_attention():
+    """Its kernels, interpreted: of each device's rows and heads, under vmap, scan and remat."""
+    check_meshes("splash", {"data": 2, "fsdp": 2, "tensor": 2})
+
+
+def main(attention: str, meshes: str) -> None:
+    kernels = splash_attention_kernel
+    kernels.make_splash_mha = partial(kernels.make_splash_mha, interpret=True)
+    jax.config.update("jax_default_matmul_precision", "highest")
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, *_, **__: COMPILED.append(name) if name.endswith("backend_compile_duration") else None
+    )
+    setting = OptimizerConfig(learning_rate=1e-2, warmup_fraction=0, weight_decay=0.1, clip_norm=0.5, eps=1e-3)
+    optimizer = setting.build(setting.schedule(10))
+    wanted = two_plain_steps(optimizer)
+    with tempfile.TemporaryDirectory() as home:
+        save(model_of(), Path(home) / "model")
+        for sizes in json.loads(meshes):
+            print(json.dumps(compare(sizes, attention, optimizer, wanted, Path(home) / "model")))
 
 
 if __name__ == "__main__":
     if "--write-specs" in sys.argv:
         SPECS.write_text(written(specs_of_7b()))
     else:
-        mesh_sizes = dict(argument.split("=") for argument in sys.argv[1:])
-        print(json.dumps(compare_with_no_mesh({name: int(size) for name, size in mesh_sizes.items()})))
+        main(*sys.argv[1:])

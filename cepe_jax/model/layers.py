@@ -89,15 +89,22 @@ def in_chunks(function: Callable[[Array], Array], x_BTD: Array, chunk: int) -> A
     """`function(x)` of `chunk` positions at a time (0 = all), for a function of each position by itself.
 
     The backward pass recomputes a chunk, so that what the function makes of one is never stored for another
-    (mini-sequence training).
+    (mini-sequence training), whatever the policy of a `jax.checkpoint` around it says: that is why it has its own rule.
     """
     B, T, D = x_BTD.shape
     if chunk == 0 or chunk >= T:
         return function(x_BTD)
-    padded = jnp.pad(x_BTD, [(0, 0), (0, -T % chunk), (0, 0)])
-    chunks = jnp.moveaxis(padded.reshape(B, -1, chunk, D), 1, 0)
-    out = jax.lax.map(jax.checkpoint(function), chunks)
-    return jnp.moveaxis(out, 0, 1).reshape(B, -1, D)[:, :T]
+    function, weights = jax.closure_convert(function, x_BTD[:, :chunk])
+
+    def mapped(x_BTD: Array, weights: list[Array]) -> Array:
+        padded = jnp.pad(x_BTD, [(0, 0), (0, -T % chunk), (0, 0)])
+        chunks = jnp.moveaxis(padded.reshape(B, -1, chunk, D), 1, 0)
+        out = jax.lax.map(jax.checkpoint(lambda x: function(x, *weights)), chunks)
+        return jnp.moveaxis(out, 0, 1).reshape(B, -1, D)[:, :T]
+
+    recomputed = jax.custom_vjp(mapped)
+    recomputed.defvjp(lambda *inputs: (mapped(*inputs), inputs), lambda inputs, out: jax.vjp(mapped, *inputs)[1](out))
+    return recomputed(x_BTD, weights)
 
 
 class MLP(nnx.Module):

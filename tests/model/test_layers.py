@@ -1,0 +1,80 @@
+"""The MLP in chunks of positions: what it computes, and what its program no longer stores."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import DECODER, make_decoder, relative_error, with_config
+
+from cepe_jax.model.layers import at, in_chunks
+from cepe_jax.training.hlo import arrays
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 4, 7, 8, 9])
+def test_chunks_change_neither_output_nor_gradient(decoder, chunk):
+    """Of 8 positions: lengths that divide and that do not, all at once, and more than there are.
+
+    The function adds a constant, which filled-up positions would bring into its gradient.
+    """
+    x = np.random.default_rng(0).standard_normal((2, 8, DECODER.width)).astype(np.float32)
+    weight = np.random.default_rng(1).standard_normal(x.shape)
+    mlp, bias = at(decoder.layers.mlp, 0), jnp.linspace(-1, 1, DECODER.width)
+
+    def loss(x, mlp, bias, chunk):
+        calls = []
+
+        def function(x):
+            calls.append(x.shape)
+            return jnp.tanh(mlp(x) + bias)
+
+        out = in_chunks(function, x, chunk)
+        assert calls[0] == (2, min(chunk or 8, 8), DECODER.width)
+        return (out * weight).sum(), out
+
+    run = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True), static_argnums=3)
+    for ours, theirs in zip(*(jax.tree.leaves(run(x, mlp, bias, size)) for size in (chunk, 0)), strict=True):
+        assert relative_error(ours, theirs) < 1e-6
+
+
+def positions_of_mlp(program: str) -> int:
+    """In the largest array of the MLP's width that is no stack of weights."""
+    shapes = {shape for _, shape in arrays(program) if WIDE.mlp_width in shape}
+    return max(math.prod(shape) for shape in shapes if not {WIDE.width, WIDE.mlp_width} <= set(shape)) // WIDE.mlp_width
+
+
+WIDE = dataclasses.replace(DECODER, mlp_width=56)  # a number that no other size is
+
+
+@pytest.fixture(scope="module")
+def gradient():
+    """(remat, mlp_chunk) -> the compiled program of a decoder's gradient for 2 x 100 tokens, and the gradient."""
+    tokens, decoder = np.random.default_rng(0).integers(0, WIDE.vocab_size, (2, 100)), make_decoder(WIDE)
+
+    @jax.jit
+    def run(model):
+        return jax.grad(lambda model: (model.decode(tokens)[0] ** 2).sum())(model)
+
+    def of(remat: str, chunk: int):
+        model = with_config(decoder, remat=remat, mlp_chunk=chunk)
+        compiled = run.lower(model).compile()
+        return compiled.as_text(), jax.tree.leaves(compiled(model))
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def whole(gradient):
+    return gradient("none", 0)
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+def test_the_decoders_mlp_is_computed_in_chunks(gradient, whole, remat):
+    """No array of the MLP's width has more positions than a chunk, forward or backward; the gradients are equal."""
+    assert positions_of_mlp(whole[0]) >= 2 * 100
+    program, ours = gradient(remat, 24)
+    assert positions_of_mlp(program) == 2 * 24
+    for mine, theirs in zip(ours, whole[1], strict=True):
+        assert np.array_equal(mine, theirs) or relative_error(mine, theirs) < 1e-5
