@@ -150,7 +150,6 @@ SLOW = (
     {"fsdp": 8},
     {"fsdp": 4, "tensor": 2},
     {"data": 2, "fsdp": 4},
-    {"data": 2, "context": 2, "tensor": 2},
     {"fsdp": 2, "context": 2, "tensor": 2},
 )
 

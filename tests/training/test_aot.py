@@ -5,6 +5,7 @@ Run as a script it is such a process: it prints what the compiled step of a tiny
 
 import dataclasses
 import json
+import math
 import os
 import re
 import subprocess
@@ -19,6 +20,7 @@ SETTINGS = {  # sizes of which each can be told from every other in a shape
     "num_chunks": 3,
     "chunk_length": 256,
     "loss_chunk": 128,
+    "mlp_chunk": 512,
 }
 MEMORY = SETTINGS["num_chunks"] * SETTINGS["chunk_length"]
 TINY = (
@@ -100,6 +102,13 @@ def test_no_array_of_all_logits_exists(held):
 
 
 @pytest.mark.slow
+def test_no_array_of_all_mlp_activations_exists(held):
+    """Nor of more positions than `mlp_chunk` at once."""
+    assert held["ours"]["mlp"] == SETTINGS["mlp_chunk"]
+    assert held["stored"]["mlp"] >= SETTINGS["window"]
+
+
+@pytest.mark.slow
 def test_no_array_of_scores_exists(held):
     """Neither T x T nor T x M, in any order of their axes."""
     assert held["ours"]["scores"] == []
@@ -132,8 +141,8 @@ def main() -> None:
     base = TrainConfig("cepe", Path("d"), Path("o"), 10, 4, decoder="tiny", encoder="tiny", examples=shapes)
     base = dataclasses.replace(base, dtype="bfloat16", remat=RematConfig("full", "full"))
 
-    def compiled(backend: str, loss_chunk: int) -> str:
-        config = dataclasses.replace(base, loss_chunk=loss_chunk)
+    def compiled(backend: str, **chunks: int) -> str:
+        config = dataclasses.replace(base, **chunks)
         with jax.set_mesh(make_mesh(fsdp=4, devices=devices_of("v5e:2x2")[0])):
             step = train_step(config, at_run_time(sizes_of(config), config, backend))
             return step.function.lower(*step.arguments).compile().as_text()
@@ -142,6 +151,11 @@ def main() -> None:
         """The most positions of which an array holds the whole vocabulary."""
         with_vocabulary = [shape for _, shape in arrays(program) if 3000 in shape]
         return max(size for shape in with_vocabulary for size in shape if size in (1024, 512, 256, 128))
+
+    def positions_of_mlp(program: str) -> int:
+        """The most positions of which an array that is no weight holds the decoder's MLP activations."""
+        shapes = {shape for _, shape in arrays(program) if 448 in shape}
+        return max(math.prod(shape) // 448 for shape in shapes if not {192, 192 // 4} & set(shape))
 
     def scores(program: str) -> list:
         pairs = {(1024, 1024), (1024, MEMORY), (MEMORY, 1024)}
@@ -159,10 +173,12 @@ def main() -> None:
                 made.append(text[:150])
         return made
 
-    programs = {"ours": compiled("splash", SETTINGS["loss_chunk"]), "stored": compiled("xla", 0)}
+    chunks = {name: SETTINGS[name] for name in ("loss_chunk", "mlp_chunk")}
+    programs = {"ours": compiled("splash", **chunks), "stored": compiled("xla")}
     held = {
         name: {
             "logits": positions_of_logits(program),
+            "mlp": positions_of_mlp(program),
             "scores": scores(program),
             "frozen": computed(program, 5, 448),
             "trained": computed(program, 7, 512),
