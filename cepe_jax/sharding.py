@@ -90,9 +90,11 @@ def shardings_of(tree, mesh: jax.sharding.Mesh):
     """
 
     def rule(path, leaf):
-        axes = leaf.get_metadata()["axes"] if is_variable(leaf) else ()
+        if not is_variable(leaf):
+            return NamedSharding(mesh, PartitionSpec())
+        axes = leaf.get_metadata()["axes"]
         spec = partition_spec(axes)
-        for logical, size, name in zip(axes, leaf.shape, spec, strict=bool(axes)):
+        for logical, size, name in zip(axes, leaf.shape, spec, strict=True):
             if name and size % mesh.shape[name]:
                 raise ValueError(
                     f"{jax.tree_util.keystr(path, simple=True, separator='.')}: its {size} of {logical} do not divide "

@@ -222,9 +222,8 @@ def compare(sizes: dict[str, int], attention: str, optimizer, wanted: list, save
         born = born_sharded(lambda key: Llama(DECODER, key=key), jax.random.key(3))
         assert relative_error(born.layers.mlp.up, Llama(DECODER, key=jax.random.key(3)).layers.mlp.up) < 1e-6
         held = [cuts(born), cuts(loaded)]
-        loaded = jax.tree.unflatten(
-            jax.tree.structure(model), jax.tree.leaves(loaded)
-        )  # how it computes is the model's
+        # The weights are the loaded ones, and how to compute is the model's.
+        loaded = jax.tree.unflatten(jax.tree.structure(model), jax.tree.leaves(loaded))
         trainable, frozen = split(loaded, TRAIN)
         state = init_state(trainable, optimizer)
         before = [leaf.sharding for leaf in jax.tree.leaves(state)]

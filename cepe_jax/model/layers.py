@@ -39,7 +39,7 @@ def project(equation: str, x: Array, weight: nnx.Param) -> Array:
 def embed(table: nnx.Param, tokens: Array, dtype) -> Array:
     """Rows of the (V, D) table; NaN, and so a loud loss, for an id outside it."""
     rows = table[...].at[tokens].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
-    # Split as the table is, and over what does not split that: XLA cannot go from there to the batch's place at once.
+    # Placed as the table is before it is placed as the batch is: both at once, and XLA gathers all of it.
     return constrain(rows, "looked_up", *[None] * (tokens.ndim - 1), "embed").astype(dtype)
 
 
