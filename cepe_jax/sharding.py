@@ -110,24 +110,21 @@ def batch_axes(x) -> tuple[str | None, ...]:
     return ("batch", *[None] * (x.ndim - 1))
 
 
-def batch_share(mesh: jax.sharding.Mesh, batch_size: int) -> tuple[int, int]:
-    """(h, H): of the rows of a batch this process feeds the h-th of H equal shares. Processes may feed the same one."""
+def rows_of(process: int, mesh: jax.sharding.Mesh, batch_size: int) -> list[int]:
+    """The rows of a batch that this process' devices hold, ascending; all where there is no mesh.
+
+    They need not be contiguous: a mesh follows the torus, and a host's chips are a block of it. Processes may hold
+    the same ones.
+    """
     if mesh.empty:
-        return 0, 1
-    sharding = NamedSharding(mesh, partition_spec(("batch",)))
-    rows = set()
-    for (span,) in sharding.addressable_devices_indices_map((batch_size,)).values():
-        rows |= set(range(*span.indices(batch_size)))
-    share = min(rows) // len(rows), batch_size // len(rows)
-    if batch_size % len(rows) or rows != set(range(share[0] * len(rows), (share[0] + 1) * len(rows))):
-        raise ValueError(
-            f"process {jax.process_index()} would feed rows {sorted(rows)} of {batch_size}: reorder the mesh"
-        )
-    return share
+        return list(range(batch_size))
+    places = NamedSharding(mesh, partition_spec(("batch",))).devices_indices_map((batch_size,))
+    spans = {span.indices(batch_size) for device, (span,) in places.items() if device.process_index == process}
+    return sorted(row for span in spans for row in range(*span))
 
 
 def place_batch(batch: dict, mesh: jax.sharding.Mesh, batch_size: int) -> dict:
-    """Global arrays of `batch_size` rows over the mesh's batch axes, from this process' share of them.
+    """Global arrays of `batch_size` rows over the mesh's batch axes, from this process' rows in the order of `rows_of`.
 
     Where there is no mesh, the arrays as they are.
     """

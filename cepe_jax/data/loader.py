@@ -193,16 +193,21 @@ def names_in(
 
 
 def batches(
-    data: "grain.MapDataset", batch_size: int, first: int = 0, share: tuple[int, int] = (0, 1), workers: int = 0
+    data: "grain.MapDataset", batch_size: int, first: int = 0, rows: Sequence[int] | None = None, workers: int = 0
 ) -> Iterator[dict[str, np.ndarray]]:
     """Global batches first, first + 1, ..., read ahead by threads, or by `workers` processes.
 
-    Of each the rows of share (h, H) alone: [h B / H, (h + 1) B / H). The whole state of a loader is its step.
+    Of each these `rows` alone, or all. The whole state of a loader is its step.
     """
     import grain
 
-    host, hosts = share
-    mine = data.batch(batch_size // hosts, drop_remainder=True)[host::hosts][first:]
+    rows = range(batch_size) if rows is None else rows
+
+    def example(index: int):
+        number, place = divmod(index, len(rows))
+        return data[number * batch_size + rows[place]]
+
+    mine = grain.MapDataset.range(len(data) // batch_size * len(rows)).map(example).batch(len(rows))[first:]
     ahead = mine.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8))
     if workers:
         from absl import flags

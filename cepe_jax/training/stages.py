@@ -29,7 +29,7 @@ from cepe_jax.model.cepe import (
 )
 from cepe_jax.model.encoder import Encoder
 from cepe_jax.model.llama import Llama
-from cepe_jax.sharding import batch_share, make_mesh, place_batch, shardings_of
+from cepe_jax.sharding import make_mesh, place_batch, rows_of, shardings_of
 from cepe_jax.training.forecast import forecast
 from cepe_jax.training.heldout import HeldOut
 from cepe_jax.training.logs import StepFacts
@@ -184,10 +184,10 @@ def run_stage(config: TrainConfig) -> Path:
         tell_ahead(config, sources, weights, tokenizer.vocab_size, devices)
         return config.out
     with jax.set_mesh(mesh):
-        share = batch_share(mesh, config.batch_size)
+        rows = rows_of(jax.process_index(), mesh, config.batch_size)
 
         def batches_from(first: int, data=data, workers: int = config.workers) -> Iterator[dict[str, jax.Array]]:
-            for batch in batches(data, config.batch_size, first, share, workers):
+            for batch in batches(data, config.batch_size, first, rows, workers):
                 yield place_batch(batch, mesh, config.batch_size)
 
         for start in filter(None, (config.cepe, config.decoder, config.encoder)):

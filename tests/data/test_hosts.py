@@ -1,4 +1,4 @@
-"""Real processes, each of which loads its share of the rows: the global arrays are one process' batches.
+"""Real processes, each of which loads the rows that its devices hold: the global arrays are one process' batches.
 
 Run as a script it is one of these processes; it prints what the mesh holds of two batches.
 """
@@ -18,7 +18,7 @@ import sequences
 
 from cepe_jax.data.examples import ExampleConfig
 from cepe_jax.data.loader import batches, examples, open_mix
-from cepe_jax.sharding import batch_share, make_mesh, place_batch
+from cepe_jax.sharding import make_mesh, place_batch, rows_of
 
 CONFIG = ExampleConfig(window=4, num_chunks=1, chunk_length=4)
 BATCH = 8
@@ -35,15 +35,23 @@ def path(tmp_path_factory) -> Path:
     return sequences.write_sequences(home / "a", tokens, 8, sequences.make_tokenizer(home))
 
 
-@pytest.mark.parametrize("sizes", [{"data": 2, "tensor": 2}, {"data": 2, "fsdp": 2}, {"tensor": 4}])
-def test_two_processes_hold_one_batch(path, sizes):
-    """Rows over both processes, over all devices, and the same rows in both."""
+@pytest.mark.parametrize(
+    ("sizes", "order", "held"),
+    [
+        ({"data": 2, "tensor": 2}, [0, 1, 2, 3], ([0, 1, 2, 3], [4, 5, 6, 7])),
+        ({"data": 2, "fsdp": 2}, [0, 2, 1, 3], ([0, 1, 4, 5], [2, 3, 6, 7])),
+        ({"fsdp": 4}, [3, 1, 0, 2], ([2, 3, 4, 5], [0, 1, 6, 7])),
+        ({"tensor": 4}, [0, 1, 2, 3], (list(range(BATCH)), list(range(BATCH)))),
+    ],
+)
+def test_two_processes_hold_one_batch(path, sizes, order, held):
+    """Rows over both processes, over all devices in two orders, and the same rows in both; 0 and 1 are process 0's."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     flags = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
-    flags["PYTHONPATH"] = str(Path(__file__).parents[1])
-    command = [sys.executable, __file__, str(port), str(path), json.dumps(sizes)]
+    flags["PYTHONPATH"] = f"{Path(__file__).parents[2]}:{Path(__file__).parents[1]}"
+    command = [sys.executable, __file__, str(port), str(path), json.dumps(sizes), json.dumps(order)]
     started = [subprocess.Popen([*command, str(n)], env=flags, stdout=subprocess.PIPE, text=True) for n in range(2)]
     try:
         printed = [json.loads(process.communicate(timeout=120)[0].splitlines()[-1]) for process in started]
@@ -51,33 +59,33 @@ def test_two_processes_hold_one_batch(path, sizes):
         for process in started:
             process.kill()
     whole = [batch["tokens"] for batch in islice(batches(data_at(path), BATCH), 2)]
-    for shares in printed:
-        assert shares["rows"] == (BATCH if sizes == {"tensor": 4} else BATCH // 2)
+    for shares, rows in zip(printed, held, strict=True):
+        assert shares["rows"] == rows
         for number, batch in enumerate(whole):
             assert shares["sums"][number] == (batch * (1 + np.arange(BATCH))[:, None]).sum()
-            for first, rows in shares["shards"][number]:
-                np.testing.assert_array_equal(rows, batch[first : first + len(rows)])
+            for first, last, shard in shares["shards"][number]:
+                np.testing.assert_array_equal(shard, batch[first:last])
 
 
 def test_one_process_feeds_all_rows():
     mesh = make_mesh(fsdp=jax.device_count())
-    assert batch_share(mesh, 8) == (0, 1)
+    assert rows_of(0, mesh, 8) == list(range(8))
     placed = place_batch({"x": np.arange(16).reshape(8, 2)}, mesh, 8)
     assert placed["x"].sharding.spec[0] == ("data", "fsdp")
     np.testing.assert_array_equal(placed["x"], np.arange(16).reshape(8, 2))
 
 
-def main(port: str, path: str, sizes: str, number: str) -> None:
+def main(port: str, path: str, sizes: str, order: str, number: str) -> None:
     jax.distributed.initialize(f"localhost:{port}", 2, int(number), initialization_timeout=60)
-    mesh = make_mesh(**json.loads(sizes))
-    share = batch_share(mesh, BATCH)
+    mesh = make_mesh(**json.loads(sizes), devices=[jax.devices()[i] for i in json.loads(order)])
+    rows = rows_of(jax.process_index(), mesh, BATCH)
     weighted = jax.jit(lambda x: (x * (1 + np.arange(BATCH))[:, None]).sum())
-    found = {"rows": BATCH // share[1], "sums": [], "shards": []}
-    for batch in islice(batches(data_at(Path(path)), BATCH, share=share), 2):
+    found = {"rows": rows, "sums": [], "shards": []}
+    for batch in islice(batches(data_at(Path(path)), BATCH, rows=rows), 2):
         tokens = place_batch(batch, mesh, BATCH)["tokens"]
         found["sums"].append(int(weighted(tokens)))
-        shards = [(shard.index[0].start or 0, shard.data.tolist()) for shard in tokens.addressable_shards]
-        found["shards"].append(shards)
+        spans = [(*shard.index[0].indices(BATCH)[:2], shard.data.tolist()) for shard in tokens.addressable_shards]
+        found["shards"].append(spans)
     print(json.dumps(found), flush=True)
 
 

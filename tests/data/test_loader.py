@@ -84,33 +84,32 @@ def test_the_sequences_of_a_batch_have_names(home):
 
 @pytest.mark.parametrize("stage", ["lm", "cepe"])
 def test_hosts_share_the_global_batch(home, stage):
-    """1 host of 8 rows and 4 hosts of 2 see the same global batches, row by row."""
+    """Hosts with any rows of the global batches see those rows of them, from any batch on, and nothing else."""
     data = mixture(home, stage)
     whole = take(data, 6, batch=8)
-    for hosts in (2, 4, 8):
-        shares = [take(data, 6, batch=8, share=(host, hosts)) for host in range(hosts)]
-        joined = [{name: np.concatenate([s[n][name] for s in shares]) for name in whole[0]} for n in range(6)]
-        assert same(whole, joined)
-        assert all(len(part["tokens"]) == 8 // hosts for share in shares for part in share)
+    for held in ([0, 1, 2, 3], [4, 5, 6, 7], [6, 7], [7], [0, 1, 4, 5], [2, 3, 6, 7], [1, 4, 6]):
+        wanted = [{name: batch[name][held] for name in batch} for batch in whole]
+        assert same(wanted, take(data, 6, batch=8, rows=held))
+        assert same(wanted[2:], take(data, 4, batch=8, rows=held, first=2))
 
 
 @pytest.mark.parametrize("first", range(9))
 def test_resuming_repeats_and_skips_nothing(home, first):
     data = mixture(home, "cepe")
     assert same(take(data, 9)[first:], take(data, 9 - first, first=first))
-    assert same(take(data, 9, share=(1, 2))[first:], take(data, 9 - first, first=first, share=(1, 2)))
+    assert same(take(data, 9, rows=[1, 3])[first:], take(data, 9 - first, first=first, rows=[1, 3]))
 
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_workers_change_nothing(home, workers):
     """Whole batches, from any step on, in their order; a loader that is closed leaves no process behind."""
     data = mixture(home, "cepe")
-    loading = batches(data, 4, first=2, workers=workers, share=(1, 2))
+    loading = batches(data, 4, first=2, workers=workers, rows=[1, 3])
     found = list(islice(loading, 7))
     assert len(multiprocessing.active_children()) >= workers
     loading.close()
     assert not multiprocessing.active_children()
-    assert same(found, take(data, 7, first=2, share=(1, 2)))
+    assert same(found, take(data, 7, first=2, rows=[1, 3]))
 
 
 def place(example: dict) -> tuple[int, int]:

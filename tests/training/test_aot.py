@@ -31,6 +31,9 @@ TINY = (
 )
 
 
+PODS = [("v5e:4x4", 1), ("v5e:8x8", 1), ("v5e:16x16", 2), ("v4:4x4x4", 1), ("v5p:2x4x4", 1), ("v6e:8x8", 1)]
+
+
 def run(*command: str) -> subprocess.CompletedProcess:
     pytest.importorskip("libtpu", reason="the TPU compiler is not installed")
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -89,7 +92,7 @@ def test_bad_input(arguments, said):
 
 @pytest.fixture(scope="module")
 def held() -> dict:
-    done = run(__file__)
+    done = run(__file__, "held")
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -122,9 +125,46 @@ def test_nothing_of_the_frozen_decoder_is_computed(held):
     assert held["ours"]["trained"]  # what is looked for is found for what trains
 
 
-def main() -> None:
+def test_the_processes_of_a_pod_feed_the_batch():
+    """Every row by each process a device of which holds it, and by no other; a host's rows need not be contiguous."""
+    done = run(__file__, "rows")
+    assert done.returncode == 0, done.stderr[-2000:]
+    gaps = set()
+    for pod, of_devices, of_processes in json.loads(done.stdout.splitlines()[-1]):
+        holders = {row: set() for row in range(256)}
+        for process, first, last in of_devices:
+            for row in range(first, last):
+                holders[row].add(process)
+        feeders = {row: {process for process, rows in enumerate(of_processes) if row in rows} for row in range(256)}
+        assert feeders == holders
+        assert all(holders.values())
+        assert all(rows == sorted(set(rows)) for rows in of_processes)
+        gaps |= {pod for rows in of_processes if rows[-1] - rows[0] >= len(rows)}
+    assert gaps >= {"v5e:4x4", "v5e:8x8", "v4:4x4x4", "v5p:2x4x4", "v6e:8x8"}
+
+
+def print_rows() -> None:
+    """For each pod (process, first row, last row + 1) of every device, and the rows that each process feeds."""
+    from cepe_jax.sharding import make_mesh, rows_of
+    from cepe_jax.training.aot import devices_of
+
+    found = []
+    for pod, tensor in PODS:
+        devices = devices_of(pod)[0]
+        mesh = make_mesh(fsdp=len(devices) // tensor, tensor=tensor, devices=devices)
+        size = 256 // (len(devices) // tensor)
+        of_devices = [
+            (device.process_index, size * place, size * (place + 1))
+            for place, row in enumerate(mesh.devices.reshape(-1, tensor))
+            for device in row
+        ]
+        processes = range(1 + max(device.process_index for device in devices))
+        found.append((pod, of_devices, [rows_of(process, mesh, 256) for process in processes]))
+    print(json.dumps(found))
+
+
+def print_held() -> None:
     """Compiles our step, and one that stores scores and logits, and prints what each holds."""
-    os.environ["JAX_PLATFORMS"] = "cpu"
     import jax
 
     from cepe_jax.config import DECODERS, ENCODERS
@@ -189,4 +229,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    {"held": print_held, "rows": print_rows}[sys.argv[1]]()
