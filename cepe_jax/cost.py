@@ -137,7 +137,7 @@ def cepe_flops(
     )
 
 
-def teacher_flops(config: DecoderConfig, window: int, memory: int) -> Flops:
-    """Of the plain decoder that teaches `window` positions after `memory` tokens of context."""
+def teacher_flops(config: DecoderConfig, window: int, memory: int) -> float:
+    """Of the plain decoder that teaches `window` positions after `memory` tokens of context: a forward pass alone."""
     length = window + memory
-    return Flops(ahead=_layers(config, length) + _causal(config, length) + _head(config, window))
+    return _layers(config, length) + _causal(config, length) + _head(config, window)

@@ -13,6 +13,13 @@ from cepe_jax.sharding import on_shards
 _NEVER = jnp.finfo(jnp.float32).min
 
 
+def native_backend(platform: str, dtype: str) -> Backend:
+    """The back end that is made for a platform of JAX's ("cpu", "gpu", "tpu") and activations of this dtype."""
+    if platform == "gpu":
+        return "cudnn" if dtype == "bfloat16" else "xla"
+    return "splash" if platform == "tpu" else "xla"
+
+
 @dataclass(frozen=True)
 class Mask:
     """Which keys a query sees. `valid_BS`: true for keys that exist. `causal`: query i sees keys up to i."""

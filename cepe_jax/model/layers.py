@@ -85,22 +85,32 @@ class SelfAttention(nnx.Module):
         return project("BTNH,NHD->BTD", out_BTNH, self.o), (k_BTKH, v_BTKH)
 
 
+def cut(x_BT: Array, chunk: int, fill: float = 0) -> Array:
+    """(chunks, B, chunk, ...): the positions of `x_BT` (B, T, ...) in order, the last chunk filled up."""
+    widths = [(0, 0), (0, -x_BT.shape[1] % chunk)] + [(0, 0)] * (x_BT.ndim - 2)
+    padded = jnp.pad(x_BT, widths, constant_values=fill)
+    return jnp.moveaxis(padded.reshape(x_BT.shape[0], -1, chunk, *x_BT.shape[2:]), 1, 0)
+
+
+def joined(chunks: Array, length: int) -> Array:
+    """The inverse of `cut`: (B, length, ...), without what filled the last chunk."""
+    x_BT = jnp.moveaxis(chunks, 0, 1)
+    return x_BT.reshape(x_BT.shape[0], -1, *x_BT.shape[3:])[:, :length]
+
+
 def in_chunks(function: Callable[[Array], Array], x_BTD: Array, chunk: int) -> Array:
     """`function(x)` of `chunk` positions at a time (0 = all), for a function of each position by itself.
 
     The backward pass recomputes a chunk, so that what the function makes of one is never stored for another
     (mini-sequence training), whatever the policy of a `jax.checkpoint` around it says: that is why it has its own rule.
     """
-    B, T, D = x_BTD.shape
+    T = x_BTD.shape[1]
     if chunk == 0 or chunk >= T:
         return function(x_BTD)
     function, weights = jax.closure_convert(function, x_BTD[:, :chunk])
 
     def mapped(x_BTD: Array, weights: list[Array]) -> Array:
-        padded = jnp.pad(x_BTD, [(0, 0), (0, -T % chunk), (0, 0)])
-        chunks = jnp.moveaxis(padded.reshape(B, -1, chunk, D), 1, 0)
-        out = jax.lax.map(jax.checkpoint(lambda x: function(x, *weights)), chunks)
-        return jnp.moveaxis(out, 0, 1).reshape(B, -1, D)[:, :T]
+        return joined(jax.lax.map(jax.checkpoint(lambda x: function(x, *weights)), cut(x_BTD, chunk)), T)
 
     recomputed = jax.custom_vjp(mapped)
     recomputed.defvjp(lambda *inputs: (mapped(*inputs), inputs), lambda inputs, out: jax.vjp(mapped, *inputs)[1](out))

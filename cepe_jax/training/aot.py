@@ -26,6 +26,7 @@ from cepe_jax.training.hlo import collectives
 from cepe_jax.training.settings import (
     TrainConfig,
     at_run_time,
+    backend_of,
     flops_of,
     mesh_of,
     micro_batches,
@@ -52,7 +53,7 @@ class Step:
     function: Callable
     arguments: tuple
     model_flops: float
-    done_flops: float  # with what the backward pass recomputes
+    done_flops: float  # with what the backward pass recomputes, where that is all
 
 
 def compile_step(what: CompileConfig, config: TrainConfig, make: Callable[[TrainConfig, Config], Step]) -> dict:
@@ -66,13 +67,14 @@ def compile_step(what: CompileConfig, config: TrainConfig, make: Callable[[Train
     elif what.stage != "train":
         config = dataclasses.replace(config, batch_size=len(devices) // config.mesh.tensor)
     shares = mesh_of(config, len(devices))
-    sizes = at_run_time(sizes_of(config), config, "splash")
+    sizes = at_run_time(sizes_of(config), config, backend_of(config, "tpu"))
     result = {
         "topology": what.topology,
         "chips": len(devices),
         "stage": config.stage if what.stage == "train" else what.stage,
         "batch": config.batch_size,
         "mesh": dataclasses.asdict(shares),
+        "config": json.loads(json.dumps(dataclasses.asdict(config), default=str)),
     }
     begun = time.monotonic()
     with jax.set_mesh(make_mesh(**dataclasses.asdict(shares), devices=devices)):
@@ -89,7 +91,8 @@ def compile_step(what: CompileConfig, config: TrainConfig, make: Callable[[Train
         result["collectives"] = collectives(compiled.as_text())
         result |= roofline(step, result, chip)
     what.out.mkdir(parents=True, exist_ok=True)
-    name = f"{result['stage']}_{what.topology.replace(':', '_')}_{config.batch_size}.json"
+    mesh = "x".join(str(size) for size in result["mesh"].values())
+    name = f"{result['stage']}_{what.topology.replace(':', '_')}_{mesh}_{config.batch_size}.json"
     (what.out / name).write_text(json.dumps(result, indent=1))
     return result
 
@@ -106,10 +109,9 @@ def check_fits(result: dict) -> None:
 
 def without_files(values: dict) -> dict:
     """The settings of training, completed: no data are read and nothing is written, and sizes are the paper's."""
-    values = {"data": "none", "out": "none"} | values
-    if values.get("stage") not in ("lm", "mlm") and not {"cepe", "decoder", "encoder"} & set(values):
-        values |= {"decoder": "llama2_7b", "encoder": "mlm_large"}
-    return values
+    parts = {"lm": {"decoder": "llama2_7b"}, "mlm": {"encoder": "mlm_large"}}
+    both = {} if "cepe" in values else {"decoder": "llama2_7b", "encoder": "mlm_large"}
+    return {"data": "none", "out": "none"} | parts.get(values.get("stage"), both) | values
 
 
 def devices_of(topology: str) -> tuple[list, Chip]:
@@ -165,7 +167,8 @@ def train_step(config: TrainConfig, sizes: Config) -> Step:
     function = make_train_step(objective_of(config), optimizer, micro_batches(config, shares.data * shares.fsdp))
     batch = placed_batch(blank(config.stage, config.examples), config.batch_size)
     flops = flops_of(config, sizes)
-    again = flops.forward - flops.ahead if "full" in (config.remat.decoder, config.remat.encoder) else 0
+    everything = config.loss_chunk and {getattr(config.remat, name) for name in parts if name != "cross"} == {"full"}
+    again = flops.forward - flops.ahead if everything else 0  # at least
     done = config.batch_size * (flops.train + again)
     return Step(function, (placed(state), frozen, batch), config.batch_size * flops.train, done)
 

@@ -56,6 +56,7 @@ def benchmark_train(what: TrainBenchmarkConfig, config: TrainConfig) -> None:
     result = {
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "date": date.today().isoformat(),
+        "config": json.loads(json.dumps(dataclasses.asdict(config), default=str)),
         "stage": config.stage,
         "parameters": sum(x.size for x in jax.tree.leaves(abstract_parts(sizes))),
         "batch": config.batch_size,

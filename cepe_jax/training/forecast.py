@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator, Sequence
 
+from cepe_jax.cost import CHIPS
+
 USUAL_MFU = 0.4  # of a run that goes well
 
 
@@ -23,7 +25,9 @@ def forecast(
     yield f"{steps:,} steps of {batch_size:,} sequences and {tokens:,} tokens: {steps * tokens:,} tokens"
     yield f"{flops / 1e12:,.3f} TFLOP a step: {steps * flops:.3e} FLOP"
     if peak_flops is None:
-        yield f"{devices}: how fast they can be is not known"
+        hours = {name: steps * flops / USUAL_MFU / chip.peak_flops / 3600 for name, chip in CHIPS.items()}
+        each = ", ".join(f"{time:,.0f} of one {name}" for name, time in hours.items())
+        yield f"{devices}: how fast they can be is not known; hours at an MFU of {USUAL_MFU:.0%}: {each}"
     else:
         hours = steps * flops / peak_flops / 3600
         yield (

@@ -47,9 +47,11 @@ def collectives(program: str) -> dict[str, dict[str, int]]:
         for instruction, what in instructions.items():
             if match := _COLLECTIVE.match(what):
                 sizes = [_BYTES[dtype] * math.prod(shape) for dtype, shape in arrays(match[1])]
+                if match[3] and match[2] != "all-reduce":  # operands, results, and flags of a transfer
+                    ends = [size for size, (_, shape) in zip(sizes, arrays(match[1]), strict=True) if shape]
+                    sizes = ends[len(ends) // 2 :]
                 channel = re.search(r"channel_id=(\d+)", what)
-                of_result = max(sizes) if match[3] else sum(sizes)  # a start has both its ends
-                found[match[2], channel[1] if channel else instruction].append((times[name], of_result))
+                found[match[2], channel[1] if channel else instruction].append((times[name], sum(sizes)))
     total: dict[str, Counter] = defaultdict(Counter)
     for (kind, _), places in found.items():
         number, size = min(places)

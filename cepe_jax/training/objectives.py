@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from cepe_jax.data.examples import IGNORE
 from cepe_jax.model.cepe import Cepe, flat_mask
 from cepe_jax.model.encoder import Encoder
+from cepe_jax.model.layers import cut, joined
 from cepe_jax.model.llama import Llama
 
 Array = jax.Array
@@ -28,16 +29,9 @@ def sum_over_chunks(terms: Callable, chunk: int, hidden_BTD: Array, *arrays_BT: 
     arrays = [array for array, _ in arrays_BT]
     if not 0 < chunk < hidden_BTD.shape[1]:
         return terms(hidden_BTD, *arrays)
-    xs = [in_chunks(hidden_BTD, chunk, 0), *(in_chunks(array, chunk, fill) for array, fill in arrays_BT)]
+    xs = [cut(hidden_BTD, chunk), *(cut(array, chunk, fill) for array, fill in arrays_BT)]
     sums = jax.lax.map(jax.checkpoint(lambda x: terms(*x)), xs)
     return jax.tree.map(lambda a: a.sum(axis=0), sums)
-
-
-def in_chunks(x_BT: Array, chunk: int, fill: float) -> Array:
-    """(chunks, B, chunk, ...): the positions of `x_BT` (B, T, ...) in order, the last chunk filled up."""
-    widths = [(0, 0), (0, -x_BT.shape[1] % chunk)] + [(0, 0)] * (x_BT.ndim - 2)
-    padded = jnp.pad(x_BT, widths, constant_values=fill)
-    return jnp.moveaxis(padded.reshape(x_BT.shape[0], -1, chunk, *x_BT.shape[2:]), 1, 0)
 
 
 def token_nll(logits: Array, labels: Array) -> Array:
@@ -117,9 +111,8 @@ def teacher_top(decoder: Llama, tokens_BS: Array, window: int, top_k: int, chunk
         rest = jnp.maximum(1 - prob.sum(axis=-1, keepdims=True), 0)
         return {"teacher_index": index, "teacher_prob": jnp.concatenate([prob, rest], axis=-1)}
 
-    chunks = jax.lax.map(top, in_chunks(hidden_BTD, min(chunk or window, window), 0))
-    B = len(tokens_BS)
-    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(B, -1, x.shape[-1])[:, :window], chunks)
+    chunks = jax.lax.map(top, cut(hidden_BTD, min(chunk or window, window)))
+    return jax.tree.map(lambda x: joined(x, window), chunks)
 
 
 @dataclass(frozen=True)

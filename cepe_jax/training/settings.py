@@ -12,6 +12,7 @@ from cepe_jax.cost import Flops, cepe_flops, decoder_flops, encoder_flops, teach
 from cepe_jax.data.examples import ExampleConfig
 from cepe_jax.data.loader import Stage
 from cepe_jax.distributed import DistributedConfig
+from cepe_jax.model.attention import native_backend
 from cepe_jax.model.cepe import CrossInit
 from cepe_jax.training.heldout import EvalConfig
 from cepe_jax.training.objectives import Distill, DistillConfig, MaskedLM, NextToken
@@ -131,12 +132,6 @@ def micro_batches(config: TrainConfig, shares: int) -> int:
 def backend_of(config: TrainConfig, platform: str) -> Backend:
     """The attention of this run: the one it names, or the platform's own."""
     return native_backend(platform, config.dtype) if config.attention == "auto" else config.attention
-
-
-def native_backend(platform: str, dtype: Dtype) -> Backend:
-    if platform == "gpu":
-        return "cudnn" if dtype == "bfloat16" else "xla"
-    return "splash" if platform == "tpu" else "xla"
 
 
 def sizes_of(config: TrainConfig, vocab_size: int | None = None) -> Config:

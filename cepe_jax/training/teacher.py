@@ -101,13 +101,11 @@ def opened_teacher(config: TeacherConfig) -> Callable[[np.ndarray], dict[str, np
     from cepe_jax.model.cepe import parts_of
     from cepe_jax.sharding import make_mesh, place_batch
     from cepe_jax.training.objectives import teacher_top
-    from cepe_jax.training.settings import native_backend
     from cepe_jax.weights.huggingface import load
 
     mesh = make_mesh(fsdp=jax.device_count())
     with jax.set_mesh(mesh):
         decoder = parts_of(load(config.model, config.dtype))["decoder"]
-    decoder.config = replace(decoder.config, attention=native_backend(jax.default_backend(), config.dtype))
     run = jax.jit(lambda decoder, tokens_BS: teacher_top(decoder, tokens_BS, config.window, config.top_k, CHUNK))
 
     def expects(tokens_BS: np.ndarray) -> dict[str, np.ndarray]:

@@ -15,6 +15,7 @@ from flax import nnx
 from jax.experimental import multihost_utils
 
 from cepe_jax.config import CepeConfig, DecoderConfig, EncoderConfig
+from cepe_jax.model.attention import native_backend
 from cepe_jax.model.cepe import Cepe, Parts, assemble, parts_of
 from cepe_jax.model.encoder import Encoder
 from cepe_jax.model.layers import CrossAttention
@@ -139,9 +140,9 @@ def _fill(names: list[str], leaf: nnx.Variable, sharding, dtype: str, read: Read
 
 
 def with_dtype(config: Config, dtype: str) -> Config:
-    """The config with activations in `dtype`; ValueError for another one than float32 or bfloat16."""
+    """The config with activations in `dtype` and the platform's attention; ValueError for an unknown dtype."""
     if not isinstance(config, CepeConfig):
-        return dataclasses.replace(config, dtype=dtype)
+        return dataclasses.replace(config, dtype=dtype, attention=native_backend(jax.default_backend(), dtype))
     return dataclasses.replace(
         config, decoder=with_dtype(config.decoder, dtype), encoder=with_dtype(config.encoder, dtype)
     )

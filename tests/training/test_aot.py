@@ -50,7 +50,8 @@ def test_a_step_is_compiled_and_reported(tmp_path, stage):
     assert done.returncode == 0, done.stderr[-2000:]
     (path,) = tmp_path.iterdir()
     result = json.loads(path.read_text())
-    assert path.name == {"train": "cepe_v5e_2x2_8.json", "decode": "decode_v5e_2x2_4.json"}[stage]
+    assert path.name == {"train": "cepe_v5e_2x2_1x4x1_8.json", "decode": "decode_v5e_2x2_1x4x1_4.json"}[stage]
+    assert result["config"]["examples"]["window"] == SETTINGS["window"]
     assert (result["chips"], result["mesh"], result["fits"]) == (4, {"data": 1, "fsdp": 4, "tensor": 1}, True)
     memory = result["memory"]
     assert memory["hbm"] == 15.75 * 2**30
@@ -72,7 +73,7 @@ def test_what_does_not_fit_is_said(tmp_path):
         r"compile_tpu.py: cepe on v5e:2x2 needs \d+\.\d\d GiB a chip and there are 15.75 GiB: take more chips, .*",
         done.stderr.splitlines()[-1],
     )
-    assert json.loads((tmp_path / "cepe_v5e_2x2_65536.json").read_text())["fits"] is False
+    assert json.loads((tmp_path / "cepe_v5e_2x2_1x4x1_65536.json").read_text())["fits"] is False
 
 
 @pytest.mark.parametrize(

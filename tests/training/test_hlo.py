@@ -64,7 +64,9 @@ HloModule jit_step, entry_computation_layout={(f32[8])->f32[8]}
 ENTRY %main.1 (param.0: f32[8]) -> f32[8] {
   %param.0 = f32[8]{0} parameter(0)
   %while.2 = (f32[4]{0}, s32[]) while(%t.2), condition=%layers_condition, body=%layers_body
-  ROOT %scatter.1 = f32[2]{0} reduce-scatter(%param.0), replica_groups={{0,1,2,3}}, dimensions={0}, to_apply=%sum.1
+  %start.2 = (f32[8]{0}, f32[2]{0}) reduce-scatter-start(%param.0), replica_groups={{0,1,2,3}}, to_apply=%sum.1
+  %start.3 = f32[] all-reduce-start(%param.0), channel_id=9, to_apply=%sum.1
+  ROOT %done.2 = f32[2]{0} reduce-scatter-done(%start.2)
 }
 """
 
@@ -73,7 +75,7 @@ def test_collectives_are_counted_as_often_as_they_run():
     """3 layers; in each a ring of 8 steps, two at a time; and a gather that the ring's work hides."""
     assert collectives(PROGRAM) == {
         "all-gather": {"number": 3, "bytes": 3 * 2 * 16 * 2},
-        "all-reduce": {"number": 3, "bytes": 3 * (4 * 4 + 3 * 2)},
+        "all-reduce": {"number": 3 + 1, "bytes": 3 * (4 * 4 + 3 * 2) + 4},
         "collective-permute": {"number": 3 * 4, "bytes": 3 * 4 * 4 * 4},
         "reduce-scatter": {"number": 1, "bytes": 2 * 4},
     }
