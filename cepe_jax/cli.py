@@ -2,7 +2,9 @@
 
 import dataclasses
 import difflib
+import re
 import sys
+import traceback
 import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +19,13 @@ from cepe_jax.directories import is_remote
 Config = TypeVar("Config")
 # A setting of this type may be in a bucket. pathlib's would make gs:/ of gs://.
 draccus.decode.register(epath.Path, lambda text, _: epath.Path(text) if is_remote(text) else Path(text))
+
+# What a script ends with, after sysexits.h; scripts/launch_tpu.sh goes by it.
+REFUSED = 1  # one line says what is wrong: the same command would be refused again
+FAULT = 70  # a bug, or the fault of a device, a disk or a bucket: the same command may succeed
+STOPPED = 75  # a run that was asked to stop before its end, and is saved: the same command goes on
+# How the messages of JAX's runtime begin, also where they come as a ValueError.
+RUNTIME = re.compile(r"(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION): ")
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -174,16 +183,28 @@ def _arguments(config_class) -> Iterator[tuple[str, str]]:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Runs `main`; bad input ends it with one line on stderr and exit status 1.
+    """Runs `main`; bad input ends it with one line on stderr and exit status 1, a fault with status 70.
 
-    Bad input is a ValueError or what the file system refuses; any other exception is a bug and keeps its traceback.
+    Bad input is a ValueError or what the file system refuses; what else it says (a full disk) is told in one line too,
+    and any other exception keeps its traceback.
     """
     try:
         main()
     except (ValueError, OSError) as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}")
+        print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(status_of(error))
     except KeyboardInterrupt:
         sys.exit(f"{Path(sys.argv[0]).name}: interrupted")
+    except Exception as error:
+        traceback.print_exc()
+        sys.exit(status_of(error))
+
+
+def status_of(error: BaseException) -> int:
+    """What a process that `error` ends has as its exit status."""
+    refusals = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
+    refused = isinstance(error, ValueError) and not RUNTIME.match(str(error))
+    return REFUSED if refused or isinstance(error, (*refusals, KeyboardInterrupt)) else FAULT
 
 
 def run_command(commands: dict[str, tuple], default: str = "") -> None:

@@ -15,10 +15,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from cepe_jax import progress
+from cepe_jax.cli import RUNTIME, status_of
 
-# In the messages of collectives that end because another process did: Gloo on CPU, NCCL on GPU, and what JAX's own
+# In the runtime's messages when another process ended: the collectives' (Gloo on CPU, NCCL on GPU), and what JAX's own
 # service says to the processes that remain.
-LOST = re.compile(r"gloo|nccl|closed by peer|reset by peer|heartbeat|coordination service", re.IGNORECASE)
+LOST = re.compile(r"gloo|nccl|heartbeat|coordination.service", re.IGNORECASE)
 LOST_STATUS = 3  # exit status of a process whose peer was lost; the runtime's own abort has 134
 
 
@@ -67,10 +68,10 @@ def joined(config: DistributedConfig, compiled: Path) -> Iterator[None]:
         try:
             with peers(lambda: ": what it said last tells why"):
                 yield
-        except BaseException:
+        except BaseException as error:
             # Python waits for this thread after it has printed the error, and not for what JAX would do at its exit,
             # which is to wait for all processes.
-            threading.Timer(1.0, os._exit, (1,)).start()
+            threading.Timer(1.0, os._exit, (status_of(error),)).start()
             raise
 
 
@@ -118,10 +119,18 @@ def peers(where: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ValueError, OSError) as error:  # the last from a checkpoint that was not written
-        if jax.process_count() == 1 or not LOST.search(str(error)):
+        if jax.process_count() == 1 or not tells_of_a_lost_peer(error):
             raise
         reason = " ".join(str(error).split())[:200]
         _leave(f"process {jax.process_index()}: a peer was lost{where()} ({reason})")
+
+
+def tells_of_a_lost_peer(error: Exception) -> bool:
+    """Whether the runtime says by `error` that another process ended; refusals that quote its words do not."""
+    if isinstance(error, OSError) and isinstance(error.__context__, Exception):
+        return tells_of_a_lost_peer(error.__context__)  # of a checkpoint that was not written
+    by_runtime = isinstance(error, jax.errors.JaxRuntimeError) or RUNTIME.match(str(error))
+    return bool(by_runtime and LOST.search(str(error)) and "RESOURCE_EXHAUSTED" not in str(error))
 
 
 def is_first() -> bool:

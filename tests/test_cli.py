@@ -9,7 +9,7 @@ from typing import Literal
 
 import pytest
 
-from cepe_jax.cli import parse, run, run_command
+from cepe_jax.cli import parse, run, run_command, status_of
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 
@@ -196,19 +196,37 @@ def test_help_exits_with_0(call, capsys):
     assert "--inner.rate" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("error", [ValueError("a\n  b"), FileNotFoundError("a b"), PermissionError("a b")])
-def test_run_says_bad_input_in_one_line(error):
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (ValueError("a\n  b"), 1),
+        (FileNotFoundError("a b"), 1),
+        (PermissionError("a b"), 1),
+        (OSError("a b"), 70),  # a full disk
+        (ConnectionResetError("a b"), 70),
+    ],
+)
+def test_run_says_bad_input_in_one_line(error, status, capsys):
     def main():
         raise error
 
     with pytest.raises(SystemExit) as ended:
         run(main)
-    assert ended.value.code.endswith(": a b")  # Python prints a text to stderr and exits with 1
+    assert ended.value.code == status
+    assert capsys.readouterr().err.endswith(": a b\n")
 
 
-def test_run_keeps_the_traceback_of_a_bug():
-    with pytest.raises(KeyError):
+def test_run_keeps_the_traceback_of_a_bug(capsys):
+    with pytest.raises(SystemExit) as ended:
         run(lambda: {}["a"])
+    assert ended.value.code == 70
+    assert 'run(lambda: {}["a"])' in capsys.readouterr().err
+
+
+def test_an_error_of_the_runtime_is_no_refusal():
+    """It comes as a ValueError where a value is read."""
+    assert status_of(ValueError("INTERNAL: a chip halted")) == 70
+    assert status_of(ValueError("INTERNAL is no preset")) == 1
 
 
 def test_a_script_fails_with_one_line_and_status_1(tmp_path):
@@ -244,9 +262,10 @@ def test_the_first_argument_names_the_command(command):
 
 
 @pytest.mark.parametrize(("arguments", "said"), [(["third"], "third: give one of first, second"), ([], "no command: ")])
-def test_unknown_commands(command, arguments, said):
-    with pytest.raises(SystemExit, match=f"script.py: {said}"):
+def test_unknown_commands(command, arguments, said, capsys):
+    with pytest.raises(SystemExit):
         command(*arguments)
+    assert capsys.readouterr().err.startswith(f"script.py: {said}")
 
 
 def test_help_names_the_commands(command, capsys):

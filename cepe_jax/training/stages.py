@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from itertools import islice
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cepe_jax.cli import STOPPED
 from cepe_jax.config import DECODERS, ENCODERS, Backend, preset
 from cepe_jax.cost import peak_flops
 from cepe_jax.data.examples import TEACHER
@@ -149,17 +151,21 @@ def check_teacher(config: TrainConfig, sources: Sequence[Sequences]) -> None:
 
 
 def launch(config: TrainConfig) -> Path:
-    """`run_stage` by this process, which is alone or one of the many that its settings or its cluster name."""
+    """`run_stage` by this process, which is alone or one of the many that its settings or its cluster name.
+
+    SystemExit with status 75 where the run was asked to stop before its end.
+    """
     if is_remote(config.out) and find_spec("gcsfs") is None:
         raise ValueError(f"{config.out} is in a bucket: pip install gcsfs to write there")
     with joined(config.distributed, config.out / "compiled"):
-        return run_stage(config)
+        ended = run_stage(config)
+    return ended or sys.exit(STOPPED)
 
 
-def run_stage(config: TrainConfig) -> Path:
+def run_stage(config: TrainConfig) -> Path | None:
     """The directory `config.out/model`, trained; a run that was cut off goes on from its newest checkpoint.
 
-    That of the checkpoints where the run was asked to stop before its end. A dry run tells what it would do and ends.
+    None where the run was asked to stop before its end. A dry run tells what it would do and ends.
     """
     model_dir, record = config.out / "model", config.out / "config.json"
     sources = open_mix(config.data, config.mix, config.stage, config.examples)
@@ -233,7 +239,7 @@ def run_stage(config: TrainConfig) -> Path:
                 evaluate,
             )
         if int(state.step) < config.steps:
-            return config.out / "checkpoints"
+            return None
         save(assemble(state.trainable | frozen), model_dir, assets=tokenizer_home(config))
     return model_dir
 

@@ -17,6 +17,7 @@ import pytest
 import sequences
 from tiny import DECODER, ENCODER, filled
 
+from cepe_jax.cli import FAULT, STOPPED
 from cepe_jax.model.cepe import Cepe, cross_from_self_attention
 from cepe_jax.model.encoder import Encoder
 from cepe_jax.model.llama import Llama
@@ -154,12 +155,13 @@ def test_a_run_that_was_killed_equals_one_that_was_not(home, whole):
 
 @pytest.mark.slow
 def test_sigterm_and_a_full_disk(home, whole):
-    """The first saves, says how to go on and is no failure; the second is one, and says which state is whole."""
+    """The first saves and says how to go on, by its status too; the second says which state is whole."""
     process = home.run("stopped")
     process.when(lambda: len(process.lines()) >= 7).process.send_signal(signal.SIGTERM)
     status, out, _ = process.end()
     (step,) = [step for step in process.saved() if f"stopped after step {step} of {STEPS}" in out]
-    assert (status, step) == (0, max(process.saved()))
+    assert (status, step) == (STOPPED, max(process.saved()))
+    assert out.endswith("which is saved: the same command goes on from there\n")
     assert process.lines()[-1]["step"] == step
     assert not (process.out / "model").exists()
 
@@ -168,7 +170,7 @@ def test_sigterm_and_a_full_disk(home, whole):
     resource.prlimit(process.process.pid, resource.RLIMIT_FSIZE, (400_000, 400_000))
     status, _, err = process.end()
     newest = max(process.saved())
-    assert status == 1
+    assert status == FAULT
     assert err.splitlines()[-1].startswith(f"train.py: {process.out}/checkpoints: a checkpoint was not written (")
     assert err.splitlines()[-1].endswith(f"): the one of step {newest} is whole")
     assert "File too large" in err.splitlines()[-1]

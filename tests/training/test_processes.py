@@ -22,8 +22,9 @@ import pytest
 import sequences
 import tiny
 
+from cepe_jax.cli import STOPPED
 from cepe_jax.data.examples import ExampleConfig
-from cepe_jax.distributed import LOST_STATUS, DistributedConfig
+from cepe_jax.distributed import LOST_STATUS, DistributedConfig, tells_of_a_lost_peer
 from cepe_jax.model.cepe import Cepe, cross_from_self_attention
 from cepe_jax.model.encoder import Encoder
 from cepe_jax.model.llama import Llama
@@ -181,7 +182,7 @@ def test_what_one_process_finds_damaged_ends_all(home, tmp_path):
 
 @pytest.mark.slow
 def test_a_signal_to_one_process_stops_all_at_the_same_step(home, tmp_path):
-    """SIGTERM to the second of two: both save the same step and end as if all were well."""
+    """SIGTERM to the second of two: both save the same step, and say by their status that they go on."""
     out = tmp_path / "out"
     processes = start(home, 2, settings(home, out, steps=1_000_000, save_every=1_000_000))
     deadline = time.monotonic() + 120
@@ -190,7 +191,7 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(home, tmp_path):
         assert processes[0].poll() is None, processes[0].text()
         time.sleep(0.1)
     processes[1].send_signal(signal.SIGTERM)
-    assert ended(processes) == [0, 0], [process.text() for process in processes]
+    assert ended(processes) == [STOPPED, STOPPED], [process.text() for process in processes]
     step = int(re.search(r"stopped after step (\d+) of 1000000", processes[0].text())[1])
     assert [path.name for path in (out / "checkpoints").iterdir()] == [str(step)]
     assert not (out / "model").exists()
@@ -246,6 +247,42 @@ def test_processes_that_do_not_come_are_not_waited_for(home, tmp_path):
 def test_bad_settings(settings, message):
     with pytest.raises(ValueError, match=message):
         DistributedConfig(**settings)
+
+
+RUNTIME_ERROR = jax.errors.JaxRuntimeError
+GLOO = "UNKNOWN: Gloo all-reduce failed: [external/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer"
+
+
+@pytest.mark.parametrize(
+    ("kind", "message", "lost"),
+    [
+        (RUNTIME_ERROR, GLOO, True),
+        (ValueError, GLOO, True),  # as it comes out of float(x)
+        (RUNTIME_ERROR, "INTERNAL: NCCL operation ncclAllReduce failed: remote process exited", True),
+        (RUNTIME_ERROR, "UNAVAILABLE: The following tasks are unhealthy (stopped sending heartbeats)", True),
+        (RUNTIME_ERROR, "UNAVAILABLE: Socket closed\nremote target coordination_service while calling", True),
+        (ValueError, "step 3: the loss is not finite: look at its records: linux_docs/heartbeat.rst, Gloo.md", False),
+        (ValueError, "gloo/data: no such dataset", False),
+        (ConnectionResetError, "[Errno 104] Connection reset by peer", False),
+        (ValueError, "UNAVAILABLE: CURL error: Recv failure: Connection reset by peer", False),  # a bucket
+        (RUNTIME_ERROR, "RESOURCE_EXHAUSTED: NCCL operation failed: out of memory", False),
+        (RUNTIME_ERROR, "INTERNAL: RESOURCE_EXHAUSTED: NCCL out of memory", False),
+        (RUNTIME_ERROR, "INTERNAL: a chip halted", False),
+        (RuntimeError, "the gloo of records", False),
+    ],
+)
+def test_a_lost_peer_is_told_by_the_runtime_alone(kind, message, lost):
+    assert tells_of_a_lost_peer(kind(message)) == lost
+
+    def save():
+        try:
+            raise kind(message)
+        except Exception:
+            raise OSError("/runs/gloo/checkpoints: a checkpoint was not written") from None
+
+    with pytest.raises(OSError, match="not written") as raised:
+        save()
+    assert tells_of_a_lost_peer(raised.value) == lost
 
 
 def main(stop: int, dying: int, how: str) -> None:
