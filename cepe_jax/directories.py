@@ -59,3 +59,12 @@ def refuse_another_run(where: Path, stored: dict, present: dict) -> None:
         if stored.get(key) != present.get(key):
             differing = f"{key} is {json.dumps(stored.get(key))} there and {json.dumps(present.get(key))} here"
             raise ValueError(f"{where}: is of another run, {differing}: use another directory, or remove it")
+
+
+def as_of(stored: dict, present: dict) -> dict:
+    """`present` without the settings that `stored` lacks, which are newer than it; those of settings in it too."""
+    return {
+        key: as_of(stored[key], value) if isinstance(value, dict) and isinstance(stored[key], dict) else value
+        for key, value in present.items()
+        if key in stored
+    }

@@ -6,6 +6,7 @@ directories, and nnx merges by order, so names, shapes, dtypes and a digest of e
 
 import contextlib
 import logging
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,10 +16,16 @@ import orbax.checkpoint as ocp
 from etils import epath
 from flax import nnx
 
-from cepe_jax.directories import is_remote, refuse_another_run
+from cepe_jax.directories import as_of, is_remote, refuse_another_run
 
 # Orbax raises what goes wrong with a save, and logs it before, four times and with pages of traces.
 logging.getLogger("absl").addFilter(lambda record: not record.exc_info or "orbax" not in record.pathname)
+
+# What damaged files end in, and what in messages of these kinds says that it was not the files.
+DAMAGE = (ValueError, LookupError, EOFError, FileNotFoundError, NotADirectoryError, IsADirectoryError)
+NOT_DAMAGE = re.compile(
+    "UNAVAILABLE|PERMISSION_DENIED|UNAUTHENTICATED|RESOURCE_EXHAUSTED|DEADLINE_EXCEEDED|CANCELLED|ABORTED"
+)
 
 
 def digests_of(state) -> dict[str, int]:
@@ -43,10 +50,8 @@ def _digests(flat: dict[str, jax.Array]) -> dict[str, jax.Array]:
 def _flat(state) -> dict[str, jax.Array]:
     """Path -> array of every leaf, in the tree's own order."""
     leaves = jax.tree_util.tree_flatten_with_path(state, is_leaf=lambda x: isinstance(x, nnx.Variable))[0]
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="."): leaf[...] if isinstance(leaf, nnx.Variable) else leaf
-        for path, leaf in leaves
-    }
+    values = ((path, leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf) for path, leaf in leaves)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): value for path, value in values}
 
 
 def _unflat(flat: dict[str, jax.Array], like):
@@ -61,6 +66,11 @@ def _described(flat: dict[str, jax.Array]) -> dict[str, dict]:
     }
 
 
+def any_in(directory: Path | epath.Path) -> bool:
+    """Whether a checkpoint is there, be it damaged."""
+    return bool(ocp.utils.checkpoint_steps_paths(directory))
+
+
 class Refused(ValueError):
     """A checkpoint is not what its run wrote."""
 
@@ -69,7 +79,7 @@ class Checkpoints:
     """The checkpoints of one run, in `directory`: at most the newest two are kept.
 
     `identity` is what a checkpoint must have in common with the run that resumes from it: the resolved
-    configuration, the hash of the frozen base. It is stored with each and compared on restore.
+    configuration, the hash of the frozen base. It is stored with each and compared on restore, all that was stored.
     """
 
     def __init__(self, directory: Path | epath.Path, identity: dict):
@@ -113,6 +123,7 @@ class Checkpoints:
     def restore(self, like) -> tuple[int, object] | None:
         """(step, state) of the newest checkpoint, shaped and placed like `like`; None where there is none.
 
+        Of `like` only shapes, types and shardings are read: its arrays may be gone, or `ShapeDtypeStruct`s.
         ValueError for a checkpoint of another run or another model, and for a damaged one: this names the newest that
         is whole (of many processes none looks further). A directory that has a number for its name is a checkpoint.
         """
@@ -141,12 +152,10 @@ class Checkpoints:
     def _read(self, step: int, like):
         """The state of a checkpoint, which is `like` and has the digests that it was saved with; Refused otherwise."""
         where, wanted = self.directory / str(step), _flat(like)
-        try:
+        with _refusing_damage(where):
             facts = self.manager.restore(step, args=ocp.args.Composite(facts=ocp.args.JsonRestore()))["facts"]
             identity, arrays, saved_at = facts["identity"], facts["arrays"], facts["step"]
-        except Exception as error:  # Orbax raises many kinds, with pages of traces
-            raise Refused(f"{where}: damaged, or no checkpoint of ours ({_shortened(error)})") from None
-        refuse_another_run(where, identity, self.identity)
+        refuse_another_run(where, identity, as_of(identity, self.identity))
         if saved_at != step:
             raise Refused(f"{where}: is the checkpoint of step {saved_at} under another name")
         for name in sorted(set(arrays) | set(wanted)):
@@ -156,11 +165,9 @@ class Checkpoints:
             if there != here:
                 raise ValueError(f"{where}: is of another model, {name} is {there} there and {here} here")
         abstract = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for name, x in wanted.items()}
-        try:
+        with _refusing_damage(where):
             args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
             flat = self.manager.restore(step, args=args)["state"]
-        except Exception as error:
-            raise Refused(f"{where}: damaged ({_shortened(error)})") from None
         for name, found in _described(flat).items():
             if found != arrays[name]:
                 raise Refused(f"{where}: {name} is damaged, its digest differs from the stored one")
@@ -171,11 +178,36 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            whole = f"the one of step {self.latest()} is whole" if self.latest() is not None else "there is none yet"
-            raise OSError(f"{self.directory}: a checkpoint was not written ({_shortened(error)}): {whole}") from None
+            reason = _cause(error)
+            if not isinstance(reason, (OSError, ValueError, RuntimeError)):
+                raise
+            step = self.latest_whole()
+            whole = "there is none yet" if step is None else f"the one of step {step} is whole"
+            raise OSError(f"{self.directory}: a checkpoint was not written ({_shortened(reason)}): {whole}") from None
 
 
-def _shortened(error: Exception) -> str:
+@contextlib.contextmanager
+def _refusing_damage(where: Path) -> Iterator[None]:
+    """Refused, in one line, for what damaged files end in; what else fails says nothing of the checkpoint."""
+    try:
+        yield
+    except Exception as error:  # Orbax raises many kinds, with pages of traces
+        reason = _cause(error)
+        if not isinstance(reason, DAMAGE):
+            raise reason from None
+        if NOT_DAMAGE.search(str(reason)):
+            raise OSError(f"{where}: was not read ({_shortened(reason)}): start again") from None
+        raise Refused(f"{where}: damaged ({_shortened(reason)})") from None
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The first of the errors that led to this one: Orbax raises a bare Exception from it."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _shortened(error: BaseException) -> str:
     """One line; the beginning of a long one says what was done, its end what is wrong."""
     line = (str(error).strip() or type(error).__name__).splitlines()[0]
     return line if len(line) <= 250 else f"{line[:100]} ... {line[-140:]}"

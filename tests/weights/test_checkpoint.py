@@ -5,6 +5,7 @@ import resource
 import shutil
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -51,6 +52,35 @@ def test_the_newest_comes_back(home):
     np.testing.assert_array_equal(state["b"]["c"], STATE["b"]["c"])
 
 
+def test_of_what_it_should_be_like_no_array_is_read(home):
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), STATE)
+    step, state = restore(home, like)
+    assert step == 4
+    np.testing.assert_array_equal(state["a"], STATE["a"] + 4)
+    assert state["a"].sharding == STATE["a"].sharding
+
+
+def test_a_setting_that_is_newer_than_the_checkpoint_is_not_compared(tmp_path):
+    """One that it has is, and one that it alone has."""
+
+    def opened(identity):
+        return contextlib.closing(Checkpoints(tmp_path, identity))
+
+    with opened({"seed": 1, "optimizer": {"rate": 1.0}}) as checkpoints:
+        checkpoints.save(2, STATE["b"])
+    with opened({"seed": 1, "optimizer": {"rate": 1.0, "eps": 2.0}, "newer": 3}) as checkpoints:
+        assert checkpoints.restore(STATE["b"])[0] == 2
+    for present, differs in (
+        (
+            {"seed": 1, "optimizer": {"rate": 2.0, "eps": 2.0}},
+            'optimizer is {"rate": 1.0} there and {"rate": 2.0} here',
+        ),
+        ({"optimizer": {"rate": 1.0}}, "seed is 1 there and null here"),
+    ):
+        with opened(present) as checkpoints, pytest.raises(ValueError, match=f"is of another run, {differs}"):
+            checkpoints.restore(STATE["b"])
+
+
 DAMAGES = {
     "a bit of an array": lambda path: flip_a_bit(largest(path / "state")),
     "an array is cut short": lambda path: largest(path / "state").write_bytes(b"0" * 1000),
@@ -74,6 +104,51 @@ def test_damage_is_refused_and_the_one_before_named(home, damage):
     step, state = restore(home)
     assert step == 2
     np.testing.assert_array_equal(state["a"], STATE["a"] + 2)
+
+
+def from_another(error: Exception) -> Exception:
+    """A bare one, as Orbax raises it."""
+    outer = Exception("Encountered error while reading array index")
+    outer.__cause__ = error
+    return outer
+
+
+@pytest.mark.parametrize(
+    ("error", "raised", "message"),
+    [
+        (MemoryError("no room"), MemoryError, "^no room$"),
+        (PermissionError(13, "Permission denied"), PermissionError, "Permission denied$"),
+        (TimeoutError("no answer"), TimeoutError, "^no answer$"),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 9 GB"), jax.errors.JaxRuntimeError, "^RESOURCE_EXHAUSTED: 9"),
+        (RuntimeError("Gloo: connection closed by peer"), RuntimeError, "^Gloo"),
+        (TypeError("a bug"), TypeError, "^a bug$"),
+        (ValueError("UNAVAILABLE: 503"), OSError, r"/4: was not read \(UNAVAILABLE: 503\): start again$"),
+        (ValueError("PERMISSION_DENIED: open"), OSError, r"/4: was not read \(PERMISSION_DENIED: open\)"),
+        (ValueError("DATA_LOSS: corrupt"), ValueError, r"/4: damaged \(DATA_LOSS: corrupt\)"),
+    ],
+)
+@pytest.mark.parametrize("wrap", [lambda error: error, from_another])
+def test_what_is_not_damage_is_not_called_so(home, monkeypatch, error, raised, message, wrap):
+    """Else it would have the user remove a good checkpoint."""
+
+    def fail(*_, **__):
+        raise wrap(error)
+
+    with contextlib.closing(Checkpoints(home, {"run": 1})) as checkpoints:
+        monkeypatch.setattr(checkpoints.manager, "restore", fail)
+        with pytest.raises(raised, match=message) as refused:
+            checkpoints.restore(STATE)
+    assert ("damaged" in str(refused.value)) == ("DATA_LOSS" in str(error))
+
+
+def test_a_bug_is_no_failure_of_the_disk(home, monkeypatch):
+    def fail(*_, **__):
+        raise TypeError("a bug")
+
+    with contextlib.closing(Checkpoints(home, {"run": 1})) as checkpoints:
+        monkeypatch.setattr(checkpoints.manager, "save", fail)
+        with pytest.raises(TypeError, match="^a bug$"):
+            checkpoints.save(6, STATE)
 
 
 def test_all_that_are_damaged_are_named(home):
