@@ -131,9 +131,9 @@ class Run:
     out: Path
     steps: int
     save_every: int  # steps
-    log_every: int = 10  # steps
-    evaluate_every: int = 500  # steps
-    profile: tuple[int, ...] = ()  # the first and the last step to trace
+    log_every: int  # steps
+    evaluate_every: int  # steps
+    profile: tuple[int, ...]  # the first and the last step to trace
 
     def __post_init__(self):
         for name in ("steps", "save_every", "log_every", "evaluate_every"):
@@ -154,7 +154,7 @@ def train(
     checkpoints: Checkpoints,
     evaluate: Callable[[Parts], dict[str, float]] | None = None,
 ) -> TrainState:
-    """The state after `run.steps` steps, going on from the newest checkpoint where there is one.
+    """The state after `run.steps` steps, going on from the newest checkpoint where there is one; `state` is donated.
 
     SIGTERM, or preemption of one of many processes, saves the state and ends the run before its last step: then that
     state is returned. Ctrl-C does so too, and raises KeyboardInterrupt.
@@ -164,8 +164,10 @@ def train(
     `evaluate` gets what trains, every `run.evaluate_every` steps and after the last.
     """
     first = 0
-    if (restored := checkpoints.restore(state)) is not None:
-        first, state = restored
+    if checkpoints.latest() is not None:
+        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+        jax.tree.map(lambda x: x.delete(), state)  # else it would stay beside the restored one, which steps donate
+        first, state = checkpoints.restore(like)
         print(f"resumed at step {first} of {run.steps} from {checkpoints.directory}")
     batches = batches_from(first)
     pending: tuple[int, dict] | None = None  # read one step late, so that the device never waits for the host
@@ -215,16 +217,18 @@ def train(
                 settle()
                 trace.close()
                 log.rest(done)
-            if evaluating:
-                log.write_evaluation(done, evaluate(state.trainable))
-            if saving:
+            if stopping:  # before an evaluation: whoever preempts does not wait for long
                 checkpoints.save(done, state)
-            if stopping:
                 checkpoints.wait()
                 print(f"stopped after step {done} of {run.steps}, which is saved: the same command goes on from there")
+            if evaluating:
+                log.write_evaluation(done, evaluate(state.trainable))
+            if stopping:
                 if stop.received == signal.SIGINT:
                     raise KeyboardInterrupt
                 break
+            if saving:
+                checkpoints.save(done, state)
     return state
 
 
@@ -236,6 +240,6 @@ def kept_before_halt(state: TrainState, checkpoints: Checkpoints, records_of: Ca
     checkpoints.wait()
     return (
         f"step {step + 1}: the loss or its gradient is not finite. The state before it is "
-        f"{checkpoints.directory / str(step)}: lower the learning rate, or look at its records: "
-        f"{', '.join(records_of(step))}"
+        f"{checkpoints.directory / str(step)}: train in another --out, with a lower optimizer.learning_rate or "
+        f"without its records: {', '.join(records_of(step))}"
     )

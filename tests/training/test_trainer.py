@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import gc
 import gzip
 import json
 import os
@@ -131,6 +132,23 @@ def test_a_resumed_run_equals_an_uninterrupted_one(run, tmp_path):
     assert without_times(resumed) == without_times(map(json.loads, lines))
 
 
+def test_a_resumed_run_holds_as_much_as_a_fresh_one(run, step, tmp_path):
+    """And not the state that it would have begun with as well."""
+    held = []
+
+    def weighed(*args):
+        state = step(*args)
+        gc.collect()
+        held.append(sum(x.nbytes for x in jax.live_arrays()))
+        return state
+
+    run(2)
+    run(4, step=weighed, save_every=4)
+    shutil.rmtree(tmp_path / "checkpoints")
+    run(4, step=weighed, save_every=4)  # no save begins before the step that is compared
+    assert held[1] == held[5]
+
+
 def test_a_finished_run_is_not_trained_again(run, step):
     whole = bits(run())
 
@@ -190,7 +208,7 @@ def test_a_step_is_dispatched_before_the_metrics_of_the_one_before_are_read(tmp_
 
     state = TrainState({"w": jnp.ones(3)}, (), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
     with contextlib.closing(Checkpoints(tmp_path / "checkpoints", {})) as checkpoints:
-        setting = Run(tmp_path, 4, save_every=4, log_every=1)
+        setting = Run(tmp_path, 4, save_every=4, log_every=1, evaluate_every=1, profile=())
         train(setting, FACTS, state, {}, step, batches_from, records_of, checkpoints)
     order = "dispatch 1, dispatch 2, read 1, dispatch 3, read 2, dispatch 4, read 3, read 4"
     assert ", ".join(f"{kind} {n}" for kind, n in events) == order
@@ -211,7 +229,9 @@ def test_a_step_that_is_not_finite_is_not_taken(run, step, tmp_path, bad, log_ev
     shutil.rmtree(tmp_path, ignore_errors=True)
     tmp_path.mkdir()
     names = ", ".join(records_of(bad - 1))
-    with pytest.raises(ValueError, match=f"^step {bad}: .*not finite.*checkpoints/{bad - 1}: .*records: {names}$"):
+    with pytest.raises(
+        ValueError, match=f"^step {bad}: .*not finite.*checkpoints/{bad - 1}: train in another --out.*records: {names}$"
+    ):
         run(step=poisoned, save_every=2 * log_every, log_every=log_every)
     assert len(calls) == (bad + 1 if log_every == 1 else log_every + 1)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [str(bad - 1)]
@@ -253,6 +273,24 @@ def test_sigterm_saves_and_ends(run, step, tmp_path, capsys):
     assert without_times(lines_in(tmp_path)) == [line for line in lines if line["step"] % 2 == 0]
 
 
+def test_who_preempts_waits_for_no_evaluation(run, step, tmp_path):
+    """The state is on disk before it begins; the entry is there all the same, as in a run that nothing stopped."""
+
+    def stopped(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return step(*args)
+
+    def evaluate(trainable) -> dict[str, float]:
+        saved.extend(sorted(path.name for path in (tmp_path / "checkpoints").iterdir()))
+        return {"loss": 1.0}
+
+    saved: list[str] = []
+    run(1)
+    run(step=stopped, save_every=5, evaluate=evaluate)
+    assert saved == ["1", "2"]
+    assert "eval_loss" in lines_in(tmp_path)[-1]
+
+
 def test_evaluation_is_logged_where_it_should_be(run, tmp_path):
     """Every second step and after the last; it sees the weights of its step, and a resumed run has each entry once."""
 
@@ -285,7 +323,7 @@ def test_the_steps_asked_for_are_traced(run, tmp_path):
 @pytest.mark.parametrize("profile", [(3,), (0, 2), (4, 3), (3, 7)])
 def test_bad_steps_to_trace(tmp_path, profile):
     with pytest.raises(ValueError, match=re.escape(f"profile is {list(profile)}: give the first and the last step")):
-        Run(tmp_path, STEPS, 1, profile=profile)
+        Run(tmp_path, STEPS, 1, 1, 1, profile)
 
 
 def test_of_many_processes_none_installs_a_handler(monkeypatch):
@@ -310,4 +348,4 @@ def test_bad_optimizer_settings(field, value):
 def test_bad_run_settings(tmp_path):
     for field in ("steps", "save_every", "log_every", "evaluate_every"):
         with pytest.raises(ValueError, match=f"{field} is 0"):
-            dataclasses.replace(Run(tmp_path, 1, 1), **{field: 0})
+            dataclasses.replace(Run(tmp_path, 1, 1, 1, 1, ()), **{field: 0})
