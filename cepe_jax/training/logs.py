@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 from etils import epath
 
-from cepe_jax.directories import is_remote
+from cepe_jax.directories import is_remote, staged_path
 from cepe_jax.distributed import is_first
 
 
@@ -36,9 +36,13 @@ class Log:
         self._path, self._events, self._since = out / "metrics.jsonl", None, None
         self._writes = is_first()
         if self._writes:
-            kept = self._path.read_text().splitlines(keepends=True) if self._path.exists() else []
-            kept = [line for line in kept if line.endswith("\n") and json.loads(line)["step"] <= first]
-            self._path.write_text("".join(kept))
+            self._text = lines_until(first, self._path) if self._path.exists() else ""
+            if is_remote(out):
+                self._path.write_text(self._text)
+            else:  # renamed: a kill between truncation and writing would lose all
+                staged = staged_path(self._path)
+                staged.write_text(self._text)
+                staged.rename(self._path)
         if self._writes and not is_remote(out):
             from tensorboardX import SummaryWriter  # here: where torch is installed, this imports it
 
@@ -77,7 +81,8 @@ class Log:
             return
         line = json.dumps({"step": step} | values) + "\n"
         if is_remote(self._path):
-            self._path.write_text(self._path.read_text() + line)
+            self._text += line
+            self._path.write_text(self._text)
             return
         with open(self._path, "a") as file:
             file.write(line)
@@ -87,6 +92,21 @@ class Log:
     def close(self) -> None:
         if self._events is not None:
             self._events.close()
+
+
+def lines_until(step: int, path: Path | epath.Path) -> str:
+    """The entries of `step` and before, without a last line that was cut off; ValueError for a line that is none."""
+    kept = []
+    for number, line in enumerate(path.read_text().splitlines(keepends=True), 1):
+        if not line.endswith("\n"):
+            continue
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number}: is no JSON ({error}): mend or remove the line") from None
+        if entry["step"] <= step:
+            kept.append(line)
+    return "".join(kept)
 
 
 def peak_memory() -> int:

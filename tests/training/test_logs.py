@@ -2,6 +2,7 @@
 
 import json
 import struct
+from pathlib import Path
 
 import jax
 import pytest
@@ -82,6 +83,30 @@ def test_a_resumed_log_goes_on_after_its_step(tmp_path):
     log.close()
     assert [(line["step"], line["loss"]) for line in written(tmp_path)] == [(1, 1), (2, 2), (3, 30), (4, 40)]
     assert shown(tmp_path) == {"loss": [(1, 1), (2, 2), (3, 30), (4, 40)]}
+
+
+def test_a_log_is_whole_at_every_moment(tmp_path, monkeypatch):
+    """Cut off while it takes back what came after its step, it still has everything."""
+    log = Log(tmp_path, 0, FACTS)
+    for step in (1, 2, 3):
+        log.record(step, {"loss": float(step)})
+    log.close()
+    before = written(tmp_path)
+
+    def killed(*_):
+        assert written(tmp_path) == before
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "rename", killed)
+    with pytest.raises(KeyboardInterrupt):
+        Log(tmp_path, 2, FACTS)
+    assert written(tmp_path) == before
+
+
+def test_a_line_that_is_no_entry_is_named(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2\n{"step": 3}\n')
+    with pytest.raises(ValueError, match=r"metrics.jsonl, line 2: is no JSON \(.*\): mend or remove the line$"):
+        Log(tmp_path, 3, FACTS)
 
 
 def test_of_many_processes_the_first_writes(tmp_path, monkeypatch):
