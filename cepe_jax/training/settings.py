@@ -202,7 +202,8 @@ def tokens_of_step(config: TrainConfig) -> int:
 def identity_of(resolved: dict) -> dict:
     """What two configurations must share for one to go on where the other stopped: all but places and pace.
 
-    The contents of the places are compared instead.
+    The contents of the places are compared instead. Pace may change the last bits of what follows, as another number
+    of devices does; it is what lets a run go on where there are others.
     """
     places = {"data", "decoder", "encoder", "cepe", "out"}
     pace = {
@@ -213,6 +214,10 @@ def identity_of(resolved: dict) -> dict:
         "dry_run",
         "mesh",
         "micro_batch",
+        "loss_chunk",
+        "mlp_chunk",
+        "remat",
+        "attention",
         "distributed",
         "workers",
     }

@@ -19,7 +19,7 @@ from cepe_jax.cost import peak_flops
 from cepe_jax.data.examples import TEACHER
 from cepe_jax.data.loader import Sequences, batches, examples, names_in, open_mix
 from cepe_jax.data.tokenizer import Tokenizer
-from cepe_jax.directories import is_remote, refuse_another_run
+from cepe_jax.directories import as_of, is_remote, refuse_another_run
 from cepe_jax.distributed import first_says, is_first, joined, meet
 from cepe_jax.model.cepe import (
     Cepe,
@@ -50,7 +50,7 @@ from cepe_jax.training.settings import (
     trained_parts,
 )
 from cepe_jax.training.trainer import init_state, make_train_step, train
-from cepe_jax.weights.checkpoint import Checkpoints, digests_of
+from cepe_jax.weights.checkpoint import Checkpoints, any_in, digests_of
 from cepe_jax.weights.directory import check_window, save
 from cepe_jax.weights.huggingface import load
 from cepe_jax.weights.tensors import abstract_parts
@@ -119,15 +119,15 @@ def prepare_to_run(model: Cepe | Llama | Encoder, config: TrainConfig, vocab_siz
         part.config = at_run_time(part.config, config, backend)
 
 
-def check_teacher(config: TrainConfig, sources: Sequence[Sequences]) -> None:
-    """ValueError where the datasets are not what the stage's loss learns from, or the decoder is no teacher for them.
+def check_teacher(config: TrainConfig, data: Path, sources: Sequence[Sequences]) -> None:
+    """ValueError where the datasets in `data` are not what the stage's loss reads, or the decoder cannot teach them.
 
     The teacher's probabilities are in the datasets, or else the decoder that the stage starts from computes them.
     """
     taught = [source.joined is not None and source.joined.name == TEACHER for source in sources]
     if config.stage != "ceped":
         if any(taught):
-            raise ValueError(f"{config.data}: holds a teacher's probabilities, and stage {config.stage} reads none")
+            raise ValueError(f"{data}: holds a teacher's probabilities, and stage {config.stage} reads none")
         return
     for source, is_taught in zip(sources, taught, strict=True):
         if source.joined and not is_taught:
@@ -140,14 +140,16 @@ def check_teacher(config: TrainConfig, sources: Sequence[Sequences]) -> None:
                 f"{config.distill.top_k}: set the one, or make the other again"
             )
     if all(taught):
-        print("teacher: probabilities in the data")
+        print(f"teacher of {data}: probabilities in it")
         return
     if any(taught):
-        raise ValueError(f"{config.data}: a part of mix holds a teacher's probabilities: give all of it one, or none")
+        raise ValueError(f"{data}: a part of mix holds a teacher's probabilities: give all of it one, or none")
     if "decoder" in config.train:
-        raise ValueError("the decoder is the teacher and cannot train: leave it out, or prepare a teacher's dataset")
+        raise ValueError(
+            f"{data}: the decoder is the teacher and cannot train: leave it out, or prepare a teacher's data"
+        )
     check_window(config.cepe or config.decoder, config.examples.span)
-    print("teacher: the frozen decoder, in each step")
+    print(f"teacher of {data}: the frozen decoder")
 
 
 def launch(config: TrainConfig) -> Path:
@@ -173,10 +175,11 @@ def run_stage(config: TrainConfig) -> Path | None:
     resolved = json.loads(json.dumps(dataclasses.asdict(config), default=str))
     resolved["dataset"] = {"tokenizer": tokenizer.fingerprint(), "sequences": [source.digest for source in sources]}
     if first_says((model_dir / "config.json").exists()):
-        refuse_another_run(config.out, identity_of(json.loads(record.read_text())), identity_of(resolved))
+        stored = identity_of(json.loads(record.read_text()))
+        refuse_another_run(config.out, stored, as_of(stored, identity_of(resolved)))
         print(f"{model_dir} is finished: remove {config.out} to train again")
         return model_dir
-    check_teacher(config, sources)
+    check_teacher(config, config.data, sources)
     weights = list(config.mix.values()) or [1.0]
     data = examples(sources, weights, config.stage, config.examples, config.seed)
     unseen = None if config.evaluation.data is None else held_out_examples(config, tokenizer)
@@ -212,7 +215,7 @@ def run_stage(config: TrainConfig) -> Path | None:
             flops=config.batch_size * flops_of(config, model.config).train,
             peak_flops=peak_flops(jax.devices()),
         )
-        if is_first() and not (config.out / "checkpoints").exists():
+        if is_first() and not any_in(config.out / "checkpoints"):
             config.out.mkdir(parents=True, exist_ok=True)
             record.write_text(json.dumps(resolved, indent=1))
         meet()
@@ -245,9 +248,10 @@ def run_stage(config: TrainConfig) -> Path | None:
 
 
 def held_out_examples(config: TrainConfig, tokenizer: Tokenizer):
-    """The examples of the evaluation; ValueError where they are of another tokenizer, or too few."""
+    """The examples of the evaluation; ValueError where they are of another tokenizer or kind, or too few."""
     where, wanted = config.evaluation.data, config.evaluation.batches * config.batch_size
     (source,) = open_mix(where, {}, config.stage, config.examples, config.evaluation.split)
+    check_teacher(config, where, [source])
     if source.records.tokenizer.fingerprint() != tokenizer.fingerprint():
         raise ValueError(f"{where} was tokenised with another tokenizer than {config.data}: prepare it with the same")
     if len(source) < wanted:

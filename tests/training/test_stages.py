@@ -140,21 +140,57 @@ def test_a_killed_run_reads_on_where_it_was(runs, data, tmp_path, monkeypatch):
     assert bits(load(whole)) == bits(load(resumed))
 
 
+def test_the_record_is_of_the_run_that_has_checkpoints(runs, data, tmp_path, monkeypatch):
+    """A start that was cut off before its first leaves no settings to the next."""
+
+    def none(*_):
+        raise KeyboardInterrupt
+
+    def rate() -> float:
+        return json.loads((tmp_path / "out/config.json").read_text())["optimizer"]["learning_rate"]
+
+    config = TrainConfig(
+        "lm", data / "packed", tmp_path / "out", 2, 4, decoder=str(runs / "lm/model"), examples=EXAMPLES["lm"]
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "batches", none)
+        with pytest.raises(KeyboardInterrupt):
+            run_stage(config)
+    assert rate() == 3e-4
+    other = dataclasses.replace(config, optimizer=OptimizerConfig(learning_rate=1e-3))
+    run_stage(other)
+    assert rate() == 1e-3
+    shutil.rmtree(tmp_path / "out/model")
+    with pytest.raises(ValueError, match="is of another run, optimizer is"):
+        run_stage(config)
+    assert rate() == 1e-3
+    run_stage(dataclasses.replace(other, remat=RematConfig("full"), attention="xla", loss_chunk=4, mlp_chunk=4))
+
+
 def test_evaluation_changes_nothing(runs, data, tmp_path):
     """It reads the test split, the same batches at every time; the run may go on without it, and has the same bits."""
     unseen = tmp_path / "unseen"
     sample(SampleConfig(data=data / "docs", out=unseen, kind="filtered", length=32, split="test", workers=1))
     start = {"cepe": str(runs / "warmup/model"), "mix": {"filtered": 1.0, "packed": 2.0}, "examples": EXAMPLES["cepe"]}
-    still = OptimizerConfig(learning_rate=1e-30)
-    config = TrainConfig("cepe", data, tmp_path / "with", 2, 4, log_every=1, optimizer=still, **start)
+    config = TrainConfig("cepe", data, tmp_path / "with", 2, 4, log_every=1, **start)
     evaluated = dataclasses.replace(config, evaluation=EvalConfig(unseen, every=1, batches=2))
+
+    def lines(name: str) -> list[dict]:
+        times = {"seconds_per_step", "tokens_per_second", "peak_memory"}
+        entries = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
+        return [{key: value for key, value in entry.items() if key not in times} for entry in entries]
+
     model = run_stage(evaluated)
-    lines = [json.loads(line) for line in (tmp_path / "with/metrics.jsonl").read_text().splitlines()]
-    assert [(line["step"], "eval_nll" in line) for line in lines] == [(1, False), (1, True), (2, False), (2, True)]
-    assert lines[1]["eval_nll"] == lines[3]["eval_nll"] != lines[0]["nll"]
+    assert [(line["step"], "eval_nll" in line) for line in lines("with")] == [(n, e) for n in (1, 2) for e in (0, 1)]
     assert run_stage(config) == model
     without = run_stage(dataclasses.replace(config, out=tmp_path / "without"))
     assert bits(load(model)) == bits(load(without))
+    assert [line for line in lines("with") if "eval_nll" not in line] == lines("without")
+    assert lines("with")[1]["eval_nll"] != lines("with")[3]["eval_nll"]  # the weights moved between them
+    still = OptimizerConfig(learning_rate=1e-30)
+    run_stage(dataclasses.replace(evaluated, out=tmp_path / "still", optimizer=still))
+    first, second = (line["eval_nll"] for line in lines("still") if "eval_nll" in line)
+    assert first == second != lines("still")[0]["nll"]
     for changes, message in (
         ({"batches": 1000}, "unseen has .* examples, and evaluation.batches of batch_size want 4000: lower batches"),
         ({"split": "train"}, "unseen: has no split train: it has test"),

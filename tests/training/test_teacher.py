@@ -16,6 +16,7 @@ from cepe_jax.data.records import Records
 from cepe_jax.data.retrieval import RetrieveConfig, retrieve
 from cepe_jax.model.encoder import Encoder
 from cepe_jax.model.llama import Llama
+from cepe_jax.training.heldout import EvalConfig
 from cepe_jax.training.objectives import DistillConfig
 from cepe_jax.training.settings import TrainConfig
 from cepe_jax.training.stages import run_stage
@@ -117,6 +118,13 @@ def test_both_teachers_teach_the_same(taught, tmp_path):
         ({"mix": {"retrieved": 1.0}}, "retrieved: its contexts are passages"),
         ({"mix": {"filtered": 1.0}, "train": ("cross", "decoder")}, "the decoder is the teacher and cannot train"),
         ({"mix": {"filtered": 1.0}, "decoder": "short"}, "short reads 31 tokens, and context and window have 32"),
+        ({"evaluation": "filtered", "train": ("cross", "decoder")}, "filtered: the decoder is the teacher and cannot"),
+        ({"evaluation": "filtered", "decoder": "short"}, "short reads 31 tokens, and context and window have 32"),
+        ({"evaluation": "retrieved"}, "retrieved: its contexts are passages"),
+        (
+            {"stage": "cepe", "distill": None, "mix": {"filtered": 1.0}, "evaluation": "taught"},
+            "taught: holds a teacher's probabilities, and stage cepe reads none",
+        ),
     ],
 )
 def test_what_no_stage_learns_from(taught, tmp_path, changes, message):
@@ -126,6 +134,8 @@ def test_what_no_stage_learns_from(taught, tmp_path, changes, message):
         changes = changes | {"decoder": str(tmp_path / "short")}
     if "mix" in changes:
         changes = changes | {"data": taught}
+    if "evaluation" in changes:
+        changes = changes | {"evaluation": EvalConfig(taught / changes["evaluation"], "train", batches=1)}
     with pytest.raises(ValueError, match=message):
         run_stage(stage(taught, tmp_path / "out", **changes))
     assert not (tmp_path / "out").exists()
