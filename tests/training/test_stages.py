@@ -17,6 +17,7 @@ from cepe_jax.data.loader import batches
 from cepe_jax.data.records import Records
 from cepe_jax.data.sampling import SampleConfig, sample
 from cepe_jax.model.cepe import Cepe, parts_of
+from cepe_jax.sharding import MESH_AXES
 from cepe_jax.training import settings, stages
 from cepe_jax.training.heldout import EvalConfig
 from cepe_jax.training.objectives import DistillConfig
@@ -219,6 +220,9 @@ def test_a_dry_run_tells_what_a_run_would_be(runs, data, tmp_path, capsys, monke
     examples = len(Records(data / "packed", "train"))
     assert f"packed: {7 * 4 * 0.75 / examples:.2f} times each of its {examples} examples" in said
     assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(stages, "make_mesh", lambda **_: jax.sharding.AbstractMesh((1, 1, 1, 4), MESH_AXES))
+    with pytest.raises(ValueError, match="cross.k: its 1 of kv_heads do not divide by mesh.tensor, which is 4"):
+        run_stage(config)  # before anything is loaded, too
 
 
 def test_a_run_is_of_its_data(runs, data, tmp_path):
