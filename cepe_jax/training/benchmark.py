@@ -168,7 +168,9 @@ def _plot(report: dict, config: TrainConfig, path: Path) -> None:
             points = [c for c in report["curves"] if (c["axis"], c["form"]) == (axis, form)]
             panel.plot([c["size"] for c in points], [c["bytes"] / 2**30 for c in points], marker="o", label=label)
         panel.axhline(report["hbm"] / 2**30, color="grey", linestyle=":", label=f"a chip of {report['topology']}")
-        panel.set(xlabel=title, xscale="log", yscale="log")
+        panel.set(xlabel=title, xscale="log")
+        panel.set_yscale("log", base=2)
+        panel.yaxis.set_major_formatter("{x:g}")
         panel.set_xticks(sizes := [c["size"] for c in points], [f"{size:,}" for size in sizes], minor=False)
         panel.minorticks_off()
     panels[0].set_ylabel("GiB a chip, one sequence each")
