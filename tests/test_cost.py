@@ -1,12 +1,16 @@
 """Formulas against the figures of the paper's model (Llama-2-7B, 435M encoder), worked out by hand."""
 
 import dataclasses
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from cepe_jax.config import DECODERS, ENCODERS, CepeConfig
 from cepe_jax.cost import cepe_flops, decoder_flops, encoder_flops, peak_flops, teacher_flops
+from cepe_jax.data.examples import ExampleConfig
+from cepe_jax.training.objectives import DistillConfig
+from cepe_jax.training.settings import TrainConfig, flops_of
 
 CEPE_7B = CepeConfig(DECODERS["llama2_7b"], ENCODERS["mlm_large"], 32)
 
@@ -82,3 +86,13 @@ def test_the_encoder_and_its_head():
 def test_peaks_by_what_devices_call_themselves(kind, teraflops):
     device = SimpleNamespace(device_kind=kind)
     assert peak_flops([device, device]) == (teraflops and pytest.approx(2e12 * teraflops, rel=1e-3))
+
+
+def test_ceped_pays_for_the_teacher_that_runs_in_its_step():
+    """The decoder once more over context and window; a prepared teacher costs nothing."""
+    examples = ExampleConfig(window=2048, num_chunks=8, chunk_length=256)
+    fields = {"decoder": "llama2_7b", "encoder": "mlm_large", "examples": examples, "distill": DistillConfig()}
+    config = TrainConfig("ceped", Path("d"), Path("o"), 1, 1, **fields)
+    plain = cepe_flops(CEPE_7B, 2048, 8, 256).train
+    assert flops_of(config, CEPE_7B, taught=True).train == plain
+    assert flops_of(config, CEPE_7B).train == plain + teacher_flops(DECODERS["llama2_7b"], 2048, 2048)

@@ -31,6 +31,7 @@ from cepe_jax.training.settings import (
     mesh_of,
     micro_batches,
     objective_of,
+    resolved_settings,
     sizes_of,
     trained_parts,
 )
@@ -74,7 +75,7 @@ def compile_step(what: CompileConfig, config: TrainConfig, make: Callable[[Train
         "stage": config.stage if what.stage == "train" else what.stage,
         "batch": config.batch_size,
         "mesh": dataclasses.asdict(shares),
-        "config": json.loads(json.dumps(dataclasses.asdict(config), default=str)),
+        "config": resolved_settings(config),
     }
     begun = time.monotonic()
     with jax.set_mesh(make_mesh(**dataclasses.asdict(shares), devices=devices)):

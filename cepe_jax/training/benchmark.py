@@ -18,7 +18,15 @@ from cepe_jax.progress import track
 from cepe_jax.sharding import make_mesh, place_batch
 from cepe_jax.training.aot import CompileConfig, compile_step, devices_of, gib, memory_of, train_step
 from cepe_jax.training.logs import peak_memory
-from cepe_jax.training.settings import TrainConfig, at_run_time, backend_of, mesh_of, sizes_of, tokens_of_step
+from cepe_jax.training.settings import (
+    TrainConfig,
+    at_run_time,
+    backend_of,
+    mesh_of,
+    resolved_settings,
+    sizes_of,
+    tokens_of_step,
+)
 from cepe_jax.weights.tensors import abstract_parts
 
 
@@ -56,7 +64,7 @@ def benchmark_train(what: TrainBenchmarkConfig, config: TrainConfig) -> None:
     result = {
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "date": date.today().isoformat(),
-        "config": json.loads(json.dumps(dataclasses.asdict(config), default=str)),
+        "config": resolved_settings(config),
         "stage": config.stage,
         "parameters": sum(x.size for x in jax.tree.leaves(abstract_parts(sizes))),
         "batch": config.batch_size,

@@ -1,6 +1,7 @@
 """A stage of training as one configuration, and what follows from it alone: mesh, sizes, objective, FLOPs."""
 
 import dataclasses
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -170,8 +171,13 @@ def trained_parts(config: TrainConfig) -> tuple[str, ...]:
     return {"lm": ("decoder",), "mlm": ("encoder",)}.get(config.stage, config.train)
 
 
-def flops_of(config: TrainConfig, sizes: Config) -> Flops:
-    """Of one sequence of the stage."""
+def resolved_settings(config: TrainConfig) -> dict:
+    """All settings, defaults too, as JSON has them."""
+    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+
+
+def flops_of(config: TrainConfig, sizes: Config, taught: bool = False) -> Flops:
+    """Of one sequence of the stage. `taught`: a teacher's probabilities are in the data."""
     shape = config.examples.window, config.examples.num_chunks, config.examples.chunk_length
     match sizes:
         case DecoderConfig():
@@ -179,7 +185,7 @@ def flops_of(config: TrainConfig, sizes: Config) -> Flops:
         case EncoderConfig():
             return encoder_flops(sizes, 1, config.examples.window)
     flops = cepe_flops(sizes, *shape, config.train)
-    if config.stage != "ceped":
+    if config.stage != "ceped" or taught:
         return flops
     return dataclasses.replace(flops, ahead=flops.ahead + teacher_flops(sizes.decoder, shape[0], shape[1] * shape[2]))
 

@@ -44,6 +44,7 @@ from cepe_jax.training.settings import (
     mesh_of,
     micro_batches,
     objective_of,
+    resolved_settings,
     run_of,
     sizes_of,
     tokens_of_step,
@@ -119,22 +120,26 @@ def prepare_to_run(model: Cepe | Llama | Encoder, config: TrainConfig, vocab_siz
         part.config = at_run_time(part.config, config, backend)
 
 
+def is_taught(source: Sequences) -> bool:
+    return source.joined is not None and source.joined.name == TEACHER
+
+
 def check_teacher(config: TrainConfig, data: Path, sources: Sequence[Sequences]) -> None:
     """ValueError where the datasets in `data` are not what the stage's loss reads, or the decoder cannot teach them.
 
     The teacher's probabilities are in the datasets, or else the decoder that the stage starts from computes them.
     """
-    taught = [source.joined is not None and source.joined.name == TEACHER for source in sources]
+    taught = list(map(is_taught, sources))
     if config.stage != "ceped":
         if any(taught):
             raise ValueError(f"{data}: holds a teacher's probabilities, and stage {config.stage} reads none")
         return
-    for source, is_taught in zip(sources, taught, strict=True):
-        if source.joined and not is_taught:
+    for source, has_teacher in zip(sources, taught, strict=True):
+        if source.joined and not has_teacher:
             raise ValueError(
                 f"{source.joined.path}: its contexts are passages, and stage ceped needs what stood before"
             )
-        if is_taught and source.joined.index["top_k"] != config.distill.top_k:
+        if has_teacher and source.joined.index["top_k"] != config.distill.top_k:
             raise ValueError(
                 f"{source.joined.path} has {source.joined.index['top_k']} tokens a position and distill.top_k is "
                 f"{config.distill.top_k}: set the one, or make the other again"
@@ -172,7 +177,7 @@ def run_stage(config: TrainConfig) -> Path | None:
     model_dir, record = config.out / "model", config.out / "config.json"
     sources = open_mix(config.data, config.mix, config.stage, config.examples)
     tokenizer = sources[0].records.tokenizer
-    resolved = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    resolved = resolved_settings(config)
     resolved["dataset"] = {"tokenizer": tokenizer.fingerprint(), "sequences": [source.digest for source in sources]}
     if first_says((model_dir / "config.json").exists()):
         stored = identity_of(json.loads(record.read_text()))
@@ -213,7 +218,7 @@ def run_stage(config: TrainConfig) -> Path | None:
         facts = StepFacts(
             learning_rates=np.asarray(jax.vmap(schedule)(jnp.arange(config.steps))),
             tokens=tokens_of_step(config),
-            flops=config.batch_size * flops_of(config, model.config).train,
+            flops=config.batch_size * flops_of(config, model.config, all(map(is_taught, sources))).train,
             peak_flops=peak_flops(jax.devices()),
         )
         if is_first() and not any_in(config.out / "checkpoints"):
@@ -275,7 +280,7 @@ def tell_ahead(
         steps=config.steps,
         batch_size=config.batch_size,
         tokens=tokens_of_step(config),
-        flops=config.batch_size * flops_of(config, model).train,
+        flops=config.batch_size * flops_of(config, model, all(map(is_taught, sources))).train,
         devices=devices,
         peak_flops=peak_flops(jax.devices()),
         examples={records.path.name: len(source) for records, source in zip(names, sources, strict=True)},
