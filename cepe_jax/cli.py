@@ -125,14 +125,37 @@ def _is_text(kind) -> bool:
     return kind in (str, Path, Path | None, epath.Path)
 
 
-def _from_text(config_class, name: str, text: str):
-    """The value of a setting on the command line: text as it stands where the setting is text, else YAML."""
-    if _is_text(_kind(config_class, name)):
+def _from_text(kind, name: str, text: str | None):
+    """The value of a setting on the command line: text as it stands where the setting is text, else YAML.
+
+    A name alone says true, of what is true or false.
+    """
+    if text is None:
+        if kind not in (bool, None):  # what is no setting is named as such later
+            raise ValueError(f"--{name}: write settings as --setting=value")
+        return True
+    if _is_text(kind):
         return text
     try:
         return yaml.load(text, _UniqueKeys)
     except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"--{name}={text}: {error}") from None
+
+
+def _values(config_class, arguments: list[tuple[str, str | None]]) -> list[tuple[str, object]]:
+    """(setting, value) of each argument. A list comes as `[a, b]`, or item by item: each adds to what came before."""
+    lists: dict[str, list] = {}
+    values = []
+    for name, text in arguments:
+        kind = _kind(config_class, name)
+        if typing.get_origin(kind) is tuple and text and not text.lstrip().startswith("["):
+            value = [*lists.get(name, []), _from_text(typing.get_args(kind)[0], name, text)]
+        else:
+            value = _from_text(kind, name, text)
+        if isinstance(value, list):
+            lists[name] = value
+        values.append((name, value))
+    return values
 
 
 def _field_names(config_class) -> set[str]:
@@ -145,41 +168,53 @@ def _field_names(config_class) -> set[str]:
 def parse(config_class: type[Config], complete: Callable[[dict], dict] = lambda values: values) -> Config:
     """The configuration on the command line: `--config FILE`, then `--group.setting=value`, the last one winning.
 
-    `complete` may add to what was given.
+    Names may have hyphens for underscores; `--setting` alone is true; a list may come item by item. `complete` may
+    add to what was given.
     """
     values, overrides = {}, []
-    for name, value in _arguments(config_class):
+    for name, text in _arguments(config_class):
         if name == "config":
-            values = read_yaml(Path(value))
+            values = read_yaml(Path(_from_text(Path, name, text)))
         else:
-            overrides.append((name, value))
-    for name, value in overrides:
-        _set(values, name, _from_text(config_class, name, value))
+            overrides.append((name, text))
+    for name, value in _values(config_class, overrides):
+        _set(values, name, value)
     return decode(config_class, complete(values))
 
 
 def take(config_class: type[Config]) -> Config:
     """The configuration whose settings are on the command line among another's; those are left there, for `parse`."""
-    values, left = {}, []
-    for name, value in _arguments(config_class):
+    mine, left = [], []
+    for name, text in _arguments(config_class):
         if name in config_class.__dataclass_fields__:
-            values[name] = _from_text(config_class, name, value)
+            mine.append((name, text))
         else:
-            left.append(f"--{name}={value}")
+            left.append(f"--{name}" if text is None else f"--{name}={text}")
     sys.argv[1:] = left
-    return decode(config_class, values)
+    return decode(config_class, dict(_values(config_class, mine)))
 
 
-def _arguments(config_class) -> Iterator[tuple[str, str]]:
-    """(setting, text) of each argument; `--help` shows the class' settings and ends the program."""
+def _arguments(config_class) -> Iterator[tuple[str, str | None]]:
+    """(setting, text) of each argument, None for a name alone; `--help` shows the class' settings and ends the program.
+
+    What follows a name without `=` is its value, but for what is true or false: there another name may follow.
+    """
     arguments = sys.argv[1:]
     if {"-h", "--help"} & set(arguments):
         draccus.parse(config_class, args=["--help"])
     while arguments:
-        name, equals, value = arguments.pop(0).partition("=")
-        if not name.startswith("--") or not (equals or arguments):
-            raise ValueError(f"{name}: write settings as --setting=value")
-        yield name[2:], value if equals else arguments.pop(0)
+        written, equals, text = arguments.pop(0).partition("=")
+        if not written.startswith("--"):
+            raise ValueError(f"{written}: write settings as --setting=value")
+        name, spelled = written[2:], written[2:].replace("-", "_")
+        if _kind(config_class, spelled) is not None:  # a dataset's name, in a group, may have hyphens of its own
+            name = spelled
+        if equals:
+            yield name, text
+        elif not arguments or (_kind(config_class, name) in (bool, None) and arguments[0].startswith("--")):
+            yield name, None
+        else:
+            yield name, arguments.pop(0)
 
 
 def run(main: Callable[[], None]) -> None:

@@ -3,13 +3,13 @@
 import re
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import pytest
 
-from cepe_jax.cli import parse, run, run_command, status_of
+from cepe_jax.cli import parse, run, run_command, status_of, take
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 
@@ -34,6 +34,9 @@ class Settings:
     names: tuple[str, ...] = ()
     sizes: tuple[int, ...] = ()
     log: Path | None = None
+    context_file: tuple[Path, ...] = ()
+    dry_run: bool = False
+    mix: dict[str, float] = field(default_factory=dict)
 
 
 @pytest.fixture
@@ -93,6 +96,41 @@ def test_values(call):
     assert call("--out=o", text="log: null").log is None
 
 
+def test_names_may_have_hyphens(call):
+    """But in what is named by the user, as a dataset is."""
+    assert call("--out=o", "--dry-run=true", "--context-file", "a-b") == call(
+        "--out=o", "--dry_run=true", "--context_file=a-b"
+    )
+    assert call("--out=o", "--mix.my-data=2").mix == {"my-data": 2}
+
+
+def test_a_list_may_come_item_by_item(call):
+    """Each adds to what the command line said before, and all of it replaces what the file says."""
+    text = "names: [file]\nsizes: [9]\n"
+    settings = call("--out=o", "--names=a: b", "--sizes", "1", "--names", "null", "--sizes=2", "--names=c,", text=text)
+    assert (settings.names, settings.sizes) == (("a: b", "null", "c,"), (1, 2))
+    assert call("--out=o", "--names=x", "--names=[a, b]", "--names=c").names == ("a", "b", "c")
+    assert call("--out=o", "--context-file=A", "--context-file", "B").context_file == (Path("A"), Path("B"))
+    assert call("--out=o", '--names=["[/INST]"]', text=text).names == ("[/INST]",)
+
+
+def test_a_name_alone_is_true(call):
+    """Where the setting is true or false; of any other, what follows is the value."""
+    assert call("--out=o", "--dry-run").dry_run
+    wanted = call("--out=o", "--dry_run=true", "--count=2")
+    assert call("--out=o", "--dry-run", "--count=2") == call("--dry-run", "yes", "--out=o", "--count", "2") == wanted
+    assert not call("--out=o", "--dry-run", "--dry-run", "false").dry_run
+    assert call("--out=o", "--text", "--dry-run") == call("--out=o", "--text=--dry-run")
+
+
+def test_take_leaves_the_rest_as_it_was_written(monkeypatch):
+    monkeypatch.setattr(
+        sys, "argv", ["script.py", "--rate=1", "--dry-run", "--steps", "5", "--context-file", "a", "--x"]
+    )
+    assert take(Inner) == Inner(1.0, 5)
+    assert sys.argv[1:] == ["--dry-run", "--context-file=a", "--x"]
+
+
 @pytest.mark.parametrize(
     ("text", "where"),
     [
@@ -148,9 +186,13 @@ def test_unknown_on_the_command_line_names_the_nearest(call, wrong, said):
         ("--inner.rate=-1", "rate is -1.0: give 0 or more"),
         ("--inner=3", "inner is 3: it is a group"),
         ("--count.a=3", "count is {'a': 3}"),
-        ("--names=a", "names is 'a': give a list"),
-        ("--sizes=3", "sizes is 3: give a list"),
+        ("--names=", "names has no value"),
+        ("--names=[a", "names=[a"),
+        ("--names", "--names: write settings as --setting=value"),
+        ("--sizes=a", "sizes is ['a']"),
         ("--sizes=[a]", "sizes is ['a']"),
+        ("--dry_run=1", "dry_run is 1"),
+        ("--dry-runs", "unknown setting dry-runs: did you mean dry_run?"),
         ("--inner={rate: 1, rate: 2}", "rate is given twice"),
         ("--kind=three", "kind is 'three'"),
         ("out=o", "out: write settings as --setting=value"),
