@@ -137,6 +137,16 @@ def cepe_flops(
     )
 
 
+def read_flops(num_queries: int, num_heads: int, memory: int, weight: tuple[int, int, int]) -> tuple[float, float]:
+    """Of a layer's attention to `memory` tokens, the projections `weight` (E, K, H) of the memory included.
+
+    With keys and values materialised; and with their projections absorbed into queries and sums.
+    """
+    E, K, H = weight
+    scores = 4 * num_queries * memory * num_heads  # and sums, for each number of a key
+    return 4 * memory * E * K * H + scores * H, 4 * num_queries * num_heads * H * E + scores * E
+
+
 def teacher_flops(config: DecoderConfig, window: int, memory: int) -> float:
     """Of the plain decoder that teaches `window` positions after `memory` tokens of context: a forward pass alone."""
     length = window + memory

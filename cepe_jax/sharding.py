@@ -50,6 +50,12 @@ def partition_spec(axes: tuple[str | None, ...], usable=MESH_AXES) -> PartitionS
     return PartitionSpec(*spec)
 
 
+def split_axes(logical: str) -> tuple[str, ...]:
+    """The axes of the present mesh along which several devices share this logical axis; none without a mesh."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return tuple(axis for axis in RULES[logical] if sizes.get(axis, 1) > 1)
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """`x`, placed after the table while tracing under a mesh; the same array otherwise."""
     mesh = jax.sharding.get_abstract_mesh()

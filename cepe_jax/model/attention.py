@@ -12,6 +12,9 @@ from cepe_jax.sharding import on_shards
 
 _NEVER = jnp.finfo(jnp.float32).min
 
+# Values weighted by exp(score - peak) (B, T, K, G, H); the sum of the weights and the peak (B, T, K, G, 1 each).
+Partial = tuple[jax.Array, jax.Array, jax.Array]
+
 
 def native_backend(platform: str, dtype: str) -> Backend:
     """The back end that is made for a platform of JAX's ("cpu", "gpu", "tpu") and activations of this dtype."""
@@ -38,34 +41,50 @@ class Mask:
 
 
 def attend_partial(
-    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mask
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mask, scale: float | None = None
+) -> Partial:
     """Unnormalised attention over some of the keys, to be merged with `merge`.
 
-    Returns, in fp32: values weighted by exp(score - peak) (B, T, K, G, H), the sum of the weights and the peak
-    (B, T, K, G, 1 each). Scores are scaled by 1 / sqrt(H); softmax arithmetic is fp32. A query without any valid
-    key has sum 0.
+    Scores are scaled by `scale`, 1 / sqrt(H) where not given; softmax arithmetic is fp32, or fp64 of fp64. A query
+    without any valid key has sum 0. Keys (not causal) and mask of one row serve the queries of all rows.
     """
     B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1:3]
+    if k_BSKH.shape[0] < B:
+        parts = attend_partial(q_BTNH.reshape(1, B * T, N, H), k_BSKH, v_BSKH, mask, scale)
+        return tuple(part.reshape(B, T, *part.shape[2:]) for part in parts)
+    wide = jnp.promote_types(q_BTNH.dtype, jnp.float32)
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
-    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32) * H**-0.5
+    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=wide) * (scale or H**-0.5)
     seen = mask.dense(T, S)
     scores = jnp.where(seen, scores, _NEVER)
     peak = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
     weights = jnp.where(seen, jnp.exp(scores - peak), 0.0)
     total = weights.sum(axis=-1, keepdims=True)
-    values = jnp.einsum("BKGTS,BSKH->BTKGH", weights.astype(v_BSKH.dtype), v_BSKH, preferred_element_type=jnp.float32)
+    values = jnp.einsum("BKGTS,BSKH->BTKGH", weights.astype(v_BSKH.dtype), v_BSKH, preferred_element_type=wide)
     return values, jnp.moveaxis(total, 3, 1), jnp.moveaxis(peak, 3, 1)
 
 
-def merge(*parts: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+def combine(*parts: Partial) -> Partial:
+    """The unnormalised attention over the union of the parts' keys."""
+    peak = functools.reduce(jnp.maximum, [peak for _, _, peak in parts])
+    scales = [jnp.exp(p - peak) for _, _, p in parts]
+    values = sum(v * scale for (v, _, _), scale in zip(parts, scales, strict=True))
+    total = sum(t * scale for (_, t, _), scale in zip(parts, scales, strict=True))
+    return values, total, peak
+
+
+def combine_over(mesh_axes: tuple[str, ...], part: Partial) -> Partial:
+    """What `combine` gives of the parts that the devices along these axes hold; inside of a shard_map."""
+    values, total, peak = part
+    highest = jax.lax.pmax(jax.lax.stop_gradient(peak), mesh_axes)
+    scale = jnp.exp(peak - highest)
+    return *jax.lax.psum((values * scale, total * scale), mesh_axes), highest
+
+
+def merge(*parts: Partial) -> jax.Array:
     """The attention over the union of the parts' keys, (B, T, N, H) in fp32; zero for a query with no valid key."""
-    peak = parts[0][2]
-    for _, _, other in parts[1:]:
-        peak = jnp.maximum(peak, other)
-    values = sum(v * jnp.exp(p - peak) for v, _, p in parts)
-    total = sum(t * jnp.exp(p - peak) for _, t, p in parts)
+    values, total, _ = combine(*parts)
     nothing = total == 0  # not `total > 0`: a NaN must stay one
     out = jnp.where(nothing, 0.0, values / jnp.where(nothing, 1.0, total))
     B, T, K, G, H = out.shape
@@ -92,8 +111,25 @@ def attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mask, 
     return jnp.where(any_valid[:, :, None, None], out_BTNH, 0)
 
 
-def _splash(causal: bool, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, valid_BS: jax.Array | None = None):
-    """Splash attention of one shard. Lengths are filled up to whole blocks; a filled key is of another segment."""
+def splash_partial(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, valid_BS: jax.Array) -> Partial:
+    """What `attend_partial` says of valid keys, from the TPU's kernel, inside of a shard_map; it has no gradient."""
+    B, T, N, H = q_BTNH.shape
+    if k_BSKH.shape[0] < B:
+        parts = splash_partial(q_BTNH.reshape(1, B * T, N, H), k_BSKH, v_BSKH, valid_BS)
+        return tuple(part.reshape(B, T, *part.shape[2:]) for part in parts)
+    out_BTNH, lse_BTN = _splash(False, q_BTNH, k_BSKH, v_BSKH, valid_BS, residuals=True)
+    K = k_BSKH.shape[2]
+    some = valid_BS.any(axis=1)[:, None, None, None, None]
+    values = jnp.where(some, out_BTNH.reshape(B, T, K, N // K, H).astype(jnp.float32), 0.0)
+    peak = lse_BTN.reshape(B, T, K, N // K, 1)
+    return values, jnp.broadcast_to(some, peak.shape).astype(jnp.float32), peak
+
+
+def _splash(causal: bool, q_BTNH, k_BSKH, v_BSKH, valid_BS=None, residuals: bool = False):
+    """Splash attention of one shard, and its log-sum-exp (B, T, N) where `residuals` are asked for.
+
+    Lengths are filled up to whole blocks; a filled key is of another segment.
+    """
     T, N, H = q_BTNH.shape[1:]
     S = k_BSKH.shape[1]
     q_BNTH, k_BKSH, v_BKSH = (
@@ -102,20 +138,23 @@ def _splash(causal: bool, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Arra
     )
     if valid_BS is None and S % _LANES and not causal:
         valid_BS = jnp.ones((q_BTNH.shape[0], S), bool)
-    kernel = _splash_kernel(causal, N, q_BNTH.shape[2], k_BKSH.shape[2])
+    kernel = _splash_kernel(causal, N, q_BNTH.shape[2], k_BKSH.shape[2], residuals)
     if valid_BS is None:
-        out_BNTH = jax.vmap(kernel)(q_BNTH, k_BKSH, v_BKSH)
+        out = jax.vmap(kernel)(q_BNTH, k_BKSH, v_BKSH)
     else:
         keys = jnp.pad(valid_BS.astype(jnp.int32), [(0, 0), (0, -S % _LANES)])
         segments = splash_attention_kernel.SegmentIds(jnp.ones((len(keys), q_BNTH.shape[2]), jnp.int32), keys)
-        out_BNTH = jax.vmap(lambda *x: kernel(*x[:3], segment_ids=x[3]))(q_BNTH, k_BKSH, v_BKSH, segments)
-    return out_BNTH.swapaxes(1, 2)[:, :T]
+        out = jax.vmap(lambda *x: kernel(*x[:3], segment_ids=x[3]))(q_BNTH, k_BKSH, v_BKSH, segments)
+    if residuals:
+        out_BNTH, (lse_BNT,) = out
+        return out_BNTH.swapaxes(1, 2)[:, :T], lse_BNT.swapaxes(1, 2)[:, :T]
+    return out.swapaxes(1, 2)[:, :T]
 
 
 _LANES = 128  # a block of keys is a multiple of it
 
 
-def _splash_kernel(causal: bool, num_heads: int, T: int, S: int):
+def _splash_kernel(causal: bool, num_heads: int, T: int, S: int, residuals: bool):
     def block(length: int) -> int:
         return next(size for size in (512, 256, _LANES) if length % size == 0)  # 2,048 overflows the chip's VMEM
 
@@ -127,7 +166,9 @@ def _splash_kernel(causal: bool, num_heads: int, T: int, S: int):
     )  # fmt: skip
     seen = splash_attention_mask.CausalMask if causal else splash_attention_mask.FullMask
     heads = splash_attention_mask.MultiHeadMask([seen((T, S))] * num_heads)
-    return splash_attention_kernel.make_splash_mha(heads, head_shards=1, q_seq_shards=1, block_sizes=sizes)
+    return splash_attention_kernel.make_splash_mha(
+        heads, head_shards=1, q_seq_shards=1, block_sizes=sizes, save_residuals=residuals
+    )
 
 
 def _cudnn(causal: bool, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, valid_BS: jax.Array | None = None):

@@ -9,9 +9,11 @@ from flax import nnx
 from cepe_jax.checks import check_mask, check_tokens
 from cepe_jax.config import CepeConfig, EncoderConfig
 from cepe_jax.model.cache import KVCache
+from cepe_jax.model.cross import CrossAttention
 from cepe_jax.model.encoder import Encoder
-from cepe_jax.model.layers import CrossAttention, RMSNorm, normal
+from cepe_jax.model.layers import RMSNorm, normal
 from cepe_jax.model.llama import Llama
+from cepe_jax.sharding import constrain, split_axes
 
 Array = jax.Array
 CrossInit = Literal["copy", "zero", "normal"]
@@ -101,10 +103,15 @@ class Cepe(nnx.Module):
         return self.decoder.logits(hidden_BTD)
 
     def encode(self, context_BCL: Array, context_mask_BCL: Array | None = None) -> Array:
-        """The memory (B, M = C L, E): every chunk read by itself, positions from 0 in each."""
+        """The memory (B, M = C L, E): every chunk read by itself, positions from 0 in each.
+
+        On a mesh, chunks are cut over the axis that the memory is cut over, and so encoded without communication.
+        """
         check_tokens("context_BCL", context_BCL, 3, self.encoder.config.vocab_size)
         check_mask("context_mask_BCL", context_mask_BCL, context_BCL.shape)
-        encode = jax.vmap(self.encoder, in_axes=(1, None if context_mask_BCL is None else 1), out_axes=1)
+        context_BCL = constrain(context_BCL, "batch", "memory", "length")
+        in_axes = 1, None if context_mask_BCL is None else 1
+        encode = jax.vmap(self.encoder, in_axes, out_axes=1, spmd_axis_name=split_axes("memory") or None)
         hidden_BCLE = encode(context_BCL, context_mask_BCL)
         B, C, L, E = hidden_BCLE.shape
         return hidden_BCLE.reshape(B, C * L, E)
@@ -117,10 +124,13 @@ class Cepe(nnx.Module):
         cache: KVCache | None = None,
         token_mask_BT: Array | None = None,
     ) -> tuple[Array, KVCache | None]:
-        """Hidden states (B, T, D) of the decoder reading the memory, and the cache with these tokens appended."""
+        """Hidden states (B, T, D) of the decoder reading the memory, and the cache with these tokens appended.
+
+        A memory (1, M, E) is read by all rows.
+        """
         if memory_BME is not None:
             B, E = tokens_BT.shape[0], self.encoder.config.width
-            if memory_BME.ndim != 3 or (memory_BME.shape[0], memory_BME.shape[2]) != (B, E):
+            if memory_BME.ndim != 3 or memory_BME.shape[0] not in (1, B) or memory_BME.shape[2] != E:
                 raise ValueError(f"memory_BME is {list(memory_BME.shape)}: these tokens and encoder want [{B}, M, {E}]")
             check_mask("memory_mask_BM", memory_mask_BM, memory_BME.shape[:2])
             memory_BME = memory_BME.astype(self.decoder.config.dtype)

@@ -51,7 +51,7 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Array) -> Array:
-        wide = x.astype(jnp.float32)
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
         return normed.astype(x.dtype) * self.scale[...].astype(x.dtype)
 
@@ -158,22 +158,3 @@ class Block(nnx.Module):
         if read is not None:
             x_BTD = x_BTD + read(x_BTD)
         return x_BTD + in_chunks(lambda x: self.mlp(self.mlp_norm(x)), x_BTD, config.mlp_chunk), kv
-
-
-class CrossAttention(nnx.Module):
-    """Reads the encoder's memory: own pre-norm, no positions, no causal mask, no gate (paper, section 3.1)."""
-
-    def __init__(self, norm: RMSNorm, q: nnx.Param, k: nnx.Param, v: nnx.Param, o: nnx.Param):
-        self.norm, self.q, self.k, self.v, self.o = norm, q, k, v, o
-
-    @property
-    def num_layers(self) -> int:
-        return self.q.shape[0]
-
-    def __call__(self, x_BTD: Array, memory_BME: Array, mask_BM: Array | None, backend: Backend) -> Array:
-        """What to add to x; zero in rows whose memory is wholly masked."""
-        q_BTNH = project("BTD,DNH->BTNH", self.norm(x_BTD), self.q)
-        k_BMKH = project("BME,EKH->BMKH", memory_BME, self.k)
-        v_BMKH = project("BME,EKH->BMKH", memory_BME, self.v)
-        out_BTNH = attend(q_BTNH, k_BMKH, v_BMKH, Mask(valid_BS=mask_BM), backend)
-        return project("BTNH,NHD->BTD", out_BTNH, self.o)

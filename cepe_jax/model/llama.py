@@ -11,7 +11,8 @@ from cepe_jax.checks import check_mask, check_tokens
 from cepe_jax.config import DecoderConfig, TransformerConfig
 from cepe_jax.model.attention import Mask
 from cepe_jax.model.cache import KVCache
-from cepe_jax.model.layers import Block, CrossAttention, RMSNorm, at, embed, normal
+from cepe_jax.model.cross import CrossAttention
+from cepe_jax.model.layers import Block, RMSNorm, at, embed, normal
 from cepe_jax.model.rope import rope_table
 from cepe_jax.sharding import constrain
 

@@ -29,7 +29,7 @@ def collectives(program: str) -> dict[str, dict[str, int]]:
     """By kind of collective, how often a device takes part in one and the bytes of their results, in one execution.
 
     What is in a loop counts as often as the loop runs. What is done piece by piece beside other work stands in several
-    computations under one channel, and counts where it starts.
+    computations under one channel, and counts where it starts; the sums that a shard_map writes are all under one.
     """
     computations, entry = _computations(program)
     times: Counter = Counter()
@@ -50,8 +50,9 @@ def collectives(program: str) -> dict[str, dict[str, int]]:
                 if match[3] and match[2] != "all-reduce":  # operands, results, and flags of a transfer
                     ends = [size for size, (_, shape) in zip(sizes, arrays(match[1]), strict=True) if shape]
                     sizes = ends[len(ends) // 2 :]
-                channel = re.search(r"channel_id=(\d+)", what)
-                found[match[2], channel[1] if channel else instruction].append((times[name], sum(sizes)))
+                channel = None if "/shard_map/" in what else re.search(r"channel_id=(\d+)", what)
+                place = channel[1] if channel else f"{name} {instruction}"
+                found[match[2], place].append((times[name], sum(sizes)))
     total: dict[str, Counter] = defaultdict(Counter)
     for (kind, _), places in found.items():
         number, size = min(places)

@@ -17,8 +17,8 @@ from jax.experimental import multihost_utils
 from cepe_jax.config import CepeConfig, DecoderConfig, EncoderConfig
 from cepe_jax.model.attention import native_backend
 from cepe_jax.model.cepe import Cepe, Parts, assemble, parts_of
+from cepe_jax.model.cross import CrossAttention
 from cepe_jax.model.encoder import Encoder
-from cepe_jax.model.layers import CrossAttention
 from cepe_jax.model.llama import Llama
 from cepe_jax.progress import track
 from cepe_jax.sharding import is_variable, shardings_of

@@ -33,7 +33,7 @@ def refused(pattern: str, call, *args):
         (r"token_mask_BT is bool\[2, 6\].*\[2, 7\]", (TOKENS, None, None, np.ones((2, 6), bool))),
         (r"token_mask_BT is float32\[2, 7\].*booleans", (TOKENS, None, None, np.ones((2, 7), np.float32))),
         (r"context_mask_BCL.*without.*context_BCL", (TOKENS, None, np.ones((2, 3, 5), bool))),
-        (r"memory_BME is \[1, 15, 16\].*\[2, M, 16\]", (TOKENS, CONTEXT[:1])),
+        (r"memory_BME is \[3, 15, 16\].*\[2, M, 16\]", (TOKENS, np.zeros((3, 3, 5), np.int32))),
     ],
 )
 def test_calls(cepe, pattern, args):

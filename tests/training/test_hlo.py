@@ -91,3 +91,16 @@ def test_arrays():
         ("pred", ()),
         ("f32", (4,)),
     ]
+
+
+def test_sums_of_a_shard_map_each_count():
+    """They are all under channel 1."""
+    program = """
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %x = f32[8]{0} parameter(0)
+  %pmax.1 = f32[8]{0} all-reduce(%x), channel_id=1, to_apply=%max, metadata={op_name="jit(f)/shard_map/pmax"}
+  %psum.1 = f32[8]{0} all-reduce(%pmax.1), channel_id=1, to_apply=%sum, metadata={op_name="jit(f)/shard_map/psum"}
+  ROOT %r = f32[2]{0} all-reduce(%psum.1), channel_id=1, to_apply=%sum, metadata={op_name="jit(f)/shard_map/psum"}
+}
+"""
+    assert collectives(program) == {"all-reduce": {"number": 3, "bytes": 32 + 32 + 8}}

@@ -1,0 +1,133 @@
+"""Cross-attention that reads the encoder's memory: keys and values made from it, or their projections absorbed."""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from cepe_jax.config import Backend
+from cepe_jax.cost import read_flops
+from cepe_jax.model.attention import Mask, Partial, attend, attend_partial, combine, combine_over, merge, splash_partial
+from cepe_jax.model.layers import RMSNorm, project
+from cepe_jax.sharding import on_shards, split_axes
+
+Array = jax.Array
+
+# Pairs of a query and a key whose scores in a head (XLA), or whose mask (cuDNN), exist at once; splash stores neither.
+PAIRS: dict[Backend, float] = {"xla": 1 << 21, "cudnn": 1 << 26, "splash": math.inf}
+LEAST_BLOCK = 128  # tokens of memory
+
+
+class CrossAttention(nnx.Module):
+    """Reads the encoder's memory: own pre-norm, no positions, no causal mask, no gate (paper, section 3.1).
+
+    The memory is the encoder's output, the same for every layer. With few queries the key projection goes into the
+    query and the value projection after the sum, so that no key or value of the memory exists: q (W_k m) = (q W_k) m.
+    """
+
+    def __init__(self, norm: RMSNorm, q: nnx.Param, k: nnx.Param, v: nnx.Param, o: nnx.Param):
+        self.norm, self.q, self.k, self.v, self.o = norm, q, k, v, o
+
+    @property
+    def num_layers(self) -> int:
+        return self.q.shape[0]
+
+    def __call__(self, x_BTD: Array, memory_BME: Array, mask_BM: Array | None, backend: Backend) -> Array:
+        """What to add to x; zero in rows whose memory is wholly masked. A memory of one row is read by all rows."""
+        q_BTNH = project("BTD,DNH->BTNH", self.norm(x_BTD), self.q)
+        out_BTNH = self.read(q_BTNH, memory_BME, mask_BM, backend).astype(x_BTD.dtype)
+        return project("BTNH,NHD->BTD", out_BTNH, self.o)
+
+    def read(self, q_BTNH: Array, memory_BME: Array, mask_BM: Array | None, backend: Backend) -> Array:
+        """The heads' attention (B, T, N, H) to the memory, in the form that takes fewer FLOPs."""
+        num_queries = q_BTNH.shape[1] * (q_BTNH.shape[0] // memory_BME.shape[0])
+        materialised, absorbed = read_flops(num_queries, q_BTNH.shape[2], memory_BME.shape[1], self.k.shape)
+        read = self.absorbed if absorbed < materialised else self.materialised
+        return read(q_BTNH, memory_BME, mask_BM, backend)
+
+    def materialised(self, q_BTNH: Array, memory_BME: Array, mask_BM: Array | None, backend: Backend) -> Array:
+        """From keys and values (B, M, K, H each): for a kernel those of all memory, else of a block of it at a time."""
+        B, T, N, H = q_BTNH.shape
+        rows, M = memory_BME.shape[:2]
+
+        def kv(memory_BME: Array, k: Array, v: Array) -> tuple[Array, Array]:
+            return project("BME,EKH->BMKH", memory_BME, k), project("BME,EKH->BMKH", memory_BME, v)
+
+        if not split_axes("memory") and backend != "xla" and PAIRS[backend] >= B * T * M:
+            q_BTNH = q_BTNH.reshape(rows, B // rows * T, N, H)
+            out = attend(q_BTNH, *kv(memory_BME, self.k, self.v), Mask(valid_BS=mask_BM), backend)
+            return out.reshape(B, T, N, H)
+
+        def part(q_BTNH: Array, memory_BME: Array, mask_BM: Array | None, k: Array, v: Array) -> Partial:
+            if backend == "splash":
+                return splash_partial(q_BTNH, *kv(memory_BME, k, v), mask_BM)
+            return _in_blocks(
+                lambda memory_BME, mask_BM: attend_partial(q_BTNH, *kv(memory_BME, k, v), Mask(valid_BS=mask_BM)),
+                (memory_BME, mask_BM),
+                q_BTNH.shape[0] * T,
+            )
+
+        return self._over_the_memory(part, q_BTNH, memory_BME, mask_BM)
+
+    def absorbed(self, q_BTNH: Array, memory_BME: Array, mask_BM: Array | None, backend: Backend) -> Array:
+        """From the memory itself, the one key and value of all heads; by XLA, whatever the back end."""
+
+        def part(q_BTNH: Array, memory_BME: Array, mask_BM: Array | None, k: Array, v: Array) -> Partial:
+            (B, T, N, H), (E, K, _) = q_BTNH.shape, k.shape
+            k, v = k.astype(q_BTNH.dtype), v.astype(q_BTNH.dtype)
+            q_BTNE = jnp.einsum("BTKGH,EKH->BTKGE", q_BTNH.reshape(B, T, K, N // K, H), k).reshape(B, T, N, E)
+
+            def block(memory_BME: Array, mask_BM: Array | None) -> Partial:
+                memory_BM1E = memory_BME[:, :, None]
+                return attend_partial(q_BTNE, memory_BM1E, memory_BM1E, Mask(valid_BS=mask_BM), H**-0.5)
+
+            sums, *weights = _in_blocks(block, (memory_BME, mask_BM), B * T)
+            sums_BTKGE = sums.reshape(B, T, K, N // K, E).astype(q_BTNH.dtype)
+            values = jnp.einsum("BTKGE,EKH->BTKGH", sums_BTKGE, v, preferred_element_type=sums.dtype)
+            return values, *(weight.reshape(B, T, K, N // K, 1) for weight in weights)
+
+        return self._over_the_memory(part, q_BTNH, memory_BME, mask_BM)
+
+    def _over_the_memory(self, part: Callable[..., Partial], q_BTNH, memory_BME, mask_BM) -> Array:
+        """`part` of the whole memory, or of each device's share of it, merged."""
+        k, v = self.k[...], self.v[...]
+        axes = split_axes("memory")
+        if not axes:
+            return merge(part(q_BTNH, memory_BME, mask_BM, k, v))
+        if mask_BM is None:
+            mask_BM = jnp.ones(memory_BME.shape[:2], bool)
+        rows = "batch" if memory_BME.shape[0] == q_BTNH.shape[0] else None
+        heads, weight = ("batch", "length", "heads", "head_dim"), (None, "kv_heads", "head_dim")
+        of_devices = on_shards(
+            lambda *inputs: merge(combine_over(axes, part(*inputs))),
+            (heads, (rows, "memory", None), (rows, "memory"), weight, weight),
+            heads,
+        )
+        return of_devices(q_BTNH, memory_BME, mask_BM, k, v)
+
+
+def _in_blocks(
+    part: Callable[[Array, Array | None], Partial], memory: tuple[Array, Array | None], num_queries: int
+) -> Partial:
+    """`part` of the memory and its mask, of a block of them at once: what it stores does not grow with T x M."""
+    M = memory[0].shape[1]
+    limit = PAIRS["xla"] // num_queries
+    if limit >= M:
+        return part(*memory)
+    limit = max(1 << limit.bit_length() >> 1, LEAST_BLOCK)  # a power of two
+    size = math.gcd(M, limit)
+    if size < LEAST_BLOCK:
+        size, (memory_BME, mask_BM) = limit, memory
+        mask_BM = jnp.ones(memory_BME.shape[:2], bool) if mask_BM is None else mask_BM
+        memory = jnp.pad(memory_BME, [(0, 0), (0, -M % size), (0, 0)]), jnp.pad(mask_BM, [(0, 0), (0, -M % size)])
+
+    def block(start: Array | int) -> Partial:
+        return part(*jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, size, 1), memory))
+
+    values, total, peak = jax.eval_shape(block, 0)
+    nothing = jnp.zeros(values.shape, values.dtype), jnp.zeros(total.shape, total.dtype)
+    lowest = jnp.full(peak.shape, jnp.finfo(jnp.float32).min, peak.dtype)
+    step = jax.checkpoint(lambda seen, start: (combine(seen, block(start)), None))
+    return jax.lax.scan(step, (*nothing, lowest), jnp.arange(0, memory[0].shape[1], size))[0]
