@@ -12,8 +12,8 @@ import numpy as np
 from cepe_jax.data.corpus import Corpus
 from cepe_jax.data.examples import chunks_before
 from cepe_jax.evaluation.perplexity import Window, choose_windows, context_nll
-from cepe_jax.inference.generate import generate
-from cepe_jax.model.cepe import Cepe
+from cepe_jax.inference.generate import encode, generate
+from cepe_jax.model.cepe import Cepe, flat_mask
 from cepe_jax.weights.huggingface import load
 
 KINDS = {"previous": "the document's own text before the window", "other": "another document's text"}
@@ -77,9 +77,10 @@ def _sample(model: Cepe, window: Window, config: EvaluateConfig, tokenizer) -> d
     """What the model writes after the first half of a window, greedily, with and without the document's context."""
     prompt = window.document.tokens[window.start : window.start + config.window // 2]
     before = chunks_before(window.document.tokens, window.start, config.trained_chunks, config.chunk_length)
-    context = before["context"][None], before["context_mask"][None]
+    context, mask = before["context"][None], before["context_mask"][None]
+    memory = encode(model, context, mask), flat_mask(mask)
     limits = {"max_new_tokens": config.sample_tokens, "stop_ids": [tokenizer.eos_id]}
-    (without,), (with_context,) = generate(model, [prompt], **limits), generate(model, [prompt], *context, **limits)
+    (without,), (with_context,) = generate(model, [prompt], **limits), generate(model, [prompt], *memory, **limits)
     truth = window.document.tokens[window.start + len(prompt) :][: config.sample_tokens]
     texts = {"prompt": prompt, "document": truth, "without context": without, "with context": with_context}
     return {"file": window.document.name} | {name: tokenizer.decode(ids) for name, ids in texts.items()}

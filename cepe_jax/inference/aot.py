@@ -8,7 +8,7 @@ from jax.sharding import NamedSharding
 
 from cepe_jax.config import CepeConfig
 from cepe_jax.cost import cepe_flops, encoder_flops
-from cepe_jax.inference.generate import Sampling, encode, next_token
+from cepe_jax.inference.generate import Draws, Sampling, encode, next_token
 from cepe_jax.model.cache import KVCache
 from cepe_jax.model.cepe import Cepe, assemble
 from cepe_jax.sharding import partition_spec
@@ -45,8 +45,8 @@ def _read(config: TrainConfig, sizes: Config, tokens: int, cached: bool) -> Step
     k, v = (_array(kv, decoder.dtype, None, "batch", None, "kv_heads", None) for _ in range(2))
     cache = KVCache(k, v, _array((B, window), bool, "batch", None), _array((), jnp.int32), empty=not cached)
     given = [_array((B, tokens), dtype, "batch", None) for dtype in (jnp.int32, bool)]
-    key = _array((), jax.eval_shape(lambda: jax.random.key(0)).dtype)
-    arguments = model, *given, (memory, memory_mask), cache, Sampling(), key
+    draws = jax.tree.map(lambda x: _array(x.shape, x.dtype, *("batch",)[: x.ndim]), Draws.of([Sampling()] * B))
+    arguments = model, *given, (memory, memory_mask), cache, draws
     flops = cepe_flops(sizes, tokens, 1, M, train=()).forward - encoder_flops(sizes.encoder, 1, M).forward
     flops -= 2 * decoder.width * decoder.vocab_size * (tokens - 1)  # logits of the last position alone
     flops += cached * 4 * window * decoder.num_heads * decoder.head_dim * decoder.num_layers

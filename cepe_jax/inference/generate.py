@@ -1,9 +1,14 @@
-"""Generation: encode the context once, prefill the prompt, then one token at a time from the cache."""
+"""Generation and scoring, ids in and ids out: the prompt is read once into a cache, then a token at a time.
 
-import dataclasses
-from collections.abc import Sequence
+Programs are compiled for buckets: prompts are padded on the right up to one and the padding is masked, the cache has a
+bucket's slots, and what differs between calls is an array. So another prompt, another seed or temperature is no other
+program, and no result depends on the padding.
+"""
+
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +16,14 @@ import numpy as np
 
 from cepe_jax.checks import check_tokens
 from cepe_jax.model.cache import KVCache
-from cepe_jax.model.cepe import Cepe, flat_mask
+from cepe_jax.model.cepe import Cepe
+from cepe_jax.model.layers import cut, joined
 from cepe_jax.model.llama import Llama
+from cepe_jax.training.objectives import token_nll
 
 Array = jax.Array
+SCORED_ROWS = 16  # continuations that are read at once
+SCORED_POSITIONS = 16  # of each of them, whose logits exist at once
 
 
 @dataclass(frozen=True)
@@ -33,89 +42,231 @@ class Sampling:
             raise ValueError(f"top_k is {self.top_k}: give 0 (all tokens) or more")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}: give a probability above 0, at most 1")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed is {self.seed}: give 0 to {2**32 - 1}")
 
 
-def sample(logits_BV: Array, sampling: Sampling, key: Array) -> Array:
-    """The next token of each row, (B,)."""
-    if sampling.temperature == 0:
-        return logits_BV.argmax(axis=-1)
-    logits_BV = logits_BV / sampling.temperature
-    ranked = jnp.sort(logits_BV, axis=-1, descending=True)
-    if sampling.top_k:
-        least = ranked[:, min(sampling.top_k, ranked.shape[1]) - 1, None]
-        ranked, logits_BV = (jnp.where(x < least, -jnp.inf, x) for x in (ranked, logits_BV))
-    probabilities = jax.nn.softmax(ranked, axis=-1)
-    before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    least = jnp.where(before < sampling.top_p, ranked, jnp.inf).min(axis=-1, keepdims=True)
-    return jax.random.categorical(key, jnp.where(logits_BV < least, -jnp.inf, logits_BV), axis=-1)
+class Draws(NamedTuple):
+    """`Sampling` of each row, as arrays, and how many tokens the rows have got before this one."""
+
+    temperature_B: Array
+    top_k_B: Array
+    top_p_B: Array
+    seed_B: Array
+    number: Array
+
+    @classmethod
+    def of(cls, samplings: Sequence[Sampling]) -> "Draws":
+        types = {"temperature": np.float32, "top_k": np.int32, "top_p": np.float32, "seed": np.uint32}
+        columns = (np.array([getattr(s, name) for s in samplings], kind) for name, kind in types.items())
+        return cls(*columns, number=np.int32(0))
 
 
-@partial(jax.jit, static_argnames="sampling", donate_argnames="cache")
-def next_token(model: Cepe | Llama, tokens_BT, mask_BT, memory, cache: KVCache, sampling: Sampling, key):
-    """Reads the tokens into the cache and draws the ones that follow."""
+def power_of_two(count: int) -> int:
+    """The least one that is `count` or more."""
+    return 1 << max(count - 1, 0).bit_length()
+
+
+def bucket(count: int) -> int:
+    """The least length >= `count` that programs are compiled for: multiples of 128 up to 512, then four per doubling.
+
+    Above 512 at most a fifth of it is padding. Meshes of up to 128 devices divide it.
+    """
+    step = power_of_two(max(count, 513)) // 8
+    return -(-count // step) * step
+
+
+def sample(logits_BV: Array, draws: Draws) -> Array:
+    """The next token of each row, (B,). It depends on the row's logits, its `Sampling` and the token's number alone."""
+    greedy_B = logits_BV.argmax(axis=-1)
+
+    def drawn() -> Array:
+        V = logits_BV.shape[-1]
+        hot_B = jnp.where(draws.temperature_B == 0, 1, draws.temperature_B)
+        scaled_BV = logits_BV / hot_B[:, None]
+        ranked_BV = jnp.sort(scaled_BV, axis=-1, descending=True)
+        k_B = jnp.where(draws.top_k_B == 0, V, jnp.minimum(draws.top_k_B, V))
+        least_B1 = jnp.take_along_axis(ranked_BV, k_B[:, None] - 1, axis=-1)
+        ranked_BV, scaled_BV = (jnp.where(x < least_B1, -jnp.inf, x) for x in (ranked_BV, scaled_BV))
+        probabilities = jax.nn.softmax(ranked_BV, axis=-1)
+        before = jnp.cumsum(probabilities, axis=-1) - probabilities
+        least_B1 = jnp.where(before < draws.top_p_B[:, None], ranked_BV, jnp.inf).min(axis=-1, keepdims=True)
+        keys_B = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), draws.number))(draws.seed_B)
+        tokens_B = jax.vmap(jax.random.categorical)(keys_B, jnp.where(scaled_BV < least_B1, -jnp.inf, scaled_BV))
+        return jnp.where(draws.temperature_B == 0, greedy_B, tokens_B)
+
+    return jax.lax.cond((draws.temperature_B > 0).any(), drawn, lambda: greedy_B)  # greedy steps do not sort
+
+
+def _decode(model: Cepe | Llama, tokens_BT, mask_BT, memory, cache: KVCache) -> tuple[Llama, Array, KVCache]:
     if isinstance(model, Llama):
-        decoder, (hidden_BTD, cache) = model, model.decode(tokens_BT, mask_BT, cache)
+        return model, *model.decode(tokens_BT, mask_BT, cache)
+    return model.decoder, *model.decode(tokens_BT, *memory, cache, mask_BT)
+
+
+@partial(jax.jit, donate_argnames="cache")
+def next_token(model: Cepe | Llama, tokens_BT, mask_BT, memory, cache: KVCache, draws: Draws) -> tuple[Array, KVCache]:
+    """Reads the tokens into the cache and draws the one that follows each row's last real one, (B, 1).
+
+    `memory`: (memory_BME, memory_mask_BM), each may be None. Rows are padded on the right; without `mask_BT` they are
+    not.
+    """
+    decoder, hidden_BTD, cache = _decode(model, tokens_BT, mask_BT, memory, cache)
+    if mask_BT is None:
+        last_B1D = hidden_BTD[:, -1:]
     else:
-        decoder, (hidden_BTD, cache) = model.decoder, model.decode(tokens_BT, *memory, cache, mask_BT)
-    return sample(decoder.logits(hidden_BTD[:, -1:])[:, 0], sampling, key), cache
+        last_B1D = jnp.take_along_axis(hidden_BTD, mask_BT.sum(axis=1)[:, None, None] - 1, axis=1)
+    return sample(decoder.logits(last_B1D)[:, 0], draws)[:, None], cache
 
 
 encode = jax.jit(Cepe.encode)
+_new_cache = jax.jit(KVCache.create, static_argnums=(0, 1, 2))
+
+
+def _right_padded(rows: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and mask, (B, length)."""
+    tokens_BT = np.zeros((len(rows), length), np.int32)
+    mask_BT = np.arange(length) < np.array([len(row) for row in rows])[:, None]
+    tokens_BT[mask_BT] = np.concatenate([np.asarray(row, np.int32) for row in rows])
+    return tokens_BT, mask_BT
+
+
+def _checked(model: Cepe | Llama, prompts: Sequence[Sequence[int]], memory_BME, memory_mask_BM) -> Llama:
+    """The model's decoder; ValueError for what it cannot read."""
+    if len(prompts) == 0 or not all(len(prompt) for prompt in prompts):
+        raise ValueError("an empty prompt: start it with the begin-of-sequence token")
+    if memory_BME is None and memory_mask_BM is not None:
+        raise ValueError("memory_mask_BM came without its memory_BME: give both")
+    if memory_BME is not None and isinstance(model, Llama):
+        raise ValueError("a context needs a CEPE model: this one is a plain decoder")
+    decoder = model if isinstance(model, Llama) else model.decoder
+    for prompt in prompts:
+        check_tokens("a prompt", np.asarray(prompt), 1, decoder.config.vocab_size)
+    return decoder
+
+
+def stream(
+    model: Cepe | Llama,
+    prompts: Sequence[Sequence[int]],
+    memory_BME: Array | None = None,
+    memory_mask_BM: Array | None = None,
+    *,
+    max_new_tokens: int,
+    sampling: Sampling | Sequence[Sampling] = Sampling(),
+    stop_ids: Sequence[int] = (),
+    window: int | None = None,
+) -> Iterator[list[int | None]]:
+    """The tokens that follow each prompt, step by step: one of each row, None where a row has ended.
+
+    A row ends before the first of `stop_ids`; the steps end with the last row, at the latest after `max_new_tokens`.
+    Memory of one row is read by all prompts. Each row is the one its prompt has alone, sampled ones too: the draws
+    depend on the seed and the number of the token. ValueError where the longest prompt and the new tokens exceed
+    `window`.
+    """
+    decoder = _checked(model, prompts, memory_BME, memory_mask_BM)
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}: give 1 or more")
+    longest = max(len(prompt) for prompt in prompts)
+    if window is not None and longest + max_new_tokens > window:
+        raise ValueError(
+            f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the window of {window} tokens: shorten "
+            f"the prompt, or move its beginning into the context, as an overflow mode does"
+        )
+    samplings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else sampling
+    if len(samplings) != len(prompts):
+        raise ValueError(f"{len(samplings)} samplings for {len(prompts)} prompts: give one, or one for each")
+    draws, memory = Draws.of(samplings), (memory_BME, memory_mask_BM)
+
+    def steps() -> Iterator[list[int | None]]:
+        cache = _new_cache(decoder.config, len(prompts), bucket(longest + max_new_tokens))
+        coming_B1, cache = next_token(model, *_right_padded(prompts, bucket(longest)), memory, cache, draws)
+        running_B = np.ones(len(prompts), bool)
+        for number in range(1, max_new_tokens + 1):
+            tokens_B1 = coming_B1
+            if number < max_new_tokens:  # at work while the host looks at the tokens before
+                at_number = draws._replace(number=np.int32(number))
+                coming_B1, cache = next_token(model, tokens_B1, None, memory, cache, at_number)
+            tokens_B = np.asarray(tokens_B1)[:, 0]
+            running_B &= ~np.isin(tokens_B, list(stop_ids))
+            if not running_B.any():
+                return
+            yield [int(token) if runs else None for token, runs in zip(tokens_B, running_B, strict=True)]
+
+    return steps()
 
 
 def generate(
     model: Cepe | Llama,
     prompts: Sequence[Sequence[int]],
-    context_BCL: np.ndarray | None = None,
-    context_mask_BCL: np.ndarray | None = None,
+    memory_BME: Array | None = None,
+    memory_mask_BM: Array | None = None,
     *,
     max_new_tokens: int,
-    sampling: Sampling = Sampling(),
+    sampling: Sampling | Sequence[Sampling] = Sampling(),
     stop_ids: Sequence[int] = (),
-    cache_slots: int | None = None,
+    window: int | None = None,
 ) -> list[list[int]]:
-    """The tokens that follow each prompt, at most `max_new_tokens`, ending before the first of `stop_ids`.
+    """The tokens that follow each prompt: what `stream` gives, row by row."""
+    limits = {"max_new_tokens": max_new_tokens, "stop_ids": stop_ids, "window": window}
+    steps = list(stream(model, prompts, memory_BME, memory_mask_BM, sampling=sampling, **limits))
+    return [[step[row] for step in steps if step[row] is not None] for row in range(len(prompts))]
 
-    Prompts of different lengths are padded on the left and the padding masked: the result is the one each prompt
-    has alone. `cache_slots` (prompt + new tokens when not given) is the length of the key/value cache.
-    """
-    decoder = model if isinstance(model, Llama) else model.decoder
-    if len(prompts) == 0 or not all(len(prompt) for prompt in prompts):
-        raise ValueError("an empty prompt: start it with the begin-of-sequence token")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}: give 1 or more")
-    longest = max(len(prompt) for prompt in prompts)
-    cache_slots = longest + max_new_tokens if cache_slots is None else cache_slots
-    if longest + max_new_tokens > cache_slots:
-        raise ValueError(
-            f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the cache of {cache_slots} slots: "
-            f"shorten the prompt or move its beginning into the context"
-        )
-    tokens_BT = np.zeros((len(prompts), longest), np.int32)
-    mask_BT = np.zeros(tokens_BT.shape, bool)
-    for row, prompt in enumerate(prompts):
-        tokens_BT[row, longest - len(prompt) :] = prompt
-        mask_BT[row, longest - len(prompt) :] = True
-    check_tokens("prompts", tokens_BT, 2, decoder.config.vocab_size)
-    memory = None, None
-    if context_BCL is None and context_mask_BCL is not None:
-        raise ValueError("context_mask_BCL came without its context_BCL: give both")
-    if context_BCL is not None and context_BCL.size:
-        if isinstance(model, Llama):
-            raise ValueError("a context needs a CEPE model: this one is a plain decoder")
-        check_tokens("context_BCL", context_BCL, 3, model.encoder.config.vocab_size)
-        memory = encode(model, context_BCL, context_mask_BCL), flat_mask(context_mask_BCL)
-    cache = KVCache.create(decoder.config, len(prompts), cache_slots)
-    keys = jax.random.split(jax.random.key(sampling.seed), max_new_tokens)
-    sampling = dataclasses.replace(sampling, seed=0)  # another seed is the same program
-    running = np.ones(len(prompts), bool)
-    generated: list[list[int]] = [[] for _ in prompts]
-    for key in keys:
-        next_B, cache = next_token(model, tokens_BT, mask_BT, memory, cache, sampling, key)
-        tokens_BT, mask_BT = np.asarray(next_B)[:, None], np.ones((len(prompts), 1), bool)
-        running &= ~np.isin(tokens_BT[:, 0], list(stop_ids))
-        for row in np.flatnonzero(running):
-            generated[row].append(int(tokens_BT[row, 0]))
-        if not running.any():
-            break
-    return generated
+
+@dataclass(frozen=True)
+class Score:
+    """How probable a continuation is."""
+
+    log_probs: np.ndarray  # of each token, in nats, given what stands before it
+    greedy: bool  # whether each token is the most probable one
+
+    @property
+    def total(self) -> float:
+        return float(self.log_probs.sum(dtype=np.float64))
+
+
+@jax.jit
+def _log_probs(model: Cepe | Llama, tokens_BT, labels_BT, mask_BT, memory, cache: KVCache) -> tuple[Array, Array]:
+    """log p of each label in fp32, and whether it is the most probable token, (B, T) each."""
+    decoder, hidden_BTD, _ = _decode(model, tokens_BT, mask_BT, memory, cache)
+    logits_of = decoder.unembedding()
+
+    def read(hidden_and_labels):
+        logits_BTV, labels_BT = logits_of(hidden_and_labels[0]), hidden_and_labels[1]
+        return -token_nll(logits_BTV, labels_BT), logits_BTV.argmax(axis=-1) == labels_BT
+
+    found = jax.lax.map(read, (cut(hidden_BTD, SCORED_POSITIONS), cut(labels_BT, SCORED_POSITIONS)))
+    return tuple(joined(x, tokens_BT.shape[1]) for x in found)
+
+
+def score(
+    model: Cepe | Llama,
+    prompt: Sequence[int],
+    continuations: Sequence[Sequence[int]],
+    memory_BME: Array | None = None,
+    memory_mask_BM: Array | None = None,
+) -> list[Score]:
+    """How probable each continuation is after the prompt, which is read once, as the memory (of one row) is."""
+    decoder = _checked(model, [prompt], memory_BME, memory_mask_BM)
+    for number, continuation in enumerate(continuations):
+        if len(continuation) == 0:
+            raise ValueError(f"continuation {number} is empty: give one token or more")
+        check_tokens(f"continuation {number}", np.asarray(continuation), 1, decoder.config.vocab_size)
+    memory, slots = (memory_BME, memory_mask_BM), bucket(len(prompt))
+    before, last = prompt[:-1], prompt[-1]  # the last one is read with each continuation, whose first follows it
+    cache = _new_cache(decoder.config, 1, slots)
+    _, cache = next_token(model, *_right_padded([before], slots), memory, cache, Draws.of([Sampling()]))
+    scores: list[Score] = []
+    for first in range(0, len(continuations), SCORED_ROWS):
+        group = [list(row) for row in continuations[first : first + SCORED_ROWS]]
+        longest = max(map(len, group))
+        length = min(power_of_two(longest), bucket(longest))
+        # Two rows or more: then the cache is one that all of them read and none writes to.
+        filled = group + group[-1:] * (max(2, power_of_two(len(group))) - len(group))
+        tokens_BT, mask_BT = _right_padded([[last, *row[:-1]] for row in filled], length)
+        labels_BT, _ = _right_padded(filled, length)
+        found = _log_probs(model, tokens_BT, labels_BT, mask_BT, memory, cache)
+        log_probs_BT, greedy_BT = (np.asarray(x) for x in found)
+        for row, continuation in enumerate(group):
+            count = len(continuation)
+            scores.append(Score(log_probs_BT[row, :count].copy(), bool(greedy_BT[row, :count].all())))
+    return scores

@@ -7,7 +7,8 @@ from typing import Literal
 import numpy as np
 
 from cepe_jax.data.tokenizer import Tokenizer
-from cepe_jax.inference.generate import Sampling, generate
+from cepe_jax.inference.generate import Sampling, encode, generate
+from cepe_jax.model.cepe import flat_mask
 from cepe_jax.weights.huggingface import load
 
 
@@ -54,8 +55,8 @@ def generate_text(config: GenerateConfig) -> str:
     tokenizer = Tokenizer(config.model)
     model = load(config.model, config.dtype)
     context, mask = chunks_of(texts, tokenizer, config.chunk_length)
-    with_context = (context[None], mask[None]) if texts else ()
+    memory = (encode(model, context[None], mask[None]), flat_mask(mask[None])) if texts else ()
     prompt = tokenizer.encode(config.prompt, bos=True)
     limits = {"max_new_tokens": config.max_new_tokens, "stop_ids": [tokenizer.eos_id]}
-    (new,) = generate(model, [prompt], *with_context, sampling=config.sampling, **limits)
+    (new,) = generate(model, [prompt], *memory, sampling=config.sampling, **limits)
     return tokenizer.decode(new)

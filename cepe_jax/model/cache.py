@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from cepe_jax.config import DecoderConfig
+from cepe_jax.sharding import constrain
 
 
 @jax.tree_util.register_dataclass
@@ -14,8 +15,8 @@ from cepe_jax.config import DecoderConfig
 class KVCache:
     """Rotated keys, and values, of every layer in S slots; slots fill from the left, rows may leave holes.
 
-    `k_ZBSKH`, `v_ZBSKH`: Z layers. `valid_BS`: slots that hold a real token. `length`: slots written, the same
-    for all rows. `empty` is static: attention over an empty cache is left out of the compiled program.
+    `k_ZBSKH`, `v_ZBSKH`: Z layers. `valid_BS`: slots that hold a real token. `length`: slots up to the last real token
+    of any row. `empty` is static: attention over an empty cache is left out of the compiled program.
     """
 
     k_ZBSKH: jax.Array
@@ -28,11 +29,16 @@ class KVCache:
     def create(cls, config: DecoderConfig, batch: int, slots: int) -> "KVCache":
         shape = (config.num_layers, batch, slots, config.num_kv_heads, config.head_dim)
         k, v = jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype)  # two buffers: both are donated
+        k, v = (constrain(x, "layer", "batch", "length", "kv_heads", "head_dim") for x in (k, v))
         return cls(k, v, jnp.zeros((batch, slots), bool), jnp.zeros((), jnp.int32), empty=True)
 
     @property
     def slots(self) -> int:
         return self.k_ZBSKH.shape[2]
+
+    def grows_by(self, rows: int) -> bool:
+        """Whether tokens of so many rows are appended: a cache of one row is read by several and stays as it is."""
+        return self.k_ZBSKH.shape[1] == rows
 
     def check_room(self, count: int) -> None:
         """ValueError where it is known that `count` more slots do not fit (outside of a trace, all of it)."""
@@ -41,12 +47,16 @@ class KVCache:
             raise ValueError(f"{count} tokens after {used} exceed the cache of {self.slots} slots: create a longer one")
 
     def append(self, k_ZBTKH: jax.Array, v_ZBTKH: jax.Array, valid_BT: jax.Array) -> "KVCache":
-        """The cache with T more slots written after the present ones. The caller sees to it that they fit."""
+        """The cache with T more slots written after the present ones. The caller sees to it that they fit.
+
+        It goes on after the last of them that is real in any row: padding on the right is written over by what follows.
+        """
         write = jax.lax.dynamic_update_slice_in_dim
+        end_T = jnp.arange(1, valid_BT.shape[1] + 1)
         return KVCache(
             write(self.k_ZBSKH, k_ZBTKH, self.length, 2),
             write(self.v_ZBSKH, v_ZBTKH, self.length, 2),
             write(self.valid_BS, valid_BT, self.length, 1),
-            self.length + valid_BT.shape[1],
+            self.length + jnp.where(valid_BT.any(axis=0), end_T, 0).max(),
             empty=False,
         )

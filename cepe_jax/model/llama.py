@@ -78,11 +78,13 @@ class Llama(nnx.Module):
     ) -> tuple[Array, KVCache | None]:
         """Hidden states (B, T, D) after the final norm, and the cache with these tokens appended (if one was given).
 
+        A cache of one row is read by all rows of tokens, and is not appended to where they are more than one.
         `positions_BT`: where not given, real tokens are counted, those in the cache first.
         `cross` reads `memory_BME` in the last `cross.num_layers` layers, between self-attention and MLP.
         """
         config = self.config
-        if cache is not None:
+        grows = cache is not None and cache.grows_by(tokens_BT.shape[0])
+        if grows:
             cache.check_room(tokens_BT.shape[1])
         check_tokens("tokens_BT", tokens_BT, 2, config.vocab_size)
         check_mask("token_mask_BT", token_mask_BT, tokens_BT.shape)
@@ -102,7 +104,7 @@ class Llama(nnx.Module):
             if reader is not None:
                 read = partial(reader, memory_BME=memory_BME, mask_BM=memory_mask_BM, backend=config.attention)
             x_BTD, kv = (block or at(self.layers, index))(config, x_BTD, table, mask, cached, read)
-            return constrain(x_BTD, "batch", "length", "embed"), kv if cache is not None else None
+            return constrain(x_BTD, "batch", "length", "embed"), kv if grows else None
 
         num_plain = config.num_layers if memory_BME is None else config.num_layers - cross.num_layers
         new_kv = []
@@ -114,7 +116,7 @@ class Llama(nnx.Module):
                 whole = self.layers if end - first == config.num_layers else None
                 x_BTD, kv = scan_layers(config, layer, x_BTD, (jnp.arange(first, end), whole, reader))
                 new_kv.append(kv)
-        if cache is not None:
+        if grows:
             k_ZBTKH, v_ZBTKH = jax.tree.map(lambda *kv: jnp.concatenate(kv), *new_kv)
             cache = cache.append(k_ZBTKH, v_ZBTKH, real_BT)
         return self.norm(x_BTD), cache

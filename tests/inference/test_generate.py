@@ -1,5 +1,7 @@
 """Generation against golden tokens, against recomputing without a cache, and its bad input."""
 
+import dataclasses
+import math
 from pathlib import Path
 
 import jax
@@ -7,12 +9,16 @@ import numpy as np
 import pytest
 from tiny import DECODER, ENCODER
 
-from cepe_jax.inference.generate import Sampling, generate, next_token, sample
+from cepe_jax.inference import generate as module
+from cepe_jax.inference.generate import Draws, Sampling, bucket, encode, generate, next_token, sample, score, stream
+from cepe_jax.model.cepe import Cepe, flat_mask
+from cepe_jax.training.hlo import arrays
 from cepe_jax.weights.huggingface import load
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 HOT = Sampling(temperature=1.5, top_k=40, top_p=0.95, seed=7)
 PROMPTS = [[1, 2, 3, 4, 5, 6, 7], [9, 8, 7], [33]]
+MIXED = [Sampling(temperature=2.0, seed=8), Sampling(), Sampling(temperature=1.0, top_p=0.9, seed=8)]
 
 
 @pytest.fixture(scope="module")
@@ -39,37 +45,48 @@ def context():
     return rng.integers(0, ENCODER.vocab_size, (3, 2, 5)), mask_BCL
 
 
+def read(model: Cepe, context_BCL, mask_BCL=None) -> tuple:
+    """The memory and its mask, as `generate` takes them."""
+    return encode(model, context_BCL, mask_BCL), flat_mask(mask_BCL)
+
+
 @pytest.fixture(scope="module")
-def hot(cepe, context):
+def memory(cepe, context):
+    return read(cepe, *context)
+
+
+@pytest.fixture(scope="module")
+def hot(cepe, memory):
     """Twelve sampled tokens after each prompt."""
-    return generate(cepe, PROMPTS, *context, max_new_tokens=12, sampling=HOT)
+    return generate(cepe, PROMPTS, *memory, max_new_tokens=12, sampling=HOT)
 
 
-@pytest.fixture(scope="module")
-def greedy(cepe, context):
-    """Twelve greedy tokens after each prompt, from a cache with room to spare."""
-    return generate(cepe, PROMPTS, *context, max_new_tokens=12, cache_slots=40)
+draw = jax.jit(sample)
 
 
-def recompute(call, prompts, sampling: Sampling, steps: int) -> list[list[int]]:
-    """The whole model anew for each token: no cache, no left padding; what stands after a token it cannot see."""
+def recompute(call, prompts, samplings: list[Sampling], steps: int) -> list[list[int]]:
+    """The whole model anew for each token: no cache, no masked padding; what stands after a token it cannot see.
+
+    Each row is drawn by itself.
+    """
     lengths = np.array([len(prompt) for prompt in prompts])
     tokens_BT = np.zeros((len(prompts), lengths.max() + steps), np.int32)
     for row, prompt in enumerate(prompts):
         tokens_BT[row, : len(prompt)] = prompt
-    rows = np.arange(len(prompts))
-    for step, key in enumerate(jax.random.split(jax.random.key(sampling.seed), steps)):
+    for step in range(steps):
         logits_BTV = call(tokens_BT)
-        tokens_BT[rows, lengths + step] = sample(logits_BTV[rows, lengths + step - 1], sampling, key)
+        for row, sampling in enumerate(samplings):
+            end = lengths[row] + step
+            draws = Draws.of([sampling])._replace(number=step)
+            tokens_BT[row, end] = draw(logits_BTV[row : row + 1, end - 1], draws)[0]
     return [tokens_BT[row, n : n + steps].tolist() for row, n in enumerate(lengths)]
 
 
 @pytest.mark.parametrize("name", ["tiny_mha", "tiny_gqa_last2"])
 def test_golden_greedy(golden, name):
     model, arrays = golden(name)
-    mask = arrays["encoder_attention_mask"].astype(bool)
-    tokens = generate(model, arrays["input_ids"], arrays["encoder_input_ids"], mask, max_new_tokens=8)
-    assert tokens == arrays["greedy"].tolist()
+    memory = read(model, arrays["encoder_input_ids"], arrays["encoder_attention_mask"].astype(bool))
+    assert generate(model, arrays["input_ids"], *memory, max_new_tokens=8) == arrays["greedy"].tolist()
 
 
 def unpadded(tokens: np.ndarray, mask: np.ndarray) -> list[list[int]]:
@@ -80,7 +97,7 @@ def test_golden_greedy_left_padded(golden):
     model, arrays = golden("tiny_edge")
     prompts = unpadded(arrays["input_ids"], arrays["token_mask"])
     assert len({len(prompt) for prompt in prompts}) == 3
-    tokens = generate(model, prompts, arrays["encoder_input_ids"], max_new_tokens=6)
+    tokens = generate(model, prompts, *read(model, arrays["encoder_input_ids"]), max_new_tokens=6)
     assert tokens == arrays["greedy_left_padded"].tolist()
 
 
@@ -88,66 +105,200 @@ def test_golden_left_padded_file(golden):
     model, _ = golden("tiny_mha")
     arrays = np.load(GOLDEN / "tiny_mha" / "left_padded.npz")
     prompts = unpadded(arrays["input_ids"], arrays["attention_mask"])
-    mask = arrays["encoder_attention_mask"].astype(bool)
-    assert generate(model, prompts, arrays["encoder_input_ids"], mask, max_new_tokens=6) == arrays["greedy"].tolist()
+    memory = read(model, arrays["encoder_input_ids"], arrays["encoder_attention_mask"].astype(bool))
+    assert generate(model, prompts, *memory, max_new_tokens=6) == arrays["greedy"].tolist()
 
 
-def test_cached_is_recomputed(cepe, context, hot, greedy, forward):
-    """Token for token, also where they are drawn: a quarter of the vocabulary comes up, so a slip would show."""
+@pytest.mark.parametrize("samplings", [[HOT] * 3, [Sampling()] * 3, MIXED], ids=["hot", "greedy", "mixed"])
+def test_cached_is_recomputed(cepe, context, memory, forward, samplings):
+    """Token for token, also where they are drawn, each row in its own way."""
+    tokens = generate(cepe, PROMPTS, *memory, max_new_tokens=12, sampling=samplings)
+    assert tokens == recompute(lambda tokens_BT: forward(cepe, tokens_BT, *context), PROMPTS, samplings, 12)
+
+
+def test_a_quarter_of_the_vocabulary_comes_up(hot):
+    """So a slip would show."""
     assert len({token for row in hot for token in row}) > 15
-    assert hot == recompute(lambda tokens_BT: forward(cepe, tokens_BT, *context), PROMPTS, HOT, 12)
-    assert greedy == recompute(lambda tokens_BT: forward(cepe, tokens_BT, *context), PROMPTS, Sampling(), 12)
 
 
-def test_a_batch_is_each_prompt_alone(cepe, context, greedy):
-    alone = generate(cepe, PROMPTS[1:2], *(part[1:2] for part in context), max_new_tokens=12)
-    assert alone == greedy[1:2]
+def test_a_batch_is_each_prompt_alone(cepe, memory, hot):
+    for row, prompt in enumerate(PROMPTS):
+        own = [part[row : row + 1] for part in memory]
+        assert generate(cepe, [prompt], *own, max_new_tokens=12, sampling=HOT) == hot[row : row + 1]
+
+
+def test_a_seed_for_each_row(cepe, memory):
+    """Of equal prompts equal seeds draw equal tokens, others others."""
+    shared = [part[:1] for part in memory]
+    seeds = [Sampling(1.5, seed=seed) for seed in (7, 8, 7)]
+    first, second, third = generate(cepe, PROMPTS[:1] * 3, *shared, max_new_tokens=12, sampling=seeds)
+    assert first == third != second
+
+
+def test_a_shared_memory_is_a_copy_for_each_row(cepe, memory, hot):
+    shared = [part[:1] for part in memory]
+    copies = [np.repeat(part, 3, axis=0) for part in shared]
+    tokens = generate(cepe, PROMPTS, *shared, max_new_tokens=12, sampling=HOT)
+    assert tokens == generate(cepe, PROMPTS, *copies, max_new_tokens=12, sampling=HOT) != hot
+    assert tokens[0] == hot[0]
 
 
 def test_a_plain_decoder(cepe, decoder, plain):
     """Without a context CEPE writes what its decoder writes."""
     tokens = generate(decoder, PROMPTS, max_new_tokens=12, sampling=HOT)
-    assert tokens == recompute(lambda tokens_BT: plain(decoder, tokens_BT), PROMPTS, HOT, 12)
-    for context_BCL in (None, np.zeros((3, 0, 5), np.int32)):
-        without = generate(cepe, PROMPTS, context_BCL, max_new_tokens=1, sampling=HOT, cache_slots=19)
-        assert without == [row[:1] for row in tokens]
+    assert tokens == recompute(lambda tokens_BT: plain(decoder, tokens_BT), PROMPTS, [HOT] * 3, 12)
+    assert generate(cepe, PROMPTS, max_new_tokens=12, sampling=HOT) == tokens
 
 
 def test_the_context_matters(cepe, context, hot):
     context_BCL, mask_BCL = context
     other = np.where(mask_BCL, (context_BCL + 1) % ENCODER.vocab_size, context_BCL)
-    assert generate(cepe, PROMPTS, other, mask_BCL, max_new_tokens=12, sampling=HOT) != hot
+    assert generate(cepe, PROMPTS, *read(cepe, other, mask_BCL), max_new_tokens=12, sampling=HOT) != hot
     unseen = np.where(mask_BCL, context_BCL, (context_BCL + 1) % ENCODER.vocab_size)
-    assert generate(cepe, PROMPTS, unseen, mask_BCL, max_new_tokens=12, sampling=HOT) == hot
+    assert generate(cepe, PROMPTS, *read(cepe, unseen, mask_BCL), max_new_tokens=12, sampling=HOT) == hot
 
 
-def test_stops(cepe, context, hot):
+@pytest.mark.parametrize("step", [1, 5], ids=["none", "multiples of 5"])
+def test_buckets_change_nothing(cepe, memory, hot, monkeypatch, step):
+    monkeypatch.setattr(module, "bucket", lambda count: -(-count // step) * step)
+    assert generate(cepe, PROMPTS, *memory, max_new_tokens=12, sampling=HOT) == hot
+
+
+def test_buckets():
+    """Ascending, never too short, at most a fifth too long, few: four per doubling."""
+    counts = range(1, 5000)
+    found = [bucket(count) for count in counts]
+    assert found == sorted(found)
+    assert sorted(set(found)) == [
+        *(128, 256, 384, 512), *(640, 768, 896, 1024), *(1280, 1536, 1792, 2048), *(2560, 3072, 3584, 4096), 5120
+    ]  # fmt: skip
+    assert all(length >= count and bucket(length) == length for count, length in zip(counts, found, strict=True))
+    assert bucket(2**20) == 2**20
+
+
+def test_stream(cepe, memory, hot):
+    """Step by step; a row that has ended gives None, and the steps end with the last row."""
+    stop_ids = [hot[0][4], hot[1][0], hot[2][9]]
+    ends = [next((i for i, t in enumerate(row) if t in stop_ids), 12) for row in hot]
+    assert len(set(ends)) == 3
+    steps = stream(cepe, PROMPTS, *memory, max_new_tokens=12, sampling=HOT, stop_ids=stop_ids)
+    wanted = [[row[i] if i < end else None for row, end in zip(hot, ends, strict=True)] for i in range(max(ends))]
+    assert list(steps) == wanted
+
+
+def test_a_stream_that_is_left(cepe, memory, hot):
+    """Who stops listening has taken nothing from others."""
+    left, other = (stream(cepe, PROMPTS, *memory, max_new_tokens=12, sampling=HOT) for _ in range(2))
+    assert next(left) == next(other) == [row[0] for row in hot]
+    left.close()
+    assert [next(other) for _ in range(11)] == [list(step) for step in zip(*hot, strict=True)][1:]
+    assert generate(cepe, PROMPTS, *memory, max_new_tokens=12, sampling=HOT) == hot
+
+
+def test_stops(cepe, memory, hot):
     """A row ends before its first stop token, the others go on; the call ends with the last."""
     for stop_ids in ([hot[0][4]], [hot[0][4], hot[1][0], hot[2][9]], [hot[0][0], hot[1][0], hot[2][0]], []):
         expected = [row[: next((i for i, t in enumerate(row) if t in stop_ids), 12)] for row in hot]
-        assert generate(cepe, PROMPTS, *context, max_new_tokens=12, sampling=HOT, stop_ids=stop_ids) == expected
+        assert generate(cepe, PROMPTS, *memory, max_new_tokens=12, sampling=HOT, stop_ids=stop_ids) == expected
     assert expected == hot
 
 
-def test_it_ends_with_the_last_row(cepe, context, hot, monkeypatch):
-    from cepe_jax.inference import generate as module
-
+def test_it_ends_with_the_last_row(cepe, memory, hot, monkeypatch):
+    """One step is under way while the tokens before it are looked at; none follows the last."""
     steps, step = [], module.next_token
     monkeypatch.setattr(module, "next_token", lambda *args: steps.append(1) or step(*args))
-    stop_ids = [row[2] for row in hot]
-    generate(cepe, PROMPTS, *context, max_new_tokens=12, sampling=HOT, stop_ids=stop_ids)
-    assert len(steps) <= 3
+    generate(cepe, PROMPTS, *memory, max_new_tokens=12, sampling=HOT, stop_ids=[row[2] for row in hot])
+    assert len(steps) <= 4
+    steps.clear()
+    generate(cepe, PROMPTS, *memory, max_new_tokens=5, sampling=HOT)
+    assert len(steps) == 5
 
 
-def test_seeds(cepe, context, hot):
-    """Equal seeds give equal tokens, another one others without compiling anew; fewer tokens are the first ones."""
-    assert generate(cepe, PROMPTS, *context, max_new_tokens=12, sampling=HOT) == hot
+def test_programs(cepe, memory, hot):
+    """Two for a bucket, whatever the lengths in it and however is drawn; fewer tokens are the first ones."""
     compiled = next_token._cache_size()
-    other = Sampling(HOT.temperature, HOT.top_k, HOT.top_p, seed=8)
-    assert generate(cepe, PROMPTS, *context, max_new_tokens=12, sampling=other) != hot
-    fewer = generate(cepe, PROMPTS, *context, max_new_tokens=5, sampling=HOT, cache_slots=19)
-    assert fewer == [row[:5] for row in hot]
+    assert generate(cepe, PROMPTS, *memory, max_new_tokens=12, sampling=MIXED) != hot
+    assert generate(cepe, PROMPTS, *memory, max_new_tokens=5, sampling=HOT) == [row[:5] for row in hot]
+    longer = [[5] * 100, [6], [7] * 3]
+    generate(cepe, longer, *memory, max_new_tokens=28)
     assert next_token._cache_size() == compiled
+    generate(cepe, longer, *memory, max_new_tokens=29)  # another bucket of the cache
+    assert next_token._cache_size() == compiled + 2
+
+
+def test_greedy_steps_do_not_sort(cepe, memory):
+    """What sorts stands in a branch that is taken where a row is drawn."""
+    cache = module._new_cache(DECODER, 3, 128)
+    given = cepe, np.zeros((3, 1), int), None, memory, cache, Draws.of(MIXED)
+    jaxpr = jax.make_jaxpr(next_token.__wrapped__)(*given).jaxpr
+    names = [equation.primitive.name for equation in jaxpr.eqns]
+    assert "sort" not in names
+    assert "cond" in names
+
+
+CONTINUATIONS = [[5], [1, 2, 3], [63, 0], [9] * 21, [4, 4, 4, 4]]
+
+
+@pytest.fixture(scope="module")
+def scored(cepe, memory):
+    """Of the first row's memory, with a continuation that the model would write itself."""
+    own = tuple(part[:1] for part in memory)
+    (greedy,) = generate(cepe, PROMPTS[:1], *own, max_new_tokens=6)
+    continuations = [*CONTINUATIONS, greedy, [*greedy[:-1], (greedy[-1] + 1) % DECODER.vocab_size]]
+    return continuations, score(cepe, PROMPTS[0], continuations, *own)
+
+
+def expected_score(logits_TV, prompt: list[int], continuation: list[int]) -> tuple[np.ndarray, bool]:
+    """In fp64 from the logits of prompt and continuation."""
+    logits_TV = np.asarray(logits_TV, np.float64)[len(prompt) - 1 :][: len(continuation)]
+    log_probs_TV = logits_TV - np.log(np.exp(logits_TV).sum(axis=-1, keepdims=True))
+    picked = log_probs_TV[np.arange(len(continuation)), continuation]
+    return picked, logits_TV.argmax(axis=-1).tolist() == continuation
+
+
+def test_score_is_that_of_the_whole_pass(cepe, context, scored, forward):
+    """log softmax of the uncached forward pass over prompt and continuation."""
+    own = [part[:1] for part in context]
+    assert len(scored[0]) == len(scored[1])
+    for continuation, found in zip(*scored, strict=True):
+        tokens_BT = np.zeros((1, 40), np.int32)
+        tokens_BT[0, : len(PROMPTS[0]) + len(continuation)] = PROMPTS[0] + continuation
+        log_probs, greedy = expected_score(forward(cepe, tokens_BT, *own)[0], PROMPTS[0], continuation)
+        np.testing.assert_allclose(found.log_probs, log_probs, atol=1e-5)
+        np.testing.assert_allclose(found.total, log_probs.sum(), atol=1e-4)
+        assert found.greedy == greedy
+        assert found.log_probs.dtype == np.float32
+    assert [found.greedy for found in scored[1]][-2:] == [True, False]
+
+
+def test_scores_do_not_depend_on_the_group(cepe, memory, scored, monkeypatch):
+    own, (continuations, found) = [part[:1] for part in memory], scored
+    (alone,) = score(cepe, PROMPTS[0], continuations[3:4], *own)
+    np.testing.assert_allclose(alone.log_probs, found[3].log_probs, atol=1e-5)
+    monkeypatch.setattr(module, "SCORED_ROWS", 3)
+    for in_threes, at_once in zip(score(cepe, PROMPTS[0], continuations, *own), found, strict=True):
+        np.testing.assert_allclose(in_threes.log_probs, at_once.log_probs, atol=1e-5)
+        assert in_threes.greedy == at_once.greedy
+
+
+def test_score_after_one_token(decoder, plain):
+    """Nothing is left to read before the continuations."""
+    (found, other) = score(decoder, [33], [[1, 2], [3]])
+    logits_BTV = plain(decoder, np.array([[33, 1, 2], [33, 3, 0]]))
+    np.testing.assert_allclose(found.log_probs, expected_score(logits_BTV[0], [33], [1, 2])[0], atol=1e-5)
+    np.testing.assert_allclose(other.log_probs, expected_score(logits_BTV[1], [33], [3])[0], atol=1e-5)
+    assert score(decoder, [33], []) == []
+
+
+def test_logits_of_few_positions_exist_at_once(decoder):
+    """No array of a scoring program is as large as all logits of a group."""
+    rows, length = 16, 512
+    given = [np.zeros((rows, length), kind) for kind in (int, int, bool)]
+    cache = dataclasses.replace(module._new_cache(DECODER, 1, 128), empty=False)
+    program = module._log_probs.lower(decoder, *given, (None, None), cache).compile().as_text()
+    logits = [shape for _, shape in arrays(program) if DECODER.vocab_size in shape]
+    assert logits
+    assert max(math.prod(shape) for shape in logits) <= rows * 16 * DECODER.vocab_size
 
 
 BAD = {
@@ -155,21 +306,20 @@ BAD = {
     "an empty prompt": ({"prompts": [[1], []]}, "an empty prompt: start it with"),
     "id too large": ({"prompts": [[1], [DECODER.vocab_size]]}, "id 64, outside the vocabulary of 64"),
     "id negative": ({"prompts": [[1], [-1]]}, "id -1, outside the vocabulary of 64"),
+    "no integers": ({"prompts": [[1], [1.5]]}, r"a prompt is float64\[1\]: give integers"),
     "no new token": ({"max_new_tokens": 0}, "max_new_tokens is 0: give 1 or more"),
-    "cache too short": ({"cache_slots": 5}, "2 tokens and 4 new ones exceed the cache of 5 slots: shorten"),
-    "context id": ({"context_BCL": np.full((2, 1, 3), ENCODER.vocab_size)}, "id 65, outside the vocabulary of 65"),
-    "context axes": ({"context_BCL": np.zeros((2, 3), int)}, r"context_BCL is int64\[2, 3\]"),
-    "context dtype": ({"context_BCL": np.zeros((2, 1, 3))}, r"context_BCL is float64\[2, 1, 3\]"),
-    "context rows": ({"context_BCL": np.zeros((3, 1, 3), int)}, r"\[3, 3, 16\].* want \[2, M, 16\]"),
+    "window": ({"window": 5}, "2 tokens and 4 new ones exceed the window of 5 tokens: shorten.*overflow mode"),
+    "samplings": ({"sampling": [Sampling()] * 3}, "3 samplings for 2 prompts: give one, or one for each"),
+    "memory rows": ({"memory_BME": np.zeros((3, 3, 16))}, r"\[3, 3, 16\].* want \[.*2, M, 16\]"),
     "mask shape": (
-        {"context_BCL": np.zeros((2, 1, 3), int), "context_mask_BCL": np.ones((2, 3), bool)},
-        r"context_mask_BCL is bool\[2, 3\]: give booleans of shape \[2, 1, 3\]",
+        {"memory_BME": np.zeros((2, 3, 16)), "memory_mask_BM": np.ones((2, 4), bool)},
+        r"memory_mask_BM is bool\[2, 4\]: give booleans of shape \[2, 3\]",
     ),
     "mask dtype": (
-        {"context_BCL": np.zeros((2, 1, 3), int), "context_mask_BCL": np.ones((2, 1, 3), int)},
-        "context_mask_BCL is int",
+        {"memory_BME": np.zeros((2, 3, 16)), "memory_mask_BM": np.ones((2, 3), int)},
+        "memory_mask_BM is int",
     ),
-    "mask alone": ({"context_mask_BCL": np.ones((2, 1, 3), bool)}, "came without its context_BCL"),
+    "mask alone": ({"memory_mask_BM": np.ones((2, 3), bool)}, "came without its memory_BME"),
 }
 
 
@@ -181,14 +331,38 @@ def test_bad_input(cepe, case):
     assert "\n" not in str(error.value)
 
 
+def test_bad_input_is_seen_before_the_first_step(decoder):
+    with pytest.raises(ValueError, match="max_new_tokens is 0"):
+        stream(decoder, [[1]], max_new_tokens=0)
+    assert generate(decoder, [[1, 2]], max_new_tokens=3, window=5) == generate(decoder, [[1, 2]], max_new_tokens=3)
+
+
 def test_a_context_for_a_plain_decoder(decoder):
     with pytest.raises(ValueError, match="a context needs a CEPE model: this one is a plain decoder"):
-        generate(decoder, [[1]], np.zeros((1, 1, 3), int), max_new_tokens=2)
+        generate(decoder, [[1]], np.zeros((1, 3, 16)), max_new_tokens=2)
+    with pytest.raises(ValueError, match="a context needs a CEPE model: this one is a plain decoder"):
+        score(decoder, [1], [[2]], np.zeros((1, 3, 16)))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "continuations", "said"),
+    [
+        ([], [[1]], "an empty prompt: start it with"),
+        ([1], [[1], []], "continuation 1 is empty: give one token or more"),
+        ([1], [[1], [64]], "continuation 1 holds id 64, outside the vocabulary of 64"),
+    ],
+)
+def test_bad_scores(decoder, prompt, continuations, said):
+    with pytest.raises(ValueError, match=said):
+        score(decoder, prompt, continuations)
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("temperature", -0.1), ("top_k", -1), ("top_p", 0.0), ("top_p", 1.1), ("temperature", float("nan"))],
+    [
+        *(("temperature", -0.1), ("top_k", -1), ("top_p", 0.0), ("top_p", 1.1), ("temperature", float("nan"))),
+        *(("seed", -1), ("seed", 2**32)),
+    ],
 )
 def test_bad_sampling(name, value):
     with pytest.raises(ValueError, match=f"{name} is {value}: give"):

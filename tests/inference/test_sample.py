@@ -1,12 +1,10 @@
 """Sampling against its definition in numpy."""
 
-from functools import partial
-
 import jax
 import numpy as np
 import pytest
 
-from cepe_jax.inference.generate import Sampling, sample
+from cepe_jax.inference.generate import Draws, Sampling, sample
 
 LOGITS = np.array([0.3, 2.0, -1.0, 1.1, 0.9, -40.0, 1.7, 0.0], np.float32)
 DRAWS = 20_000
@@ -24,11 +22,19 @@ def distribution(logits: np.ndarray, temperature: float, top_k: int, top_p: floa
     return kept / kept.sum()
 
 
-def drawn(sampling: Sampling, logits=LOGITS) -> np.ndarray:
+draw = jax.jit(sample)
+
+
+def draws_of(rows: int, *settings, number: int = 0) -> Draws:
+    """Each row with a seed of its own."""
+    draws = Draws.of([Sampling(*settings)] * rows)
+    return draws._replace(seed_B=np.arange(rows, dtype=np.uint32), number=np.int32(number))
+
+
+def drawn(*settings) -> np.ndarray:
     """Shares of each token in many draws."""
-    draw = jax.jit(partial(sample, sampling=sampling))
-    tokens = draw(np.tile(logits, (DRAWS, 1)), key=jax.random.key(sampling.seed))
-    return np.bincount(tokens, minlength=len(logits)) / DRAWS
+    tokens = draw(np.tile(LOGITS, (DRAWS, 1)), draws_of(DRAWS, *settings))
+    return np.bincount(tokens, minlength=len(LOGITS)) / DRAWS
 
 
 @pytest.mark.parametrize(
@@ -38,7 +44,7 @@ def drawn(sampling: Sampling, logits=LOGITS) -> np.ndarray:
 def test_distribution(temperature, top_k, top_p):
     """Exactly the tokens of the definition come up, as often as it says."""
     wanted = distribution(LOGITS, temperature, top_k, top_p)
-    shares = drawn(Sampling(temperature, top_k, top_p))
+    shares = drawn(temperature, top_k, top_p)
     assert set(np.flatnonzero(shares)) == set(np.flatnonzero(wanted > 1e-5))
     assert (np.abs(shares - wanted) <= 4.5 * np.sqrt(wanted * (1 - wanted) / DRAWS) + 1e-9).all()
 
@@ -48,32 +54,43 @@ def test_the_support_is_exact():
     rng = np.random.default_rng(0)
     for top_k, top_p in ((0, 0.6), (4, 1.0), (6, 0.6)):
         logits = rng.normal(size=(6, 12)).astype(np.float32)
-        draw = jax.jit(partial(sample, sampling=Sampling(1.0, top_k, top_p)))
-        tokens = np.asarray(draw(np.repeat(logits, 2000, axis=0), key=jax.random.key(1))).reshape(6, 2000)
-        for row in range(6):
+        tokens = draw(np.repeat(logits, 2000, axis=0), draws_of(12_000, 1.0, top_k, top_p))
+        for row, found in enumerate(np.asarray(tokens).reshape(6, 2000)):
             wanted = distribution(logits[row], 1.0, top_k, top_p)
-            assert set(tokens[row]) <= set(np.flatnonzero(wanted))
-            assert set(np.flatnonzero(wanted > 0.01)) <= set(tokens[row])
+            assert set(found) <= set(np.flatnonzero(wanted))
+            assert set(np.flatnonzero(wanted > 0.01)) <= set(found)
+
+
+GREEDY = Sampling(), Sampling(0, 5, 0.5, 3), Sampling(2.0, top_k=1), Sampling(2.0, top_p=1e-6)
 
 
 def test_greedy():
     """Temperature 0, top_k 1 and a tiny top_p take the most probable token, whatever else is set."""
     logits = np.random.default_rng(1).normal(size=(50, 12)).astype(np.float32)
-    for sampling in (Sampling(), Sampling(0, 5, 0.5, 3), Sampling(2.0, top_k=1), Sampling(2.0, top_p=1e-6)):
-        np.testing.assert_array_equal(sample(logits, sampling, jax.random.key(2)), logits.argmax(1))
+    for sampling in GREEDY:
+        np.testing.assert_array_equal(draw(logits, Draws.of([sampling] * 50)), logits.argmax(1))
 
 
-def test_rows_are_drawn_each_for_itself():
-    logits = np.tile(LOGITS, (200, 1))
-    tokens = np.asarray(sample(logits, Sampling(1.0), jax.random.key(0)))
-    assert len(set(tokens)) > 4
-    logits[:100] = -LOGITS
-    np.testing.assert_array_equal(np.asarray(sample(logits, Sampling(1.0), jax.random.key(0)))[100:], tokens[100:])
+def test_rows_are_drawn_each_in_its_own_way():
+    """A batch of mixed settings is each row alone."""
+    rng = np.random.default_rng(2)
+    settings = [Sampling(1.0), Sampling(), Sampling(3.0, 2), Sampling(1.0, 0, 0.5), Sampling(0.5, 5, 0.9)]
+    samplings = [Sampling(s.temperature, s.top_k, s.top_p, seed) for seed in range(8) for s in settings]
+    logits = rng.normal(size=(len(samplings), 12)).astype(np.float32)
+    alone = [int(draw(row[None], Draws.of([s]))[0]) for row, s in zip(logits, samplings, strict=True)]
+    np.testing.assert_array_equal(draw(logits, Draws.of(samplings)), alone)
+    np.testing.assert_array_equal(alone[1::5], logits[1::5].argmax(1))
+    assert alone != logits.argmax(1).tolist()
 
 
-def test_keys():
-    logits = np.tile(LOGITS, (50, 1))
-    draw = jax.jit(partial(sample, sampling=Sampling(1.0)))
-    first = draw(logits, key=jax.random.key(5))
-    np.testing.assert_array_equal(first, draw(logits, key=jax.random.key(5)))
-    assert not np.array_equal(first, draw(logits, key=jax.random.key(6)))
+def test_a_draw_is_of_seed_and_number():
+    """The key of a draw is that of the row's seed with the token's number folded in."""
+    rows, logits = [5, 5, 6, 2**32 - 1], np.tile(LOGITS, (4, 1))
+    draws = Draws.of([Sampling(2.0, seed=seed) for seed in rows])
+    tokens = [np.asarray(draw(logits, draws._replace(number=np.int32(number)))) for number in range(30)]
+    for number, found in enumerate(tokens):
+        keys = [jax.random.fold_in(jax.random.key(np.uint32(seed)), number) for seed in rows]
+        assert found.tolist() == [int(jax.random.categorical(key, LOGITS / 2)) for key in keys]
+    columns = [tuple(column) for column in np.transpose(tokens)]
+    assert columns[0] == columns[1]
+    assert len(set(columns)) == 3

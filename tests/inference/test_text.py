@@ -45,6 +45,7 @@ def test_generate_text(tmp_path, monkeypatch):
         return [tokenizer.encode(" x\n\ty")]
 
     monkeypatch.setattr(text, "load", lambda path, dtype: (path, dtype))
+    monkeypatch.setattr(text, "encode", lambda model, context, mask: context.reshape(1, -1))
     monkeypatch.setattr(text, "generate", generate)
     sampling = Sampling(temperature=2.0, seed=3)
     config = GenerateConfig(tmp_path, "def f(x):", context, 5, 9, sampling, "bfloat16")
@@ -58,8 +59,8 @@ def test_generate_text(tmp_path, monkeypatch):
     assert (model, prompts, given) == ((tmp_path, "bfloat16"), [prompt], settings)
     assert chunks.shape == mask.shape
     wanted = chunks_of([file.read_bytes().decode() for file in context], tokenizer, 5)
-    np.testing.assert_array_equal(chunks, wanted[0][None])
-    np.testing.assert_array_equal(mask, wanted[1][None])
+    np.testing.assert_array_equal(chunks, wanted[0].reshape(1, -1))
+    np.testing.assert_array_equal(mask, wanted[1].reshape(1, -1))
     assert tokenizer.decode(chunks[mask]) == "def g(y):\r\n\treturn 🙂\npass"
 
 

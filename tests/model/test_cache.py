@@ -72,6 +72,48 @@ def test_what_the_cache_holds(cepe, tokens_BT, holes_BT, memory):
         assert relative_error(ours, wanted) < 1e-5
 
 
+def test_padding_on_the_right_costs_no_slots(cepe, tokens_BT, memory, forward, context_BCL, context_mask_BCL):
+    """A prompt of 3 and one of 5 in 7 slots, then two more tokens of each: they follow the longer one.
+
+    The slots that padding took are written again, and the logits are those of each row alone.
+    """
+    prompts, mask = [5, 3], np.arange(7) < np.array([[5], [3]])
+    cache = KVCache.create(DECODER, 2, 7)
+    first, cache = step(cepe, tokens_BT, *memory, cache, mask)
+    assert int(cache.length) == 5
+    second, cache = step(cepe, tokens_BT[:, :1], *memory, cache, None)
+    third, cache = step(cepe, tokens_BT[:, 1:2], *memory, cache, None)
+    assert int(cache.length) == 7
+    np.testing.assert_array_equal(cache.valid_BS, [[1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 1, 1]])
+    for row, count in enumerate(prompts):
+        tokens = np.concatenate([tokens_BT[row, :count], tokens_BT[row, :2], np.zeros(5 - count, int)])
+        wanted = forward(cepe, tokens[None], context_BCL[row : row + 1], context_mask_BCL[row : row + 1])[0]
+        ours = np.stack([first[row, count - 1], second[row, 0], third[row, 0]])
+        assert relative_error(ours, wanted[count - 1 : count + 2]) < 1e-5
+
+
+def test_nothing_real_takes_no_slot(cepe, tokens_BT, memory):
+    _, cache = run(cepe, tokens_BT, None, *memory, (4,), slots=9)
+    nothing = np.zeros((2, 2), bool)
+    _, same = step(cepe, tokens_BT[:, :2], *memory, cache, nothing)
+    assert int(same.length) == 4
+    np.testing.assert_array_equal(same.valid_BS, cache.valid_BS)
+
+
+def test_a_cache_of_one_row_is_read_by_all(cepe, tokens_BT, memory):
+    """And written to by none: the logits are those of a copy of it for each row."""
+    own = tuple(part[:1] for part in memory)
+    both = tuple(np.repeat(part, 2, axis=0) for part in own)
+    mask = np.array([[True, True, True], [True, False, False]])
+    _, cache = run(cepe, tokens_BT[:1, :4], None, *own, (4,), slots=5)  # no room for more
+    _, copies = run(cepe, np.repeat(tokens_BT[:1, :4], 2, axis=0), None, *both, (4,), slots=7)
+    wanted, _ = step(cepe, tokens_BT[:, 4:], *both, copies, mask)
+    ours, same = step(cepe, tokens_BT[:, 4:], *both, cache, mask)
+    assert relative_error(ours[mask], wanted[mask]) < 1e-6
+    for now, before in zip(jax.tree.leaves(same), jax.tree.leaves(cache), strict=True):
+        np.testing.assert_array_equal(now, before)
+
+
 def test_empty_is_a_statement_about_the_program(cepe, tokens_BT):
     """A new cache is empty and is not attended to; one whose slots are all invalid gives the same numbers."""
     new = KVCache.create(DECODER, 2, 9)
