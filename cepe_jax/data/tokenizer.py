@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
 
 import sentencepiece
@@ -18,7 +20,7 @@ class Tokenizer:
     """One tokenizer for decoder and encoder.
 
     `vocab_size` ids; `bos_id` and `eos_id`; `mask_id` = vocab_size is the encoder's extra id: no text contains it.
-    Special tokens written out in a text are text.
+    Special tokens written out in a text are text, but for `encode_special`; `special` has their ids by name.
     """
 
     def __init__(self, path: str | Path):
@@ -34,6 +36,7 @@ class Tokenizer:
         self.path = path
         self._impl = _HuggingFace(path) if path.suffix == ".json" else _SentencePiece(path)
         self.vocab_size, self.bos_id, self.eos_id = self._impl.vocab_size, self._impl.bos_id, self._impl.eos_id
+        self.special: dict[str, int] = self._impl.special
 
     @property
     def mask_id(self) -> int:
@@ -41,6 +44,18 @@ class Tokenizer:
 
     def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
         return [self.bos_id] * bos + self._impl.encode(text) + [self.eos_id] * eos
+
+    def encode_special(self, text: str, escape: str = "", continues: bool = False) -> list[int]:
+        """The ids of a text in which special tokens, written out, are those tokens: what a chat template gives.
+
+        A name that contains the character `escape` is text; the character is taken out. `continues`: the text goes on
+        after another one, so that a space which the tokenizer puts before every text is left out.
+        """
+        if continues:
+            before, ids = self._impl.encode_special("\n", escape), self._impl.encode_special("\n" + text, escape)
+            if ids[: len(before)] == before:  # else the newline is part of a longer piece: nothing is put before
+                return ids[len(before) :]
+        return self._impl.encode_special(text, escape)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of the ids; BOS and EOS have none."""
@@ -59,6 +74,26 @@ class Tokenizer:
                 raise ValueError(f"{self.path} is not the tokenizer of {directory}: prepare the data with {other.path}")
 
 
+def settings_beside(path: Path) -> dict:
+    """What tokenizer_config.json says beside the tokenizer at `path`; {} where there is none."""
+    beside = path.with_name("tokenizer_config.json")
+    if not beside.exists():
+        return {}
+    try:
+        settings = json.loads(beside.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{beside}: not JSON ({error}): copy it again") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"{beside}: holds no settings by name: copy it again")
+    return settings
+
+
+def _named_beside(path: Path) -> dict[str, int]:
+    """The special tokens that tokenizer_config.json beside `path` names, and their ids."""
+    named = settings_beside(path).get("added_tokens_decoder", {})
+    return {token["content"]: int(i) for i, token in named.items() if token.get("special")}
+
+
 class _SentencePiece:
     def __init__(self, path: Path):
         try:
@@ -71,6 +106,12 @@ class _SentencePiece:
             raise ValueError(f"{path}: has no begin- or end-of-sequence piece: train one with both")
         self.decode = self.processor.decode
         self._newline = self._newline_prefix()
+        piece, named = self.processor.id_to_piece, _named_beside(path)
+        known = {name: i for name, i in named.items() if i < self.vocab_size and piece(i) == name}
+        self.special = known | {piece(i): i for i in range(self.vocab_size) if self.processor.is_control(i)}
+        self._special_ids, self._foreign = set(self.special.values()), set(named) - set(self.special)
+        self._names = re.compile("|".join(sorted(map(re.escape, {*self.special, *named}), key=len, reverse=True)))
+        self._path = path
 
     def encode(self, text: str) -> list[int]:
         """The ids of the whole text. SentencePiece slows down with the length of a string, so long ones are cut."""
@@ -84,6 +125,19 @@ class _SentencePiece:
         ids = parts[0]
         for part in parts[1:]:
             ids += part[self._newline :]
+        return ids
+
+    def encode_special(self, text: str, escape: str) -> list[int]:
+        """Each text between special tokens is encoded by itself, as Meta's own code does."""
+        ids, names = [], [*self._names.findall(text), None]
+        for part, name in zip(self._names.split(text), names, strict=True):
+            between = self.encode(part.replace(escape, ""))
+            if escape and escape in part and self._special_ids & set(between):  # the model finds the name in any text
+                between = [i for piece in part.split(escape) for i in self.encode(piece)]
+            if name in self._foreign:
+                beside = "which tokenizer_config.json names: put the model's tokenizer.json in its place"
+                raise ValueError(f"{self._path} has no token {name}, {beside}")
+            ids += between if name is None else [*between, self.special[name]]
         return ids
 
     def _newline_prefix(self) -> int | None:
@@ -122,12 +176,26 @@ class _HuggingFace:
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
         self.vocab_size = self.tokenizer.get_vocab_size(with_added_tokens=True)
-        self.bos_id, self.eos_id = self._special(path)
+        self.bos_id, self.eos_id = self._ends(path)
+        self.special = {self.tokenizer.id_to_token(i): i for i in (self.bos_id, self.eos_id)}
+        self.special |= {t.content: i for i, t in self.tokenizer.get_added_tokens_decoder().items() if t.special}
+        self.special |= {n: i for n, i in _named_beside(path).items() if self.tokenizer.token_to_id(n) == i}
 
-    def _special(self, path: Path) -> tuple[int, int]:
+    @cached_property
+    def _parser(self):
+        """A copy of the tokenizer that finds special tokens in a text as it stands, before it is normalised."""
+        import tokenizers
+
+        parser = tokenizers.Tokenizer.from_str(self.tokenizer.to_str())
+        added = parser.get_added_tokens_decoder()
+        options = {i: {"lstrip": added[i].lstrip, "rstrip": added[i].rstrip} for i in added}
+        names = self.special.items()
+        parser.add_special_tokens([tokenizers.AddedToken(n, normalized=False, **options.get(i, {})) for n, i in names])
+        return parser
+
+    def _ends(self, path: Path) -> tuple[int, int]:
         """Ids of begin and end of sequence: as tokenizer_config.json beside it says, else by their usual names."""
-        beside = path.with_name("tokenizer_config.json")
-        settings = json.loads(beside.read_text()) if beside.exists() else {}
+        settings = settings_beside(path)
         usual = {"bos_token": ("<s>", "<|begin_of_text|>"), "eos_token": ("</s>", "<|end_of_text|>")}
         ids = []
         for role, names in usual.items():
@@ -135,12 +203,23 @@ class _HuggingFace:
                 names = (said["content"] if isinstance(said, dict) else said,)
             present = [i for name in names if (i := self.tokenizer.token_to_id(name)) is not None]
             if not present:
-                raise ValueError(f"{path}: no {role}: looked for {' and '.join(names)}; name it in {beside.name}")
+                raise ValueError(
+                    f"{path}: no {role}: looked for {' and '.join(names)}; name it in tokenizer_config.json"
+                )
             ids.append(present[0])
         return ids[0], ids[1]
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_special(self, text: str, escape: str) -> list[int]:
+        """As the library finds special tokens; normalising, which comes after, takes the escape out."""
+        from tokenizers import normalizers
+
+        own = self.tokenizer.normalizer
+        steps = [normalizers.Replace(escape, "")] * bool(escape) + [own] * (own is not None)
+        self._parser.normalizer = normalizers.Sequence(steps)
+        return self._parser.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=False)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import sentencepiece as library
 import tokenizers
+from texts import as_llama_2, byte_level, to_tokenizers
 
 from cepe_jax.data import tokenizer as tokenizer_module
 from cepe_jax.data.tokenizer import Tokenizer, train, training_pieces
@@ -34,26 +35,15 @@ def sentencepiece(home) -> Tokenizer:
 
 def save_json(path: Path, special=("<s>", "</s>", "<mask>"), vocab_size: int = 320, **options) -> Path:
     """A byte-level BPE in the format of the `tokenizers` library, which adds BOS and EOS, pads and cuts by itself."""
-    import tokenizers
-    from tokenizers import decoders, models, pre_tokenizers, processors, trainers
-
-    tokenizer = tokenizers.Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=list(special),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(SOURCES[:2], trainer)
+    byte_level(path, special, vocab_size, SOURCES[:2])
     if options:
+        tokenizer = tokenizers.Tokenizer.from_file(str(path))
         tokenizer.enable_padding(length=options["padding"])
         tokenizer.enable_truncation(options["truncation"])
-        tokenizer.post_processor = processors.TemplateProcessing(
+        tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
             single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
         )
-    tokenizer.save(str(path))
+        tokenizer.save(str(path))
     return path
 
 
@@ -111,6 +101,43 @@ def test_ids_of_the_library(sentencepiece, hugging_face):
     assert (hugging_face.vocab_size, hugging_face.bos_id, hugging_face.eos_id) == (320, 0, 1)
     assert len(hugging_face.encode("a b c d e f g")) > 3
     assert len(hugging_face.encode("a")) == 1
+
+
+PROBES = [" a", "  b", "   a", "\n", "\n\n x", "<s>", " <s>x</s>", "def f(x):\n    return  x\n", "\t🙂 é", ""]
+
+
+@pytest.mark.parametrize("kind", ["ours", "as llama 2"])
+def test_ids_are_those_of_tokenizers(home, sentencepiece, kind):
+    """The same model as a tokenizer.json, read by the library itself: leading spaces, newlines, a literal <s>."""
+    model = sentencepiece.path if kind == "ours" else as_llama_2(home / "llama_2.model")
+    theirs = tokenizers.Tokenizer.from_file(str(to_tokenizers(model, home / f"{kind}.json")))
+    theirs.encode_special_tokens = True
+    ours, read = Tokenizer(model), Tokenizer(home / f"{kind}.json")
+    for text in [*PROBES, *SPECIAL]:
+        assert ours.encode(text) == read.encode(text) == theirs.encode(text).ids
+        assert ours.decode(ours.encode(text)) == read.decode(ours.encode(text)) == text
+    theirs.encode_special_tokens = False
+    for text in ["<s>[INST] a b\n [/INST] c </s>\n<s> d", "a</s>", "<s>", " "]:
+        assert ours.encode_special(text) == read.encode_special(text) == theirs.encode(text).ids
+    assert ours.encode_special("<s>") == [ours.bos_id]
+
+
+@pytest.mark.parametrize("kind", ["ours", "as llama 2", "byte level", "byte fallback"])
+def test_text_that_goes_on(home, sentencepiece, kind):
+    """What is encoded part by part is what it is as a whole, where the parts meet between its pieces."""
+    paths = {
+        "ours": sentencepiece.path,
+        "as llama 2": as_llama_2(home / "llama_2.model"),
+        "byte level": home / "b.json",
+    }
+    paths["byte fallback"] = to_tokenizers(paths["as llama 2"], home / "llama_2.json")
+    byte_level(home / "b.json")
+    tokenizer = Tokenizer(paths[kind])
+    for text in ["It is a  test.\n\n\nA test </s><s>here:\n  x", "</s>", "\n\n", " </s> a"]:
+        whole = tokenizer.encode_special("Hello" + text)
+        assert whole == tokenizer.encode_special("Hello") + tokenizer.encode_special(text, continues=True)
+    escaped = tokenizer.encode_special("<~s>a<s>", "~")
+    assert escaped == [*tokenizer.encode("<s>a"), tokenizer.bos_id]
 
 
 def test_the_mask_id_is_one_more(tokenizer):

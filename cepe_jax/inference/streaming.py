@@ -1,0 +1,62 @@
+"""Tokens to text while they come: no torn characters, and nothing of a stop string."""
+
+from collections.abc import Sequence
+
+from cepe_jax.data.tokenizer import Tokenizer
+
+TORN = "\ufffd"  # what a decoder writes for bytes that are no character, or not yet one
+
+
+class Detokenizer:
+    """The text that follows a prompt, piece by piece; the pieces joined are the decoding of all tokens after it.
+
+    A character is given out when all its bytes have come, or at the end as the decoder gives its part. (Where one
+    byte that is no character makes `tokenizers` drop a whole run of them, what was given out before stays.)
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = ()):
+        self._tokenizer = tokenizer
+        self._left = list(prompt)  # what is to the left decides on spaces, so it is decoded too
+        self._held: list[int] = []
+        self._given = tokenizer.decode(self._left)  # of the text of both
+
+    def add(self, token: int) -> str:
+        self._held.append(token)
+        text = self._tokenizer.decode(self._left + self._held)
+        return "" if text.endswith(TORN) else self._give(text)
+
+    def end(self) -> str:
+        return self._give(self._tokenizer.decode(self._left + self._held))
+
+    def _give(self, text: str) -> str:
+        new, self._given = text[len(self._given) :], text
+        if alone := self._tokenizer.decode(self._held):
+            self._left, self._held, self._given = self._held, [], alone
+        return new
+
+
+class StopStrings:
+    """Text up to the first stop string that is complete, wherever pieces cut it; `found` once there was one."""
+
+    def __init__(self, stop: Sequence[str]):
+        if isinstance(stop, str) or not all(stop):
+            raise ValueError(f"stop is {stop!r}: give a list of texts, none of them empty")
+        self._stop = tuple(stop)
+        self._held = ""
+        self.found = False
+
+    def add(self, text: str) -> str:
+        """What can be given out: the beginning of what may become a stop string is held back."""
+        held = self._held + text
+        places = [(at + len(stop), at) for stop in self._stop if (at := held.find(stop)) >= 0]
+        if places:
+            self.found = True
+            end = min(places)[1]
+        else:
+            starts = range(max(0, len(held) - max(map(len, self._stop), default=0)), len(held))
+            end = next((at for at in starts if any(stop.startswith(held[at:]) for stop in self._stop)), len(held))
+        self._held = "" if self.found else held[end:]
+        return held[:end]
+
+    def end(self) -> str:
+        return self._held

@@ -1,0 +1,107 @@
+"""Chat templates: a conversation to the text that the model was trained on, and to its ids.
+
+They come with a model, as programs for Jinja; what they may do is what transformers lets them do.
+"""
+
+import datetime
+import json
+import re
+from pathlib import Path
+
+import jinja2
+from jinja2.ext import Extension, loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from cepe_jax.data.tokenizer import Tokenizer, settings_beside
+
+Message = dict[str, str]  # role (system, user or assistant) and content
+PRIVATE_USE = range(0xE000, 0xF900)  # characters that no text should contain
+
+
+class Template:
+    """The chat template beside a tokenizer.
+
+    What users write never becomes a special token: in contents their names are text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+        settings = settings_beside(tokenizer.path)
+        self.where, source = _source(tokenizer.path, settings)
+        try:
+            self._program = _environment().from_string(source)
+        except jinja2.TemplateSyntaxError as error:
+            raise ValueError(f"{self.where}: not a chat template, line {error.lineno}: {error.message}") from None
+        ends = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
+        names = {i: name for name, i in tokenizer.special.items()}
+        self._tokens = {role: names[i] for role, i in ends.items()}
+        for role in ("bos_token", "eos_token", "unk_token", "pad_token"):
+            if token := settings.get(role):
+                self._tokens[role] = token["content"] if isinstance(token, dict) else token
+        longest_first = sorted(map(re.escape, tokenizer.special), key=len, reverse=True)
+        self._special = re.compile("|".join(longest_first))
+
+    @property
+    def eos_id(self) -> int:
+        """What ends an answer: a chat model's settings may name another token than its tokenizer's."""
+        return self.tokenizer.special.get(self._tokens["eos_token"], self.tokenizer.eos_id)
+
+    def escape_for(self, messages: list[Message]) -> str:
+        """A character that is in none of the messages, to write special tokens' names with as text."""
+        return next(c for c in map(chr, PRIVATE_USE) if not any(c in message["content"] for message in messages))
+
+    def escaped(self, content: str, escape: str) -> str:
+        """The content with `escape` after the first character of each special token's name."""
+        return self._special.sub(lambda found: found[0][0] + escape + found[0][1:], content)
+
+    def render(self, messages: list[Message], escape: str = "", answer: bool = True) -> str:
+        """The conversation as one text; with `answer`, up to where the model's next answer begins."""
+        messages = [message | {"content": self.escaped(message["content"], escape)} for message in messages]
+        try:
+            return self._program.render(messages=messages, add_generation_prompt=answer, **self._tokens)
+        except Exception as error:  # of the template's own making, whatever it is: it is a program
+            raise ValueError(f"{self.where}: the chat template refuses the conversation: {error}") from None
+
+
+def _source(tokenizer: Path, settings: dict) -> tuple[Path, str]:
+    """Where the template stands, and its text: chat_template.jinja's, else tokenizer_config.json's."""
+    alone, config = (tokenizer.with_name(name) for name in ("chat_template.jinja", "tokenizer_config.json"))
+    if alone.exists():
+        return alone, alone.read_text("utf-8")
+    template = settings.get("chat_template")
+    if template is None:
+        raise ValueError(
+            f"{tokenizer.parent} has no chat template: copy chat_template.jinja or tokenizer_config.json of a chat "
+            f"model there, or give a prompt that is no chat"
+        )
+    if isinstance(template, list):
+        named = {entry["name"]: entry["template"] for entry in template}
+        if "default" not in named:
+            raise ValueError(f"{config}: chat templates {', '.join(named)}, and no default: name one so")
+        template = named["default"]
+    return config, template
+
+
+class _Generation(Extension):
+    """`{% generation %}` marks what a model is trained on: here it changes nothing."""
+
+    tags = {"generation"}
+
+    def parse(self, parser):
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    def refuse(message: str):
+        raise jinja2.TemplateError(message)
+
+    def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    extensions = [loopcontrols, _Generation]
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+    environment.filters["tojson"] = to_json
+    environment.globals["raise_exception"] = refuse
+    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    return environment
