@@ -53,6 +53,10 @@ def peak_flops(devices: Sequence) -> float | None:
     return None if None in chips else sum(chip.peak_flops for chip in chips)
 
 
+def gib(count: float) -> str:
+    return f"{count / 2**30:.2f} GiB"
+
+
 @dataclass(frozen=True)
 class Flops:
     """FLOPs of one sequence's forward pass, by what the backward pass makes of them."""

@@ -1,5 +1,6 @@
 """Where arrays live on a mesh: one table from logical axes to mesh axes. Nothing else knows the mesh's names."""
 
+import math
 from collections.abc import Sequence
 
 import jax
@@ -54,6 +55,12 @@ def split_axes(logical: str) -> tuple[str, ...]:
     """The axes of the present mesh along which several devices share this logical axis; none without a mesh."""
     sizes = jax.sharding.get_abstract_mesh().shape
     return tuple(axis for axis in RULES[logical] if sizes.get(axis, 1) > 1)
+
+
+def num_shards(logical: str) -> int:
+    """Into how many parts the present mesh cuts this logical axis."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return math.prod(sizes[axis] for axis in split_axes(logical))
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

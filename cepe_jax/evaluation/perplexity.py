@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from cepe_jax.data.examples import Document, chunks_before, window_at
-from cepe_jax.inference.generate import encode
+from cepe_jax.inference.context import encode_chunks
 from cepe_jax.model.cepe import Cepe
 from cepe_jax.progress import track
 from cepe_jax.training.objectives import token_nll
@@ -66,7 +66,7 @@ def context_nll(
             ends = [(r.document, r.start) if kind == "previous" else (r.other, r.other_end) for r in rows]
             contexts = [chunks_before(document.tokens, end, most, chunk_length) for document, end in ends]
             context, real = (np.stack([c[name] for c in contexts]) for name in ("context", "context_mask"))
-            memory = encode(model, context, real)
+            memory = encode_chunks(model, context, real)
             for count in counts if kind == "other" else [0, *counts]:
                 last = most * chunk_length - count * chunk_length
                 read = (memory[:, last:], real.reshape(batch, -1)[:, last:]) if count else (None, None)

@@ -12,7 +12,8 @@ import numpy as np
 from cepe_jax.data.corpus import Corpus
 from cepe_jax.data.examples import chunks_before
 from cepe_jax.evaluation.perplexity import Window, choose_windows, context_nll
-from cepe_jax.inference.generate import encode, generate
+from cepe_jax.inference.context import encode_chunks
+from cepe_jax.inference.generate import generate
 from cepe_jax.model.cepe import Cepe, flat_mask
 from cepe_jax.weights.huggingface import load
 
@@ -78,7 +79,7 @@ def _sample(model: Cepe, window: Window, config: EvaluateConfig, tokenizer) -> d
     prompt = window.document.tokens[window.start : window.start + config.window // 2]
     before = chunks_before(window.document.tokens, window.start, config.trained_chunks, config.chunk_length)
     context, mask = before["context"][None], before["context_mask"][None]
-    memory = encode(model, context, mask), flat_mask(mask)
+    memory = encode_chunks(model, context, mask), flat_mask(mask)
     limits = {"max_new_tokens": config.sample_tokens, "stop_ids": [tokenizer.eos_id]}
     (without,), (with_context,) = generate(model, [prompt], **limits), generate(model, [prompt], *memory, **limits)
     truth = window.document.tokens[window.start + len(prompt) :][: config.sample_tokens]

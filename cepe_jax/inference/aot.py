@@ -8,7 +8,8 @@ from jax.sharding import NamedSharding
 
 from cepe_jax.config import CepeConfig
 from cepe_jax.cost import cepe_flops, encoder_flops
-from cepe_jax.inference.generate import Draws, Sampling, encode, next_token
+from cepe_jax.inference.context import encode_chunks
+from cepe_jax.inference.generate import Draws, Sampling, next_token
 from cepe_jax.model.cache import KVCache
 from cepe_jax.model.cepe import Cepe, assemble
 from cepe_jax.sharding import partition_spec
@@ -32,7 +33,7 @@ def encode_step(config: TrainConfig, sizes: Config) -> Step:
     B, C, L = config.batch_size, config.examples.num_chunks, config.examples.chunk_length
     contexts = [_array((B, C, L), dtype, "batch", None, None) for dtype in (jnp.int32, bool)]
     flops = B * encoder_flops(sizes.encoder, C, L).forward
-    return Step(encode, (_model(config, sizes), *contexts), flops, flops)
+    return Step(encode_chunks, (_model(config, sizes), *contexts), flops, flops)
 
 
 def _read(config: TrainConfig, sizes: Config, tokens: int, cached: bool) -> Step:

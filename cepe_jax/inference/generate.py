@@ -5,10 +5,10 @@ bucket's slots, and what differs between calls is an array. So another prompt, a
 program, and no result depends on the padding.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from cepe_jax.model.llama import Llama
 from cepe_jax.training.objectives import token_nll
 
 Array = jax.Array
+Item = TypeVar("Item")
 SCORED_ROWS = 16  # continuations that are read at once
 SCORED_POSITIONS = 16  # of each of them, whose logits exist at once
 
@@ -119,8 +120,16 @@ def next_token(model: Cepe | Llama, tokens_BT, mask_BT, memory, cache: KVCache, 
     return sample(decoder.logits(last_B1D)[:, 0], draws)[:, None], cache
 
 
-encode = jax.jit(Cepe.encode)
 _new_cache = jax.jit(KVCache.create, static_argnums=(0, 1, 2))
+
+
+def one_ahead(results: Iterable[Item]) -> Iterator[Item]:
+    """The results, each once the next one is under way: devices are at work while the host looks at what they gave."""
+    waiting: list[Item] = []
+    for result in results:
+        yield from waiting
+        waiting = [result]
+    yield from waiting
 
 
 def _right_padded(rows: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -177,15 +186,18 @@ def stream(
         raise ValueError(f"{len(samplings)} samplings for {len(prompts)} prompts: give one, or one for each")
     draws, memory = Draws.of(samplings), (memory_BME, memory_mask_BM)
 
-    def steps() -> Iterator[list[int | None]]:
+    def dispatched() -> Iterator[Array]:
         cache = _new_cache(decoder.config, len(prompts), bucket(longest + max_new_tokens))
-        coming_B1, cache = next_token(model, *_right_padded(prompts, bucket(longest)), memory, cache, draws)
+        tokens_B1, cache = next_token(model, *_right_padded(prompts, bucket(longest)), memory, cache, draws)
+        yield tokens_B1
+        for number in range(1, max_new_tokens):
+            at_number = draws._replace(number=np.int32(number))
+            tokens_B1, cache = next_token(model, tokens_B1, None, memory, cache, at_number)
+            yield tokens_B1
+
+    def steps() -> Iterator[list[int | None]]:
         running_B = np.ones(len(prompts), bool)
-        for number in range(1, max_new_tokens + 1):
-            tokens_B1 = coming_B1
-            if number < max_new_tokens:  # at work while the host looks at the tokens before
-                at_number = draws._replace(number=np.int32(number))
-                coming_B1, cache = next_token(model, tokens_B1, None, memory, cache, at_number)
+        for tokens_B1 in one_ahead(dispatched()):
             tokens_B = np.asarray(tokens_B1)[:, 0]
             running_B &= ~np.isin(tokens_B, list(stop_ids))
             if not running_B.any():

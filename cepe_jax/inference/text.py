@@ -7,7 +7,8 @@ from typing import Literal
 import numpy as np
 
 from cepe_jax.data.tokenizer import Tokenizer
-from cepe_jax.inference.generate import Sampling, encode, generate
+from cepe_jax.inference.context import encode_chunks
+from cepe_jax.inference.generate import Sampling, generate
 from cepe_jax.model.cepe import flat_mask
 from cepe_jax.weights.huggingface import load
 
@@ -55,7 +56,7 @@ def generate_text(config: GenerateConfig) -> str:
     tokenizer = Tokenizer(config.model)
     model = load(config.model, config.dtype)
     context, mask = chunks_of(texts, tokenizer, config.chunk_length)
-    memory = (encode(model, context[None], mask[None]), flat_mask(mask[None])) if texts else ()
+    memory = (encode_chunks(model, context[None], mask[None]), flat_mask(mask[None])) if texts else ()
     prompt = tokenizer.encode(config.prompt, bos=True)
     limits = {"max_new_tokens": config.max_new_tokens, "stop_ids": [tokenizer.eos_id]}
     (new,) = generate(model, [prompt], *memory, sampling=config.sampling, **limits)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import NamedSharding
 
-from cepe_jax.cost import CHIPS, Chip
+from cepe_jax.cost import CHIPS, Chip, gib
 from cepe_jax.data.loader import blank
 from cepe_jax.sharding import batch_axes, is_variable, make_mesh, partition_spec, shardings_of
 from cepe_jax.training.hlo import collectives
@@ -189,10 +189,6 @@ def table(result: dict) -> str:
             f"compiled in {result['compile_seconds']:.0f} s",
         )
     )
-
-
-def gib(count: float) -> str:
-    return f"{count / 2**30:.2f} GiB"
 
 
 def bytes_needed(message: str) -> int:

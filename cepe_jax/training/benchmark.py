@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from cepe_jax.config import CepeConfig
-from cepe_jax.cost import peak_flops
+from cepe_jax.cost import gib, peak_flops
 from cepe_jax.data.loader import blank
 from cepe_jax.progress import track
 from cepe_jax.sharding import make_mesh, place_batch
-from cepe_jax.training.aot import CompileConfig, compile_step, devices_of, gib, memory_of, train_step
+from cepe_jax.training.aot import CompileConfig, compile_step, devices_of, memory_of, train_step
 from cepe_jax.training.logs import peak_memory
 from cepe_jax.training.settings import (
     TrainConfig,

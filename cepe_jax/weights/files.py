@@ -157,7 +157,7 @@ def write_shards(directory: Path, tensors: Iterable[tuple[str, np.ndarray]]) -> 
     def flush():
         nonlocal count
         count += 1
-        _save(shard, directory / f"{count}.safetensors")
+        save_tensors(shard, directory / f"{count}.safetensors", {"format": "pt"})  # transformers wants this word
         shard_of.update(dict.fromkeys(shard, count))
         shard.clear()
 
@@ -179,10 +179,11 @@ def write_shards(directory: Path, tensors: Iterable[tuple[str, np.ndarray]]) -> 
     return written
 
 
-def _save(shard: dict[str, np.ndarray], path: Path) -> None:
+def save_tensors(tensors: dict[str, np.ndarray], path: Path, metadata: dict[str, str]) -> None:
+    """Writes one safetensors file; ValueError where there is no room for it."""
     mode = path.parent.stat().st_mode & 0o666  # as any new file's: safetensors makes files that only their owner reads
     try:
-        save_file(shard, path, metadata={"format": "pt"})  # transformers refuses a file without this word
+        save_file(tensors, path, metadata)
     except SafetensorError as error:
         raise ValueError(f"cannot write {path.parent} ({error}): is the disk full?") from error
     path.chmod(mode)

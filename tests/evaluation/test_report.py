@@ -49,7 +49,7 @@ def measured(config, cepe, monkeypatch):
 
     monkeypatch.setattr(report, "load", lambda path: cepe)
     monkeypatch.setattr(report, "context_nll", lambda *args: nll)
-    monkeypatch.setattr(report, "encode", lambda model, context, mask: context.reshape(1, -1))
+    monkeypatch.setattr(report, "encode_chunks", lambda model, context, mask: context.reshape(1, -1))
     monkeypatch.setattr(report, "generate", generate)
     evaluate(config)
     return nll, calls

@@ -7,10 +7,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from recomputed import recompute
 from tiny import DECODER, ENCODER
 
 from cepe_jax.inference import generate as module
-from cepe_jax.inference.generate import Draws, Sampling, bucket, encode, generate, next_token, sample, score, stream
+from cepe_jax.inference.context import encode_chunks
+from cepe_jax.inference.generate import Draws, Sampling, bucket, generate, next_token, score, stream
 from cepe_jax.model.cepe import Cepe, flat_mask
 from cepe_jax.training.hlo import arrays
 from cepe_jax.weights.huggingface import load
@@ -47,7 +49,7 @@ def context():
 
 def read(model: Cepe, context_BCL, mask_BCL=None) -> tuple:
     """The memory and its mask, as `generate` takes them."""
-    return encode(model, context_BCL, mask_BCL), flat_mask(mask_BCL)
+    return encode_chunks(model, context_BCL, mask_BCL), flat_mask(mask_BCL)
 
 
 @pytest.fixture(scope="module")
@@ -59,27 +61,6 @@ def memory(cepe, context):
 def hot(cepe, memory):
     """Twelve sampled tokens after each prompt."""
     return generate(cepe, PROMPTS, *memory, max_new_tokens=12, sampling=HOT)
-
-
-draw = jax.jit(sample)
-
-
-def recompute(call, prompts, samplings: list[Sampling], steps: int) -> list[list[int]]:
-    """The whole model anew for each token: no cache, no masked padding; what stands after a token it cannot see.
-
-    Each row is drawn by itself.
-    """
-    lengths = np.array([len(prompt) for prompt in prompts])
-    tokens_BT = np.zeros((len(prompts), lengths.max() + steps), np.int32)
-    for row, prompt in enumerate(prompts):
-        tokens_BT[row, : len(prompt)] = prompt
-    for step in range(steps):
-        logits_BTV = call(tokens_BT)
-        for row, sampling in enumerate(samplings):
-            end = lengths[row] + step
-            draws = Draws.of([sampling])._replace(number=step)
-            tokens_BT[row, end] = draw(logits_BTV[row : row + 1, end - 1], draws)[0]
-    return [tokens_BT[row, n : n + steps].tolist() for row, n in enumerate(lengths)]
 
 
 @pytest.mark.parametrize("name", ["tiny_mha", "tiny_gqa_last2"])

@@ -45,7 +45,7 @@ def test_generate_text(tmp_path, monkeypatch):
         return [tokenizer.encode(" x\n\ty")]
 
     monkeypatch.setattr(text, "load", lambda path, dtype: (path, dtype))
-    monkeypatch.setattr(text, "encode", lambda model, context, mask: context.reshape(1, -1))
+    monkeypatch.setattr(text, "encode_chunks", lambda model, context, mask: context.reshape(1, -1))
     monkeypatch.setattr(text, "generate", generate)
     sampling = Sampling(temperature=2.0, seed=3)
     config = GenerateConfig(tmp_path, "def f(x):", context, 5, 9, sampling, "bfloat16")

@@ -1,0 +1,423 @@
+"""Encoded contexts against the model's uncached pass, on disk, and on a mesh.
+
+Run as a script it compares meshes of the devices there are with no mesh.
+"""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from recomputed import recompute
+from safetensors.numpy import save_file
+from tiny import ENCODER, make_cepe, relative_error, with_config, with_leaf
+
+from cepe_jax.inference import context as module
+from cepe_jax.inference.context import ContextCache, encode, encode_chunks, free_bytes, identity_of, stacked
+from cepe_jax.inference.generate import Sampling, generate, next_token
+from cepe_jax.model.cepe import Cepe
+from cepe_jax.sharding import make_mesh, shardings_of
+from cepe_jax.weights.directory import save
+from cepe_jax.weights.huggingface import load
+
+CHUNK = 40  # tokens
+HOT = Sampling(temperature=1.5, seed=7)
+PROMPTS = [[1, 2, 3, 4, 5, 6, 7], [9, 8, 7], [33]]
+TOKENIZER = SimpleNamespace(fingerprint=lambda: "of-the-tokenizer")
+LENGTHS = 70, 3, 40, 33, 90  # of the passages: chunks of 32 and of 40, of 3 to 40 real tokens
+
+
+def make_passages(*lengths: int) -> list[list[int]]:
+    rng = np.random.default_rng(sum(lengths))
+    return [rng.integers(0, ENCODER.vocab_size, length).tolist() for length in lengths]
+
+
+PASSAGES = make_passages(*LENGTHS)
+
+
+def chunked(passages: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Contexts (1, C, L) and their mask, as the model takes them."""
+    chunks = [tokens[at : at + CHUNK] for tokens in passages for at in range(0, len(tokens), CHUNK)]
+    context, mask = np.zeros((1, len(chunks), CHUNK), np.int32), np.zeros((1, len(chunks), CHUNK), bool)
+    for row, chunk in enumerate(chunks):
+        context[0, row, : len(chunk)], mask[0, row, : len(chunk)] = chunk, True
+    return context, mask
+
+
+def narrow(cepe: Cepe) -> Cepe:
+    parts = (with_config(part, dtype="bfloat16") for part in (cepe.decoder, cepe.encoder))
+    return Cepe(*parts, cepe.cross)
+
+
+@pytest.fixture(scope="module")
+def identity(cepe):
+    return identity_of(cepe, TOKENIZER)
+
+
+@pytest.fixture(scope="module")
+def cache(cepe, identity):
+    return encode(cepe, PASSAGES, identity, CHUNK)
+
+
+@pytest.fixture
+def encoded(monkeypatch):
+    """Gets the number of real tokens of every batch of chunks that is encoded."""
+    calls = []
+
+    def counted(model, context_BCL, mask_BCL):
+        calls.append(int(mask_BCL.sum()))
+        return encode_chunks(model, context_BCL, mask_BCL)
+
+    monkeypatch.setattr(module, "encode_chunks", counted)
+    return calls
+
+
+def test_states_are_the_models_own(cepe, cache):
+    """Each token's state once, in order, of a chunk that is read by itself."""
+    memory_BME = jax.jit(Cepe.encode)(cepe, *chunked(PASSAGES))
+    wanted = np.asarray(memory_BME)[chunked(PASSAGES)[1].reshape(1, -1)]
+    assert [len(passage.states_LE) for passage in cache.passages] == list(LENGTHS)
+    assert (len(cache), cache.num_tokens, cache.nbytes) == (5, 236, 236 * 16 * 4)
+    assert relative_error(np.concatenate([passage.states_LE for passage in cache.passages]), wanted) < 1e-6
+    memory_1ME, mask_1M = cache.arrays()
+    assert relative_error(np.asarray(memory_1ME)[mask_1M], wanted) < 1e-6
+    assert memory_1ME.shape == (1, 256, 16)
+    assert not np.asarray(memory_1ME)[~np.asarray(mask_1M)].any()
+
+
+def test_generation_from_a_cache_is_recomputed(cepe, cache, forward):
+    """Token for token, from the shared memory, what the whole model draws anew for each token without any cache."""
+    context = [np.repeat(part, 3, axis=0) for part in chunked(PASSAGES)]
+    tokens = generate(cepe, PROMPTS, *cache.arrays(), max_new_tokens=12, sampling=HOT)
+    assert tokens == recompute(lambda tokens_BT: forward(cepe, tokens_BT, *context), PROMPTS, [HOT] * 3, 12)
+    assert tokens != generate(cepe, PROMPTS, max_new_tokens=12, sampling=HOT)
+
+
+def test_a_context_for_each_row(cepe, identity, cache):
+    """Of different lengths, one of them empty: each row is the one it is alone."""
+    caches = cache, ContextCache(identity), cache.select([1])
+    tokens = generate(cepe, PROMPTS, *stacked(caches), max_new_tokens=12, sampling=HOT)
+    for prompt, own, row in zip(PROMPTS, caches, tokens, strict=True):
+        assert generate(cepe, [prompt], *own.arrays(), max_new_tokens=12, sampling=HOT) == [row]
+
+
+@pytest.mark.parametrize("step", [1, 100])
+def test_the_bucket_changes_nothing(cepe, cache, monkeypatch, step):
+    wanted = generate(cepe, PROMPTS, *cache.arrays(), max_new_tokens=12, sampling=HOT)
+    monkeypatch.setattr(module, "bucket", lambda count: -(-count // step) * step)
+    memory_1ME, mask_1M = stacked([cache])
+    assert memory_1ME.shape[1] == {1: 236, 100: 300}[step]
+    assert generate(cepe, PROMPTS, memory_1ME, mask_1M, max_new_tokens=12, sampling=HOT) == wanted
+
+
+def test_another_length_is_no_other_program(cepe, cache):
+    prompt = [[1, 2, 3]]
+    generate(cepe, prompt, *cache.arrays(), max_new_tokens=2)
+    compiled = next_token._cache_size()
+    generate(cepe, prompt, *cache.drop([0]).arrays(), max_new_tokens=2)
+    assert next_token._cache_size() == compiled
+
+
+def test_algebra(cepe, identity, cache):
+    """What is made of caches equals a fresh one of those passages."""
+    both = cache.select([0, 1]) + cache.drop([0, 1])
+    for made, order in (
+        (cache.drop([1, 3]), [0, 2, 4]),
+        (cache.select([4, 0, 0]), [4, 0, 0]),
+        (cache.select([2]) + cache.select([2, 1]), [2, 2, 1]),
+        (both, [0, 1, 2, 3, 4]),
+        (cache.drop([]), [0, 1, 2, 3, 4]),
+    ):
+        fresh = encode(cepe, [PASSAGES[index] for index in order], identity, CHUNK)
+        assert len(made) == len(fresh) == len(order)
+        assert [passage.digest for passage in made.passages] == [passage.digest for passage in fresh.passages]
+        for ours, wanted in zip(made.arrays(), fresh.arrays(), strict=True):
+            assert relative_error(ours, wanted) < 1e-6
+    for ours, wanted in zip(both.arrays(), cache.arrays(), strict=True):
+        np.testing.assert_array_equal(ours, wanted)
+    assert len(cache) == 5
+
+
+def test_the_arrays_stay(cache):
+    first, second = cache.arrays(), cache.arrays()
+    assert all(a is b for a, b in zip(first, second, strict=True))
+
+
+def test_no_context_is_the_plain_decoder(cepe, identity, decoder):
+    nothing = encode(cepe, [], identity, CHUNK)
+    assert (len(nothing), nothing.num_tokens, nothing.arrays()) == (0, 0, (None, None))
+    tokens = generate(cepe, PROMPTS, *nothing.arrays(), max_new_tokens=12, sampling=HOT)
+    assert tokens == generate(decoder, PROMPTS, max_new_tokens=12, sampling=HOT)
+
+
+def test_a_passage_is_encoded_once(cepe, identity, cache, encoded):
+    """Twice in one call, or known: by its tokens and the chunks' length."""
+    first, second, third = PASSAGES[2], *make_passages(35, 38)
+    twice = encode(cepe, [first, second, first], identity, CHUNK)
+    assert sum(encoded) == 40 + 35
+    assert twice.passages[0] is twice.passages[2]
+    assert (len(twice), twice.num_tokens, twice.nbytes) == (3, 115, 75 * 16 * 4)
+    encoded.clear()
+    again = encode(cepe, [third, first, second], identity, CHUNK, known=twice + cache)
+    assert encoded == [38]
+    assert [len(passage.states_LE) for passage in again.passages] == [38, 40, 35]
+    assert again.passages[2] is twice.passages[1]
+    encoded.clear()
+    assert encode(cepe, [first], identity, CHUNK, known=cache).passages[0] is cache.passages[2]
+    assert encoded == []
+    encode(cepe, [first], identity, CHUNK - 1, known=cache)
+    assert sum(encoded) == 40
+
+
+def test_batches(cepe, identity, cache, monkeypatch, capsys):
+    """Of few shapes; whatever they hold, the states are the same. Progress counts real tokens."""
+    shapes = []
+    monkeypatch.setattr(module, "encode_chunks", lambda *given: shapes.append(given[1].shape) or encode_chunks(*given))
+    passages = make_passages(*[40] * 11, *[20] * 3, 300, 90)
+    at_once = encode(cepe, passages, identity, CHUNK)
+    assert sorted(shapes) == [(1, 8, 32), (1, 32, 40)]
+    shapes.clear()
+    capsys.readouterr()
+    monkeypatch.setattr(module, "BATCH_TOKENS", 200)
+    for ours, wanted in zip(encode(cepe, passages, identity, CHUNK).passages, at_once.passages, strict=True):
+        assert ours.digest == wanted.digest
+        assert relative_error(ours.states_LE, wanted.states_LE) < 1e-5
+    assert set(shapes) == {(1, 5, 40), (1, 6, 32)}
+    assert "encode: 890 of 890" in capsys.readouterr().err
+    encode(cepe, passages[:1], identity, CHUNK)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("narrowed", [False, True], ids=["float32", "bfloat16"])
+def test_disk(cepe, tmp_path, narrowed):
+    """What is read has the bits that were written, and generates the same."""
+    model = narrow(cepe) if narrowed else cepe
+    identity, path = identity_of(model, TOKENIZER), tmp_path / "contexts.safetensors"
+    written = encode(model, [*PASSAGES, PASSAGES[1]], identity, CHUNK)
+    assert written.passages[0].states_LE.dtype == jnp.dtype(identity["dtype"])
+    written.save(path)
+    read = ContextCache.load(path, identity)
+    assert read.identity == identity
+    assert [passage.digest for passage in read.passages] == [passage.digest for passage in written.passages]
+    for ours, wanted in zip(read.passages, written.passages, strict=True):
+        assert ours.states_LE.dtype == wanted.states_LE.dtype
+        np.testing.assert_array_equal(ours.states_LE.view(np.uint8), wanted.states_LE.view(np.uint8))
+    memory, limits = written.arrays(), {"max_new_tokens": 8, "sampling": HOT}
+    assert memory[0].dtype == jnp.dtype(identity["dtype"])
+    assert generate(model, PROMPTS, *read.arrays(), **limits) == generate(model, PROMPTS, *memory, **limits)
+    written.select([1]).save(path)  # over the old one
+    assert len(ContextCache.load(str(path), identity)) == 1
+    ContextCache(identity).save(path)
+    assert len(ContextCache.load(path, identity)) == 0
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def test_every_flipped_byte_is_seen(cache, identity, tmp_path):
+    """One line, wherever it is: in the header, the names, the identity or the data."""
+    path = tmp_path / "contexts"
+    cache.select([1]).save(path)
+    whole = path.read_bytes()
+    for position in range(len(whole)):
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 4]) + whole[position + 1 :])
+        with pytest.raises(ValueError, match=f"^{path} is (damaged|not a whole|no file)") as error:
+            ContextCache.load(path, identity)
+        assert "\n" not in str(error.value)
+    path.write_bytes(whole)
+    assert ContextCache.load(path, identity).num_tokens == 3
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.3, 0.999])
+def test_truncated_files(cache, identity, tmp_path, kept):
+    path = tmp_path / "contexts"
+    cache.save(path)
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * kept)])
+    with pytest.raises(ValueError, match=f"^{path} is not a whole file of contexts .*: encode them anew$"):
+        ContextCache.load(path, identity)
+
+
+def test_files_of_other_kinds(identity, tmp_path):
+    save_file({"embed": np.zeros(3)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"model.safetensors is no file of contexts: give one that was saved as such$"):
+        ContextCache.load(tmp_path / "model.safetensors", identity)
+    for path in (tmp_path / "absent", tmp_path):
+        with pytest.raises(FileNotFoundError, match=f"^{path}: no such file of contexts$"):
+            ContextCache.load(path, identity)
+
+
+@pytest.mark.parametrize("key", ["encoder", "tokenizer", "dtype"])
+def test_foreign_contexts(cepe, cache, identity, tmp_path, key):
+    """Refused wherever they come from, and what differs is named."""
+    other = identity | {key: "another"}
+    cache.save(tmp_path / "contexts")
+    said = rf"was encoded with another {key} \({identity[key]}, not another\): encode it anew"
+    with pytest.raises(ValueError, match=f"^{tmp_path / 'contexts'} {said}$"):
+        ContextCache.load(tmp_path / "contexts", other)
+    with pytest.raises(ValueError, match=f"^the known context {said}$"):
+        encode(cepe, PASSAGES[:1], other, CHUNK, known=cache)
+    with pytest.raises(ValueError, match=f"^the second context {said}$"):
+        ContextCache(other) + cache
+    with pytest.raises(ValueError, match=f"^context 1 {said}$"):
+        stacked([ContextCache(other), cache])
+
+
+@pytest.mark.parametrize("error", [OSError("no space"), KeyboardInterrupt()])
+def test_a_write_that_fails_leaves_what_was_there(cache, identity, tmp_path, monkeypatch, error):
+    path = tmp_path / "contexts"
+    cache.select([1]).save(path)
+
+    def fail(tensors, path, metadata):
+        path.write_bytes(b"half of it")
+        raise error
+
+    monkeypatch.setattr(module, "save_tensors", fail)
+    with pytest.raises(type(error)):
+        cache.save(path)
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+    assert len(ContextCache.load(path, identity)) == 1
+
+
+def test_identity(cepe, identity, tmp_path):
+    """Another weight, another number that the encoder computes with, dtype or tokenizer; not how it is computed."""
+
+    def with_encoder(encoder) -> dict[str, str]:
+        return identity_of(Cepe(cepe.decoder, encoder, cepe.cross), TOKENIZER)
+
+    def differing(other: dict[str, str]) -> set[str]:
+        return {key for key in identity if other[key] != identity[key]}
+
+    save(cepe, tmp_path / "model")
+    assert identity_of(load(tmp_path / "model"), TOKENIZER) == identity
+    assert with_encoder(with_config(cepe.encoder, remat="full", mlp_chunk=4)) == identity
+    scale = cepe.encoder.norm.scale[...]
+    assert differing(with_encoder(with_leaf(cepe.encoder, "norm.scale", scale.at[3].add(1e-6)))) == {"encoder"}
+    assert differing(with_encoder(with_config(cepe.encoder, norm_eps=2e-3))) == {"encoder"}
+    rope = dataclasses.replace(ENCODER.rope, theta=101.0)
+    assert differing(with_encoder(with_config(cepe.encoder, rope=rope))) == {"encoder"}
+    assert differing(with_encoder(with_config(cepe.encoder, dtype="bfloat16"))) == {"dtype"}
+    assert differing(identity_of(cepe, SimpleNamespace(fingerprint=lambda: "other"))) == {"tokenizer"}
+
+
+@pytest.mark.parametrize(
+    ("passages", "said"),
+    [
+        ([[1, 2], []], "passage 1 has no tokens: leave it out"),
+        ([[1, 2], [3, 65]], "passage 1 holds id 65, outside the vocabulary of 65: use its tokenizer"),
+        ([[1.5]], r"passage 0 is float64\[1\]: give integers"),
+    ],
+)
+def test_bad_passages(cepe, identity, encoded, passages, said):
+    with pytest.raises(ValueError, match=said):
+        encode(cepe, passages, identity, CHUNK)
+    assert encoded == []
+
+
+def test_bad_calls(cepe, decoder, identity, cache):
+    with pytest.raises(ValueError, match="a context needs a CEPE model: this one is a plain decoder"):
+        encode(decoder, PASSAGES, identity, CHUNK)
+    with pytest.raises(ValueError, match="chunk_length is 0: give a number above 0"):
+        encode(cepe, PASSAGES, identity, 0)
+    for call in (cache.select, cache.drop):
+        for index in (5, -1):
+            with pytest.raises(ValueError, match=f"there is no passage {index}: the cache has 5, the first is 0"):
+                call([0, index])
+
+
+def test_more_than_fits(cepe, cache, identity, encoded, monkeypatch):
+    """Said before anything is encoded, with what would fit, and that does."""
+    token = 16 * 4  # bytes
+    monkeypatch.setattr(module, "free_bytes", lambda: 700 * token)
+    said = r"^1 x 701 tokens of context need 0.00 GiB on each device and 0.00 GiB are free: {} would fit; give fewer"
+    with pytest.raises(ValueError, match=said.format(256)):  # the host keeps a copy, and 350 is between two buckets
+        encode(cepe, make_passages(701), identity, CHUNK)
+    assert encoded == []
+    fitting = encode(cepe, make_passages(256), identity, CHUNK)
+    many = fitting.select([0, 0, 0])
+    with pytest.raises(ValueError, match="^1 x 768 tokens of context need .*: 640 would fit"):
+        many.arrays()
+    with pytest.raises(ValueError, match="^3 x 256 tokens of context need .*: 128 would fit"):
+        stacked([fitting] * 3)
+    assert many.select([0, 1]).arrays()[0].shape == (1, 512, 16)
+    monkeypatch.setattr(module, "free_bytes", lambda: 0)
+    assert encode(cepe, [], identity, CHUNK).arrays() == (None, None)
+    assert many.select([0]) is not fitting
+
+
+def test_free_bytes():
+    """Of this machine: not all of it, and not next to nothing."""
+    everything = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert everything / 100 < free_bytes() < everything
+
+
+MESHES = {"context": 8}, {"data": 2, "context": 4}, {"context": 4, "tensor": 2}
+
+
+def test_meshes():
+    """On 8 devices: the states and tokens of one; memory is cut over `context`; encoding does not communicate."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": flags,
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = [json.loads(line) for line in done.stdout.splitlines()]
+    for mesh, result in zip(MESHES, results, strict=True):
+        assert result["error"] < 1e-5, f"{mesh} {result}"
+        assert result["tokens"] == result["wanted"], f"{mesh} {result}"
+        assert result["a device's tokens"] == 256 // mesh["context"]
+        assert result["chunks of a device"] == 1
+        assert result["compiled"] == 2, f"{mesh} {result}"  # prefill and decode
+        if mesh.get("tensor", 1) == 1:
+            assert result["collectives"] == [], f"{mesh} {result}"
+        else:
+            assert "all-reduce" in result["collectives"]
+    assert "divide by the 6 devices of mesh.context" in done.stderr
+
+
+COLLECTIVES = "all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter"
+
+
+def main() -> None:
+    jax.config.update("jax_default_matmul_precision", "highest")
+    cepe, identity, prompts = make_cepe(), {"encoder": "the tiny one"}, PROMPTS[:2]
+    alone = encode(cepe, PASSAGES, identity, CHUNK)
+    wanted = generate(cepe, prompts, *alone.arrays(), max_new_tokens=8, sampling=HOT)
+    for sizes in MESHES:
+        mesh = make_mesh(**sizes)
+        with jax.set_mesh(mesh):
+            model = jax.device_put(cepe, shardings_of(cepe, mesh))
+            cache = encode(model, PASSAGES, identity, CHUNK)
+            memory, mask = cache.arrays()
+            already = next_token._cache_size()
+            tokens = generate(model, prompts, memory, mask, max_new_tokens=8, sampling=HOT)
+            shape = sizes.get("data", 1), sizes["context"], CHUNK
+            chunks = np.zeros(shape, np.int32), np.ones(shape, bool)
+            program = encode_chunks.lower(model, *chunks).compile()
+            states = np.concatenate([passage.states_LE for passage in cache.passages])
+            result = {
+                "error": relative_error(states, np.concatenate([p.states_LE for p in alone.passages])),
+                "tokens": tokens,
+                "wanted": wanted,
+                "a device's tokens": memory.addressable_shards[0].data.shape[1],
+                "chunks of a device": encode_chunks(model, *chunks).addressable_shards[0].data.shape[1] // CHUNK,
+                "compiled": next_token._cache_size() - already,
+                "collectives": [kind for kind in COLLECTIVES if kind in program.as_text()],
+            }
+            print(json.dumps(result))
+    with jax.set_mesh(make_mesh(context=6, devices=jax.devices()[:6])):
+        try:
+            alone.arrays()
+        except ValueError as error:
+            print(error, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
