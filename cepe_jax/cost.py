@@ -5,6 +5,7 @@ A multiply-add is 2 FLOPs; causal attention counts half its square; embeddings, 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from cepe_jax.config import CepeConfig, DecoderConfig, EncoderConfig, TransformerConfig
 
@@ -141,14 +142,50 @@ def cepe_flops(
     )
 
 
-def read_flops(num_queries: int, num_heads: int, memory: int, weight: tuple[int, int, int]) -> tuple[float, float]:
-    """Of a layer's attention to `memory` tokens, the projections `weight` (E, K, H) of the memory included.
+class ReadFlops(NamedTuple):
+    """Of a layer's attention to a memory, projections of the memory included."""
 
-    With keys and values materialised; and with their projections absorbed into queries and sums.
-    """
+    materialised: float  # keys and values made from the memory
+    absorbed: float  # their projections absorbed into queries and sums
+    stored: float  # keys and values at hand
+
+
+def read_flops(num_queries: int, num_heads: int, memory: int, weight: tuple[int, int, int]) -> ReadFlops:
+    """Of `num_queries` queries to a memory of `memory` tokens; `weight` is (E, K, H) of its key projection."""
     E, K, H = weight
     scores = 4 * num_queries * memory * num_heads  # and sums, for each number of a key
-    return 4 * memory * E * K * H + scores * H, 4 * num_queries * num_heads * H * E + scores * E
+    absorbed = 4 * num_queries * num_heads * H * E + scores * E
+    return ReadFlops(4 * memory * E * K * H + scores * H, absorbed, scores * H)
+
+
+def inference_flops(config: CepeConfig | DecoderConfig, tokens: int, cached: int, memory: int = 0) -> dict[str, float]:
+    """Of a decoder that reads `tokens` tokens after `cached` ones, by how it reads its memory; the last one's logits.
+
+    A plain decoder has no memory, and one way.
+    """
+    decoder = config if isinstance(config, DecoderConfig) else config.decoder
+    flops = _layers(decoder, tokens) + _head(decoder, 1) + _causal(decoder, tokens)
+    flops += 4 * tokens * cached * decoder.num_heads * decoder.head_dim * decoder.num_layers
+    if config is decoder:
+        return {"full": flops}
+    weight = config.encoder.width, decoder.num_kv_heads, decoder.head_dim
+    reads = read_flops(tokens, decoder.num_heads, memory, weight)
+    queries = 4 * tokens * decoder.num_heads * decoder.head_dim * decoder.width  # made, and their sums projected
+    return {form: flops + config.num_cross_layers * (queries + read) for form, read in reads._asdict().items()}
+
+
+def step_bytes(config: CepeConfig | DecoderConfig, cached: int, memory: int, itemsize: int) -> dict[str, float]:
+    """Read and written for one token after `cached` ones, by how the memory is read; every weight and state once."""
+    decoder = config if isinstance(config, DecoderConfig) else config.decoder
+    kv_width = decoder.num_kv_heads * decoder.head_dim
+    numbers = _layer_weights(decoder) * decoder.num_layers + decoder.vocab_size * decoder.width
+    numbers += 2 * cached * kv_width * decoder.num_layers
+    if config is decoder:
+        return {"full": numbers * itemsize}
+    E, kv = config.encoder.width, 2 * memory * kv_width
+    weights = 2 * decoder.width * decoder.num_heads * decoder.head_dim + 2 * E * kv_width
+    reads = {"materialised": memory * E + 2 * kv, "absorbed": memory * E, "stored": kv}
+    return {form: (numbers + config.num_cross_layers * (weights + read)) * itemsize for form, read in reads.items()}
 
 
 def teacher_flops(config: DecoderConfig, window: int, memory: int) -> float:

@@ -7,7 +7,15 @@ from types import SimpleNamespace
 import pytest
 
 from cepe_jax.config import DECODERS, ENCODERS, CepeConfig
-from cepe_jax.cost import cepe_flops, decoder_flops, encoder_flops, peak_flops, teacher_flops
+from cepe_jax.cost import (
+    cepe_flops,
+    decoder_flops,
+    encoder_flops,
+    inference_flops,
+    peak_flops,
+    step_bytes,
+    teacher_flops,
+)
 from cepe_jax.data.examples import ExampleConfig
 from cepe_jax.training.objectives import DistillConfig
 from cepe_jax.training.settings import TrainConfig, flops_of
@@ -96,3 +104,33 @@ def test_ceped_pays_for_the_teacher_that_runs_in_its_step():
     plain = cepe_flops(CEPE_7B, 2048, 8, 256).train
     assert flops_of(config, CEPE_7B, taught=True).train == plain
     assert flops_of(config, CEPE_7B).train == plain + teacher_flops(DECODERS["llama2_7b"], 2048, 2048)
+
+
+def test_a_token_at_128k():
+    """TFLOP and GB of one token of the 7B model after 4,096 others, and a memory of 126,976 tokens, in bf16.
+
+    Weights 15.9 GB (embeddings are looked up) and 2.15 of the cache; the memory is 0.26 GB, read by 32 layers; keys and
+    values of a layer are 2.08 GB.
+    """
+    flops = inference_flops(CEPE_7B, 1, 4096, 126_976)
+    assert flops["materialised"] / 1e12 == pytest.approx(68.2, abs=0.1)
+    assert flops["absorbed"] / 1e12 == pytest.approx(0.55, abs=0.01)
+    assert flops["stored"] / 1e12 == pytest.approx(0.08, abs=0.01)
+    size = {form: number / 1e9 for form, number in step_bytes(CEPE_7B, 4096, 126_976, 2).items()}
+    assert size["absorbed"] == pytest.approx(15.9 + 2.15 + 8.32, abs=0.05)
+    assert size["materialised"] == pytest.approx(15.9 + 2.15 + 8.32 + 133.1, abs=0.1)
+    assert size["stored"] == pytest.approx(15.9 + 2.15 + 66.6, abs=0.1)
+    decoder = CEPE_7B.decoder
+    assert inference_flops(decoder, 1, 131_072)["full"] / 1e12 == pytest.approx(0.082, abs=0.001)
+    assert step_bytes(decoder, 131_072, 0, 2)["full"] / 1e9 == pytest.approx(13.2 + 68.7, abs=0.1)
+
+
+def test_prefill_is_the_forward_pass_without_all_logits():
+    """And in pieces it costs the whole."""
+    forward = cepe_flops(CEPE_7B, 4096, 496, 256).forward - encoder_flops(CEPE_7B.encoder, 496, 256).forward
+    last = inference_flops(CEPE_7B, 4096, 0, 126_976)["materialised"]
+    assert forward - last == pytest.approx(2 * 4095 * 32_000 * 4096, rel=1e-9)
+    pieces = [inference_flops(CEPE_7B.decoder, 512, first)["full"] for first in range(0, 4096, 512)]
+    head = 2 * 4096 * 32_000
+    whole = inference_flops(CEPE_7B.decoder, 4096, 0)["full"]
+    assert sum(pieces) - 8 * head == pytest.approx(whole - head, rel=1e-9)

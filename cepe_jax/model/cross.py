@@ -43,8 +43,8 @@ class CrossAttention(nnx.Module):
     def read(self, q_BTNH: Array, memory_BME: Array, mask_BM: Array | None, backend: Backend) -> Array:
         """The heads' attention (B, T, N, H) to the memory, in the form that takes fewer FLOPs."""
         num_queries = q_BTNH.shape[1] * (q_BTNH.shape[0] // memory_BME.shape[0])
-        materialised, absorbed = read_flops(num_queries, q_BTNH.shape[2], memory_BME.shape[1], self.k.shape)
-        read = self.absorbed if absorbed < materialised else self.materialised
+        flops = read_flops(num_queries, q_BTNH.shape[2], memory_BME.shape[1], self.k.shape)
+        read = self.absorbed if flops.absorbed < flops.materialised else self.materialised
         return read(q_BTNH, memory_BME, mask_BM, backend)
 
     def materialised(self, q_BTNH: Array, memory_BME: Array, mask_BM: Array | None, backend: Backend) -> Array:

@@ -19,7 +19,7 @@ from flax import nnx
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
 from tiny import DECODER, ENCODER, relative_error
 
-from cepe_jax.cost import read_flops
+from cepe_jax.cost import ReadFlops, read_flops
 from cepe_jax.model import cross
 from cepe_jax.model.cache import KVCache
 from cepe_jax.model.cepe import Cepe
@@ -150,12 +150,12 @@ def test_the_form_follows_from_the_number_of_queries(monkeypatch, shape, even):
     """Keys and values cost 4 M E K H once; absorbed, a query costs 4 M N (E - H) more (facts: 146 for the 7B)."""
     E, K, H, N = shape
     for queries in (1, even, even + 1, 4096):
-        materialised, absorbed = read_flops(queries, N, 1 << 40, (E, K, H))
-        assert (absorbed < materialised) == (queries <= even)
+        flops = read_flops(queries, N, 1 << 40, (E, K, H))
+        assert (flops.absorbed < flops.materialised) == (queries <= even)
     chosen = []
     for form in FORMS:
         monkeypatch.setattr(CrossAttention, form, lambda self, q, *rest, form=form: chosen.append(form) or q)
-    monkeypatch.setattr(cross, "read_flops", lambda queries, *rest: (even + 0.5, queries))
+    monkeypatch.setattr(cross, "read_flops", lambda queries, *rest: ReadFlops(even + 0.5, queries, 0))
     for rows, batch, queries in ((2, 2, even), (2, 2, even + 1), (1, 2, even // 2), (1, 2, even // 2 + 1)):
         layer(4, 2).read(jnp.zeros((batch, queries, 4, 6)), jnp.zeros((rows, 9, 16)), None, "xla")
     assert chosen == ["absorbed", "materialised", "absorbed", "materialised"]

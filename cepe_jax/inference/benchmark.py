@@ -1,0 +1,308 @@
+"""Speed and memory of inference against the length of the context, by how the decoder reads it.
+
+Four ways, side by side, on random weights and tokens: `absorbed`, what this package does; `stored`, keys and values of
+the memory made once and kept for every layer; `recomputed`, made anew for every token, as the reference does; and
+`full`, the same decoder with full attention to all tokens in its own cache.
+"""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from cepe_jax.config import DECODERS, ENCODERS, CepeConfig, preset
+from cepe_jax.cost import encoder_flops, inference_flops, step_bytes
+from cepe_jax.inference.context import ContextCache, encode, free_bytes
+from cepe_jax.inference.generate import Draws, Sampling, bucket, next_token
+from cepe_jax.model.attention import Mask, attend_partial, merge
+from cepe_jax.model.cache import KVCache
+from cepe_jax.model.cepe import Cepe, assemble
+from cepe_jax.model.cross import CrossAttention
+from cepe_jax.model.layers import project
+from cepe_jax.progress import track
+from cepe_jax.training.aot import gib, memory_of
+from cepe_jax.weights.tensors import abstract_parts, with_dtype
+
+Array = jax.Array
+WAYS = "absorbed", "stored", "recomputed", "full"
+FORMS = {"absorbed": "absorbed", "stored": "stored", "recomputed": "materialised", "full": "full"}  # in cost.py
+PIECE = 512  # tokens of the context that `full` reads at once
+
+
+@dataclass(frozen=True)
+class InferenceBenchmarkConfig:
+    decoder: str = "tiny_512"  # presets
+    encoder: str = "tiny_512"
+    contexts: tuple[int, ...] = (4096, 8192, 16_384, 32_768, 65_536, 131_072)  # tokens
+    chunk_length: int = 64  # tokens
+    prompt: int = 128  # tokens that the decoder reads after the context
+    new_tokens: int = 16  # timed, the first left out
+    limit_seconds: float = 120.0  # what would take longer by its speed at the length before is left out
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    out: Path = Path("out/benchmark")  # gets inference.json, inference.md, inference.png
+
+    def __post_init__(self):
+        for name in ("chunk_length", "prompt", "limit_seconds"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}: give a number above 0")
+        if self.new_tokens < 2:
+            raise ValueError(f"new_tokens is {self.new_tokens}: give 2 or more")
+        if min(self.contexts, default=0) < 1 or list(self.contexts) != sorted(set(self.contexts)):
+            raise ValueError(f"contexts is {list(self.contexts)}: give rising numbers above 0")
+
+
+class Recomputed(CrossAttention):
+    """Keys and values of the memory made anew in every call, however few the queries."""
+
+    def read(self, q_BTNH: Array, memory_BME: Array, mask_BM: Array | None, backend: str) -> Array:
+        return self.materialised(q_BTNH, memory_BME, mask_BM, backend)
+
+
+class Stored(nnx.Module):
+    """Cross-attention whose keys and values of one memory are at hand for every layer."""
+
+    def __init__(self, cross: CrossAttention, k_ZBMKH: Array, v_ZBMKH: Array):
+        self.norm, self.q, self.o = cross.norm, cross.q, cross.o
+        self.k, self.v = nnx.Param(k_ZBMKH), nnx.Param(v_ZBMKH)
+
+    @property
+    def num_layers(self) -> int:
+        return self.q.shape[0]
+
+    def __call__(self, x_BTD: Array, memory_BME: Array, mask_BM: Array, backend: str) -> Array:
+        q_BTNH = project("BTD,DNH->BTNH", self.norm(x_BTD), self.q)
+        out_BTNH = merge(attend_partial(q_BTNH, self.k[...], self.v[...], Mask(valid_BS=mask_BM)))
+        return project("BTNH,NHD->BTD", out_BTNH.astype(x_BTD.dtype), self.o)
+
+
+Result = TypeVar("Result")
+SHORT = 5.0  # seconds; what takes less is run twice
+
+
+@jax.jit
+def _kv(cross: CrossAttention, memory_BME: Array) -> tuple[Array, Array]:
+    weights = (jnp.asarray(weight[...], memory_BME.dtype) for weight in (cross.k, cross.v))
+    return tuple(jnp.einsum("BME,ZEKH->ZBMKH", memory_BME, weight) for weight in weights)
+
+
+class _LeftOut(Exception):
+    """A way that is not measured at a length, and why."""
+
+
+@dataclass
+class _Clock:
+    """FLOPs a second of what was measured before, by name, to foresee what takes too long."""
+
+    limit: float
+    speeds: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    def __call__(self, name: str, flops: float, run: Callable[[], Result]) -> tuple[Result, float]:
+        """What `run` gives, and its seconds; of what is short, those of a second time."""
+        if (foreseen := flops / self.speeds.get(name, np.inf)) > self.limit:
+            raise _LeftOut(f"{name} would take {foreseen:,.0f} s")
+        for seconds_before in (0.0, SHORT):
+            begun = time.monotonic()
+            result = jax.block_until_ready(run())
+            seconds = time.monotonic() - begun
+            if seconds > SHORT - seconds_before:
+                break
+        self.speeds[name] = flops / seconds
+        return result, seconds
+
+
+def benchmark_inference(config: InferenceBenchmarkConfig) -> None:
+    """All ways at all lengths, printed and in `config.out` as JSON, a table and a plot."""
+    decoder, encoder = preset(DECODERS, config.decoder), preset(ENCODERS, config.encoder)
+    sizes = with_dtype(CepeConfig(decoder, encoder, decoder.num_layers), config.dtype)
+    model = assemble(_random(abstract_parts(sizes), config.dtype))
+    clock, rows = _Clock(config.limit_seconds), []
+    for length in track(config.contexts, "benchmark"):
+        context, encoding = _encoded(model, _tokens(length, decoder.vocab_size), config, clock)
+        for way in WAYS:
+            row = {"way": way, "context": length} | (encoding if way != "full" else {})
+            try:
+                row |= _read(way, model, context, config, clock)
+            except _LeftOut as reason:
+                row["left_out"] = str(reason)
+            rows.append(row)
+    result = {
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "date": date.today().isoformat(),
+        "jax": jax.__version__,
+        "config": dataclasses.asdict(config),
+        "weights_bytes": sum(x.nbytes for x in jax.tree.leaves(model)),
+        "rows": rows,
+    }
+    config.out.mkdir(parents=True, exist_ok=True)
+    (config.out / "inference.json").write_text(json.dumps(result, indent=1, default=str))
+    (config.out / "inference.md").write_text(page := table(result))
+    plot(result, config.out / "inference.png")
+    print(page)
+
+
+def _random(abstract, dtype: str):
+    """Arrays like these, normal with deviation 0.02."""
+
+    def make():
+        leaves, treedef = jax.tree.flatten(abstract)
+        keys = jax.random.split(jax.random.key(0), len(leaves))
+        drawn = [jax.random.normal(key, x.shape, dtype) * 0.02 for key, x in zip(keys, leaves, strict=True)]
+        return jax.tree.unflatten(treedef, drawn)
+
+    return jax.jit(make)()
+
+
+def _tokens(count: int, vocab_size: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, vocab_size, count, np.int32)
+
+
+def _encoded(model: Cepe, tokens: np.ndarray, config: InferenceBenchmarkConfig, clock: _Clock):
+    """The context of these tokens, and what it took."""
+    flops = encoder_flops(model.encoder.config, -(-len(tokens) // config.chunk_length), config.chunk_length).forward
+
+    def run() -> ContextCache:
+        return encode(model, [tokens.tolist()], {}, config.chunk_length)
+
+    run() if not clock.speeds else None
+    context, seconds = clock("encoding", flops, run)
+    return context, {"encode_seconds": seconds, "encode_flops": flops}
+
+
+def _read(way: str, model: Cepe, context: ContextCache, config: InferenceBenchmarkConfig, clock: _Clock) -> dict:
+    """Prefill and decoding of one way: seconds, memory, and FLOPs and bytes by formula."""
+    sizes, length = model.config, context.num_tokens
+    decoder, itemsize = sizes.decoder, jnp.dtype(config.dtype).itemsize
+    tokens = _tokens(length + config.prompt if way == "full" else config.prompt, decoder.vocab_size)
+    slots = bucket(len(tokens) + config.new_tokens)
+    _check_room(way, sizes, slots if way == "full" else length, itemsize)
+    building = 0.0
+    reader, memory = model.decoder, (None, None)
+    if way != "full":
+        memory, cross = context.arrays(), model.cross
+        if way == "stored":
+            flops = 4 * length * cross.k.size
+            kv, building = clock("keys and values", flops, lambda: _kv(cross, memory[0]))
+            cross = Stored(cross, *kv)
+        elif way == "recomputed":
+            cross = Recomputed(cross.norm, cross.q, cross.k, cross.v, cross.o)
+        reader = Cepe(model.decoder, model.encoder, cross)
+    piece = PIECE if way == "full" else len(tokens)
+    draws = Draws.of([Sampling()])
+
+    def new_cache() -> KVCache:
+        cache = KVCache.create(decoder, 1, slots)
+        return dataclasses.replace(cache, empty=way != "full")  # in pieces: one program for the first and the others
+
+    def compiled(count: int, cache: KVCache):
+        inputs = jax.ShapeDtypeStruct((1, count), jnp.int32), jax.ShapeDtypeStruct((1, count), bool)
+        return next_token.lower(reader, *inputs, memory, cache, draws).compile()
+
+    prefill = compiled(piece, jax.eval_shape(new_cache))
+
+    def read_prompt() -> tuple[Array, KVCache]:
+        cache = new_cache()
+        for first in range(0, len(tokens), piece):
+            some = tokens[first : first + piece]
+            filled = np.pad(some, (0, piece - len(some)))[None]
+            next_B1, cache = prefill(reader, filled, np.arange(piece)[None] < len(some), memory, cache, draws)
+        return next_B1, cache
+
+    config_of = decoder if way == "full" else sizes
+    first = inference_flops(config_of, len(tokens), 0, length)[FORMS[way]]
+    (next_B1, cache), prefill_seconds = clock(f"{way}, prefill", first, read_prompt)
+    decode, one = compiled(1, cache), np.ones((1, 1), bool)
+    flops = inference_flops(config_of, 1, len(tokens), length)[FORMS[way]]
+    seconds: list[float] = []
+    while len(seconds) < config.new_tokens and sum(seconds) < config.limit_seconds:
+        begun = time.monotonic()
+        next_B1, cache = decode(reader, next_B1, one, memory, cache, draws)
+        jax.block_until_ready(next_B1)
+        seconds.append(time.monotonic() - begun)
+    token_seconds = float(np.median(seconds[1:] or seconds))
+    return {
+        "prefill_seconds": prefill_seconds + building,
+        "token_seconds": token_seconds,
+        "tokens_per_second": 1 / token_seconds,
+        "memory": (memory := {"prefill": memory_of(prefill), "decode": memory_of(decode)}),
+        "memory_bytes": max(map(_held, memory.values())),
+        "prefill_flops": first,
+        "token_flops": flops,
+        "token_bytes": step_bytes(config_of, slots, length, itemsize)[FORMS[way]],
+    }
+
+
+def _held(memory: dict[str, int]) -> int:
+    """Bytes that a program holds: arguments, temporaries, and results that are not in an argument's place."""
+    return memory["arguments"] + memory["temporaries"] + memory["results"] - memory["aliases"]
+
+
+def _check_room(way: str, sizes: CepeConfig, tokens: int, itemsize: int) -> None:
+    """_LeftOut where keys and values of every layer for so many tokens do not fit."""
+    decoder = sizes.decoder
+    needed = 2 * tokens * decoder.num_layers * decoder.num_kv_heads * decoder.head_dim * itemsize
+    if way in ("stored", "full") and needed > (free := free_bytes()):
+        raise _LeftOut(f"keys and values take {gib(needed)}, and {gib(free)} are free")
+
+
+def table(result: dict) -> str:
+    """The measurements in lines for people."""
+    lines = [
+        f"{result['device']}, jax {result['jax']}, {result['date']}; weights {gib(result['weights_bytes'])}. Memory is "
+        "what the larger program of prefill and decoding holds, with weights. First token: context fresh, and kept.",
+        "",
+        "| context | way | encode | prefill | first token | tokens a second | memory | a token: GFLOP, GB by formula |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        head = f"| {row['context']:,} | {row['way']} "
+        if "left_out" in row:
+            lines.append(f"{head}| left out: {row['left_out']} | | | | | |")
+            continue
+        encode, prefill = row.get("encode_seconds", 0.0), row["prefill_seconds"]
+        kept = f", {prefill:.3g} s" if encode else ""
+        lines.append(
+            f"{head}| {f'{encode:.3g} s' if encode else ''} | {prefill:.3g} s | {encode + prefill:.3g} s{kept} "
+            f"| {row['tokens_per_second']:.3g} | {gib(row['memory_bytes'])} "
+            f"| {row['token_flops'] / 1e9:.3g}, {row['token_bytes'] / 1e9:.3g} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def plot(result: dict, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
+    measures = {
+        "tokens a second": lambda row: row["tokens_per_second"],
+        "seconds to the first token (dashed: context kept)": lambda row: (
+            row.get("encode_seconds", 0) + row["prefill_seconds"]
+        ),
+        "GiB of weights, context and temporaries": lambda row: row["memory_bytes"] / 2**30,
+    }
+    for panel, (name, measure) in zip(panels, measures.items(), strict=True):
+        for way in WAYS:
+            rows = [row for row in result["rows"] if row["way"] == way and "left_out" not in row]
+            lengths = [row["context"] for row in rows]
+            (line,) = panel.plot(lengths, list(map(measure, rows)), marker="o", label=way)
+            if "dashed" in name and way != "full":
+                kept = [row["prefill_seconds"] for row in rows]
+                panel.plot(lengths, kept, marker=".", linestyle="--", color=line.get_color())
+        panel.set(xlabel="tokens of context", title=name, xscale="log", yscale="log")
+        panel.title.set_fontsize(10)
+        panel.set_xticks(ticks := result["config"]["contexts"], [f"{tick // 1024}K" for tick in ticks])
+        panel.minorticks_off()
+    panels[0].legend(frameon=False)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
