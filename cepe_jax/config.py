@@ -139,7 +139,7 @@ DECODERS = {
         tied_head=True,
     ),
     "tiny_512": DecoderConfig(
-        vocab_size=32_000, width=512, num_layers=8, num_heads=8, num_kv_heads=8, head_dim=64, mlp_width=1376
+        vocab_size=2048, width=512, num_layers=8, num_heads=8, num_kv_heads=8, head_dim=64, mlp_width=1376
     ),
     "tiny": DecoderConfig(
         vocab_size=2048,
@@ -158,7 +158,7 @@ ENCODERS = {
         vocab_size=32_001, width=1024, num_layers=24, num_heads=16, num_kv_heads=16, head_dim=64, mlp_width=4096
     ),
     "tiny_512": EncoderConfig(  # of the decoder of that name
-        vocab_size=32_001, width=256, num_layers=6, num_heads=4, num_kv_heads=4, head_dim=64, mlp_width=1024
+        vocab_size=2049, width=256, num_layers=6, num_heads=4, num_kv_heads=4, head_dim=64, mlp_width=1024
     ),
     "tiny": EncoderConfig(
         vocab_size=2049, width=192, num_layers=2, num_heads=6, num_kv_heads=6, head_dim=32, mlp_width=512

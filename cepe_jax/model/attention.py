@@ -40,29 +40,43 @@ class Mask:
         return seen
 
 
-def attend_partial(
-    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mask, scale: float | None = None
-) -> Partial:
+def attend_partial(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mask) -> Partial:
     """Unnormalised attention over some of the keys, to be merged with `merge`.
 
-    Scores are scaled by `scale`, 1 / sqrt(H) where not given; softmax arithmetic is fp32, or fp64 of fp64. A query
-    without any valid key has sum 0. Keys (not causal) and mask of one row serve the queries of all rows.
+    Scores are scaled by 1 / sqrt(H); softmax arithmetic is fp32, or fp64 of fp64. A query without any valid key has
+    sum 0. Keys (not causal) and mask of one row serve the queries of all rows.
     """
     B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1:3]
     if k_BSKH.shape[0] < B:
-        parts = attend_partial(q_BTNH.reshape(1, B * T, N, H), k_BSKH, v_BSKH, mask, scale)
+        parts = attend_partial(q_BTNH.reshape(1, B * T, N, H), k_BSKH, v_BSKH, mask)
         return tuple(part.reshape(B, T, *part.shape[2:]) for part in parts)
     wide = jnp.promote_types(q_BTNH.dtype, jnp.float32)
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
-    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=wide) * (scale or H**-0.5)
-    seen = mask.dense(T, S)
+    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=wide) * H**-0.5
+    weights, *sums = _exponentials(scores, mask.dense(T, S))
+    values = jnp.einsum("BKGTS,BSKH->BTKGH", weights.astype(v_BSKH.dtype), v_BSKH, preferred_element_type=wide)
+    return values, *(jnp.moveaxis(part, 3, 1) for part in sums)
+
+
+def attend_partial_to_one(q_BQH: jax.Array, x_BSH: jax.Array, valid_BS: jax.Array | None, scale: float) -> Partial:
+    """What `attend_partial` says of queries of any heads and positions whose keys, and values, are all of `x`.
+
+    Values (B, Q, H), sums and peaks (B, Q, 1). The products come in the order that is wanted: nothing is transposed.
+    """
+    wide = jnp.promote_types(q_BQH.dtype, jnp.float32)
+    scores_BQS = jnp.einsum("BQH,BSH->BQS", q_BQH, x_BSH, preferred_element_type=wide) * scale
+    weights_BQS, *sums = _exponentials(scores_BQS, True if valid_BS is None else valid_BS[:, None])
+    values = jnp.einsum("BQS,BSH->BQH", weights_BQS.astype(x_BSH.dtype), x_BSH, preferred_element_type=wide)
+    return values, *sums
+
+
+def _exponentials(scores: jax.Array, seen: jax.Array | bool) -> Partial:
+    """exp(score - peak) of the keys that are seen, their sum and the peak along the last axis."""
     scores = jnp.where(seen, scores, _NEVER)
     peak = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
     weights = jnp.where(seen, jnp.exp(scores - peak), 0.0)
-    total = weights.sum(axis=-1, keepdims=True)
-    values = jnp.einsum("BKGTS,BSKH->BTKGH", weights.astype(v_BSKH.dtype), v_BSKH, preferred_element_type=wide)
-    return values, jnp.moveaxis(total, 3, 1), jnp.moveaxis(peak, 3, 1)
+    return weights, weights.sum(axis=-1, keepdims=True), peak
 
 
 def combine(*parts: Partial) -> Partial:

@@ -9,7 +9,17 @@ from flax import nnx
 
 from cepe_jax.config import Backend
 from cepe_jax.cost import read_flops
-from cepe_jax.model.attention import Mask, Partial, attend, attend_partial, combine, combine_over, merge, splash_partial
+from cepe_jax.model.attention import (
+    Mask,
+    Partial,
+    attend,
+    attend_partial,
+    attend_partial_to_one,
+    combine,
+    combine_over,
+    merge,
+    splash_partial,
+)
 from cepe_jax.model.layers import RMSNorm, project
 from cepe_jax.sharding import on_shards, split_axes
 
@@ -77,16 +87,16 @@ class CrossAttention(nnx.Module):
         def part(q_BTNH: Array, memory_BME: Array, mask_BM: Array | None, k: Array, v: Array) -> Partial:
             (B, T, N, H), (E, K, _) = q_BTNH.shape, k.shape
             k, v = k.astype(q_BTNH.dtype), v.astype(q_BTNH.dtype)
-            q_BTNE = jnp.einsum("BTKGH,EKH->BTKGE", q_BTNH.reshape(B, T, K, N // K, H), k).reshape(B, T, N, E)
+            heads = B, T, K, N // K, -1
+            q_BTKGE = jnp.einsum("BTKGH,EKH->BTKGE", q_BTNH.reshape(heads), k)
+            q_BQE = q_BTKGE.reshape(memory_BME.shape[0], -1, E)
 
             def block(memory_BME: Array, mask_BM: Array | None) -> Partial:
-                memory_BM1E = memory_BME[:, :, None]
-                return attend_partial(q_BTNE, memory_BM1E, memory_BM1E, Mask(valid_BS=mask_BM), H**-0.5)
+                return attend_partial_to_one(q_BQE, memory_BME, mask_BM, H**-0.5)
 
-            sums, *weights = _in_blocks(block, (memory_BME, mask_BM), B * T)
-            sums_BTKGE = sums.reshape(B, T, K, N // K, E).astype(q_BTNH.dtype)
-            values = jnp.einsum("BTKGE,EKH->BTKGH", sums_BTKGE, v, preferred_element_type=sums.dtype)
-            return values, *(weight.reshape(B, T, K, N // K, 1) for weight in weights)
+            sums, *weights = (x.reshape(heads) for x in _in_blocks(block, (memory_BME, mask_BM), B * T))
+            values = jnp.einsum("BTKGE,EKH->BTKGH", sums.astype(v.dtype), v, preferred_element_type=sums.dtype)
+            return values, *weights
 
         return self._over_the_memory(part, q_BTNH, memory_BME, mask_BM)
 
