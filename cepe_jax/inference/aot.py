@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from cepe_jax.config import CepeConfig
-from cepe_jax.cost import cepe_flops, encoder_flops
+from cepe_jax.cost import encoder_flops, inference_flops
 from cepe_jax.inference.context import encode_chunks
 from cepe_jax.inference.generate import Draws, Sampling, next_token
 from cepe_jax.model.cache import KVCache
@@ -31,7 +31,7 @@ def _model(config: TrainConfig, sizes: Config) -> Cepe:
 def encode_step(config: TrainConfig, sizes: Config) -> Step:
     """All chunks of a batch."""
     B, C, L = config.batch_size, config.examples.num_chunks, config.examples.chunk_length
-    contexts = [_array((B, C, L), dtype, "batch", None, None) for dtype in (jnp.int32, bool)]
+    contexts = [_array((B, C, L), dtype, "batch", "memory", None) for dtype in (jnp.int32, bool)]
     flops = B * encoder_flops(sizes.encoder, C, L).forward
     return Step(encode_chunks, (_model(config, sizes), *contexts), flops, flops)
 
@@ -40,18 +40,17 @@ def _read(config: TrainConfig, sizes: Config, tokens: int, cached: bool) -> Step
     model, decoder = _model(config, sizes), sizes.decoder
     B, window = config.batch_size, config.examples.window
     M = config.examples.num_chunks * config.examples.chunk_length
-    memory = _array((B, M, sizes.encoder.width), decoder.dtype, "batch", None, None)
-    memory_mask = _array((B, M), bool, "batch", None)
+    memory = _array((B, M, sizes.encoder.width), decoder.dtype, "batch", "memory", None)
+    memory_mask = _array((B, M), bool, "batch", "memory")
     kv = (decoder.num_layers, B, window, decoder.num_kv_heads, decoder.head_dim)
     k, v = (_array(kv, decoder.dtype, None, "batch", None, "kv_heads", None) for _ in range(2))
     cache = KVCache(k, v, _array((B, window), bool, "batch", None), _array((), jnp.int32), empty=not cached)
     given = [_array((B, tokens), dtype, "batch", None) for dtype in (jnp.int32, bool)]
     draws = jax.tree.map(lambda x: _array(x.shape, x.dtype, *("batch",)[: x.ndim]), Draws.of([Sampling()] * B))
     arguments = model, *given, (memory, memory_mask), cache, draws
-    flops = cepe_flops(sizes, tokens, 1, M, train=()).forward - encoder_flops(sizes.encoder, 1, M).forward
-    flops -= 2 * decoder.width * decoder.vocab_size * (tokens - 1)  # logits of the last position alone
-    flops += cached * 4 * window * decoder.num_heads * decoder.head_dim * decoder.num_layers
-    return Step(next_token, arguments, B * flops, B * flops)
+    of_forms = inference_flops(sizes, tokens, cached * window, M)
+    flops = B * min(of_forms["absorbed"], of_forms["materialised"])
+    return Step(next_token, arguments, flops, flops)
 
 
 def prefill_step(config: TrainConfig, sizes: Config) -> Step:

@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx
 
 from cepe_jax.config import DECODERS, ENCODERS, CepeConfig, preset
-from cepe_jax.cost import encoder_flops, inference_flops, step_bytes
+from cepe_jax.cost import encoder_flops, gib, inference_flops, step_bytes
 from cepe_jax.inference.context import ContextCache, encode, free_bytes
 from cepe_jax.inference.generate import Draws, Sampling, bucket, next_token
 from cepe_jax.model.attention import Mask, attend_partial, merge
@@ -29,7 +29,7 @@ from cepe_jax.model.cepe import Cepe, assemble
 from cepe_jax.model.cross import CrossAttention
 from cepe_jax.model.layers import project
 from cepe_jax.progress import track
-from cepe_jax.training.aot import gib, memory_of
+from cepe_jax.training.aot import memory_of
 from cepe_jax.weights.tensors import abstract_parts, with_dtype
 
 Array = jax.Array

@@ -43,8 +43,13 @@ from cepe_jax.weights.tensors import Config, abstract_parts
 class CompileConfig:
     topology: str  # of the TPU compiler: v5e:4x4, v6e:8x8, v4:4x4x4, v5p:2x4x4
     stage: Literal["train", "encode", "prefill", "decode"] = "train"
-    batch: int = 0  # sequences; 0 = batch_size to train, one a device (or those of one mesh.tensor) to infer
+    batch: int = 0  # sequences; 0 = batch_size to train, one for the devices that share one to infer
+    context: int = 1  # devices over which a memory is cut; to infer
     out: Path = Path("out/compile")  # gets a JSON file for each step
+
+    def __post_init__(self):
+        if self.context < 1 or (self.context > 1 and self.stage == "train"):
+            raise ValueError(f"context is {self.context} and stage {self.stage}: give 1 to train, 1 or more to infer")
 
 
 @dataclass(frozen=True)
@@ -66,19 +71,19 @@ def compile_step(what: CompileConfig, config: TrainConfig, make: Callable[[Train
     if what.batch:
         config = dataclasses.replace(config, batch_size=what.batch)
     elif what.stage != "train":
-        config = dataclasses.replace(config, batch_size=len(devices) // config.mesh.tensor)
-    shares = mesh_of(config, len(devices))
+        config = dataclasses.replace(config, batch_size=max(len(devices) // config.mesh.tensor // what.context, 1))
+    shares = dataclasses.asdict(mesh_of(config, len(devices) // what.context)) | {"context": what.context}
     sizes = at_run_time(sizes_of(config), config, backend_of(config, "tpu"))
     result = {
         "topology": what.topology,
         "chips": len(devices),
         "stage": config.stage if what.stage == "train" else what.stage,
         "batch": config.batch_size,
-        "mesh": dataclasses.asdict(shares),
+        "mesh": shares,
         "config": resolved_settings(config),
     }
     begun = time.monotonic()
-    with jax.set_mesh(make_mesh(**dataclasses.asdict(shares), devices=devices)):
+    with jax.set_mesh(make_mesh(**shares, devices=devices)):
         step = make(config, sizes)
         try:
             compiled = step.function.lower(*step.arguments).compile()
