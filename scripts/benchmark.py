@@ -5,12 +5,15 @@
     python scripts/benchmark.py train --config configs/train_cepe.yaml --decoder=tiny --encoder=tiny --batch_size=8 \\
         --dtype=float32 --examples.window=128 --examples.chunk_length=64
     JAX_PLATFORMS=cpu python scripts/benchmark.py memory --config configs/train_cepe.yaml --mlp_chunk=512
+    python scripts/benchmark.py inference
+    python scripts/benchmark.py inference --decoder=llama2_7b --encoder=mlm_large --chunk_length=256 --dtype=bfloat16
 
 `train` and `memory` take all settings of train.py too; sizes are the paper's where the configuration names no model.
 """
 
 from cepe_jax.cli import run_command
 from cepe_jax.data.benchmark import DataBenchmarkConfig, benchmark
+from cepe_jax.inference.benchmark import InferenceBenchmarkConfig, benchmark_inference
 from cepe_jax.training.aot import without_files
 from cepe_jax.training.benchmark import MemoryConfig, TrainBenchmarkConfig, benchmark_memory, benchmark_train
 from cepe_jax.training.settings import TrainConfig
@@ -18,6 +21,7 @@ from cepe_jax.training.settings import TrainConfig
 COMMANDS = {
     "data": (DataBenchmarkConfig, benchmark),
     "train": (TrainBenchmarkConfig, benchmark_train, TrainConfig, without_files),
+    "inference": (InferenceBenchmarkConfig, benchmark_inference),
     "memory": (MemoryConfig, benchmark_memory, TrainConfig, without_files),
 }
 

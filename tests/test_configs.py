@@ -16,6 +16,7 @@ from cepe_jax.data.corpus import PrepareConfig
 from cepe_jax.data.retrieval import RetrieveConfig
 from cepe_jax.data.sampling import SampleConfig
 from cepe_jax.evaluation.report import EvaluateConfig
+from cepe_jax.inference.benchmark import InferenceBenchmarkConfig
 from cepe_jax.inference.text import GenerateConfig
 from cepe_jax.training.aot import CompileConfig, without_files
 from cepe_jax.training.benchmark import MemoryConfig, TrainBenchmarkConfig
@@ -31,6 +32,7 @@ CLASSES = {  # of a script, or of a script and its command
     "benchmark.py data": DataBenchmarkConfig,
     "benchmark.py train": TrainBenchmarkConfig,
     "benchmark.py memory": MemoryConfig,
+    "benchmark.py inference": InferenceBenchmarkConfig,
     "compile_tpu.py": CompileConfig,
     "train.py": TrainConfig,
     "evaluate.py": EvaluateConfig,

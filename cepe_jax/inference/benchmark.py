@@ -221,12 +221,13 @@ def _read(way: str, model: Cepe, context: ContextCache, config: InferenceBenchma
     (next_B1, cache), prefill_seconds = clock(f"{way}, prefill", first, read_prompt)
     decode, one = compiled(1, cache), np.ones((1, 1), bool)
     flops = inference_flops(config_of, 1, len(tokens), length)[FORMS[way]]
-    seconds: list[float] = []
+    seconds, generated = [], [int(next_B1[0, 0])]
     while len(seconds) < config.new_tokens and sum(seconds) < config.limit_seconds:
         begun = time.monotonic()
         next_B1, cache = decode(reader, next_B1, one, memory, cache, draws)
         jax.block_until_ready(next_B1)
         seconds.append(time.monotonic() - begun)
+        generated.append(int(next_B1[0, 0]))
     token_seconds = float(np.median(seconds[1:] or seconds))
     return {
         "prefill_seconds": prefill_seconds + building,
@@ -237,6 +238,7 @@ def _read(way: str, model: Cepe, context: ContextCache, config: InferenceBenchma
         "prefill_flops": first,
         "token_flops": flops,
         "token_bytes": step_bytes(config_of, slots, length, itemsize)[FORMS[way]],
+        "tokens": generated,
     }
 
 

@@ -26,7 +26,7 @@ from cepe_jax.sharding import on_shards, split_axes
 Array = jax.Array
 
 # Pairs of a query and a key whose scores in a head (XLA), or whose mask (cuDNN), exist at once; splash stores neither.
-PAIRS: dict[Backend, float] = {"xla": 1 << 21, "cudnn": 1 << 26, "splash": math.inf}
+PAIRS: dict[Backend, float] = {"xla": 1 << 21, "cudnn": 1 << 28, "splash": math.inf}
 LEAST_BLOCK = 128  # tokens of memory
 
 

@@ -1,0 +1,82 @@
+"""The benchmark of inference on sizes of seconds: every way writes the same, and what it says adds up."""
+
+import json
+import math
+
+import pytest
+
+from cepe_jax.inference import benchmark
+from cepe_jax.inference.benchmark import WAYS, InferenceBenchmarkConfig, _Clock, _LeftOut, benchmark_inference
+
+SMALL = {"decoder": "tiny", "encoder": "tiny", "chunk_length": 32, "prompt": 9, "new_tokens": 3}
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory) -> tuple[dict, str]:
+    """At 96 and 2,000 tokens of context, the second of which no way but one has room for."""
+    out = tmp_path_factory.mktemp("benchmark")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(benchmark, "free_bytes", lambda: 4 * 192 * 4 * 2 * 1500)  # fp32 keys and values of 1,500 tokens
+        benchmark_inference(InferenceBenchmarkConfig(contexts=(96, 2000), out=out, **SMALL))
+    assert (out / "inference.png").read_bytes().startswith(b"\x89PNG")
+    return json.loads((out / "inference.json").read_text()), (out / "inference.md").read_text()
+
+
+def test_every_way_reads_the_same_context(measured):
+    rows = {(row["way"], row["context"]): row for row in measured[0]["rows"]}
+    assert set(rows) == {(way, length) for way in WAYS for length in (96, 2000)}
+    written = [rows[way, 96]["tokens"] for way in ("absorbed", "stored", "recomputed")]
+    assert written[0] == written[1] == written[2]
+    assert len(written[0]) == SMALL["new_tokens"] + 1
+    assert rows["absorbed", 2000]["tokens"] == rows["recomputed", 2000]["tokens"]
+
+
+def test_what_has_no_room_is_left_out_and_said(measured):
+    report, page = measured
+    left_out = {(row["way"], row["context"]) for row in report["rows"] if "left_out" in row}
+    assert left_out == {("stored", 2000), ("full", 2000)}
+    assert page.count("left out: keys and values take") == 2
+
+
+def test_what_a_way_holds(measured):
+    """Keys and values of every layer where they are stored; absorbed, the memory alone."""
+    rows = {(row["way"], row["context"]): row for row in measured[0]["rows"]}
+    arguments = {way: rows[way, 96]["memory"]["decode"]["arguments"] for way in WAYS}
+    padded = 128  # tokens, that a memory of 96 takes
+    assert arguments["recomputed"] == arguments["absorbed"]
+    cross = 4 * 2 * 192 * 192 * 4  # W_k and W_v, which nothing reads where their products are stored
+    assert arguments["stored"] - arguments["absorbed"] == 4 * 2 * padded * 192 * 4 - padded * 192 * 4 - cross
+    grown = rows["absorbed", 2000]["memory"]["decode"]["arguments"] - arguments["absorbed"]
+    assert grown == (2048 - 128) * (192 * 4 + 1)
+
+
+def test_speeds_are_of_the_seconds(measured):
+    for row in measured[0]["rows"]:
+        if "left_out" not in row:
+            assert row["tokens_per_second"] == pytest.approx(1 / row["token_seconds"])
+            assert 0 < row["prefill_seconds"] < 100
+
+
+def test_what_would_take_too_long_is_foreseen():
+    clock = _Clock(limit=1.0)
+    _, seconds = clock("reading", 100.0, lambda: None)
+    assert seconds < 1
+    speed = clock.speeds["reading"]
+    assert speed == 100.0 / seconds
+    with pytest.raises(_LeftOut, match=r"reading would take 2 s"):
+        clock("reading", 2 * speed, lambda: pytest.fail("it is not run"))
+    assert clock("other", math.inf, lambda: 7)[0] == 7
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ({"contexts": (8, 4)}, r"contexts is \[8, 4\]: give rising numbers"),
+        ({"contexts": ()}, r"contexts is \[\]: give rising"),
+        ({"new_tokens": 1}, "new_tokens is 1: give 2 or more"),
+        ({"chunk_length": 0}, "chunk_length is 0: give a number above 0"),
+    ],
+)
+def test_bad_settings(setting, said):
+    with pytest.raises(ValueError, match=said):
+        InferenceBenchmarkConfig(**setting)
