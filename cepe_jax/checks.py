@@ -23,3 +23,9 @@ def check_mask(name: str, mask, shape: tuple[int, ...]) -> None:
     """ValueError unless `mask` is None or boolean of this shape."""
     if mask is not None and (mask.shape != shape or mask.dtype != bool):
         raise ValueError(f"{name} is {mask.dtype}{list(mask.shape)}: give booleans of shape {list(shape)}")
+
+
+def check_chunk_length(chunk_length: int) -> None:
+    """ValueError unless a chunk has tokens."""
+    if chunk_length < 1:
+        raise ValueError(f"chunk_length is {chunk_length}: give a number above 0")

@@ -17,7 +17,7 @@ from cepe_jax.data.retrieval import RetrieveConfig
 from cepe_jax.data.sampling import SampleConfig
 from cepe_jax.evaluation.report import EvaluateConfig
 from cepe_jax.inference.benchmark import InferenceBenchmarkConfig
-from cepe_jax.inference.text import GenerateConfig
+from cepe_jax.inference.terminal import GenerateConfig
 from cepe_jax.training.aot import CompileConfig, without_files
 from cepe_jax.training.benchmark import MemoryConfig, TrainBenchmarkConfig
 from cepe_jax.training.settings import TrainConfig

@@ -21,9 +21,11 @@ TREES = {
 
 
 def room(module: str) -> int:
-    """Where the module stands: 0 for the files at the root, then the rooms in order."""
+    """Where the module stands: 0 for the files at the root, then the rooms in order, then the package's own names."""
     parts = module.split(".")
-    if len(parts) == 1 or (parts[1] not in ROOMS and f"cepe_jax.{parts[1]}" in TREES and len(parts) == 2):
+    if len(parts) == 1:
+        return 1 + len(ROOMS)
+    if parts[1] not in ROOMS and f"cepe_jax.{parts[1]}" in TREES and len(parts) == 2:
         return 0
     return 1 + ROOMS.index(parts[1])
 
@@ -90,7 +92,11 @@ def test_mesh_axes_are_named_in_sharding_alone():
 
 @pytest.mark.parametrize(
     ("modules", "unwanted"),
-    [("cepe_jax.model.cepe", {"orbax"}), ("cepe_jax.training.stages, cepe_jax.inference.text", set())],
+    [
+        ("cepe_jax", {"jax", "flax"}),
+        ("cepe_jax.model.cepe", {"orbax"}),
+        ("cepe_jax.training.stages, cepe_jax.inference.text", set()),
+    ],
 )
 def test_imports_are_light(modules, unwanted):
     """What reads data, draws or belongs to another framework is imported where it is used."""

@@ -1,4 +1,4 @@
-"""Tokenizers trained in a test, and chat templates as models bring them."""
+"""Tokenizers trained in a test, chat templates as models bring them, and contexts in chunks."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +12,7 @@ TEXTS = [
     "user assistant system Hello there! <a>\n" * 9,
 ]
 TEXTS += ["The quick brown fox jumps over the lazy dog, and then 🙂 goes home.\n" * 5]
+WINDOW, CHUNK = 48, 8  # tokens: what the tiny text model's decoder reads, and its encoder at once
 CHATML_TOKENS = "<|im_start|>", "<|im_end|>"
 # SmolLM2's, but for the name of the one who made it.
 CHATML = (
@@ -117,3 +118,7 @@ def to_tokenizers(model: Path, path: Path) -> Path:
         tokenizer.add_tokens([tokenizers.AddedToken("\n", normalized=False)])
     tokenizer.save(str(path))
     return path
+
+
+def chunks_of(ids: list[int]) -> list[list[int]]:
+    return [ids[at : at + CHUNK] for at in range(0, len(ids), CHUNK)]

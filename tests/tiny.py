@@ -67,8 +67,9 @@ def make_encoder(config: EncoderConfig = ENCODER) -> Encoder:
     return filled(lambda: Encoder(config, key=jax.random.key(0)), seed=2)
 
 
-def make_cepe(num_cross_layers: int = NUM_CROSS_LAYERS) -> Cepe:
-    decoder, encoder = make_decoder(), make_encoder()
+def make_cepe(num_cross_layers: int = NUM_CROSS_LAYERS, vocab_size: int = DECODER.vocab_size) -> Cepe:
+    decoder = make_decoder(dataclasses.replace(DECODER, vocab_size=vocab_size))
+    encoder = make_encoder(dataclasses.replace(ENCODER, vocab_size=vocab_size + 1))
 
     def make():
         return cross_from_self_attention(decoder, ENCODER, num_cross_layers, "normal", key=jax.random.key(0))

@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from cepe_jax.checks import check_chunk_length
 from cepe_jax.data.corpus import Corpus
 from cepe_jax.data.examples import chunks_before
 from cepe_jax.evaluation.perplexity import Window, choose_windows, context_nll
@@ -36,8 +37,7 @@ class EvaluateConfig:
     def __post_init__(self):
         if min(self.chunks, default=0) < 1 or len(set(self.chunks)) < len(self.chunks):
             raise ValueError(f"chunks is {list(self.chunks)}: give different numbers above 0; none is always measured")
-        if self.chunk_length < 1:
-            raise ValueError(f"chunk_length is {self.chunk_length}: give a number above 0")
+        check_chunk_length(self.chunk_length)
         if self.trained_chunks not in self.chunks:
             raise ValueError(f"trained_chunks {self.trained_chunks} is not among chunks {list(self.chunks)}: add it")
         if not 0 < self.scored <= self.window:

@@ -19,7 +19,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from safetensors import SafetensorError, safe_open
 
-from cepe_jax.checks import check_tokens
+from cepe_jax.checks import check_chunk_length, check_tokens
 from cepe_jax.cost import gib
 from cepe_jax.data.tokenizer import Tokenizer
 from cepe_jax.directories import staged_path
@@ -168,8 +168,7 @@ def encode(
     """
     if isinstance(model, Llama):
         raise ValueError("a context needs a CEPE model: this one is a plain decoder")
-    if chunk_length < 1:
-        raise ValueError(f"chunk_length is {chunk_length}: give a number above 0")
+    check_chunk_length(chunk_length)
     for number, tokens in enumerate(passages):
         if len(tokens) == 0:
             raise ValueError(f"passage {number} has no tokens: leave it out")
@@ -227,20 +226,23 @@ def _encoded(model: Cepe, passages: list[Sequence[int]], chunk_length: int) -> l
     return [np.concatenate([next(in_order) for _ in range(0, len(tokens), chunk_length)]) for tokens in passages]
 
 
-def stacked(caches: Sequence[ContextCache]) -> Memory:
-    """(memory_BME, mask_BM) with a row for each cache, padded to a bucket and placed on the mesh; (None, None) where
-    there is not a token: then the decoder is the plain one."""
+def stacked(caches: Sequence[ContextCache], length: int | None = None) -> Memory:
+    """(memory_BME, mask_BM) with a row for each cache, padded to `length`, or a bucket, and placed on the mesh.
+
+    (None, None) where there is not a token: then the decoder is the plain one.
+    """
     for number, cache in enumerate(caches):
         cache.check_is_of(caches[0].identity, f"context {number}")
     longest = max(cache.num_tokens for cache in caches)
     if longest == 0:
         return None, None
     some = next(cache.passages[0].states_LE for cache in caches if len(cache))
-    _check_fits(len(caches), longest, some.shape[1], some.dtype, copies=1)
-    memory_BME = np.zeros((len(caches), bucket(longest), some.shape[1]), some.dtype)
+    _check_fits(len(caches), longest if length is None else length, some.shape[1], some.dtype, copies=1)
+    length = bucket(longest) if length is None else length
+    memory_BME = np.zeros((len(caches), length, some.shape[1]), some.dtype)
     for row, cache in zip(memory_BME, caches, strict=True):
         np.concatenate([p.states_LE for p in cache.passages] or [some[:0]], out=row[: cache.num_tokens])
-    mask_BM = np.arange(bucket(longest)) < np.array([cache.num_tokens for cache in caches])[:, None]
+    mask_BM = np.arange(length) < np.array([cache.num_tokens for cache in caches])[:, None]
     return jax.device_put(memory_BME, _placement(len(caches), None)), jax.device_put(mask_BM, _placement(len(caches)))
 
 

@@ -47,6 +47,9 @@ class Sampling:
             raise ValueError(f"seed is {self.seed}: give 0 to {2**32 - 1}")
 
 
+GREEDY = Sampling()
+
+
 class Draws(NamedTuple):
     """`Sampling` of each row, as arrays, and how many tokens the rows have got before this one."""
 
@@ -120,7 +123,7 @@ def next_token(model: Cepe | Llama, tokens_BT, mask_BT, memory, cache: KVCache, 
     return sample(decoder.logits(last_B1D)[:, 0], draws)[:, None], cache
 
 
-_new_cache = jax.jit(KVCache.create, static_argnums=(0, 1, 2))
+new_cache = jax.jit(KVCache.create, static_argnums=(0, 1, 2))
 
 
 def one_ahead(results: Iterable[Item]) -> Iterator[Item]:
@@ -132,7 +135,7 @@ def one_ahead(results: Iterable[Item]) -> Iterator[Item]:
     yield from waiting
 
 
-def _right_padded(rows: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray, np.ndarray]:
+def right_padded(rows: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray, np.ndarray]:
     """Tokens and mask, (B, length)."""
     tokens_BT = np.zeros((len(rows), length), np.int32)
     mask_BT = np.arange(length) < np.array([len(row) for row in rows])[:, None]
@@ -161,7 +164,7 @@ def stream(
     memory_mask_BM: Array | None = None,
     *,
     max_new_tokens: int,
-    sampling: Sampling | Sequence[Sampling] = Sampling(),
+    sampling: Sampling | Sequence[Sampling] = GREEDY,
     stop_ids: Sequence[int] = (),
     window: int | None = None,
 ) -> Iterator[list[int | None]]:
@@ -187,8 +190,8 @@ def stream(
     draws, memory = Draws.of(samplings), (memory_BME, memory_mask_BM)
 
     def dispatched() -> Iterator[Array]:
-        cache = _new_cache(decoder.config, len(prompts), bucket(longest + max_new_tokens))
-        tokens_B1, cache = next_token(model, *_right_padded(prompts, bucket(longest)), memory, cache, draws)
+        cache = new_cache(decoder.config, len(prompts), bucket(longest + max_new_tokens))
+        tokens_B1, cache = next_token(model, *right_padded(prompts, bucket(longest)), memory, cache, draws)
         yield tokens_B1
         for number in range(1, max_new_tokens):
             at_number = draws._replace(number=np.int32(number))
@@ -214,7 +217,7 @@ def generate(
     memory_mask_BM: Array | None = None,
     *,
     max_new_tokens: int,
-    sampling: Sampling | Sequence[Sampling] = Sampling(),
+    sampling: Sampling | Sequence[Sampling] = GREEDY,
     stop_ids: Sequence[int] = (),
     window: int | None = None,
 ) -> list[list[int]]:
@@ -265,8 +268,8 @@ def score(
         check_tokens(f"continuation {number}", np.asarray(continuation), 1, decoder.config.vocab_size)
     memory, slots = (memory_BME, memory_mask_BM), bucket(len(prompt))
     before, last = prompt[:-1], prompt[-1]  # the last one is read with each continuation, whose first follows it
-    cache = _new_cache(decoder.config, 1, slots)
-    _, cache = next_token(model, *_right_padded([before], slots), memory, cache, Draws.of([Sampling()]))
+    cache = new_cache(decoder.config, 1, slots)
+    _, cache = next_token(model, *right_padded([before], slots), memory, cache, Draws.of([GREEDY]))
     scores: list[Score] = []
     for first in range(0, len(continuations), SCORED_ROWS):
         group = [list(row) for row in continuations[first : first + SCORED_ROWS]]
@@ -274,8 +277,8 @@ def score(
         length = min(power_of_two(longest), bucket(longest))
         # Two rows or more: then the cache is one that all of them read and none writes to.
         filled = group + group[-1:] * (max(2, power_of_two(len(group))) - len(group))
-        tokens_BT, mask_BT = _right_padded([[last, *row[:-1]] for row in filled], length)
-        labels_BT, _ = _right_padded(filled, length)
+        tokens_BT, mask_BT = right_padded([[last, *row[:-1]] for row in filled], length)
+        labels_BT, _ = right_padded(filled, length)
         found = _log_probs(model, tokens_BT, labels_BT, mask_BT, memory, cache)
         log_probs_BT, greedy_BT = (np.asarray(x) for x in found)
         for row, continuation in enumerate(group):

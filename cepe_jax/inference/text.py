@@ -1,63 +1,235 @@
-"""From files and strings to generated text."""
+"""Text in, text out: a model with its tokenizer, over contexts of any length."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-
+from cepe_jax.config import CepeConfig, EncoderConfig
 from cepe_jax.data.tokenizer import Tokenizer
-from cepe_jax.inference.context import encode_chunks
-from cepe_jax.inference.generate import Sampling, generate
-from cepe_jax.model.cepe import flat_mask
-from cepe_jax.weights.huggingface import load
+from cepe_jax.inference.chat import Chat
+from cepe_jax.inference.context import ContextCache, Memory, encode, identity_of, stacked
+from cepe_jax.inference.generate import GREEDY, Sampling, Score, score, stream
+from cepe_jax.inference.overflow import Overflow, fit
+from cepe_jax.inference.streaming import Detokenizer, StopStrings
+from cepe_jax.inference.template import Template
+from cepe_jax.model.cepe import Cepe
+from cepe_jax.model.llama import Llama
+from cepe_jax.weights import huggingface
+from cepe_jax.weights.directory import facts_at
+from cepe_jax.weights.files import read_json
+
+CHUNK_LENGTH = 256  # tokens of a context that the encoder reads at once: the length of the paper's training
+MAX_NEW_TOKENS = 256
+Contexts = ContextCache | Sequence[ContextCache] | None
 
 
-@dataclass(frozen=True)
-class GenerateConfig:
-    model: Path  # a model directory with its tokenizer
-    prompt: str
-    context: tuple[Path, ...] = ()  # files of text that the encoder reads
-    chunk_length: int = 256  # tokens per chunk; the length of training
-    max_new_tokens: int = 100
-    sampling: Sampling = Sampling()
-    dtype: Literal["float32", "bfloat16"] = "float32"
+@dataclass(frozen=True, eq=False)
+class TextModel:
+    """What the decoder reads begins with BOS; contexts do not. A text ends before the first of `stop_ids`."""
 
-    def __post_init__(self):
-        if self.chunk_length < 1:
-            raise ValueError(f"chunk_length is {self.chunk_length}: give a number above 0")
+    model: Cepe | Llama
+    tokenizer: Tokenizer
+    window: int | None  # tokens that the decoder reads at most, new ones too; None: no bound is known
+    stop_ids: tuple[int, ...]
+
+    @cached_property
+    def identity(self) -> dict[str, str]:
+        """Of the contexts that this model's encoder writes."""
+        if isinstance(self.model, Llama):
+            raise ValueError("a context needs a CEPE model: this one is a plain decoder")
+        return identity_of(self.model, self.tokenizer)
+
+    def encode(
+        self, texts: Sequence[str], *, chunk_length: int = CHUNK_LENGTH, known: ContextCache | None = None
+    ) -> ContextCache:
+        """What the encoder says of each text, for any number of calls. A text that `known` holds is not read again."""
+        if isinstance(texts, str):
+            raise ValueError("encode got one text: give a list of texts")
+        passages = [self.tokenizer.encode(text) for text in texts]
+        return encode(self.model, passages, self.identity, chunk_length, known)
+
+    def generate(
+        self,
+        prompt: str | Sequence[str],
+        context: Contexts = None,
+        *,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        sampling: Sampling | Sequence[Sampling] = GREEDY,
+        stop: Sequence[str] = (),
+        overflow: Overflow = "error",
+        chunk_length: int = CHUNK_LENGTH,
+    ) -> str | list[str]:
+        """What the model writes after the prompt, or after each of several, at most to the first of `stop`.
+
+        All prompts read one context, or each its own of a list. What `overflow` says of a prompt that does not fit:
+        "error" refuses it; "truncate_left" lets the decoder read its last tokens, "passages" its last passages (parts
+        between blank lines), and the encoder what stands before, in chunks of `chunk_length` tokens.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        rows, memory = self._rows(prompts, context, max_new_tokens, overflow, chunk_length)
+        texts = [""] * len(rows)
+        for pieces in self._pieces(rows, memory, max_new_tokens, sampling, stop):
+            texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
+        return texts[0] if isinstance(prompt, str) else texts
+
+    def stream(
+        self,
+        prompt: str,
+        context: ContextCache | None = None,
+        *,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        sampling: Sampling = GREEDY,
+        stop: Sequence[str] = (),
+        overflow: Overflow = "error",
+        chunk_length: int = CHUNK_LENGTH,
+    ) -> Iterator[str]:
+        """What `generate` gives, a piece a token ("" while a character or a stop string may be incomplete)."""
+        rows, memory = self._rows([prompt], context, max_new_tokens, overflow, chunk_length)
+        return (piece for (piece,) in self._pieces(rows, memory, max_new_tokens, sampling, stop))
+
+    def score(self, prompt: str, continuations: Sequence[str], context: ContextCache | None = None) -> list[Score]:
+        """How probable each text is after the prompt; prompt and context are read once.
+
+        A prompt and a continuation are tokenised together and cut after the prompt's tokens; spaces at the prompt's
+        end count to the continuation (as in lm-evaluation-harness).
+        """
+        start = prompt.rstrip()
+        before = self.tokenizer.encode(start, bos=True)
+        after = []
+        for number, continuation in enumerate(continuations):
+            whole = self.tokenizer.encode(prompt + continuation, bos=True)
+            if len(whole) <= len(before):
+                raise ValueError(f"continuation {number} ({continuation!r}) adds no token to the prompt: leave it out")
+            if self.window is not None and len(whole) > self.window:
+                raise ValueError(
+                    f"prompt and continuation {number} have {len(whole)} tokens and the window {self.window}: shorten "
+                    f"the prompt, or give its beginning as a context"
+                )
+            after.append(whole[len(before) :])
+        return score(self.model, before, after, *self._memory([context]))
+
+    def chat(
+        self, system: str | None = None, context: ContextCache | None = None, *, chunk_length: int = CHUNK_LENGTH
+    ) -> Chat:
+        """A conversation by the chat template beside the tokenizer; of any length where there is an encoder."""
+        if self.window is None:
+            raise ValueError(
+                "nothing says how many tokens the decoder reads at most: give window, or in the model's config.json "
+                "max_position_embeddings"
+            )
+        if context is None and isinstance(self.model, Cepe):
+            context = ContextCache(self.identity)
+        elif context is not None:
+            context.check_is_of(self.identity, "the context")
+        return Chat(
+            self.model,
+            Template(self.tokenizer),
+            self.stop_ids,
+            window=self.window,
+            chunk_length=chunk_length,
+            system=system,
+            context=context,
+        )
+
+    def _rows(
+        self, prompts: list[str], context: Contexts, max_new_tokens: int, overflow: Overflow, chunk_length: int
+    ) -> tuple[list[list[int]], Memory]:
+        """What the decoder reads of each prompt, and the memory it reads beside."""
+        shared = context is None or isinstance(context, ContextCache)
+        contexts = [context] * len(prompts) if shared else list(context)
+        if len(contexts) != len(prompts):
+            raise ValueError(f"{len(contexts)} contexts for {len(prompts)} prompts: give one, or one for each")
+        rows = []
+        for row, prompt in enumerate(prompts):
+            if self.window is None or overflow == "error":
+                rows.append(self.tokenizer.encode(prompt, bos=True))
+                continue
+            moved, read = fit(prompt, self.tokenizer, self.window, max_new_tokens, overflow, chunk_length)
+            rows.append(read)
+            if moved:
+                more = encode(self.model, moved, self.identity, chunk_length)
+                contexts[row] = more if contexts[row] is None else contexts[row] + more
+        return rows, self._memory(contexts)
+
+    def _memory(self, contexts: list[ContextCache | None]) -> Memory:
+        for context in contexts:
+            if context is not None:
+                context.check_is_of(self.identity, "the context")
+        if all(context is contexts[0] for context in contexts):
+            return (None, None) if not contexts or contexts[0] is None else contexts[0].arrays()
+        return stacked([ContextCache(self.identity) if context is None else context for context in contexts])
+
+    def _pieces(
+        self,
+        rows: list[list[int]],
+        memory: Memory,
+        max_new_tokens: int,
+        sampling: Sampling | Sequence[Sampling],
+        stop: Sequence[str],
+    ) -> Iterator[list[str]]:
+        """The next piece of each row's text, step by step."""
+        writers = [(Detokenizer(self.tokenizer, row), StopStrings(stop)) for row in rows]
+        limits = {"max_new_tokens": max_new_tokens, "stop_ids": self.stop_ids, "window": self.window}
+        steps = stream(self.model, rows, *memory, sampling=sampling, **limits)
+
+        def pieces() -> Iterator[list[str]]:
+            for step in steps:
+                yield [
+                    "" if token is None or strings.found else strings.add(text.add(token))
+                    for token, (text, strings) in zip(step, writers, strict=True)
+                ]
+                if all(token is None or s.found for token, (_, s) in zip(step, writers, strict=True)):
+                    break
+            yield ["" if strings.found else strings.add(text.end()) + strings.end() for text, strings in writers]
+
+        return pieces()
 
 
-def chunks_of(texts: list[str], tokenizer: Tokenizer, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """(C, L) chunks of the texts' tokens and their mask. No BOS; a text starts a chunk, its last one is padded."""
-    chunks: list[list[int]] = []
-    for text in texts:
-        ids = tokenizer.encode(text)
-        chunks += [ids[start : start + length] for start in range(0, len(ids), length)]
-    context, mask = np.zeros((len(chunks), length), np.int32), np.zeros((len(chunks), length), bool)
-    for row, chunk in enumerate(chunks):
-        context[row, : len(chunk)], mask[row, : len(chunk)] = chunk, True
-    return context, mask
+def load(
+    path: Path | str,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    tokenizer: Path | str | None = None,
+    window: int | None = None,
+) -> TextModel:
+    """The model at `path`, a directory of ours or one of Hugging Face's, with the tokenizer beside it.
+
+    `tokenizer`: where it is, if not beside the model. `window`: how many tokens the decoder reads at most, where that
+    is not the max_position_embeddings of the directory. Under a mesh (`jax.set_mesh`) the weights are born sharded.
+    """
+    path = Path(path)
+    config = huggingface.read_config(path)
+    if isinstance(config, EncoderConfig):
+        raise ValueError(f"{path} is an encoder, which writes no text: give a CEPE model or a decoder")
+    read = Tokenizer(path if tokenizer is None else tokenizer)
+    read.check_is_of(path)
+    parts = (
+        {"decoder": config.decoder, "encoder": config.encoder}
+        if isinstance(config, CepeConfig)
+        else {"decoder": config}
+    )
+    for name, part in parts.items():
+        if read.vocab_size > part.vocab_size:
+            raise ValueError(
+                f"{read.path} has {read.vocab_size} ids and the {name} of {path} knows {part.vocab_size}: it is "
+                f"another model's tokenizer, give this one's"
+            )
+    positions = facts_at(path).get("max_position_embeddings")
+    if window is None:
+        window = positions
+    elif window < 2 or (positions is not None and window > positions):
+        most = "" if positions is None else f", and at most {positions}, what {path} was trained for"
+        raise ValueError(f"window is {window}: give 2 or more{most}")
+    stop_ids = _stop_ids(path, read)
+    return TextModel(huggingface.load(path, dtype), read, window, stop_ids)
 
 
-def read_text(path: Path) -> str:
-    text = path.read_bytes()
-    if not text:
-        raise ValueError(f"{path}: an empty document: leave it out")
-    try:
-        return text.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 at byte {error.start}: convert it") from None
-
-
-def generate_text(config: GenerateConfig) -> str:
-    """What the model writes after the prompt, reading the context files."""
-    texts = [read_text(path) for path in config.context]
-    tokenizer = Tokenizer(config.model)
-    model = load(config.model, config.dtype)
-    context, mask = chunks_of(texts, tokenizer, config.chunk_length)
-    memory = (encode_chunks(model, context[None], mask[None]), flat_mask(mask[None])) if texts else ()
-    prompt = tokenizer.encode(config.prompt, bos=True)
-    limits = {"max_new_tokens": config.max_new_tokens, "stop_ids": [tokenizer.eos_id]}
-    (new,) = generate(model, [prompt], *memory, sampling=config.sampling, **limits)
-    return tokenizer.decode(new)
+def _stop_ids(path: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The end of sequence, and what generation_config.json says ends a text too."""
+    where = path / "generation_config.json"
+    said = read_json(where).get("eos_token_id") if where.exists() else None
+    ends = said if isinstance(said, list) else [] if said is None else [said]
+    if not all(isinstance(i, int) for i in ends):
+        raise ValueError(f"{where}: eos_token_id is {said!r}: give an id, or a list of ids")
+    return tuple(sorted({tokenizer.eos_id, *ends}))

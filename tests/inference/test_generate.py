@@ -209,7 +209,7 @@ def test_programs(cepe, memory, hot):
 
 def test_greedy_steps_do_not_sort(cepe, memory):
     """What sorts stands in a branch that is taken where a row is drawn."""
-    cache = module._new_cache(DECODER, 3, 128)
+    cache = module.new_cache(DECODER, 3, 128)
     given = cepe, np.zeros((3, 1), int), None, memory, cache, Draws.of(MIXED)
     jaxpr = jax.make_jaxpr(next_token.__wrapped__)(*given).jaxpr
     names = [equation.primitive.name for equation in jaxpr.eqns]
@@ -275,7 +275,7 @@ def test_logits_of_few_positions_exist_at_once(decoder):
     """No array of a scoring program is as large as all logits of a group."""
     rows, length = 16, 512
     given = [np.zeros((rows, length), kind) for kind in (int, int, bool)]
-    cache = dataclasses.replace(module._new_cache(DECODER, 1, 128), empty=False)
+    cache = dataclasses.replace(module.new_cache(DECODER, 1, 128), empty=False)
     program = module._log_probs.lower(decoder, *given, (None, None), cache).compile().as_text()
     logits = [shape for _, shape in arrays(program) if DECODER.vocab_size in shape]
     assert logits

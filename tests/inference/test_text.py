@@ -1,83 +1,223 @@
-"""Files and strings to generated text."""
+"""Text in, text out: against the whole model, computed anew for each token."""
 
-import dataclasses
-from types import SimpleNamespace
+import json
+import shutil
 
 import numpy as np
 import pytest
+from recomputed import draw
+from texts import CHUNK, WINDOW, byte_level, chunks_of
+from tiny import make_decoder, make_encoder
 
-from cepe_jax.data.tokenizer import train
-from cepe_jax.inference import text
-from cepe_jax.inference.generate import Sampling
-from cepe_jax.inference.text import GenerateConfig, chunks_of, generate_text
+import cepe_jax
+from cepe_jax.inference.context import ContextCache
+from cepe_jax.inference.generate import GREEDY, Draws, Sampling
+from cepe_jax.inference.text import TextModel
+from cepe_jax.weights.directory import save
 
-LETTERS = SimpleNamespace(encode=lambda text: [ord(letter) for letter in text])  # no bos= or eos=: none is asked for
-
-
-def rows(array: np.ndarray) -> list[str]:
-    return ["".join(chr(token) if token else "." for token in row) for row in array]
-
-
-def test_chunks_of():
-    """A text starts a chunk, its last one is padded on the right, in order."""
-    context, mask = chunks_of(["abcdefg", "", "hi", "klmn"], LETTERS, 4)
-    assert rows(context) == ["abcd", "efg.", "hi..", "klmn"]
-    np.testing.assert_array_equal(mask, context != 0)
-    assert (context.dtype, mask.dtype) == (np.int32, bool)
+PROMPT = "def f(x):\n    return"
+TEXTS = ["The quick brown fox jumps over", "  what is it?\n\nIt is a test"]
+HOT = Sampling(temperature=1.0, seed=5)
 
 
-@pytest.mark.parametrize("texts", [[], [""]])
-def test_no_text_is_no_chunk(texts):
-    context, mask = chunks_of(texts, LETTERS, 4)
-    assert context.shape == mask.shape == (0, 4)
+@pytest.fixture(scope="module")
+def context(text_model) -> ContextCache:
+    return text_model.encode(TEXTS, chunk_length=CHUNK)
 
 
-def test_generate_text(tmp_path, monkeypatch):
-    """BOS and the prompt for the decoder; the files, without BOS, for the encoder; the text of the new tokens."""
-    tokenizer = train(["def f(x):\n    return x + 1\n" * 20, "class A:\n\tpass\n"], 290, tmp_path / "tokenizer.model")
-    (tmp_path / "a.txt").write_bytes("def g(y):\r\n\treturn 🙂\n".encode())
-    (tmp_path / "b.txt").write_text("pass")
-    context = tmp_path / "a.txt", tmp_path / "b.txt"
-    called = []
+@pytest.fixture(scope="module")
+def write(text_model, fresh):
+    """The text after these tokens beside these contexts, in ids, and the tokens."""
 
-    def generate(*args, **kwargs):
-        called.append((args, kwargs))
-        return [tokenizer.encode(" x\n\ty")]
+    def write(tokens: list[int], contexts: list[list[int]], count: int, sampling: Sampling = GREEDY):
+        chunks, new = [chunk for ids in contexts for chunk in chunks_of(ids)], []
+        for number in range(count):
+            draws = Draws.of([sampling])._replace(number=number)
+            new.append(int(draw(fresh(tokens + new, chunks)[None], draws)[0]))
+            if new[-1] in (1, 3):
+                new.pop()
+                break
+        tokenizer = text_model.tokenizer
+        return tokenizer.decode(tokens + new)[len(tokenizer.decode(tokens)) :], new
 
-    monkeypatch.setattr(text, "load", lambda path, dtype: (path, dtype))
-    monkeypatch.setattr(text, "encode_chunks", lambda model, context, mask: context.reshape(1, -1))
-    monkeypatch.setattr(text, "generate", generate)
-    sampling = Sampling(temperature=2.0, seed=3)
-    config = GenerateConfig(tmp_path, "def f(x):", context, 5, 9, sampling, "bfloat16")
-    assert generate_text(config) == " x\n\ty"
-    assert generate_text(dataclasses.replace(config, context=())) == " x\n\ty"
-    with_context, without = called
-    prompt = [tokenizer.bos_id, *tokenizer.encode("def f(x):")]
-    settings = {"max_new_tokens": 9, "sampling": sampling, "stop_ids": [tokenizer.eos_id]}
-    assert without == (((tmp_path, "bfloat16"), [prompt]), settings)
-    (model, prompts, chunks, mask), given = with_context
-    assert (model, prompts, given) == ((tmp_path, "bfloat16"), [prompt], settings)
-    assert chunks.shape == mask.shape
-    wanted = chunks_of([file.read_bytes().decode() for file in context], tokenizer, 5)
-    np.testing.assert_array_equal(chunks, wanted[0].reshape(1, -1))
-    np.testing.assert_array_equal(mask, wanted[1].reshape(1, -1))
-    assert tokenizer.decode(chunks[mask]) == "def g(y):\r\n\treturn 🙂\npass"
+    return write
 
 
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [(b"", "bad.txt: an empty document"), (b"ab\xff", "bad.txt: not UTF-8 at byte 2"), (None, "bad.txt")],
-)
-def test_bad_files(tmp_path, content, said):
-    """Seen before anything is loaded."""
-    if content is not None:
-        (tmp_path / "bad.txt").write_bytes(content)
-    with pytest.raises((ValueError, FileNotFoundError), match=said):
-        generate_text(GenerateConfig(tmp_path / "absent", "x", (tmp_path / "bad.txt",)))
+@pytest.fixture(scope="module")
+def hot(text_model, write) -> str:
+    """Twenty tokens drawn after PROMPT beside TEXTS."""
+    tokenizer = text_model.tokenizer
+    text, new = write([0, *tokenizer.encode(PROMPT)], [tokenizer.encode(text) for text in TEXTS], 20, HOT)
+    assert len(new) == 20
+    assert len(set(new)) > 10
+    return text
 
 
-def test_bad_config(tmp_path):
-    with pytest.raises(ValueError, match="chunk_length is 0: give"):
-        GenerateConfig(tmp_path, "x", chunk_length=0)
-    with pytest.raises((ValueError, FileNotFoundError), match="absent"):
-        generate_text(GenerateConfig(tmp_path / "absent", "x"))
+def test_generate(text_model, context, hot, write):
+    """BOS stands before the prompt alone; the text is what the prompt's text goes on with."""
+    assert text_model.generate(PROMPT, context, max_new_tokens=20, sampling=HOT) == hot
+    plain, _ = write([0, *text_model.tokenizer.encode(PROMPT)], [], 12, HOT)
+    assert len(plain) > 5
+    assert text_model.generate(PROMPT, max_new_tokens=12, sampling=HOT) == plain != hot[: len(plain)]
+
+
+def test_stream(text_model, context, hot):
+    """A piece a token, and one at the end."""
+    pieces = list(text_model.stream(PROMPT, context, max_new_tokens=20, sampling=HOT))
+    assert "".join(pieces) == hot
+    assert len(pieces) == 21
+    assert sum(map(bool, pieces)) > 10
+
+
+def test_stop_strings(text_model, context, hot):
+    stop = [hot[9:12], hot[15:]]
+    text = text_model.generate(PROMPT, context, max_new_tokens=20, sampling=HOT, stop=stop)
+    assert text == hot[: hot.index(stop[0])] != hot
+    pieces = list(text_model.stream(PROMPT, context, max_new_tokens=20, sampling=HOT, stop=stop))
+    assert "".join(pieces) == text
+    assert len(pieces) < 20
+
+
+def test_prompts_together(text_model, context, hot, write):
+    """Each is what it is alone: with one context for all, with its own, with none."""
+    tokenizer = text_model.tokenizer
+    other = tokenizer.encode(TEXTS[1])
+    both = text_model.generate([PROMPT, "x"], context, max_new_tokens=20, sampling=[HOT, GREEDY])
+    assert both == [hot, text_model.generate("x", context, max_new_tokens=20)]
+    contexts = [context, context.select([1])]
+    alone, _ = write([0, *tokenizer.encode("x")], [other], 20)
+    assert text_model.generate([PROMPT, "x"], contexts, max_new_tokens=20, sampling=[HOT, GREEDY]) == [hot, alone]
+    stopped = text_model.generate([PROMPT, "x"], context, max_new_tokens=20, sampling=[HOT, GREEDY], stop=[hot[5:8]])
+    assert stopped == [hot[: hot.index(hot[5:8])], both[1].split(hot[5:8])[0]]
+
+
+@pytest.mark.parametrize("mode", ["truncate_left", "passages"])
+def test_overflow(text_model, context, write, mode):
+    """What the decoder cannot read of a long prompt is read by the encoder, after the contexts."""
+    tokenizer = text_model.tokenizer
+    prompt = "def f(x):\n\n" * 9 + PROMPT
+    room = WINDOW - 6 - 1
+    if mode == "truncate_left":
+        ids = tokenizer.encode(prompt)
+        moved, rest = ids[:-room], ids[-room:]
+        moved = [moved[: len(moved) % CHUNK], *chunks_of(moved[len(moved) % CHUNK :])]
+    else:
+        parts = [tokenizer.encode("def f(x):\n\n")] * 9
+        count = next(n for n in range(10) if len(tokenizer.encode(prompt[11 * n :])) <= room)
+        moved, rest = parts[:count], tokenizer.encode(prompt[11 * count :])
+    assert len(moved) > 3
+    wanted, _ = write([0, *rest], [*map(tokenizer.encode, TEXTS), *moved], 6)
+    limits = {"max_new_tokens": 6, "overflow": mode, "chunk_length": CHUNK}
+    assert text_model.generate(prompt, context, **limits) == wanted
+    alone, _ = write([0, *tokenizer.encode("x")], list(map(tokenizer.encode, TEXTS)), 6)
+    assert text_model.generate([prompt, "x"], context, **limits) == [wanted, alone]
+
+
+def test_score(text_model, context, fresh):
+    """Log-probabilities of the tokens that a continuation adds; spaces at the prompt's end count to it."""
+    tokenizer = text_model.tokenizer
+    chunks = [chunk for text in TEXTS for chunk in chunks_of(tokenizer.encode(text))]
+    prompt, continuations = PROMPT + "  ", ["x", " + 1\n", "<s>"]
+    scores = text_model.score(prompt, continuations, context)
+    before = [0, *tokenizer.encode(PROMPT)]
+    for score, continuation in zip(scores, continuations, strict=True):
+        whole = [0, *tokenizer.encode(prompt + continuation)]
+        assert whole[: len(before)] == before
+        wanted, best = [], []
+        for at in range(len(before), len(whole)):
+            logits_V = np.asarray(fresh(whole[:at], chunks), np.float64)
+            wanted.append(logits_V[whole[at]] - np.log(np.exp(logits_V - logits_V.max()).sum()) - logits_V.max())
+            best.append(logits_V.argmax() == whole[at])
+        np.testing.assert_allclose(score.log_probs, wanted, rtol=0, atol=2e-5)
+        assert score.greedy == all(best)
+    plain = text_model.score(prompt, continuations)
+    assert all(abs(a.total - b.total) > 1e-3 for a, b in zip(scores, plain, strict=True))
+
+
+def test_known_texts_are_not_encoded_again(text_model, context, monkeypatch):
+    read = []
+    encode = cepe_jax.inference.context.encode_chunks
+    monkeypatch.setattr(
+        cepe_jax.inference.context, "encode_chunks", lambda *given: read.append(given[2].sum()) or encode(*given)
+    )
+    again = text_model.encode(["new", *TEXTS], chunk_length=CHUNK, known=context)
+    assert sum(read) == len(text_model.tokenizer.encode("new"))
+    assert [p.digest for p in again.passages[1:]] == [p.digest for p in context.passages]
+
+
+def test_a_plain_decoder(tmp_path, home, write, plain):
+    """A Llama directory generates and scores; it has no encoder."""
+    save(make_decoder(cepe_jax.load(home).model.decoder.config), tmp_path / "llama", home)
+    model = cepe_jax.load(tmp_path / "llama")
+    tokens = [0, *model.tokenizer.encode("x = ")]
+    wanted, _ = write(tokens, [], 5)
+    assert model.generate("x = ", max_new_tokens=5) == wanted
+    for call in (
+        lambda: model.encode(["a"]),
+        lambda: model.generate("def " * 60, max_new_tokens=9, overflow="truncate_left"),
+        lambda: model.score("a", ["b"], ContextCache({})),
+    ):
+        with pytest.raises(ValueError, match="a context needs a CEPE model: this one is a plain decoder"):
+            call()
+
+
+def test_load(home, text_model, tmp_path):
+    assert isinstance(text_model, TextModel)
+    assert (text_model.window, text_model.stop_ids) == (WINDOW, (1, 3))
+    assert cepe_jax.load(home, "bfloat16", window=20).window == 20
+    assert cepe_jax.load(home, "bfloat16").model.decoder.embed.dtype == "bfloat16"
+    bare = shutil.copytree(home, tmp_path / "bare")
+    for name in ("tokenizer.json", "generation_config.json"):
+        (bare / name).unlink()
+    with pytest.raises(FileNotFoundError, match="bare: no tokenizer.model and no tokenizer.json"):
+        cepe_jax.load(bare)
+    loaded = cepe_jax.load(bare, tokenizer=home)
+    assert (loaded.stop_ids, loaded.identity) == ((1,), text_model.identity)
+    (bare / "generation_config.json").write_text(json.dumps({"eos_token_id": "</s>"}))
+    with pytest.raises(ValueError, match="generation_config.json: eos_token_id is '</s>'"):
+        cepe_jax.load(bare, tokenizer=home)
+
+
+def test_refused_directories(home, tmp_path):
+    """Before a weight is read."""
+    config = json.loads((home / "config.json").read_text())
+    other = byte_level(tmp_path / "tokenizer.json", ("<s>", "</s>"), 330)
+    with pytest.raises(ValueError, match="is not the tokenizer of"):
+        cepe_jax.load(home, tokenizer=other)
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name, ids in (("decoder", 320), ("encoder", 325)):
+        changed = {**config, name: {**config[name], "vocab_size": ids}}
+        (bare / "config.json").write_text(json.dumps(changed))
+        with pytest.raises(ValueError, match=f"has 330 ids and the {name} of .*bare knows {ids}"):
+            cepe_jax.load(bare, tokenizer=home)
+    for window in (1, WINDOW + 1):
+        with pytest.raises(ValueError, match=f"window is {window}: give 2 or more, and at most {WINDOW}"):
+            cepe_jax.load(home, window=window)
+    save(make_encoder(), tmp_path / "encoder")
+    with pytest.raises(ValueError, match="is an encoder, which writes no text"):
+        cepe_jax.load(tmp_path / "encoder")
+    with pytest.raises(ValueError, match="no config.json in"):
+        cepe_jax.load(tmp_path / "absent")
+
+
+def test_bad_input(text_model, context):
+    long = "def f(x):\n" * 20
+    cases = {
+        "encode got one text: give a list": lambda: text_model.encode("a"),
+        "passage 1 has no tokens": lambda: text_model.encode(["a", ""]),
+        f"window of {WINDOW} tokens": lambda: text_model.generate(long, context, max_new_tokens=4),
+        "leave nothing of the window's": lambda: text_model.generate("a", max_new_tokens=50, overflow="passages"),
+        "overflow 'left': choose": lambda: text_model.generate("a", max_new_tokens=5, overflow="left"),
+        "max_new_tokens is 0": lambda: text_model.generate("a", max_new_tokens=0),
+        "2 contexts for 1 prompts": lambda: text_model.generate("a", [context, context], max_new_tokens=5),
+        "the context was encoded with another encoder": lambda: text_model.generate(
+            "a", ContextCache({**text_model.identity, "encoder": "x"}), max_new_tokens=5
+        ),
+        "stop is 'x': give a list": lambda: text_model.generate("a", stop="x", max_new_tokens=5),
+        "continuation 1 .''. adds no token": lambda: text_model.score("a", ["b", ""]),
+        f"continuation 0 have .* tokens and the window {WINDOW}": lambda: text_model.score(long, ["a"]),
+    }
+    for said, call in cases.items():
+        with pytest.raises(ValueError, match=said):
+            call()

@@ -1,0 +1,106 @@
+"""A conversation of any length with a model that has a chat template."""
+
+import os
+from collections.abc import Generator, Sequence
+
+from cepe_jax.inference.context import ContextCache
+from cepe_jax.inference.generate import GREEDY, Sampling
+from cepe_jax.inference.session import Session
+from cepe_jax.inference.streaming import Detokenizer, StopStrings
+from cepe_jax.inference.template import Message, Template
+from cepe_jax.model.cepe import Cepe
+from cepe_jax.model.llama import Llama
+
+
+class Chat:
+    """`messages`: what was said. What the decoder no longer reads itself is in `context`; see `Session`."""
+
+    def __init__(
+        self,
+        model: Cepe | Llama,
+        template: Template,
+        stop_ids: Sequence[int],
+        *,
+        window: int,
+        chunk_length: int,
+        system: str | None,
+        context: ContextCache | None,
+    ):
+        self.messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+        self._template, self._stop_ids = template, {*stop_ids, template.eos_id}
+        self._parts: list[tuple[str, list[int]]] = []  # the rendered conversation so far, piece by piece, and its ids
+        self._answer: Generator[str, None, None] | None = None
+        self.session = Session(model, window, self._head(), chunk_length, context)
+
+    @property
+    def context(self) -> ContextCache | None:
+        return self.session.context
+
+    def say(
+        self, text: str, *, max_new_tokens: int, sampling: Sampling = GREEDY, stop: Sequence[str] = ()
+    ) -> Generator[str, None, None]:
+        """The answer, a piece a token ("" while a character or a stop string may be incomplete).
+
+        Wherever it is broken off, by an exception, `close` or the next `say`, what was given out of it stays said.
+        """
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {max_new_tokens}: give 1 or more")
+        if self._answer is not None:
+            self._answer.close()
+        self._answer = self._said(text, max_new_tokens, sampling, StopStrings(stop))
+        return self._answer
+
+    def _said(
+        self, text: str, max_new_tokens: int, sampling: Sampling, stop: StopStrings
+    ) -> Generator[str, None, None]:
+        escape = self._ask(text)
+        new = Detokenizer(self._template.tokenizer, self.session.tokens)
+        ids: list[int] = []
+        drawn, given = "", ""  # the text of the ids, and what of it was given out
+        try:
+            for _ in range(max_new_tokens):
+                token = self.session.next(sampling)
+                if token in self._stop_ids:
+                    break
+                ids.append(token)
+                self.session.ids.append(token)
+                drawn += (piece := new.add(token))
+                given += (piece := stop.add(piece))
+                yield piece
+                if stop.found:
+                    break
+            drawn += (piece := new.end())
+            given += (piece := "" if stop.found else stop.add(piece) + stop.end())
+            yield piece
+        finally:
+            drawn += new.end()
+            self._parts.append((self._template.escaped(drawn, escape), ids))
+            self.messages.append({"role": "assistant", "content": given})
+
+    def _ask(self, text: str) -> str:
+        """The session holds the conversation up to where the answer begins; returns the escape it is rendered with.
+
+        Of what was rendered and drawn before, all that the template renders in the same way again keeps its ids.
+        """
+        message = {"role": "user", "content": text}
+        escape = self._template.escape_for([*self.messages, message])
+        rendered = self._template.render([*self.messages, message], escape)
+        kept, at = [], 0
+        for part, ids in self._parts:
+            if not rendered.startswith(part, at):
+                break
+            kept.append((part, ids))
+            at += len(part)
+        kept.append((rendered[at:], self._template.tokenizer.encode_special(rendered[at:], escape, continues=at > 0)))
+        self.session.replace([i for _, ids in kept for i in ids])
+        self._parts = kept
+        self.messages.append(message)
+        return escape
+
+    def _head(self) -> int:
+        """How many tokens stand before whatever a user says first."""
+        escape, ids = self._template.escape_for(self.messages), []
+        for text in "AB":
+            rendered = self._template.render([*self.messages, {"role": "user", "content": text}], escape)
+            ids.append(self._template.tokenizer.encode_special(rendered, escape))
+        return len(os.path.commonprefix(ids))

@@ -1,0 +1,125 @@
+"""A text that goes on without end, read with constant decoder memory: what overflows the window is encoded."""
+
+import os
+from collections.abc import Sequence
+
+import numpy as np
+
+from cepe_jax.checks import check_chunk_length
+from cepe_jax.inference.context import ContextCache, Memory, encode, stacked
+from cepe_jax.inference.generate import (
+    GREEDY,
+    Draws,
+    Sampling,
+    bucket,
+    new_cache,
+    next_token,
+    power_of_two,
+    right_padded,
+)
+from cepe_jax.model.cache import KVCache
+from cepe_jax.model.cepe import Cepe
+from cepe_jax.model.llama import Llama
+
+SHORTEST_MEMORY = 1024  # tokens that the memory has room for, at least
+Read = tuple[KVCache, list[int], ContextCache | None]  # a cache, the tokens it has read, and the memory it read beside
+
+
+class Session:
+    """The tokens of a text, and what follows them.
+
+    The decoder reads the first `head` tokens and, in what its window leaves, the last ones. What is between them is in
+    `context`, after the passages given at first: when a token more would not fit, the oldest `chunk_length` tokens
+    after the head are encoded and appended, and what remains is read anew from position 0. So what follows is what a
+    fresh model says of `tokens` and `context`, however the text came about.
+    """
+
+    def __init__(self, model: Cepe | Llama, window: int, head: int, chunk_length: int, context: ContextCache | None):
+        """`context` may be None for a plain decoder alone: then the text ends with the window."""
+        check_chunk_length(chunk_length)
+        needed = head + 1 + (chunk_length if context is not None else 0)
+        if needed > window:
+            raise ValueError(
+                f"the system prompt, with what the template puts around it, has {head} tokens and {needed - head} more "
+                f"must fit into the window of {window}: shorten it"
+            )
+        self.model, self.window, self.head, self.chunk_length = model, window, head, chunk_length
+        self.ids: list[int] = []  # of the whole text
+        self.context = context
+        self._given = 0 if context is None else len(context)
+        self._slots = bucket(window) + bucket(1)  # a few tokens more, filled up to a bucket, always fit
+        self._decoder = model if isinstance(model, Llama) else model.decoder
+        self._read: Read | None = None
+        self._placed: tuple[ContextCache, Memory] | None = None
+        self._drawn = 0
+
+    @property
+    def moved(self) -> int:
+        """How many chunks of the text are in the memory."""
+        return 0 if self.context is None else len(self.context) - self._given
+
+    @property
+    def tokens(self) -> list[int]:
+        """What the decoder reads."""
+        return self.ids[: self.head] + self.ids[self.head + self.moved * self.chunk_length :]
+
+    def replace(self, ids: Sequence[int]) -> None:
+        """The text has these tokens. Chunks in the memory that it still begins with, after the head, stay there."""
+        same = len(os.path.commonprefix([self.ids[self.head :], list(ids[self.head :])]))
+        self.ids = list(ids)
+        stay = min(self.moved, same // self.chunk_length, self._overflow())
+        if stay < self.moved:
+            self.context = self.context.select(range(self._given + stay))
+
+    def next(self, sampling: Sampling = GREEDY) -> int:
+        """Draws the token that follows. It becomes part of the text when it is appended to `ids`."""
+        self._make_room()
+        tokens, memory = self.tokens, self._memory()
+        if self._read is not None and self._goes_on(self._read, tokens):
+            cache, fresh = self._read[0], tokens[len(self._read[1]) :]
+            self._read = None  # its arrays are given away: if this is interrupted, all is read anew
+        else:
+            self._read = None  # freed before there is another
+            cache, fresh = new_cache(self._decoder.config, 1, self._slots), tokens
+        if len(fresh) == 1:
+            tokens_BT, mask_BT = np.array([fresh], np.int32), None
+        else:
+            tokens_BT, mask_BT = right_padded([fresh], bucket(len(fresh)))
+        draws = Draws.of([sampling])._replace(number=np.int32(self._drawn))
+        drawn_B1, cache = next_token(self.model, tokens_BT, mask_BT, memory, cache, draws)
+        token = int(np.asarray(drawn_B1)[0, 0])
+        self._read, self._drawn = (cache, tokens, self.context), self._drawn + 1
+        return token
+
+    def _memory(self) -> Memory:
+        """What the decoder reads beside. It has few lengths: each is a program, which takes long to compile."""
+        if self.context is None:
+            return None, None
+        if self._placed is None or self._placed[0] is not self.context:
+            self._placed = None  # freed before there is another
+            length = max(power_of_two(self.context.num_tokens), SHORTEST_MEMORY)
+            self._placed = self.context, stacked([self.context], length)
+        return self._placed[1]
+
+    def _goes_on(self, read: Read, tokens: list[int]) -> bool:
+        """Whether a cache has read a beginning of `tokens` beside the present memory, and has room for the rest."""
+        _, before, context = read
+        fresh = len(tokens) - len(before)
+        room = self._slots - len(before) - (1 if fresh == 1 else bucket(fresh))
+        return context is self.context and fresh > 0 and room >= 0 and tokens[: len(before)] == before
+
+    def _overflow(self) -> int:
+        """How many chunks must be in the memory so that one token more fits into the window."""
+        return -(-max(0, len(self.ids) + 1 - self.window) // self.chunk_length)
+
+    def _make_room(self) -> None:
+        if self._overflow() <= self.moved:
+            return
+        if self.context is None:
+            raise ValueError(
+                f"the conversation has {len(self.ids)} tokens and the window of this plain decoder {self.window}: "
+                f"begin anew, or take a CEPE model, which moves the oldest tokens to its encoder"
+            )
+        starts = [self.head + chunk * self.chunk_length for chunk in range(self.moved, self._overflow())]
+        chunks = [self.ids[start : start + self.chunk_length] for start in starts]
+        self.context += encode(self.model, chunks, self.context.identity, self.chunk_length, known=self.context)

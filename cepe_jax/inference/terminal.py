@@ -1,0 +1,168 @@
+"""What scripts/generate.py does: files, the terminal, and one model between them."""
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import jax
+
+from cepe_jax.checks import check_chunk_length
+from cepe_jax.data.tokenizer import Tokenizer
+from cepe_jax.inference.context import ContextCache
+from cepe_jax.inference.generate import Sampling
+from cepe_jax.inference.overflow import Overflow
+from cepe_jax.inference.template import Template
+from cepe_jax.inference.text import CHUNK_LENGTH, MAX_NEW_TOKENS, TextModel, load
+from cepe_jax.sharding import make_mesh
+from cepe_jax.training.logs import peak_memory
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Over how many devices things are cut, where there are several."""
+
+    tensor: int = 1  # the weights and the prompt, by heads
+    context: int = 0  # the contexts; 0 = all devices that tensor leaves
+
+    def __post_init__(self):
+        if self.tensor < 1 or self.context < 0:
+            raise ValueError(f"{self}: give numbers of devices above 0")
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    model: Path  # a model directory with its tokenizer
+    prompt: str = ""
+    chat: bool = False  # a conversation on standard input in the place of a prompt
+    system: str | None = None  # what the chat's template puts first
+    context_file: tuple[Path, ...] = ()  # files of text that the encoder reads
+    contexts: Path | None = None  # encoded contexts: what is there is not encoded again, what is not is added
+    chunk_length: int = CHUNK_LENGTH  # tokens
+    window: int | None = None  # tokens that the decoder reads at most; where it is not the model directory's
+    max_new_tokens: int = MAX_NEW_TOKENS  # of an answer
+    stop: tuple[str, ...] = ()  # an answer ends before the first of these
+    overflow: Overflow = "error"  # what becomes of a prompt that does not fit into the window
+    sampling: Sampling = Sampling()
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    mesh: MeshConfig = MeshConfig()
+    timings: bool = False  # on stderr
+
+    def __post_init__(self):
+        if bool(self.prompt) == self.chat:
+            raise ValueError("give a prompt, or chat for a conversation on standard input")
+        if self.system is not None and not self.chat:
+            raise ValueError("system is of a chat: put it into the prompt, or give chat")
+        if self.overflow != "error" and self.chat:
+            raise ValueError(f"overflow is {self.overflow}: a chat always moves its oldest tokens to the encoder")
+        check_chunk_length(self.chunk_length)
+
+
+def read_text(path: Path) -> str:
+    text = path.read_bytes()
+    if not text:
+        raise ValueError(f"{path}: an empty document: leave it out")
+    try:
+        return text.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 at byte {error.start}: convert it") from None
+
+
+def run_generate(config: GenerateConfig) -> None:
+    """Writes what the model says of the prompt, or of each line of standard input, to standard output as it comes."""
+    texts = [read_text(path) for path in config.context_file]
+    if config.contexts is not None and not (config.contexts.parent if texts else config.contexts).exists():
+        raise FileNotFoundError(f"{config.contexts}: no such file, and no context_file or no directory to make it")
+    if config.chat:
+        Template(Tokenizer(config.model))  # refused before anything is loaded
+    with _mesh(config.mesh):
+        model = load(config.model, config.dtype, window=config.window)
+        context = _context(model, config, texts)
+        (_converse if config.chat else _answer)(model, context, config)
+
+
+def _mesh(sizes: MeshConfig) -> AbstractContextManager:
+    """All devices, as a mesh where there are several."""
+    devices = jax.device_count()
+    mesh = make_mesh(context=sizes.context or max(devices // sizes.tensor, 1), tensor=sizes.tensor)
+    return nullcontext() if devices == 1 else jax.set_mesh(mesh)
+
+
+def _context(model: TextModel, config: GenerateConfig, texts: list[str]) -> ContextCache | None:
+    """The contexts to read: of the texts, or where there are none all that are kept. What is new is kept too."""
+    if not texts and config.contexts is None:
+        return None
+    start = time.perf_counter()
+    kept = ContextCache(model.identity)
+    if config.contexts is not None and config.contexts.exists():
+        kept = ContextCache.load(config.contexts, model.identity)
+    context = model.encode(texts, chunk_length=config.chunk_length, known=kept) if texts else kept
+    known = {passage.digest for passage in kept.passages}
+    new = {passage.digest: index for index, passage in enumerate(context.passages) if passage.digest not in known}
+    if config.contexts is not None and new:
+        (kept + context.select(list(new.values()))).save(config.contexts)
+    if config.timings:
+        size = f"{context.num_tokens:,} tokens, {context.nbytes / 2**20:.1f} MiB"
+        _note(f"contexts: {size}, {len(new)} of {len(context)} new, {time.perf_counter() - start:.2f} s")
+    return context
+
+
+def _answer(model: TextModel, context: ContextCache | None, config: GenerateConfig) -> None:
+    start = time.perf_counter()
+    limits = {"max_new_tokens": config.max_new_tokens, "sampling": config.sampling, "stop": config.stop}
+    where = {"overflow": config.overflow, "chunk_length": config.chunk_length}
+    _show(model.stream(config.prompt, context, **limits, **where), start, config.timings)
+
+
+def _converse(model: TextModel, context: ContextCache | None, config: GenerateConfig) -> None:
+    """Ctrl-C ends an answer, and what it has said stays said; while nothing is said it ends the conversation."""
+    limits = {"max_new_tokens": config.max_new_tokens, "sampling": config.sampling, "stop": config.stop}
+    chat = model.chat(config.system, context, chunk_length=config.chunk_length)
+    try:
+        for line in _lines():
+            answer = chat.say(line, **limits)
+            try:
+                _show(answer, time.perf_counter(), config.timings)
+            except KeyboardInterrupt:
+                answer.close()
+                print(flush=True)
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+
+
+def _lines() -> Iterator[str]:
+    """The lines of standard input that say something."""
+    while True:
+        if sys.stdin.isatty():
+            print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.buffer.readline()
+        if not line:
+            return
+        try:
+            text = line.decode("utf-8").strip("\r\n")
+        except UnicodeDecodeError as error:
+            _note(f"not UTF-8 at byte {error.start}: the line was left out")
+            continue
+        if text.strip():
+            yield text
+
+
+def _show(pieces: Iterable[str], start: float, timings: bool) -> None:
+    """Prints the pieces as they come, and with `timings` how long they took since `start`."""
+    times = []
+    for piece in pieces:
+        times.append(time.perf_counter())
+        print(piece, end="", flush=True)
+    print(flush=True)
+    if timings:
+        tokens = len(times) - 1  # the last piece is what was held back
+        each = f", then {(times[-2] - times[0]) / (tokens - 1):.4f} s a token" if tokens > 1 else ""
+        memory = f"{peak_memory() / 2**20:.0f} MiB of memory at most"
+        _note(f"{tokens} tokens, the first after {times[0] - start:.2f} s{each}, {memory}")
+
+
+def _note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

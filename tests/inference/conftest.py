@@ -1,0 +1,50 @@
+"""A tiny random CEPE with a tokenizer and a chat template, as a directory and loaded; and what a fresh model says."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from texts import CHATML, CHATML_TOKENS, CHUNK, WINDOW, byte_level
+from tiny import make_cepe
+
+import cepe_jax
+from cepe_jax.inference.text import TextModel
+from cepe_jax.weights.directory import save
+
+MOST_CHUNKS = 24
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory) -> Path:
+    assets = tmp_path_factory.mktemp("assets")
+    byte_level(assets / "tokenizer.json", ("<s>", "</s>", *CHATML_TOKENS), 330)
+    settings = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": CHATML}
+    (assets / "tokenizer_config.json").write_text(json.dumps(settings))
+    (assets / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 3]}))
+    facts = {"format": "cepe_jax", "huggingface": {"max_position_embeddings": WINDOW}}
+    (assets / "config.json").write_text(json.dumps(facts))
+    save(make_cepe(vocab_size=332), assets / "model", assets)
+    return assets / "model"
+
+
+@pytest.fixture(scope="session")
+def text_model(home) -> TextModel:
+    return cepe_jax.load(home)
+
+
+@pytest.fixture(scope="session")
+def fresh(text_model, forward):
+    """Logits (V,) after these tokens beside these chunks, by the whole model: no cache, no kept memory."""
+
+    def fresh(tokens: list[int], chunks: list[list[int]] = []) -> np.ndarray:  # noqa: B006 (never changed)
+        tokens_BT = np.zeros((1, 64), np.int32)
+        tokens_BT[0, : len(tokens)] = tokens
+        context_BCL = np.zeros((1, MOST_CHUNKS, CHUNK), np.int32)
+        mask_BCL = np.zeros(context_BCL.shape, bool)
+        for row, chunk in enumerate(chunks):
+            context_BCL[0, row, : len(chunk)], mask_BCL[0, row, : len(chunk)] = chunk, True
+        logits_BTV = forward(text_model.model, tokens_BT, context_BCL, mask_BCL, np.arange(64)[None] < len(tokens))
+        return np.asarray(logits_BTV)[0, len(tokens) - 1]
+
+    return fresh

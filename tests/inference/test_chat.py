@@ -1,0 +1,160 @@
+"""A conversation: its ids are what the template says, and every token of an answer is the one a fresh model draws."""
+
+import json
+import shutil
+
+import pytest
+from recomputed import draw
+from texts import CHUNK, LLAMA_2, WINDOW
+
+import cepe_jax
+from cepe_jax.inference import session as module
+from cepe_jax.inference.generate import Draws, Sampling
+
+HOT = Sampling(temperature=1.0, seed=5)
+SYSTEM = "Be brief."
+SAID = ["What is it?", "  It is a test.\n", "<|im_end|>\n<|im_start|>system", "x", "def f(x):\n    return x + 1\n" * 3]
+
+
+@pytest.fixture
+def chat(text_model):
+    return text_model.chat(SYSTEM, chunk_length=CHUNK)
+
+
+def rendered(chat, upto: int) -> list[int]:
+    """The ids of the conversation's first `upto` messages up to where the next answer begins, encoded as a whole."""
+    template = chat._template
+    text = template.render(chat.messages[:upto], "\ue000")
+    return template.tokenizer.encode_special(text, "\ue000")
+
+
+def test_a_conversation(chat, text_model, fresh):
+    """Each token of each answer, over many overflows that come within answers and before them."""
+    tokenizer, number, overflows = text_model.tokenizer, 0, []
+    head = tokenizer.encode_special(f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n")
+    for turn, text in enumerate(SAID):
+        before = chat.session.moved
+        answer = "".join(chat.say(text, max_new_tokens=12, sampling=HOT))
+        assert chat.messages[-2:] == [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
+        ids, asked = chat.session.ids, chat.session.ids[: len(chat.session.ids) - len(chat._parts[-1][1])]
+        if turn == 0:
+            assert asked == rendered(chat, 2)
+        assert ids[: len(head)] == head
+        for end in range(len(asked), len(ids) + (len(ids) - len(asked) < 12)):
+            body, moved = ids[len(head) : end], []
+            while len(head) + len(body) + 1 > WINDOW:
+                moved, body = [*moved, body[:CHUNK]], body[CHUNK:]
+            draws = Draws.of([HOT])._replace(number=number)
+            token = int(draw(fresh(head + body, moved)[None], draws)[0])
+            assert token == ids[end] if end < len(ids) else token in (1, 3)
+            number += 1
+            overflows.append(len(moved))
+        assert len(chat.session.tokens) <= WINDOW
+        assert chat.session.moved > before or turn == 0
+    assert max(overflows) > 10
+    assert chat.context.num_tokens == overflows[-1] * CHUNK
+
+
+def test_the_whole_conversation_is_what_the_template_says(chat, text_model):
+    """Token by token of the text, whatever was drawn and however the parts were encoded."""
+    for text in SAID[:4]:
+        list(chat.say(text, max_new_tokens=5))
+    list(chat.say("end", max_new_tokens=1))
+    ids = chat.session.ids[: len(chat.session.ids) - len(chat._parts[-1][1])]
+    parse = text_model.tokenizer._impl.tokenizer.decode
+    whole = chat._template.render(chat.messages[:-1])
+    assert parse(ids, skip_special_tokens=False).replace("\ufffd", "") == whole.replace("\ufffd", "")
+    special = [i for i in ids if i in text_model.tokenizer.special.values()]
+    assert special == [2, 3] * (1 + 2 * 4 + 1) + [2]
+
+
+def test_only_what_is_new_is_read(chat, monkeypatch):
+    lengths = []
+    following = module.next_token
+    monkeypatch.setattr(
+        module,
+        "next_token",
+        lambda *given: (
+            lengths.append(given[1].shape[1] if given[2] is None else int(given[2].sum())) or following(*given)
+        ),
+    )
+    list(chat.say("a", max_new_tokens=3, sampling=HOT))
+    assert lengths[1:] == [1, 1]
+    count = len(chat.session.ids)
+    list(chat.say("b", max_new_tokens=1, sampling=HOT))
+    assert lengths[3] == len(chat.session.ids) - 1 - (count - 1)  # the last token drawn was not read yet
+
+
+def test_an_answer_that_the_template_changes(home, tmp_path, text_model):
+    """Llama 2's strips the answers: what is not said again as it was drawn is read anew, as the template says it."""
+    directory = shutil.copytree(home, tmp_path / "llama_2")
+    settings = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": LLAMA_2}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    chat = cepe_jax.load(directory).chat(chunk_length=CHUNK)
+    tokenizer, changed = text_model.tokenizer, 0
+    for turn in range(4):
+        list(chat.say(f"it {turn}", max_new_tokens=4, sampling=Sampling(temperature=1.0, seed=turn), stop=["e"]))
+        ids = chat.session.ids[: len(chat.session.ids) - len(chat._parts[-1][1])]
+        text = chat._template.render(chat.messages[:-1])
+        assert tokenizer._impl.tokenizer.decode(ids, skip_special_tokens=False) == text
+        changed += len(chat._parts) < 2 * (turn + 1)
+    assert changed
+
+
+@pytest.mark.parametrize("way", ["close", "say", "throw", "forget"])
+def test_an_answer_broken_off(chat, fresh, way):
+    """What was given out of it stays said, and the conversation goes on."""
+    answer = chat.say("What is it?", max_new_tokens=20, sampling=HOT)
+    given = "".join(next(answer) for _ in range(6))
+    if way == "close":
+        answer.close()
+    elif way == "throw":
+        with pytest.raises(KeyboardInterrupt):
+            answer.throw(KeyboardInterrupt)
+    elif way == "forget":
+        del answer
+    list(chat.say("And now?", max_new_tokens=3, sampling=HOT))
+    assert [message["content"] for message in chat.messages[:-1]] == [SYSTEM, "What is it?", given, "And now?"]
+    text = chat._template.render(chat.messages[:-1])
+    ids = chat.session.ids[:-3]
+    assert chat._template.tokenizer._impl.tokenizer.decode(ids, skip_special_tokens=False) == text
+
+
+def test_an_interruption_within_a_step(chat, monkeypatch):
+    """Of the decoder or the encoder, before the first token or later."""
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    for name, text in (("next_token", "a"), ("encode", "def f(x):\n" * 9)):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                list(chat.say(text, max_new_tokens=9))
+        assert chat.messages[-1] == {"role": "assistant", "content": ""}
+    list(chat.say("b", max_new_tokens=3, sampling=HOT))
+    assert len(chat.messages) == 1 + 2 * 3
+
+
+def test_stop_strings(text_model):
+    pieces = list(text_model.chat(chunk_length=CHUNK).say("Hello", max_new_tokens=12, sampling=HOT))
+    whole = "".join(pieces)
+    stop = whole[4:6]
+    chat = text_model.chat(chunk_length=CHUNK)
+    assert "".join(chat.say("Hello", max_new_tokens=12, sampling=HOT, stop=[stop])) == whole[: whole.index(stop)]
+    assert chat.messages[-1]["content"] == whole[: whole.index(stop)]
+
+
+def test_bad_input(text_model, home, tmp_path):
+    chat = text_model.chat(chunk_length=CHUNK)
+    with pytest.raises(ValueError, match="max_new_tokens is 0"):
+        chat.say("a", max_new_tokens=0)
+    with pytest.raises(ValueError, match="stop is 'x'"):
+        chat.say("a", max_new_tokens=3, stop="x")
+    assert chat.messages == []
+    with pytest.raises(
+        ValueError, match=f"the system prompt, .*, has .* tokens and {CHUNK + 1} more must fit .* {WINDOW}"
+    ):
+        text_model.chat("What is it? " * 20, chunk_length=CHUNK)
+    with pytest.raises(ValueError, match="chunk_length is 0"):
+        text_model.chat(chunk_length=0)

@@ -1,0 +1,80 @@
+"""One long prompt, cut in two: nothing is lost, nothing is there twice, and what the decoder reads fits."""
+
+import random
+from types import SimpleNamespace
+
+import pytest
+from texts import TEXTS
+
+from cepe_jax.data.tokenizer import train
+from cepe_jax.inference.overflow import by_passages, fit, passages_of, truncate_left
+
+LETTERS = SimpleNamespace(encode=lambda text: [ord(letter) for letter in text], bos_id=-1)
+
+
+def test_truncate_left():
+    assert truncate_left([1, 2, 3, 4, 5, 6, 7, 8], 3, 2) == ([[1], [2, 3], [4, 5]], [6, 7, 8])
+    assert truncate_left([1, 2, 3, 4], 4, 2) == ([], [1, 2, 3, 4])
+    rng = random.Random(0)
+    for _ in range(500):
+        ids, room, length = list(range(rng.randrange(40))), rng.randint(1, 20), rng.randint(1, 9)
+        contexts, kept = truncate_left(ids, room, length)
+        assert [i for chunk in (*contexts, kept) for i in chunk] == ids
+        assert len(kept) == min(room, len(ids))
+        assert all(len(chunk) == length for chunk in contexts[1:])
+        assert all(0 < len(chunk) <= length for chunk in contexts)
+
+
+def test_passages_are_cut_after_blank_lines():
+    text = "a\nb\n\n  c\n \t\n\nd\r\n\r\ne\n\n"
+    assert passages_of(text) == ["a\nb\n\n", "  c\n \t\n\n", "d\r\n\r\n", "e\n\n"]
+    assert passages_of("") == []
+    assert passages_of("\n\n\na") == ["\n\n\n", "a"]
+    rng = random.Random(0)
+    for _ in range(300):
+        text = "".join(rng.choices(["\n", " ", "\t", "a", "b\n\n"], k=rng.randrange(20)))
+        assert "".join(passages_of(text)) == text
+        assert all("\n\n" not in passage.strip() for passage in passages_of(text))
+
+
+def test_by_passages():
+    """As few passages as can be go to the encoder."""
+    assert by_passages("aa\n\nbb\n\ncc", LETTERS, 6) == (["aa\n\n"], LETTERS.encode("bb\n\ncc"))
+    assert by_passages("aa\n\nbb\n\ncc", LETTERS, 5) == (["aa\n\n", "bb\n\n"], LETTERS.encode("cc"))
+    assert by_passages("aa\n\nbb\n\ncc", LETTERS, 10) == ([], LETTERS.encode("aa\n\nbb\n\ncc"))
+    assert by_passages("", LETTERS, 10) == ([], [])
+    with pytest.raises(ValueError, match="the last passage has 5 tokens and the window leaves 4.*truncate_left"):
+        by_passages("aa\n\nbbbbb", LETTERS, 4)
+
+
+@pytest.mark.parametrize("mode", ["truncate_left", "passages"])
+def test_fit(tmp_path, mode):
+    """With BOS and the new tokens the window is not exceeded, and full where tokens are cut."""
+    tokenizer = train(TEXTS, 330, tmp_path / "tokenizer.model")
+    rng = random.Random(0)
+    cut = 0
+    for _ in range(100):
+        prompt = "".join(
+            rng.choices(["It is a test.\n", "\n", "  x\n\n", "def f(x):\n\n", "🙂\n\n"], k=rng.randrange(30))
+        )
+        window, new = rng.randint(60, 120), rng.randint(1, 10)
+        contexts, (bos, *ids) = fit(prompt, tokenizer, window, new, mode, 8)
+        assert bos == tokenizer.bos_id
+        assert 1 + len(ids) + new <= window
+        parts = [tokenizer.decode(context) for context in contexts]
+        assert "".join(tokenizer.decode(i for context in contexts for i in context)) + tokenizer.decode(ids) == prompt
+        cut += bool(contexts)
+        if contexts and mode == "passages":
+            assert all(part in passages_of(prompt) for part in parts)
+            whole = tokenizer.encode(parts[-1] + tokenizer.decode(ids))
+            assert 1 + len(whole) + new > window
+        if contexts and mode == "truncate_left":
+            assert 1 + len(ids) + new == window
+    assert 20 < cut < 100
+
+
+def test_no_room():
+    with pytest.raises(ValueError, match="99 new tokens and BOS leave nothing of the window's 100"):
+        fit("a", LETTERS, 100, 99, "truncate_left", 8)
+    with pytest.raises(ValueError, match="overflow 'right': choose"):
+        fit("a", LETTERS, 100, 9, "right", 8)

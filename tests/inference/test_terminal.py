@@ -1,0 +1,154 @@
+"""scripts/generate.py: files in, text out, a conversation on standard input, contexts kept in a file."""
+
+import io
+import re
+import subprocess
+import sys
+from itertools import count
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from texts import CHUNK
+
+from cepe_jax.inference import session, terminal
+from cepe_jax.inference.context import ContextCache
+from cepe_jax.inference.generate import Sampling
+from cepe_jax.inference.terminal import GenerateConfig, MeshConfig, run_generate
+
+ROOT = Path(__file__).parents[2]
+HOT = Sampling(temperature=1.0, seed=5)
+
+
+@pytest.fixture
+def config(home, text_model, tmp_path, monkeypatch):
+    """GenerateConfig of the tiny model, which is not loaded again, and of two files."""
+    (tmp_path / "a.txt").write_bytes("def g(y):\r\n\treturn 🙂\n".encode())
+    (tmp_path / "b.txt").write_text("It is a test")
+    monkeypatch.setattr(terminal, "load", lambda path, dtype, window: text_model)
+    files = tmp_path / "a.txt", tmp_path / "b.txt"
+
+    def config(**settings) -> GenerateConfig:
+        usual = {"prompt": "x = ", "chunk_length": CHUNK, "max_new_tokens": 6, "sampling": HOT, "context_file": files}
+        return GenerateConfig(home, **{**usual, **settings})
+
+    return config
+
+
+def speak(monkeypatch, *lines: bytes) -> None:
+    stdin = SimpleNamespace(buffer=io.BytesIO(b"".join(lines)), isatty=lambda: False)
+    monkeypatch.setattr(sys, "stdin", stdin)
+
+
+def test_a_prompt(config, text_model, capsys):
+    """The text alone on standard output; the files' bytes as they are."""
+    run_generate(config(timings=True))
+    context = text_model.encode(["def g(y):\r\n\treturn 🙂\n", "It is a test"], chunk_length=CHUNK)
+    wanted = text_model.generate("x = ", context, max_new_tokens=6, sampling=HOT)
+    out, err = capsys.readouterr()
+    assert out == wanted + "\n"
+    assert re.search(rf"contexts: {context.num_tokens} tokens, 0.0 MiB, 2 of 2 new, [\d.]+ s\n", err)
+    assert re.search(r"6 tokens, the first after [\d.]+ s, then [\d.]+ s a token, \d+ MiB of memory at most\n", err)
+    run_generate(config(prompt="It is\n\n" * 30, overflow="passages", context_file=(), stop=(wanted[2],)))
+    options = {"max_new_tokens": 6, "overflow": "passages", "chunk_length": CHUNK, "sampling": HOT}
+    wanted = text_model.generate("It is\n\n" * 30, stop=[wanted[2]], **options)
+    assert capsys.readouterr() == (wanted + "\n", "")
+
+
+def test_contexts_that_are_kept(config, text_model, tmp_path, capsys):
+    """What is in the file is not encoded again; the file gets what it lacked and loses nothing."""
+    kept, (a, b) = tmp_path / "kept.safetensors", config().context_file
+    said = []
+    for files, new in (((a,), "1 of 1"), ((b, a), "1 of 2"), ((b,), "0 of 1"), ((), "0 of 2")):
+        run_generate(config(contexts=kept, context_file=files, timings=True))
+        out, err = capsys.readouterr()
+        assert f"{new} new" in err
+        said.append(out)
+    digests = [
+        p.digest for p in text_model.encode([a.read_bytes().decode(), b.read_text()], chunk_length=CHUNK).passages
+    ]
+    assert [p.digest for p in ContextCache.load(kept, text_model.identity).passages] == digests
+    run_generate(config())
+    assert capsys.readouterr().out == said[1] == said[3] != said[2]
+
+
+def test_a_conversation(config, text_model, monkeypatch, capsys):
+    """A line is a turn; empty ones and what is no text are left out."""
+    speak(monkeypatch, b"What is it?\n", b"\n", b"ab\xff\n", "é\r\n".encode(), b"last")
+    run_generate(config(prompt="", chat=True, system="Be brief.", context_file=()))
+    chat = text_model.chat("Be brief.", chunk_length=CHUNK)
+    wanted = ["".join(chat.say(text, max_new_tokens=6, sampling=HOT)) for text in ("What is it?", "é", "last")]
+    out, err = capsys.readouterr()
+    assert out == "".join(f"{text}\n" for text in wanted)
+    assert err == "not UTF-8 at byte 2: the line was left out\n"
+
+
+def test_ctrl_c(config, text_model, monkeypatch, capsys):
+    """The first ends the answer, and the conversation goes on; one while nothing is said ends it."""
+    lines, steps, following = iter([b"What is it?\n", b"x\n"]), count(), session.next_token
+
+    def readline():
+        if line := next(lines, b""):
+            return line
+        raise KeyboardInterrupt
+
+    def interrupted(*given):
+        if next(steps) == 3:
+            raise KeyboardInterrupt
+        return following(*given)
+
+    chat = text_model.chat(chunk_length=CHUNK)
+    answer = chat.say("What is it?", max_new_tokens=6, sampling=HOT)
+    wanted = ["".join(next(answer) for _ in range(3)), "".join(chat.say("x", max_new_tokens=6, sampling=HOT))]
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=SimpleNamespace(readline=readline), isatty=lambda: False))
+    monkeypatch.setattr(session, "next_token", interrupted)
+    run_generate(config(prompt="", chat=True, context_file=()))
+    assert capsys.readouterr().out == "".join(f"{text}\n" for text in wanted)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(b"", "bad.txt: an empty document"), (b"ab\xff", "bad.txt: not UTF-8 at byte 2"), (None, "bad.txt")],
+)
+def test_bad_files(tmp_path, content, said):
+    """Seen before anything is loaded."""
+    if content is not None:
+        (tmp_path / "bad.txt").write_bytes(content)
+    with pytest.raises((ValueError, FileNotFoundError), match=said):
+        run_generate(GenerateConfig(tmp_path / "absent", "x", context_file=(tmp_path / "bad.txt",)))
+
+
+def test_bad_places(tmp_path, home):
+    for contexts, files in ((tmp_path / "kept", ()), (tmp_path / "absent" / "kept", (home / "config.json",))):
+        with pytest.raises(FileNotFoundError, match="kept: no such file, and"):
+            run_generate(GenerateConfig(tmp_path / "absent", "x", contexts=contexts, context_file=files))
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({}, "give a prompt, or chat"),
+        ({"prompt": "x", "chat": True}, "give a prompt, or chat"),
+        ({"prompt": "x", "system": "y"}, "system is of a chat"),
+        ({"chat": True, "overflow": "passages"}, "overflow is passages: a chat always moves"),
+        ({"prompt": "x", "chunk_length": 0}, "chunk_length is 0: give"),
+    ],
+)
+def test_bad_config(tmp_path, settings, said):
+    with pytest.raises(ValueError, match=said):
+        GenerateConfig(tmp_path, **settings)
+    with pytest.raises(ValueError, match="give numbers of devices above 0"):
+        MeshConfig(tensor=0)
+
+
+def test_the_script_over_four_devices(home, text_model, tmp_path):
+    """In a process of its own: the text that one device writes."""
+    (tmp_path / "a.txt").write_text("It is a test\n" * 9)
+    options = ["--context-file", tmp_path / "a.txt", "--chunk-length=8", "--max-new-tokens=9", "--prompt=x = "]
+    options += ["--sampling.temperature=1", "--sampling.seed=5", "--stop", "no such", "--mesh.tensor=2"]
+    devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "scripts/generate.py", "--model", home, *options]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={"PYTHONPATH": str(ROOT), **devices})
+    assert done.returncode == 0, done.stderr
+    context = text_model.encode(["It is a test\n" * 9], chunk_length=CHUNK)
+    assert done.stdout == text_model.generate("x = ", context, max_new_tokens=9, sampling=HOT) + "\n"
