@@ -122,7 +122,7 @@ def _kind(config_class, dotted: str):
 
 
 def _is_text(kind) -> bool:
-    return kind in (str, Path, Path | None, epath.Path)
+    return kind in (str, str | None, Path, Path | None, epath.Path)
 
 
 def _from_text(kind, name: str, text: str | None):

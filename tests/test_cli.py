@@ -36,6 +36,7 @@ class Settings:
     log: Path | None = None
     context_file: tuple[Path, ...] = ()
     dry_run: bool = False
+    note: str | None = None
     mix: dict[str, float] = field(default_factory=dict)
 
 
@@ -88,6 +89,7 @@ def test_an_empty_file_sets_nothing(call, text):
 def test_text_on_the_command_line_is_taken_as_it_stands(call, text):
     assert call("--out=o", f"--text={text}").text == text
     assert call("--out=o", "--text", text).text == text
+    assert call("--out=o", f"--note={text}").note == text
 
 
 def test_values(call):

@@ -43,6 +43,7 @@ class Tokenizer:
         return self.vocab_size
 
     def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
+        _check_unicode(text)
         return [self.bos_id] * bos + self._impl.encode(text) + [self.eos_id] * eos
 
     def encode_special(self, text: str, escape: str = "", continues: bool = False) -> list[int]:
@@ -51,6 +52,7 @@ class Tokenizer:
         A name that contains the character `escape` is text; the character is taken out. `continues`: the text goes on
         after another one, so that a space which the tokenizer puts before every text is left out.
         """
+        _check_unicode(text)
         if continues:
             before, ids = self._impl.encode_special("\n", escape), self._impl.encode_special("\n" + text, escape)
             if ids[: len(before)] == before:  # else the newline is part of a longer piece: nothing is put before
@@ -71,7 +73,16 @@ class Tokenizer:
         if any((Path(directory) / name).exists() for name in NAMES):
             other = Tokenizer(directory)
             if other.fingerprint() != self.fingerprint():
-                raise ValueError(f"{self.path} is not the tokenizer of {directory}: prepare the data with {other.path}")
+                raise ValueError(f"{self.path} is not the tokenizer of {directory}: use {other.path}")
+
+
+def _check_unicode(text: str) -> None:
+    """ValueError for half a character, which Python's strings may hold and no tokenizer reads."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        said = f"a text holds {text[error.start]!r} at {error.start}, which is no character"
+        raise ValueError(f"{said}: read it as UTF-8") from None
 
 
 def settings_beside(path: Path) -> dict:

@@ -11,6 +11,8 @@ from cepe_jax.inference.template import Message, Template
 from cepe_jax.model.cepe import Cepe
 from cepe_jax.model.llama import Llama
 
+MAX_NEW_TOKENS = 256  # of an answer
+
 
 class Chat:
     """`messages`: what was said. What the decoder no longer reads itself is in `context`; see `Session`."""
@@ -37,7 +39,7 @@ class Chat:
         return self.session.context
 
     def say(
-        self, text: str, *, max_new_tokens: int, sampling: Sampling = GREEDY, stop: Sequence[str] = ()
+        self, text: str, *, max_new_tokens: int = MAX_NEW_TOKENS, sampling: Sampling = GREEDY, stop: Sequence[str] = ()
     ) -> Generator[str, None, None]:
         """The answer, a piece a token ("" while a character or a stop string may be incomplete).
 

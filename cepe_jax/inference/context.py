@@ -148,10 +148,10 @@ def identity_of(model: Cepe, tokenizer: Tokenizer) -> dict[str, str]:
     # Of copies: what numpy reads of an array stays on the host as long as the array does.
     weights = digest({jax.tree_util.keystr(path): describe(np.asarray(leaf.copy())) for path, leaf in leaves})
     numbers = f"{weights}{encoder.config.norm_eps}{encoder.config.rope}"
-    return {
-        "encoder": hashlib.sha256(numbers.encode()).hexdigest(),
-        "tokenizer": tokenizer.fingerprint(),
+    return {  # in the order in which they are compared: another dtype is another encoder too
         "dtype": encoder.config.dtype,
+        "tokenizer": tokenizer.fingerprint(),
+        "encoder": hashlib.sha256(numbers.encode()).hexdigest(),
     }
 
 

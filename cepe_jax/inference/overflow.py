@@ -45,11 +45,16 @@ def by_passages(text: str, tokenizer: Tokenizer, room: int) -> tuple[list[str], 
 
 
 def fit(
-    prompt: str, tokenizer: Tokenizer, window: int, max_new_tokens: int, overflow: Overflow, chunk_length: int
+    prompt: str,
+    tokenizer: Tokenizer,
+    window: int,
+    max_new_tokens: int,
+    overflow: Literal["truncate_left", "passages"],
+    chunk_length: int,
 ) -> tuple[list[list[int]], list[int]]:
     """(contexts, BOS and the ids that the decoder reads): with the new tokens they fit into the window.
 
-    ValueError where the mode forbids it, or nothing of the prompt would be left.
+    ValueError where nothing of the prompt would be left.
     """
     check_chunk_length(chunk_length)
     room = window - max_new_tokens - 1
@@ -57,12 +62,9 @@ def fit(
         raise ValueError(
             f"{max_new_tokens} new tokens and BOS leave nothing of the window's {window} for a prompt: ask for fewer"
         )
-    match overflow:
-        case "truncate_left":
-            contexts, ids = truncate_left(tokenizer.encode(prompt), room, chunk_length)
-        case "passages":
-            texts, ids = by_passages(prompt, tokenizer, room)
-            contexts = [tokenizer.encode(text) for text in texts]
-        case _:
-            raise ValueError(f"overflow {overflow!r}: choose error, truncate_left or passages")
+    if overflow == "truncate_left":
+        contexts, ids = truncate_left(tokenizer.encode(prompt), room, chunk_length)
+    else:
+        texts, ids = by_passages(prompt, tokenizer, room)
+        contexts = [tokenizer.encode(text) for text in texts]
     return contexts, [tokenizer.bos_id, *ids]

@@ -41,7 +41,7 @@ class Session:
         if needed > window:
             raise ValueError(
                 f"the system prompt, with what the template puts around it, has {head} tokens and {needed - head} more "
-                f"must fit into the window of {window}: shorten it"
+                f"must fit into the window of {window}: shorten it, or lower chunk_length"
             )
         self.model, self.window, self.head, self.chunk_length = model, window, head, chunk_length
         self.ids: list[int] = []  # of the whole text

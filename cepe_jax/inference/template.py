@@ -54,11 +54,11 @@ class Template:
         """The content with `escape` after the first character of each special token's name."""
         return self._special.sub(lambda found: found[0][0] + escape + found[0][1:], content)
 
-    def render(self, messages: list[Message], escape: str = "", answer: bool = True) -> str:
-        """The conversation as one text; with `answer`, up to where the model's next answer begins."""
+    def render(self, messages: list[Message], escape: str = "") -> str:
+        """The conversation as one text, up to where the model's next answer begins."""
         messages = [message | {"content": self.escaped(message["content"], escape)} for message in messages]
         try:
-            return self._program.render(messages=messages, add_generation_prompt=answer, **self._tokens)
+            return self._program.render(messages=messages, add_generation_prompt=True, **self._tokens)
         except Exception as error:  # of the template's own making, whatever it is: it is a program
             raise ValueError(f"{self.where}: the chat template refuses the conversation: {error}") from None
 
@@ -67,7 +67,10 @@ def _source(tokenizer: Path, settings: dict) -> tuple[Path, str]:
     """Where the template stands, and its text: chat_template.jinja's, else tokenizer_config.json's."""
     alone, config = (tokenizer.with_name(name) for name in ("chat_template.jinja", "tokenizer_config.json"))
     if alone.exists():
-        return alone, alone.read_text("utf-8")
+        try:
+            return alone, alone.read_text("utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{alone}: not UTF-8 at byte {error.start}: copy it again") from None
     template = settings.get("chat_template")
     if template is None:
         raise ValueError(

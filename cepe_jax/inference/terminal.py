@@ -12,11 +12,12 @@ import jax
 
 from cepe_jax.checks import check_chunk_length
 from cepe_jax.data.tokenizer import Tokenizer
+from cepe_jax.inference.chat import MAX_NEW_TOKENS
 from cepe_jax.inference.context import ContextCache
 from cepe_jax.inference.generate import Sampling
 from cepe_jax.inference.overflow import Overflow
 from cepe_jax.inference.template import Template
-from cepe_jax.inference.text import CHUNK_LENGTH, MAX_NEW_TOKENS, TextModel, load
+from cepe_jax.inference.text import CHUNK_LENGTH, TextModel, load
 from cepe_jax.sharding import make_mesh
 from cepe_jax.training.logs import peak_memory
 

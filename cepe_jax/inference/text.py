@@ -1,14 +1,14 @@
 """Text in, text out: a model with its tokenizer, over contexts of any length."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from cepe_jax.config import CepeConfig, EncoderConfig
 from cepe_jax.data.tokenizer import Tokenizer
-from cepe_jax.inference.chat import Chat
+from cepe_jax.inference.chat import MAX_NEW_TOKENS, Chat
 from cepe_jax.inference.context import ContextCache, Memory, encode, identity_of, stacked
 from cepe_jax.inference.generate import GREEDY, Sampling, Score, score, stream
 from cepe_jax.inference.overflow import Overflow, fit
@@ -21,7 +21,6 @@ from cepe_jax.weights.directory import facts_at
 from cepe_jax.weights.files import read_json
 
 CHUNK_LENGTH = 256  # tokens of a context that the encoder reads at once: the length of the paper's training
-MAX_NEW_TOKENS = 256
 Contexts = ContextCache | Sequence[ContextCache] | None
 
 
@@ -29,7 +28,7 @@ Contexts = ContextCache | Sequence[ContextCache] | None
 class TextModel:
     """What the decoder reads begins with BOS; contexts do not. A text ends before the first of `stop_ids`."""
 
-    model: Cepe | Llama
+    model: Cepe | Llama = field(repr=False)
     tokenizer: Tokenizer
     window: int | None  # tokens that the decoder reads at most, new ones too; None: no bound is known
     stop_ids: tuple[int, ...]
@@ -141,6 +140,8 @@ class TextModel:
         contexts = [context] * len(prompts) if shared else list(context)
         if len(contexts) != len(prompts):
             raise ValueError(f"{len(contexts)} contexts for {len(prompts)} prompts: give one, or one for each")
+        if overflow not in get_args(Overflow):
+            raise ValueError(f"overflow {overflow!r}: choose {', '.join(get_args(Overflow))}")
         rows = []
         for row, prompt in enumerate(prompts):
             if self.window is None or overflow == "error":

@@ -103,6 +103,12 @@ def test_ids_of_the_library(sentencepiece, hugging_face):
     assert len(hugging_face.encode("a")) == 1
 
 
+def test_half_a_character_is_refused(tokenizer):
+    for encode in (tokenizer.encode, tokenizer.encode_special):
+        with pytest.raises(ValueError, match=r"holds '\\udcff' at 2, which is no character: read it as UTF-8"):
+            encode("ab\udcff")
+
+
 PROBES = [" a", "  b", "   a", "\n", "\n\n x", "<s>", " <s>x</s>", "def f(x):\n    return  x\n", "\t🙂 é", ""]
 
 

@@ -76,5 +76,5 @@ def test_fit(tmp_path, mode):
 def test_no_room():
     with pytest.raises(ValueError, match="99 new tokens and BOS leave nothing of the window's 100"):
         fit("a", LETTERS, 100, 99, "truncate_left", 8)
-    with pytest.raises(ValueError, match="overflow 'right': choose"):
-        fit("a", LETTERS, 100, 9, "right", 8)
+    with pytest.raises(ValueError, match="chunk_length is 0"):
+        fit("a", LETTERS, 100, 9, "truncate_left", 0)

@@ -53,8 +53,6 @@ def test_transformers_renders_the_same(chat, theirs, messages):
     wanted = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert chat.render(messages) == chat.render(messages, "\ue000") == wanted
     assert ids_of(chat, messages) == theirs(wanted, add_special_tokens=False)["input_ids"]
-    wanted = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=False)
-    assert chat.render(messages, answer=False) == wanted
 
 
 def test_rendered_by_hand(tmp_path):
@@ -159,6 +157,10 @@ def test_bad_settings(tmp_path):
         (tmp_path / "tokenizer_config.json").write_text(content)
         with pytest.raises(ValueError, match="tokenizer_config.json: "):
             Template(tokenizer)
+    (tmp_path / "chat_template.jinja").write_bytes(b"ab\xff")
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="chat_template.jinja: not UTF-8 at byte 2"):
+        Template(tokenizer)
 
 
 def test_the_end_of_an_answer(tmp_path):

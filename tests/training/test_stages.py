@@ -252,7 +252,7 @@ def test_a_model_of_another_vocabulary_is_refused(runs, tmp_path):
         cepe=str(runs / "cepe/model"),
         examples=EXAMPLES["cepe"],
     )
-    with pytest.raises(ValueError, match="is not the tokenizer of .*: prepare the data with"):
+    with pytest.raises(ValueError, match="is not the tokenizer of .*: use .*tokenizer.model"):
         run_stage(config)
     bare = tmp_path / "bare"
     shutil.copytree(runs / "cepe/model", bare)
