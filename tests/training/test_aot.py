@@ -92,6 +92,31 @@ def test_bad_input(arguments, said):
     assert re.fullmatch(f"compile_tpu.py: {said}", done.stderr.splitlines()[-1]), done.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("topology", "arguments", "chunks", "most"),
+    [("v5e:4x4", ["--mesh.tensor=4", "--context=4"], 4096, 5), ("v6e:1x1", [], 512, 18)],
+)
+def test_the_7b_model_decodes_over_long_contexts(tmp_path, topology, arguments, chunks, most):
+    """1,048,576 tokens on 16 chips and 131,072 on one, at most `most` GiB each; over the network go sums alone."""
+    shared = "--stage=decode", "--batch=1", f"--examples.num_chunks={chunks}", "--mesh.fsdp=1", f"--out={tmp_path}"
+    done = run(
+        "scripts/compile_tpu.py", "--config", "configs/train_cepe.yaml", f"--topology={topology}", *shared, *arguments
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads(next(tmp_path.iterdir()).read_text())
+    memory = result["memory"]
+    assert memory["peak"] + memory["temporaries"] < most * 2**30
+    assert memory["arguments"] > (2 * 8.0e9 + chunks * 256 * 2048) / result["chips"]  # weights read, and the memory
+    assert sum(kind["bytes"] for kind in result["collectives"].values()) < 32 * 2**20
+
+
+def test_a_memory_is_not_cut_in_training():
+    done = compile_tpu("--topology=v5e:2x2", "--context=2")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("compile_tpu.py: context is 2 and stage train: give 1 to train")
+
+
 @pytest.fixture(scope="module")
 def held() -> dict:
     done = run(__file__, "held")
