@@ -373,6 +373,8 @@ def test_meshes():
         assert result["error"] < 1e-5, f"{mesh} {result}"
         assert result["tokens"] == result["wanted"], f"{mesh} {result}"
         assert result["a device's tokens"] == 256 // mesh["context"]
+        rows = mesh.get("data", 1)
+        assert result["shapes"][0] == [rows, 8 // rows, CHUNK], f"{mesh} {result}"  # five chunks and three of padding
         assert result["chunks of a device"] == 1
         assert result["compiled"] == 2, f"{mesh} {result}"  # prefill and decode
         if mesh.get("tensor", 1) == 1:
@@ -390,8 +392,11 @@ def main() -> None:
     cepe, identity, prompts = make_cepe(), {"encoder": "the tiny one"}, PROMPTS[:2]
     alone = encode(cepe, PASSAGES, identity, CHUNK)
     wanted = generate(cepe, prompts, *alone.arrays(), max_new_tokens=8, sampling=HOT)
+    shapes = []
+    module.encode_chunks = lambda *given: shapes.append(given[1].shape) or encode_chunks(*given)
     for sizes in MESHES:
         mesh = make_mesh(**sizes)
+        shapes.clear()
         with jax.set_mesh(mesh):
             model = jax.device_put(cepe, shardings_of(cepe, mesh))
             cache = encode(model, PASSAGES, identity, CHUNK)
@@ -404,6 +409,7 @@ def main() -> None:
             states = np.concatenate([passage.states_LE for passage in cache.passages])
             result = {
                 "error": relative_error(states, np.concatenate([p.states_LE for p in alone.passages])),
+                "shapes": shapes,
                 "tokens": tokens,
                 "wanted": wanted,
                 "a device's tokens": memory.addressable_shards[0].data.shape[1],

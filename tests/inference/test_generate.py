@@ -189,7 +189,7 @@ def test_it_ends_with_the_last_row(cepe, memory, hot, monkeypatch):
     steps, step = [], module.next_token
     monkeypatch.setattr(module, "next_token", lambda *args: steps.append(1) or step(*args))
     generate(cepe, PROMPTS, *memory, max_new_tokens=12, sampling=HOT, stop_ids=[row[2] for row in hot])
-    assert len(steps) <= 4
+    assert len(steps) == 4
     steps.clear()
     generate(cepe, PROMPTS, *memory, max_new_tokens=5, sampling=HOT)
     assert len(steps) == 5
@@ -269,6 +269,8 @@ def test_score_after_one_token(decoder, plain):
     np.testing.assert_allclose(found.log_probs, expected_score(logits_BTV[0], [33], [1, 2])[0], atol=1e-5)
     np.testing.assert_allclose(other.log_probs, expected_score(logits_BTV[1], [33], [3])[0], atol=1e-5)
     assert score(decoder, [33], []) == []
+    (long,) = score(decoder, [33], [[1, 2] * 70])  # longer than the cache of the prompt
+    np.testing.assert_allclose(long.log_probs[:2], found.log_probs, atol=1e-5)
 
 
 def test_logits_of_few_positions_exist_at_once(decoder):
