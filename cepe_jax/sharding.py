@@ -84,12 +84,21 @@ def constrain_like(tree):
 def on_shards(function, in_axes: tuple[tuple[str | None, ...], ...], out_axes: tuple[str | None, ...]):
     """`function` of every device's shard of each argument, placed after the table; without a mesh, itself.
 
-    For kernels that the compiler cannot partition. An axis must divide by the devices it is split over.
+    For kernels that the compiler cannot partition. An axis must divide by the devices it is split over, but for the
+    batch's: rows that do not divide, as one prompt's, are computed by every device.
     """
     if jax.sharding.get_abstract_mesh().empty:
         return function
-    in_specs = tuple(partition_spec(axes) for axes in in_axes)
-    return jax.shard_map(function, in_specs=in_specs, out_specs=partition_spec(out_axes), check_vma=False)
+
+    def call(*inputs):
+        rows = [x.shape[axes.index("batch")] for x, axes in zip(inputs, in_axes, strict=True) if "batch" in axes]
+        batch = None if any(size % num_shards("batch") for size in rows) else "batch"
+        *in_specs, out_specs = (
+            partition_spec(tuple(batch if name == "batch" else name for name in axes)) for axes in (*in_axes, out_axes)
+        )
+        return jax.shard_map(function, in_specs=tuple(in_specs), out_specs=out_specs, check_vma=False)(*inputs)
+
+    return call
 
 
 def is_variable(x) -> bool:

@@ -20,7 +20,7 @@ from tiny import ENCODER, make_cepe, relative_error, with_config, with_leaf
 
 from cepe_jax.inference import context as module
 from cepe_jax.inference.context import ContextCache, encode, encode_chunks, free_bytes, identity_of, stacked
-from cepe_jax.inference.generate import Sampling, generate, next_token
+from cepe_jax.inference.generate import Sampling, generate, next_token, score
 from cepe_jax.model.cepe import Cepe
 from cepe_jax.sharding import make_mesh, shardings_of
 from cepe_jax.weights.directory import save
@@ -354,11 +354,14 @@ def test_free_bytes():
     assert everything / 100 < free_bytes() < everything
 
 
-MESHES = {"context": 8}, {"data": 2, "context": 4}, {"context": 4, "tensor": 2}
+MESHES = {"context": 8}, {"data": 2, "context": 4}, {"context": 4, "tensor": 2}, {"fsdp": 4, "context": 2}
 
 
 def test_meshes():
-    """On 8 devices: the states and tokens of one; memory is cut over `context`; encoding does not communicate."""
+    """On 8 devices: the states, tokens and scores of one; memory is cut over `context`; encoding does not communicate.
+
+    Two prompts, and the one of a score, do not divide by four devices of the batch.
+    """
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
@@ -373,14 +376,13 @@ def test_meshes():
         assert result["error"] < 1e-5, f"{mesh} {result}"
         assert result["tokens"] == result["wanted"], f"{mesh} {result}"
         assert result["a device's tokens"] == 256 // mesh["context"]
-        rows = mesh.get("data", 1)
+        rows = mesh.get("data", mesh.get("fsdp", 1))
         assert result["shapes"][0] == [rows, 8 // rows, CHUNK], f"{mesh} {result}"  # five chunks and three of padding
         assert result["chunks of a device"] == 1
         assert result["compiled"] == 2, f"{mesh} {result}"  # prefill and decode
-        if mesh.get("tensor", 1) == 1:
-            assert result["collectives"] == [], f"{mesh} {result}"
-        else:
-            assert "all-reduce" in result["collectives"]
+        cut = bool({"tensor", "fsdp"} & mesh.keys())  # the weights are
+        assert bool(result["collectives"]) == cut, f"{mesh} {result}"
+        assert abs(result["score"]) < 1e-4
     assert "divide by the 6 devices of mesh.context" in done.stderr
 
 
@@ -392,7 +394,7 @@ def main() -> None:
     cepe, identity, prompts = make_cepe(), {"encoder": "the tiny one"}, PROMPTS[:2]
     alone = encode(cepe, PASSAGES, identity, CHUNK)
     wanted = generate(cepe, prompts, *alone.arrays(), max_new_tokens=8, sampling=HOT)
-    shapes = []
+    (scored,), shapes = score(cepe, prompts[0], [[5, 6]], *alone.arrays()), []
     module.encode_chunks = lambda *given: shapes.append(given[1].shape) or encode_chunks(*given)
     for sizes in MESHES:
         mesh = make_mesh(**sizes)
@@ -403,6 +405,7 @@ def main() -> None:
             memory, mask = cache.arrays()
             already = next_token._cache_size()
             tokens = generate(model, prompts, memory, mask, max_new_tokens=8, sampling=HOT)
+            compiled = next_token._cache_size() - already
             shape = sizes.get("data", 1), sizes["context"], CHUNK
             chunks = np.zeros(shape, np.int32), np.ones(shape, bool)
             program = encode_chunks.lower(model, *chunks).compile()
@@ -412,9 +415,10 @@ def main() -> None:
                 "shapes": shapes,
                 "tokens": tokens,
                 "wanted": wanted,
+                "score": score(model, prompts[0], [[5, 6]], memory, mask)[0].total - scored.total,
                 "a device's tokens": memory.addressable_shards[0].data.shape[1],
                 "chunks of a device": encode_chunks(model, *chunks).addressable_shards[0].data.shape[1] // CHUNK,
-                "compiled": next_token._cache_size() - already,
+                "compiled": compiled,
                 "collectives": [kind for kind in COLLECTIVES if kind in program.as_text()],
             }
             print(json.dumps(result))
