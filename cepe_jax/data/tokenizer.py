@@ -60,8 +60,9 @@ class Tokenizer:
         return self._impl.encode_special(text, escape)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of the ids; BOS and EOS have none."""
-        return self._impl.decode([int(i) for i in ids if i not in (self.bos_id, self.eos_id)])
+        """The text of the ids; BOS, EOS and ids that a longer table of the model's knows have none."""
+        ends = self.bos_id, self.eos_id
+        return self._impl.decode([int(i) for i in ids if i < self.vocab_size and i not in ends])
 
     def fingerprint(self) -> str:
         """Equal for tokenizers that give equal ids, BOS and EOS too, whatever options their files store."""

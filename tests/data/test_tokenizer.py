@@ -82,6 +82,7 @@ def test_begin_and_end(tokenizer):
     assert tokenizer.encode("a b", eos=True) == [*plain, eos]
     assert tokenizer.encode("", bos=True, eos=True) == [bos, eos]
     assert tokenizer.decode([bos, *plain, eos]) == "a b"
+    assert tokenizer.decode([tokenizer.vocab_size, *plain, tokenizer.mask_id, 99_999]) == "a b"
 
 
 def test_special_tokens_in_a_text_are_text(tokenizer):
@@ -101,6 +102,23 @@ def test_ids_of_the_library(sentencepiece, hugging_face):
     assert (hugging_face.vocab_size, hugging_face.bos_id, hugging_face.eos_id) == (320, 0, 1)
     assert len(hugging_face.encode("a b c d e f g")) > 3
     assert len(hugging_face.encode("a")) == 1
+
+
+def test_special_tokens_that_are_found_in_normalised_text(tmp_path):
+    """As some checkpoints mark them: an escaped name is text all the same, and case decides."""
+    from tokenizers import AddedToken, normalizers
+
+    tokenizer = tokenizers.Tokenizer.from_file(str(byte_level(tmp_path / "tokenizer.json")))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.add_special_tokens(
+        [AddedToken("<end>", normalized=True), AddedToken("<go>", normalized=True, rstrip=True)]
+    )
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    read = Tokenizer(tmp_path)
+    end, go = (read.special[name] for name in ("<end>", "<go>"))
+    assert read.encode_special("<end>a<go> b", "~") == [end, *read.encode("a"), go, *read.encode("b")]
+    assert read.encode_special("<~end>A<~go>", "~") == read.encode("<end>a<go>")
+    assert end not in read.encode("<end>")
 
 
 def test_half_a_character_is_refused(tokenizer):

@@ -1,14 +1,16 @@
 """A tiny random CEPE with a tokenizer and a chat template, as a directory and loaded; and what a fresh model says."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
-from texts import CHATML, CHATML_TOKENS, CHUNK, WINDOW, byte_level
+from texts import CHATML, CHATML_TOKENS, CHUNK, LLAMA_2, WINDOW, as_llama_2, byte_level
 from tiny import make_cepe
 
 import cepe_jax
+from cepe_jax.data.tokenizer import Tokenizer
 from cepe_jax.inference.text import TextModel
 from cepe_jax.weights.directory import save
 
@@ -26,6 +28,15 @@ def home(tmp_path_factory) -> Path:
     (assets / "config.json").write_text(json.dumps(facts))
     save(make_cepe(vocab_size=332), assets / "model", assets)
     return assets / "model"
+
+
+@pytest.fixture(scope="session")
+def llama_2(home, text_model, tmp_path_factory) -> TextModel:
+    """The same model with a tokenizer that puts a space before every text, and a template that strips what is said."""
+    beside = tmp_path_factory.mktemp("llama_2")
+    tokenizer = Tokenizer(as_llama_2(beside / "tokenizer.model"))
+    (beside / "tokenizer_config.json").write_text(json.dumps({"chat_template": LLAMA_2}))
+    return dataclasses.replace(text_model, tokenizer=tokenizer, stop_ids=(tokenizer.eos_id,))
 
 
 @pytest.fixture(scope="session")

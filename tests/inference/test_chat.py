@@ -1,14 +1,10 @@
 """A conversation: its ids are what the template says, and every token of an answer is the one a fresh model draws."""
 
-import json
-import shutil
-
 import pytest
 from recomputed import draw
-from texts import CHUNK, LLAMA_2, WINDOW
+from texts import CHUNK, WINDOW
 
-import cepe_jax
-from cepe_jax.inference import session as module
+from cepe_jax.inference import session
 from cepe_jax.inference.generate import Draws, Sampling
 
 HOT = Sampling(temperature=1.0, seed=5)
@@ -70,9 +66,9 @@ def test_the_whole_conversation_is_what_the_template_says(chat, text_model):
 
 def test_only_what_is_new_is_read(chat, monkeypatch):
     lengths = []
-    following = module.next_token
+    following = session.next_token
     monkeypatch.setattr(
-        module,
+        session,
         "next_token",
         lambda *given: (
             lengths.append(given[1].shape[1] if given[2] is None else int(given[2].sum())) or following(*given)
@@ -85,27 +81,41 @@ def test_only_what_is_new_is_read(chat, monkeypatch):
     assert lengths[3] == len(chat.session.ids) - 1 - (count - 1)  # the last token drawn was not read yet
 
 
-def test_an_answer_that_the_template_changes(home, tmp_path, text_model):
+def test_an_answer_that_the_template_changes(llama_2):
     """Llama 2's strips the answers: what is not said again as it was drawn is read anew, as the template says it."""
-    directory = shutil.copytree(home, tmp_path / "llama_2")
-    settings = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": LLAMA_2}
-    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
-    chat = cepe_jax.load(directory).chat(chunk_length=CHUNK)
-    tokenizer, changed = text_model.tokenizer, 0
-    for turn in range(4):
+    chat, tokenizer, kept = llama_2.chat(chunk_length=CHUNK), llama_2.tokenizer, []
+    for turn in range(6):
         list(chat.say(f"it {turn}", max_new_tokens=4, sampling=Sampling(temperature=1.0, seed=turn), stop=["e"]))
-        ids = chat.session.ids[: len(chat.session.ids) - len(chat._parts[-1][1])]
+        *asked, (_, ids) = chat._parts
+        kept.append(len(asked) == 1 + 2 * turn)
         text = chat._template.render(chat.messages[:-1])
-        assert tokenizer._impl.tokenizer.decode(ids, skip_special_tokens=False) == text
-        changed += len(chat._parts) < 2 * (turn + 1)
-    assert changed
+        assert tokenizer.decode(i for _, ids in asked for i in ids) == tokenizer.decode(tokenizer.encode_special(text))
+        assert chat.session.ids == [i for _, ids in chat._parts for i in ids]
+    assert set(kept) == {True, False}
+
+
+def test_what_follows_an_answer_is_no_text_of_its_own(llama_2, monkeypatch):
+    """The tokenizer puts no space of its own after an answer, as it does before a text."""
+    tokenizer = llama_2.tokenizer
+    answer = iter([*tokenizer.encode("It is"), tokenizer.eos_id])
+    monkeypatch.setattr(session.Session, "next", lambda *_: next(answer, tokenizer.eos_id))
+    chat = llama_2.chat(chunk_length=CHUNK)
+    assert "".join(chat.say("a")) == " It is"
+    list(chat.say("b"))
+    said, answered, asked, _ = (ids for _, ids in chat._parts)
+    assert said == tokenizer.encode_special("<s>[INST] a [/INST]")
+    assert said + answered + asked == tokenizer.encode_special("<s>[INST] a [/INST] It is </s><s>[INST] b [/INST]")
 
 
 @pytest.mark.parametrize("way", ["close", "say", "throw", "forget"])
-def test_an_answer_broken_off(chat, fresh, way):
+def test_an_answer_broken_off(chat, text_model, way):
     """What was given out of it stays said, and the conversation goes on."""
+    other = text_model.chat(SYSTEM, chunk_length=CHUNK)
+    pieces = list(other.say("What is it?", max_new_tokens=20, sampling=HOT))
+    torn = pieces.index("", 3) + 1  # the last token is only a part of a character
     answer = chat.say("What is it?", max_new_tokens=20, sampling=HOT)
-    given = "".join(next(answer) for _ in range(6))
+    given = "".join(next(answer) for _ in range(torn))
+    assert given == "".join(pieces[:torn])
     if way == "close":
         answer.close()
     elif way == "throw":
@@ -128,7 +138,7 @@ def test_an_interruption_within_a_step(chat, monkeypatch):
 
     for name, text in (("next_token", "a"), ("encode", "def f(x):\n" * 9)):
         with monkeypatch.context() as patch:
-            patch.setattr(module, name, interrupted)
+            patch.setattr(session, name, interrupted)
             with pytest.raises(KeyboardInterrupt):
                 list(chat.say(text, max_new_tokens=9))
         assert chat.messages[-1] == {"role": "assistant", "content": ""}

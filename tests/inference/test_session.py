@@ -62,6 +62,16 @@ def test_every_token_is_a_fresh_models(text_model, drawn):
     assert len(context) == len(GIVEN)
 
 
+def test_a_text_that_repeats_itself(session, drawn):
+    """What the decoder reads begins with what it has read, but beside another memory."""
+    for number in range(8):
+        text = random_ids(HEAD, number) + random_ids(CHUNK, number + 1) * 8
+        session.replace(text[:40])
+        assert session.next(HOT) == drawn(text[:40], 2 * number)
+        session.replace(text[:60])
+        assert session.next(HOT) == drawn(text[:60], 2 * number + 1)
+
+
 def test_decoder_memory_is_constant(session, monkeypatch):
     """The cache has the same shape whatever was read, and an old one is gone before there is a new one."""
     alive, shapes = [], []
@@ -121,8 +131,12 @@ def test_chunks_that_stay_are_not_encoded_again(session, monkeypatch):
 def test_an_interruption_leaves_it_whole(session, drawn, monkeypatch):
     """Wherever it comes: in the encoder, when the cache has been given away, in waiting for the token."""
 
-    def interrupted(*_, **__):
-        raise KeyboardInterrupt
+    def interrupted(function):
+        def run(*given, **more):
+            function(*given, **more)
+            raise KeyboardInterrupt
+
+        return run
 
     ids = random_ids(30)
     session.replace(ids)
@@ -132,7 +146,7 @@ def test_an_interruption_leaves_it_whole(session, drawn, monkeypatch):
         ids = ids + random_ids(more, number)
         session.replace(ids)
         with monkeypatch.context() as patch:
-            patch.setattr(module, name, interrupted)
+            patch.setattr(module, name, interrupted(getattr(module, name)))
             with pytest.raises(KeyboardInterrupt):
                 session.next(HOT)
         assert session.next(HOT) == drawn(ids, number)

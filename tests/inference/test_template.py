@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-from texts import CHATML, CHATML_TOKENS, LLAMA_2, LLAMA_3, LLAMA_3_TOKENS, as_llama_2, byte_level
+from texts import CHATML, CHATML_TOKENS, LLAMA_2, LLAMA_3, LLAMA_3_TOKENS, ZEPHYR, as_llama_2, byte_level
 
 from cepe_jax.data.tokenizer import Tokenizer
 from cepe_jax.inference.template import Template
@@ -17,6 +17,7 @@ KINDS = {
         ("<s>", "</s>", "<unk>"),
         {"bos_token": "<s>", "eos_token": {"__type": "AddedToken", "content": "</s>"}},
     ),
+    "zephyr": (ZEPHYR, ("<s>", "</s>"), {"bos_token": "<s>", "eos_token": "</s>"}),
     "llama 3": (LLAMA_3, LLAMA_3_TOKENS, {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"}),
 }
 SYSTEM = {"role": "system", "content": "Be brief.\n"}
@@ -56,7 +57,7 @@ def test_transformers_renders_the_same(chat, theirs, messages):
 
 
 def test_rendered_by_hand(tmp_path):
-    """The three templates' own words: this holds without transformers."""
+    """The templates' own words: this holds without transformers."""
     rendered = {}
     for kind, given in KINDS.items():
         (tmp_path / kind).mkdir()
@@ -68,6 +69,10 @@ def test_rendered_by_hand(tmp_path):
     )
     assert rendered["llama 2"] == (
         "<s>[INST] <<SYS>>\nBe brief.\n\n<</SYS>>\n\n  What is it? [/INST] A test 🙂. </s><s>[INST] What is it? [/INST]"
+    )
+    assert rendered["zephyr"] == (
+        "<|system|>\nBe brief.\n</s>\n<|user|>\n  What is it?\n\n</s>\n<|assistant|>\nA test 🙂. </s>\n"
+        "<|user|>\n  What is it?\n\n</s>\n<|assistant|>\n"
     )
     year = datetime.datetime.now().year
     user = "<|start_header_id|>user<|end_header_id|>\n\nWhat is it?<|eot_id|>"

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 from texts import CHUNK
 
-from cepe_jax.inference import session, terminal
+from cepe_jax.inference import context, session, terminal
 from cepe_jax.inference.context import ContextCache
 from cepe_jax.inference.generate import Sampling
 from cepe_jax.inference.terminal import GenerateConfig, MeshConfig, run_generate
@@ -43,11 +43,11 @@ def speak(monkeypatch, *lines: bytes) -> None:
 def test_a_prompt(config, text_model, capsys):
     """The text alone on standard output; the files' bytes as they are."""
     run_generate(config(timings=True))
-    context = text_model.encode(["def g(y):\r\n\treturn 🙂\n", "It is a test"], chunk_length=CHUNK)
-    wanted = text_model.generate("x = ", context, max_new_tokens=6, sampling=HOT)
+    read = text_model.encode(["def g(y):\r\n\treturn 🙂\n", "It is a test"], chunk_length=CHUNK)
+    wanted = text_model.generate("x = ", read, max_new_tokens=6, sampling=HOT)
     out, err = capsys.readouterr()
     assert out == wanted + "\n"
-    assert re.search(rf"contexts: {context.num_tokens} tokens, 0.0 MiB, 2 of 2 new, [\d.]+ s\n", err)
+    assert re.search(rf"contexts: {read.num_tokens} tokens, 0.0 MiB, 2 of 2 new, [\d.]+ s\n", err)
     assert re.search(r"6 tokens, the first after [\d.]+ s, then [\d.]+ s a token, \d+ MiB of memory at most\n", err)
     run_generate(config(prompt="It is\n\n" * 30, overflow="passages", context_file=(), stop=(wanted[2],)))
     options = {"max_new_tokens": 6, "overflow": "passages", "chunk_length": CHUNK, "sampling": HOT}
@@ -55,15 +55,18 @@ def test_a_prompt(config, text_model, capsys):
     assert capsys.readouterr() == (wanted + "\n", "")
 
 
-def test_contexts_that_are_kept(config, text_model, tmp_path, capsys):
+def test_contexts_that_are_kept(config, text_model, tmp_path, capsys, monkeypatch):
     """What is in the file is not encoded again; the file gets what it lacked and loses nothing."""
     kept, (a, b) = tmp_path / "kept.safetensors", config().context_file
-    said = []
+    said, read = [], []
+    encode = context.encode_chunks
+    monkeypatch.setattr(context, "encode_chunks", lambda *given: read.append(given[2].sum()) or encode(*given))
     for files, new in (((a,), "1 of 1"), ((b, a), "1 of 2"), ((b,), "0 of 1"), ((), "0 of 2")):
         run_generate(config(contexts=kept, context_file=files, timings=True))
         out, err = capsys.readouterr()
         assert f"{new} new" in err
         said.append(out)
+    assert sum(read) == ContextCache.load(kept, text_model.identity).num_tokens
     digests = [
         p.digest for p in text_model.encode([a.read_bytes().decode(), b.read_text()], chunk_length=CHUNK).passages
     ]
@@ -150,5 +153,5 @@ def test_the_script_over_four_devices(home, text_model, tmp_path):
     command = [sys.executable, "scripts/generate.py", "--model", home, *options]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={"PYTHONPATH": str(ROOT), **devices})
     assert done.returncode == 0, done.stderr
-    context = text_model.encode(["It is a test\n" * 9], chunk_length=CHUNK)
-    assert done.stdout == text_model.generate("x = ", context, max_new_tokens=9, sampling=HOT) + "\n"
+    read = text_model.encode(["It is a test\n" * 9], chunk_length=CHUNK)
+    assert done.stdout == text_model.generate("x = ", read, max_new_tokens=9, sampling=HOT) + "\n"

@@ -10,6 +10,8 @@ from texts import CHUNK, WINDOW, byte_level, chunks_of
 from tiny import make_decoder, make_encoder
 
 import cepe_jax
+from cepe_jax.inference import context as context_module
+from cepe_jax.inference import text
 from cepe_jax.inference.context import ContextCache
 from cepe_jax.inference.generate import GREEDY, Draws, Sampling
 from cepe_jax.inference.text import TextModel
@@ -134,12 +136,24 @@ def test_score(text_model, context, fresh):
     assert all(abs(a.total - b.total) > 1e-3 for a, b in zip(scores, plain, strict=True))
 
 
+def test_spaces_of_a_tokenizer_that_puts_one_before_every_text(llama_2, monkeypatch):
+    """None is added between prompt and continuation, and none is lost."""
+    tokenizer, given = llama_2.tokenizer, []
+    whole = tokenizer.encode("what is it", bos=True)
+    before = tokenizer.encode("what", bos=True)
+    assert tokenizer.encode(" is it") != whole[len(before) :]
+    monkeypatch.setattr(text, "stream", lambda *_, **__: iter([[i] for i in whole[len(before) :]]))
+    assert llama_2.generate("what") == " is it"
+    assert "".join(llama_2.stream("what", stop=[" it"])) == " is"
+    monkeypatch.setattr(text, "score", lambda *read: given.extend(read[1:3]) or [])
+    llama_2.score("what ", ["is it", " is"])
+    assert given == [before, [whole[len(before) :], tokenizer.encode("what  is", bos=True)[len(before) :]]]
+
+
 def test_known_texts_are_not_encoded_again(text_model, context, monkeypatch):
     read = []
-    encode = cepe_jax.inference.context.encode_chunks
-    monkeypatch.setattr(
-        cepe_jax.inference.context, "encode_chunks", lambda *given: read.append(given[2].sum()) or encode(*given)
-    )
+    encode = context_module.encode_chunks
+    monkeypatch.setattr(context_module, "encode_chunks", lambda *given: read.append(given[2].sum()) or encode(*given))
     again = text_model.encode(["new", *TEXTS], chunk_length=CHUNK, known=context)
     assert sum(read) == len(text_model.tokenizer.encode("new"))
     assert [p.digest for p in again.passages[1:]] == [p.digest for p in context.passages]
