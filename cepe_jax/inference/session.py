@@ -21,7 +21,7 @@ from cepe_jax.model.cache import KVCache
 from cepe_jax.model.cepe import Cepe
 from cepe_jax.model.llama import Llama
 
-SHORTEST_MEMORY = 1024  # tokens that the memory has room for, at least
+FEW_LENGTHS = 1 << 10, 1 << 14  # from the first to the second, the memory's room doubles; above it goes by buckets
 Read = tuple[KVCache, list[int], ContextCache | None]  # a cache, the tokens it has read, and the memory it read beside
 
 
@@ -92,13 +92,14 @@ class Session:
         return token
 
     def _memory(self) -> Memory:
-        """What the decoder reads beside. It has few lengths: each is a program, which takes long to compile."""
+        """What the decoder reads beside. It has few lengths: each is a program to compile, while a user waits."""
         if self.context is None:
             return None, None
         if self._placed is None or self._placed[0] is not self.context:
             self._placed = None  # freed before there is another
-            length = max(power_of_two(self.context.num_tokens), SHORTEST_MEMORY)
-            self._placed = self.context, stacked([self.context], length)
+            count = self.context.num_tokens
+            least = min(max(power_of_two(count), FEW_LENGTHS[0]), FEW_LENGTHS[1])
+            self._placed = self.context, stacked([self.context], max(bucket(count), least))
         return self._placed[1]
 
     def _goes_on(self, read: Read, tokens: list[int]) -> bool:

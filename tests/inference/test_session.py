@@ -9,7 +9,7 @@ from recomputed import draw
 from texts import CHUNK, WINDOW, chunks_of
 
 from cepe_jax.inference import session as module
-from cepe_jax.inference.context import ContextCache, encode
+from cepe_jax.inference.context import ContextCache, Passage, encode
 from cepe_jax.inference.generate import Draws, Sampling
 from cepe_jax.inference.session import Session
 
@@ -91,6 +91,19 @@ def test_decoder_memory_is_constant(session, monkeypatch):
         del cache
     assert shapes == shapes[:1] * 4
     assert alive == [[], [], []]  # the second text went on where the first ended
+
+
+def test_the_memory_has_few_lengths(session):
+    """Each is a program to compile: 256 tokens more are seldom another one."""
+    lengths = {}
+    for count in (5, 1024, 1025, 3000, 16_384, 16_385, 20_000):
+        states_LE = np.ones((count, session.model.encoder.config.width), np.float32)
+        session.context = ContextCache(session.context.identity, (Passage(str(count), states_LE),))
+        memory_1ME, mask_1M = session._memory()
+        assert memory_1ME.shape[:2] == mask_1M.shape
+        assert mask_1M.sum() == count == mask_1M[0, :count].sum()
+        lengths[count] = mask_1M.shape[1]
+    assert list(lengths.values()) == [1024, 1024, 2048, 4096, 16_384, 20_480, 20_480]
 
 
 @pytest.mark.parametrize("change", [3, 9, 40, 70, 79])
