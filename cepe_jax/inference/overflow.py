@@ -44,6 +44,16 @@ def by_passages(text: str, tokenizer: Tokenizer, room: int) -> tuple[list[str], 
     return passages[:first], rest(first)
 
 
+def room_beside(max_new_tokens: int, window: int) -> int:
+    """How many tokens of a prompt fit into the window with BOS and so many new ones; ValueError for none."""
+    room = window - max_new_tokens - 1
+    if room < 1:
+        raise ValueError(
+            f"{max_new_tokens} new tokens and BOS leave nothing of the window's {window} for a prompt: ask for fewer"
+        )
+    return room
+
+
 def fit(
     prompt: str,
     tokenizer: Tokenizer,
@@ -57,11 +67,7 @@ def fit(
     ValueError where nothing of the prompt would be left.
     """
     check_chunk_length(chunk_length)
-    room = window - max_new_tokens - 1
-    if room < 1:
-        raise ValueError(
-            f"{max_new_tokens} new tokens and BOS leave nothing of the window's {window} for a prompt: ask for fewer"
-        )
+    room = room_beside(max_new_tokens, window)
     if overflow == "truncate_left":
         contexts, ids = truncate_left(tokenizer.encode(prompt), room, chunk_length)
     else:

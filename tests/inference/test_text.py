@@ -1,5 +1,6 @@
 """Text in, text out: against the whole model, computed anew for each token."""
 
+import dataclasses
 import json
 import shutil
 
@@ -136,6 +137,63 @@ def test_score(text_model, context, fresh):
     assert all(abs(a.total - b.total) > 1e-3 for a, b in zip(scores, plain, strict=True))
 
 
+def test_a_boundary_within_a_token(text_model, monkeypatch):
+    """Where prompt and continuation share a token, nothing of the text is lost, and all begin at the same place."""
+    tokenizer, given = text_model.tokenizer, []
+    monkeypatch.setattr(text, "score", lambda *read: given.append(read[1:3]) or [])
+    merged = 0
+    for prompt in ("It i", "It is a t", "def f(x):\n  ", "qui", "", " \n"):
+        continuations = ["s a test", "n", " ", "est", "ck"]
+        text_model.score(prompt, continuations)
+        before, after = given[-1]
+        wholes = [tokenizer.encode(prompt + continuation, bos=True) for continuation in continuations]
+        assert [before + ids for ids in after] == wholes
+        assert [tokenizer.decode(whole) for whole in wholes] == [prompt + text for text in continuations]
+        stripped = tokenizer.encode(prompt.rstrip(), bos=True)
+        assert before == stripped[: len(before)]
+        assert len(before) == len(stripped) or any(whole[len(before)] != stripped[len(before)] for whole in wholes)
+        merged += len(before) < len(stripped)
+    assert merged > 1
+    assert text_model.score("a", []) == []
+
+
+@pytest.mark.parametrize("mode", ["truncate_left", "passages"])
+def test_score_of_a_long_prompt(text_model, context, monkeypatch, mode):
+    """All of the text is read, the beginning by the encoder, and the decoder reads as much as fits."""
+    tokenizer, scored, moved = text_model.tokenizer, [], []
+    encode = text.encode
+    monkeypatch.setattr(text, "encode", lambda model, ids, *more: moved.extend(ids) or encode(model, ids, *more))
+    monkeypatch.setattr(text, "score", lambda *read: scored.append(read) or [])
+    prompt, continuations = "def f(x):\n\n" * 9 + "It i", ["s a test", "t"]
+    text_model.score(prompt, continuations, context, overflow=mode, chunk_length=CHUNK)
+    (_, before, after, memory_1ME, mask_1M) = scored[0]
+    for ids, continuation in zip(after, continuations, strict=True):
+        assert "".join(map(tokenizer.decode, [*moved, before + ids])) == prompt + continuation
+        assert len(before) + len(ids) <= WINDOW
+    longest = max(map(len, after))
+    assert before[0] == tokenizer.bos_id
+    assert len(moved) > 1
+    if mode == "truncate_left":
+        assert len(before) + longest == WINDOW
+    else:
+        more = prompt[len("def f(x):\n\n") * (len(moved) - 1) :]
+        assert 1 + len(tokenizer.encode(more)) + longest > WINDOW
+    assert mask_1M.sum() == context.num_tokens + sum(map(len, moved))
+    known = dataclasses.replace(text_model, window=None)
+    for call in (
+        lambda: known.score(prompt, ["a"], overflow=mode),
+        lambda: known.generate(prompt, overflow=mode),
+    ):
+        with pytest.raises(ValueError, match="nothing says how many tokens the decoder reads at most: give window"):
+            call()
+
+
+def test_contexts_as_ids(text_model, context):
+    ids = list(map(text_model.tokenizer.encode, TEXTS))
+    given = text_model.encode([ids[0], np.array(ids[1])], chunk_length=CHUNK)
+    assert [p.digest for p in given.passages] == [p.digest for p in context.passages]
+
+
 def test_spaces_of_a_tokenizer_that_puts_one_before_every_text(llama_2, monkeypatch):
     """None is added between prompt and continuation, and none is lost."""
     tokenizer, given = llama_2.tokenizer, []
@@ -219,6 +277,7 @@ def test_bad_input(text_model, context):
     long = "def f(x):\n" * 20
     cases = {
         "encode got one text: give a list": lambda: text_model.encode("a"),
+        "encode got one text: .* or of lists of ids": lambda: text_model.encode([5, 6]),
         "passage 1 has no tokens": lambda: text_model.encode(["a", ""]),
         f"window of {WINDOW} tokens": lambda: text_model.generate(long, context, max_new_tokens=4),
         "leave nothing of the window's": lambda: text_model.generate("a", max_new_tokens=50, overflow="passages"),
@@ -229,7 +288,7 @@ def test_bad_input(text_model, context):
             "a", ContextCache({**text_model.identity, "encoder": "x"}), max_new_tokens=5
         ),
         "stop is 'x': give a list": lambda: text_model.generate("a", stop="x", max_new_tokens=5),
-        "continuation 1 .''. adds no token": lambda: text_model.score("a", ["b", ""]),
+        "continuation 1 is empty: leave it out": lambda: text_model.score("a", ["b", ""]),
         f"continuation 0 have .* tokens and the window {WINDOW}": lambda: text_model.score(long, ["a"]),
     }
     for said, call in cases.items():
