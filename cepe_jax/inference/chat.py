@@ -15,7 +15,10 @@ MAX_NEW_TOKENS = 256  # of an answer
 
 
 class Chat:
-    """`messages`: what was said. What the decoder no longer reads itself is in `context`; see `Session`."""
+    """`messages`: what was said, with each turn from the end of its answer on.
+
+    What the decoder no longer reads itself is in `context`; see `Session`.
+    """
 
     def __init__(
         self,
@@ -43,7 +46,8 @@ class Chat:
     ) -> Generator[str, None, None]:
         """The answer, a piece a token ("" while a character or a stop string may be incomplete).
 
-        Wherever it is broken off, by an exception, `close` or the next `say`, what was given out of it stays said.
+        Wherever it is broken off, by an exception, `close` or the next `say`, what was given out of it stays said. A
+        turn that is refused (ValueError before its first token: there is no room) was never said.
         """
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {max_new_tokens}: give 1 or more")
@@ -55,10 +59,11 @@ class Chat:
     def _said(
         self, text: str, max_new_tokens: int, sampling: Sampling, stop: StopStrings
     ) -> Generator[str, None, None]:
-        escape = self._ask(text)
-        new = Detokenizer(self._template.tokenizer, self.session.tokens)
+        message, before = {"role": "user", "content": text}, (self._parts, self.session.ids, self.session.context)
+        escape = self._ask(message)
+        asked, given, refused = self.session.tokens, "", False
+        new = Detokenizer(self._template.tokenizer, asked)
         ids: list[int] = []
-        drawn, given = "", ""  # the text of the ids, and what of it was given out
         try:
             for _ in range(max_new_tokens):
                 token = self.session.next(sampling)
@@ -66,25 +71,33 @@ class Chat:
                     break
                 ids.append(token)
                 self.session.ids.append(token)
-                drawn += (piece := new.add(token))
-                given += (piece := stop.add(piece))
+                given += (piece := stop.add(new.add(token)))
                 yield piece
                 if stop.found:
                     break
-            drawn += (piece := new.end())
-            given += (piece := "" if stop.found else stop.add(piece) + stop.end())
+            given += (piece := "" if stop.found else stop.add(new.end()) + stop.end())
             yield piece
+        except ValueError:
+            refused = not ids
+            raise
         finally:
-            drawn += new.end()
-            self._parts.append((self._template.escaped(drawn, escape), ids))
-            self.messages.append({"role": "assistant", "content": given})
+            if refused:
+                self._parts, self.session.ids, self.session.context = before
+            else:
+                part = self._template.escaped(self._text(ids, asked), escape), ids
+                answer = {"role": "assistant", "content": given}
+                self._parts, self.messages = [*self._parts, part], [*self.messages, message, answer]
 
-    def _ask(self, text: str) -> str:
+    def _text(self, ids: list[int], before: list[int]) -> str:
+        """What the ids add to the text of those before: anew, whatever was under way when an answer broke off."""
+        text = Detokenizer(self._template.tokenizer, before)
+        return "".join(map(text.add, ids)) + text.end()
+
+    def _ask(self, message: Message) -> str:
         """The session holds the conversation up to where the answer begins; returns the escape it is rendered with.
 
         Of what was rendered and drawn before, all that the template renders in the same way again keeps its ids.
         """
-        message = {"role": "user", "content": text}
         escape = self._template.escape_for([*self.messages, message])
         rendered = self._template.render([*self.messages, message], escape)
         kept, at = [], 0
@@ -96,7 +109,6 @@ class Chat:
         kept.append((rendered[at:], self._template.tokenizer.encode_special(rendered[at:], escape, continues=at > 0)))
         self.session.replace([i for _, ids in kept for i in ids])
         self._parts = kept
-        self.messages.append(message)
         return escape
 
     def _head(self) -> int:

@@ -65,11 +65,11 @@ class Session:
 
     def replace(self, ids: Sequence[int]) -> None:
         """The text has these tokens. Chunks in the memory that it still begins with, after the head, stay there."""
-        same = len(os.path.commonprefix([self.ids[self.head :], list(ids[self.head :])]))
-        self.ids = list(ids)
-        stay = min(self.moved, same // self.chunk_length, self._overflow())
-        if stay < self.moved:
-            self.context = self.context.select(range(self._given + stay))
+        ids = list(ids)
+        same = len(os.path.commonprefix([self.ids[self.head :], ids[self.head :]]))
+        stay = min(self.moved, same // self.chunk_length, self._overflow(ids))
+        context = self.context if stay == self.moved else self.context.select(range(self._given + stay))
+        self.context, self.ids = context, ids  # together: no interrupt comes between them
 
     def next(self, sampling: Sampling = GREEDY) -> int:
         """Draws the token that follows. It becomes part of the text when it is appended to `ids`."""
@@ -109,18 +109,19 @@ class Session:
         room = self._slots - len(before) - (1 if fresh == 1 else bucket(fresh))
         return context is self.context and fresh > 0 and room >= 0 and tokens[: len(before)] == before
 
-    def _overflow(self) -> int:
-        """How many chunks must be in the memory so that one token more fits into the window."""
-        return -(-max(0, len(self.ids) + 1 - self.window) // self.chunk_length)
+    def _overflow(self, ids: list[int]) -> int:
+        """How many chunks of a text must be in the memory so that one token more fits into the window."""
+        return -(-max(0, len(ids) + 1 - self.window) // self.chunk_length)
 
     def _make_room(self) -> None:
-        if self._overflow() <= self.moved:
+        needed = self._overflow(self.ids)
+        if needed <= self.moved:
             return
         if self.context is None:
             raise ValueError(
                 f"the conversation has {len(self.ids)} tokens and the window of this plain decoder {self.window}: "
                 f"begin anew, or take a CEPE model, which moves the oldest tokens to its encoder"
             )
-        starts = [self.head + chunk * self.chunk_length for chunk in range(self.moved, self._overflow())]
+        starts = [self.head + chunk * self.chunk_length for chunk in range(self.moved, needed)]
         chunks = [self.ids[start : start + self.chunk_length] for start in starts]
         self.context += encode(self.model, chunks, self.context.identity, self.chunk_length, known=self.context)

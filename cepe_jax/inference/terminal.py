@@ -119,7 +119,10 @@ def _answer(model: TextModel, context: ContextCache | None, config: GenerateConf
 
 
 def _converse(model: TextModel, context: ContextCache | None, config: GenerateConfig) -> None:
-    """Ctrl-C ends an answer, and what it has said stays said; while nothing is said it ends the conversation."""
+    """Ctrl-C ends an answer, and what it has said stays said; while nothing is said it ends the conversation.
+
+    What a turn is refused for is told, and the conversation goes on.
+    """
     limits = {"max_new_tokens": config.max_new_tokens, "sampling": config.sampling, "stop": config.stop}
     chat = model.chat(config.system, context, chunk_length=config.chunk_length)
     try:
@@ -130,6 +133,9 @@ def _converse(model: TextModel, context: ContextCache | None, config: GenerateCo
             except KeyboardInterrupt:
                 answer.close()
                 print(flush=True)
+            except ValueError as error:
+                print(flush=True)
+                _note(f"refused: {' '.join(str(error).split())}")
     except KeyboardInterrupt:
         print(file=sys.stderr)
 

@@ -1,11 +1,15 @@
 """A conversation: its ids are what the template says, and every token of an answer is the one a fresh model draws."""
 
+import dataclasses
+import itertools
+
 import pytest
 from recomputed import draw
 from texts import CHUNK, WINDOW
 
 from cepe_jax.inference import session
 from cepe_jax.inference.generate import Draws, Sampling
+from cepe_jax.inference.streaming import Detokenizer
 
 HOT = Sampling(temperature=1.0, seed=5)
 SYSTEM = "Be brief."
@@ -144,6 +148,71 @@ def test_an_interruption_within_a_step(chat, monkeypatch):
         assert chat.messages[-1] == {"role": "assistant", "content": ""}
     list(chat.say("b", max_new_tokens=3, sampling=HOT))
     assert len(chat.messages) == 1 + 2 * 3
+
+
+def state(chat) -> tuple:
+    return list(chat.messages), list(chat._parts), list(chat.session.ids), chat.context
+
+
+def test_a_refused_turn_was_never_said(chat, text_model, monkeypatch):
+    """A memory that does not fit, when the text's chunks are encoded or when it is put on the devices."""
+    list(chat.say("def f(x):\n" * 9, max_new_tokens=3, sampling=HOT))
+    before = state(chat)
+    assert len(chat.context) > 1
+
+    def refused(*_, **__):
+        raise ValueError("no room")
+
+    for name in ("encode", "stacked"):
+        with monkeypatch.context() as patch:
+            patch.setattr(session, name, refused)
+            with pytest.raises(ValueError, match="no room"):
+                list(chat.say("It is a test. " * 9, max_new_tokens=3))
+        assert state(chat) == before
+    chat.session._drawn = 7
+    other = text_model.chat(SYSTEM, chunk_length=CHUNK)
+    list(other.say("def f(x):\n" * 9, max_new_tokens=3, sampling=HOT))
+    other.session._drawn = 7
+    said = [list(each.say("x", max_new_tokens=4, sampling=HOT)) for each in (chat, other)]
+    assert said[0] == said[1]
+    assert state(chat)[:3] == state(other)[:3]
+
+
+def test_a_plain_decoder_ends_with_its_window(text_model):
+    """A text that is too long is refused, and a shorter one still answered; an answer may end with the window."""
+    plain = dataclasses.replace(text_model, model=text_model.model.decoder)
+    chat = plain.chat(SYSTEM)
+    first = "".join(chat.say("x", max_new_tokens=3, sampling=HOT))
+    before = state(chat)
+    with pytest.raises(ValueError, match=f"the window of this plain decoder {WINDOW}: begin anew"):
+        list(chat.say("def f(x):\n" * 9))
+    assert state(chat) == before
+    given = []
+    with pytest.raises(ValueError, match="begin anew"):
+        given.extend(chat.say("y", max_new_tokens=99, sampling=HOT))
+    assert [message["content"] for message in chat.messages] == [SYSTEM, "x", first, "y", "".join(given)]
+    assert len(chat.session.ids) == WINDOW
+
+
+def test_an_interruption_between_a_token_and_its_text(chat, monkeypatch):
+    """The ids that are kept are those of the text that is kept."""
+    add, count = Detokenizer.add, itertools.count()
+
+    def interrupted(self, token):
+        if next(count) == 2:
+            raise KeyboardInterrupt
+        return add(self, token)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Detokenizer, "add", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            list(chat.say("What is it?", max_new_tokens=9, sampling=HOT))
+    (text, ids) = chat._parts[-1]
+    assert len(ids) == 3
+    tokenizer = chat._template.tokenizer
+    asked = chat.session.ids[:-3]
+    assert text == tokenizer.decode(asked + ids)[len(tokenizer.decode(asked)) :]
+    assert len(chat.messages) == 3
 
 
 def test_stop_strings(text_model):

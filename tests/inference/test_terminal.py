@@ -1,5 +1,6 @@
 """scripts/generate.py: files in, text out, a conversation on standard input, contexts kept in a file."""
 
+import dataclasses
 import io
 import re
 import subprocess
@@ -84,6 +85,18 @@ def test_a_conversation(config, text_model, monkeypatch, capsys):
     out, err = capsys.readouterr()
     assert out == "".join(f"{text}\n" for text in wanted)
     assert err == "not UTF-8 at byte 2: the line was left out\n"
+
+
+def test_a_refused_turn(config, text_model, monkeypatch, capsys):
+    """It is told, in a line, and the conversation goes on without it."""
+    plain = dataclasses.replace(text_model, model=text_model.model.decoder)
+    monkeypatch.setattr(terminal, "load", lambda *_, **__: plain)
+    speak(monkeypatch, b"def f(x): " * 20 + b"\n", b"x\n")
+    run_generate(config(prompt="", chat=True, context_file=()))
+    wanted = "".join(plain.chat().say("x", max_new_tokens=6, sampling=HOT))
+    out, err = capsys.readouterr()
+    assert out == f"\n{wanted}\n"
+    assert re.fullmatch("refused: the conversation has .* begin anew, .*\n", err)
 
 
 def test_ctrl_c(config, text_model, monkeypatch, capsys):
