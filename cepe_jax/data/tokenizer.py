@@ -1,6 +1,7 @@
 """Text to ids and back: SentencePiece models, and `tokenizer.json` where there is no SentencePiece model."""
 
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -20,7 +21,9 @@ class Tokenizer:
     """One tokenizer for decoder and encoder.
 
     `vocab_size` ids; `bos_id` and `eos_id`; `mask_id` = vocab_size is the encoder's extra id: no text contains it.
-    Special tokens written out in a text are text, but for `encode_special`; `special` has their ids by name.
+    `special`: ids by name of the tokens that tokenizer.json or tokenizer_config.json calls special. Written out in a
+    text they are text, but for `encode_special`. An added token that neither calls special is a word like others to
+    `encode`; as a template may mark turns with it, `escaped` takes it apart, unless it is white space.
     """
 
     def __init__(self, path: str | Path):
@@ -37,6 +40,8 @@ class Tokenizer:
         self._impl = _HuggingFace(path) if path.suffix == ".json" else _SentencePiece(path)
         self.vocab_size, self.bos_id, self.eos_id = self._impl.vocab_size, self._impl.bos_id, self._impl.eos_id
         self.special: dict[str, int] = self._impl.special
+        self._single = sorted(name for name in self._impl.names if len(name) == 1)
+        self._first = _first_characters(self._impl.names)
 
     @property
     def mask_id(self) -> int:
@@ -49,15 +54,30 @@ class Tokenizer:
     def encode_special(self, text: str, escape: str = "", continues: bool = False) -> list[int]:
         """The ids of a text in which special tokens, written out, are those tokens: what a chat template gives.
 
-        A name that contains the character `escape` is text; the character is taken out. `continues`: the text goes on
-        after another one, so that a space which the tokenizer puts before every text is left out.
+        A name that contains the character `escape` is text; the character is taken out, as is what else `escaped`
+        wrote. `continues`: the text goes on after another one, so that a space which the tokenizer puts before every
+        text is left out.
         """
         _check_unicode(text)
+        written = {_written(number, escape): name for number, name in enumerate(self._single)} if escape else {}
         if continues:
-            before, ids = self._impl.encode_special("\n", escape), self._impl.encode_special("\n" + text, escape)
+            before, ids = (self._impl.encode_special(part, escape, written) for part in ("\n", "\n" + text))
             if ids[: len(before)] == before:  # else the newline is part of a longer piece: nothing is put before
                 return ids[len(before) :]
-        return self._impl.encode_special(text, escape)
+        return self._impl.encode_special(text, escape, written)
+
+    def escaped(self, text: str, escape: str) -> str:
+        """The text so that `encode_special` finds no added token in it; `escape` is a character that it has not.
+
+        `escape` follows the first character of each name; a name of one character is written as its number.
+        """
+        if not escape:
+            return text
+
+        def apart(found: re.Match) -> str:
+            return _written(self._single.index(found[0]), escape) if found[0] in self._single else found[0] + escape
+
+        return self._first.sub(apart, text)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of the ids; BOS, EOS and ids that a longer table of the model's knows have none."""
@@ -100,10 +120,25 @@ def settings_beside(path: Path) -> dict:
     return settings
 
 
-def _named_beside(path: Path) -> dict[str, int]:
-    """The special tokens that tokenizer_config.json beside `path` names, and their ids."""
+def _first_characters(names: Iterable[str]) -> re.Pattern:
+    """Finds each character with which one of the names begins, also where names overlap."""
+    return re.compile("|".join(f"{re.escape(name[0])}(?={re.escape(name[1:])})" for name in names) or "(?!)")
+
+
+def _written(number: int, escape: str) -> str:
+    """What stands for the name of one character with this number: two escapes stand nowhere else."""
+    return f"{escape}{escape}{number}{escape}"
+
+
+def _added_beside(path: Path) -> dict[str, tuple[int, bool]]:
+    """Id of each added token that tokenizer_config.json beside `path` names, and whether it is special."""
     named = settings_beside(path).get("added_tokens_decoder", {})
-    return {token["content"]: int(i) for i, token in named.items() if token.get("special")}
+    return {token["content"]: (int(i), bool(token.get("special"))) for i, token in named.items()}
+
+
+def _marks(name: str, special: bool) -> bool:
+    """Whether an added token of this name may mark a turn."""
+    return special or not name.isspace()
 
 
 class _SentencePiece:
@@ -118,14 +153,32 @@ class _SentencePiece:
             raise ValueError(f"{path}: has no begin- or end-of-sequence piece: train one with both")
         self.decode = self.processor.decode
         self._newline = self._newline_prefix()
-        piece, named = self.processor.id_to_piece, _named_beside(path)
-        known = {name: i for name, i in named.items() if i < self.vocab_size and piece(i) == name}
-        self.special = known | {piece(i): i for i in range(self.vocab_size) if self.processor.is_control(i)}
-        self._special_ids, self._foreign = set(self.special.values()), set(named) - set(self.special)
-        self._names = re.compile("|".join(sorted(map(re.escape, {*self.special, *named}), key=len, reverse=True)))
+        piece = self.processor.id_to_piece
+        added = {name: facts for name, facts in _added_beside(path).items() if _marks(name, facts[1])}
+        control = {piece(i): i for i in range(self.vocab_size) if self.processor.is_control(i)}
+        known = {name: i for name, (i, _) in added.items() if i < self.vocab_size and piece(i) == name}
+        self.special = {name: i for name, i in known.items() if added[name][1]} | control
+        self._known, self.names = known | control, {*control, *added}
+        self._foreign = self.names - set(self._known)
+        self._names = re.compile("|".join(sorted(map(re.escape, self.names), key=len, reverse=True)))
+        # What the model finds in any text, though it is special.
+        self._found = {name: i for name, i in self.special.items() if i in self.processor.encode(name)}
+        self._first = _first_characters(self._found)
         self._path = path
 
     def encode(self, text: str) -> list[int]:
+        ids = self._encode(text)
+        if not self._found or set(self._found.values()).isdisjoint(ids):
+            return ids
+        bounds = [0, *(found.end() for found in self._first.finditer(text)), len(text)]
+        return self._apart([text[a:b] for a, b in itertools.pairwise(bounds)], set(self._found.values()))
+
+    def _apart(self, pieces: list[str], names: set[int]) -> list[int]:
+        """The ids of the pieces, each by itself. Where one is a name all the same, it is an unknown word."""
+        ids = [i for piece in pieces for i in self._encode(piece)]
+        return [self.processor.unk_id() if i in names else i for i in ids]
+
+    def _encode(self, text: str) -> list[int]:
         """The ids of the whole text. SentencePiece slows down with the length of a string, so long ones are cut."""
         if len(text) < 2 * PART or self._newline is None:
             return self.processor.encode(text)
@@ -139,17 +192,19 @@ class _SentencePiece:
             ids += part[self._newline :]
         return ids
 
-    def encode_special(self, text: str, escape: str) -> list[int]:
+    def encode_special(self, text: str, escape: str, written: dict[str, str]) -> list[int]:
         """Each text between special tokens is encoded by itself, as Meta's own code does."""
-        ids, names = [], [*self._names.findall(text), None]
+        ids, names, marks = [], [*self._names.findall(text), None], set(self._known.values())
         for part, name in zip(self._names.split(text), names, strict=True):
-            between = self.encode(part.replace(escape, ""))
-            if escape and escape in part and self._special_ids & set(between):  # the model finds the name in any text
-                between = [i for piece in part.split(escape) for i in self.encode(piece)]
+            for said, single in written.items():
+                part = part.replace(said, escape + single + escape)
+            between = self._encode(part.replace(escape, ""))
+            if escape and escape in part and marks & set(between):  # the model finds the name in any text
+                between = self._apart(part.split(escape), marks)
             if name in self._foreign:
                 beside = "which tokenizer_config.json names: put the model's tokenizer.json in its place"
                 raise ValueError(f"{self._path} has no token {name}, {beside}")
-            ids += between if name is None else [*between, self.special[name]]
+            ids += between if name is None else [*between, self._known[name]]
         return ids
 
     def _newline_prefix(self) -> int | None:
@@ -189,9 +244,16 @@ class _HuggingFace:
         self.tokenizer.no_truncation()
         self.vocab_size = self.tokenizer.get_vocab_size(with_added_tokens=True)
         self.bos_id, self.eos_id = self._ends(path)
+        added = self.tokenizer.get_added_tokens_decoder()
+        beside = {n: facts for n, facts in _added_beside(path).items() if self.tokenizer.token_to_id(n) == facts[0]}
         self.special = {self.tokenizer.id_to_token(i): i for i in (self.bos_id, self.eos_id)}
-        self.special |= {t.content: i for i, t in self.tokenizer.get_added_tokens_decoder().items() if t.special}
-        self.special |= {n: i for n, i in _named_beside(path).items() if self.tokenizer.token_to_id(n) == i}
+        self.special |= {token.content: i for i, token in added.items() if token.special}
+        self.special |= {name: i for name, (i, special) in beside.items() if special}
+        all_names = {*self.special, *beside, *(token.content for token in added.values())}
+        self.names = {name for name in all_names if _marks(name, name in self.special)}
+        late = [name for name, i in self.special.items() if i in added and not added[i].special]
+        if late:  # to `encode` too
+            self.tokenizer.add_special_tokens([self._added_token(name) for name in late])
 
     @cached_property
     def _parser(self):
@@ -199,11 +261,16 @@ class _HuggingFace:
         import tokenizers
 
         parser = tokenizers.Tokenizer.from_str(self.tokenizer.to_str())
-        added = parser.get_added_tokens_decoder()
-        options = {i: {"lstrip": added[i].lstrip, "rstrip": added[i].rstrip} for i in added}
-        names = self.special.items()
-        parser.add_special_tokens([tokenizers.AddedToken(n, normalized=False, **options.get(i, {})) for n, i in names])
+        parser.add_special_tokens([self._added_token(name) for name in self.names])
         return parser
+
+    def _added_token(self, name: str):
+        """As the file says of it, but found in a text as it stands."""
+        import tokenizers
+
+        token = self.tokenizer.get_added_tokens_decoder().get(self.tokenizer.token_to_id(name))
+        options = ("lstrip", "rstrip", "single_word") if token is not None else ()
+        return tokenizers.AddedToken(name, normalized=False, **{option: getattr(token, option) for option in options})
 
     def _ends(self, path: Path) -> tuple[int, int]:
         """Ids of begin and end of sequence: as tokenizer_config.json beside it says, else by their usual names."""
@@ -224,12 +291,13 @@ class _HuggingFace:
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
-    def encode_special(self, text: str, escape: str) -> list[int]:
+    def encode_special(self, text: str, escape: str, written: dict[str, str]) -> list[int]:
         """As the library finds special tokens; normalising, which comes after, takes the escape out."""
         from tokenizers import normalizers
 
         own = self.tokenizer.normalizer
-        steps = [normalizers.Replace(escape, "")] * bool(escape) + [own] * (own is not None)
+        steps = [normalizers.Replace(said, name) for said, name in written.items()]
+        steps += [normalizers.Replace(escape, "")] * bool(escape) + [own] * (own is not None)
         self._parser.normalizer = normalizers.Sequence(steps)
         return self._parser.encode(text, add_special_tokens=False).ids
 

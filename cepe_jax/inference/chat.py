@@ -84,7 +84,7 @@ class Chat:
             if refused:
                 self._parts, self.session.ids, self.session.context = before
             else:
-                part = self._template.escaped(self._text(ids, asked), escape), ids
+                part = self._template.tokenizer.escaped(self._text(ids, asked), escape), ids
                 answer = {"role": "assistant", "content": given}
                 self._parts, self.messages = [*self._parts, part], [*self.messages, message, answer]
 

@@ -5,7 +5,6 @@ They come with a model, as programs for Jinja; what they may do is what transfor
 
 import datetime
 import json
-import re
 from pathlib import Path
 
 import jinja2
@@ -21,7 +20,7 @@ PRIVATE_USE = range(0xE000, 0xF900)  # characters that no text should contain
 class Template:
     """The chat template beside a tokenizer.
 
-    What users write never becomes a special token: in contents their names are text.
+    What users write never becomes a special token or another that marks turns: in contents their names are text.
     """
 
     def __init__(self, tokenizer: Tokenizer):
@@ -38,8 +37,6 @@ class Template:
         for role in ("bos_token", "eos_token", "unk_token", "pad_token"):
             if token := settings.get(role):
                 self._tokens[role] = token["content"] if isinstance(token, dict) else token
-        longest_first = sorted(map(re.escape, tokenizer.special), key=len, reverse=True)
-        self._special = re.compile("|".join(longest_first))
 
     @property
     def eos_id(self) -> int:
@@ -50,13 +47,9 @@ class Template:
         """A character that is in none of the messages, to write special tokens' names with as text."""
         return next(c for c in map(chr, PRIVATE_USE) if not any(c in message["content"] for message in messages))
 
-    def escaped(self, content: str, escape: str) -> str:
-        """The content with `escape` after the first character of each special token's name."""
-        return self._special.sub(lambda found: found[0][0] + escape + found[0][1:], content)
-
     def render(self, messages: list[Message], escape: str = "") -> str:
         """The conversation as one text, up to where the model's next answer begins."""
-        messages = [message | {"content": self.escaped(message["content"], escape)} for message in messages]
+        messages = [message | {"content": self.tokenizer.escaped(message["content"], escape)} for message in messages]
         try:
             return self._program.render(messages=messages, add_generation_prompt=True, **self._tokens)
         except Exception as error:  # of the template's own making, whatever it is: it is a program
