@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -83,10 +84,16 @@ class ContextCache:
         return self.select([index for index in range(len(self)) if index not in dropped])
 
     def arrays(self) -> Memory:
-        """(memory_1ME, mask_1M) for `generate`, as `stacked` gives them; they stay on the devices for the next call."""
+        """(memory_1ME, mask_1M) for `generate`, as `stacked` gives them; they stay on the devices for the next call.
+
+        Those of one cache do, the last one: whoever lets a context grow holds the older ones, which share its passages.
+        """
+        global _last_placed
         mesh = jax.sharding.get_mesh()
         if mesh not in self._placed:
-            self._placed[mesh] = stacked([self])
+            if _last_placed is not None and (last := _last_placed()) is not None:
+                last._placed.clear()  # freed before there is another
+            self._placed[mesh], _last_placed = stacked([self]), weakref.ref(self)
         return self._placed[mesh]
 
     def check_is_of(self, identity: dict[str, str], name: str) -> None:
@@ -136,6 +143,9 @@ class ContextCache:
                 raise ValueError(f"there is no passage {index}: the cache has {len(self)}, the first is 0")
 
 
+_last_placed: weakref.ref[ContextCache] | None = None
+
+
 def _sha256(facts: str, states: dict[str, np.ndarray]) -> str:
     described = digest({name: describe(states_LE) for name, states_LE in states.items()})
     return hashlib.sha256(f"{facts}{described}".encode()).hexdigest()
@@ -174,8 +184,8 @@ def encode(
             raise ValueError(f"passage {number} has no tokens: leave it out")
         check_tokens(f"passage {number}", np.asarray(tokens), 1, model.encoder.config.vocab_size)
     width, dtype = model.encoder.config.width, np.dtype(model.encoder.config.dtype)
-    copies = 2 if jax.default_backend() == "cpu" else 1  # there the host's own is in the same memory
-    _check_fits(1, sum(map(len, passages)), width, dtype, copies)
+    copies = 2 if _on_host() else 0  # what is kept, and what `stacked` makes of it before it is placed
+    _check_fits(1, sum(map(len, passages)), width, dtype, copies + 1)
     found = {}
     if known is not None:
         known.check_is_of(identity, "the known context")
@@ -237,7 +247,9 @@ def stacked(caches: Sequence[ContextCache], length: int | None = None) -> Memory
     if longest == 0:
         return None, None
     some = next(cache.passages[0].states_LE for cache in caches if len(cache))
-    _check_fits(len(caches), longest if length is None else length, some.shape[1], some.dtype, copies=1)
+    _check_fits(
+        len(caches), longest if length is None else length, some.shape[1], some.dtype, copies=2 if _on_host() else 1
+    )
     length = bucket(longest) if length is None else length
     memory_BME = np.zeros((len(caches), length, some.shape[1]), some.dtype)
     for row, cache in zip(memory_BME, caches, strict=True):
@@ -270,6 +282,11 @@ def _check_fits(rows: int, num_tokens: int, width: int, dtype: np.dtype, copies:
             f"{rows} x {num_tokens:,} tokens of context need {gib(needed)} on each device and {gib(free)} are free: "
             f"{fits // step * step:,} would fit; give fewer, a larger mesh.context, or dtype bfloat16"
         )
+
+
+def _on_host() -> bool:
+    """Whether the host's memory is the devices' too."""
+    return jax.default_backend() == "cpu"
 
 
 def _devices() -> list[jax.Device]:
