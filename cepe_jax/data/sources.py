@@ -119,7 +119,7 @@ def read(root: Path, extent: Extent, domain_field: str) -> Iterator[RawDocument]
             if holds_lines(extent.path):
                 yield from _lines(file, path, extent, domain_field, folder)
             else:
-                yield _whole(file.read(), path, extent, folder)
+                yield RawDocument(extent.path, folder, *decoded(file.read(), path))
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path}: damaged or cut short ({error}): fetch it again") from None
     except Exception as error:
@@ -128,13 +128,13 @@ def read(root: Path, extent: Extent, domain_field: str) -> Iterator[RawDocument]
         raise
 
 
-def _whole(content: bytes, path: Path, extent: Extent, domain: str) -> RawDocument:
+def decoded(content: bytes, path: Path) -> tuple[str | None, str]:
+    """The text of the whole file at `path`, None where it cannot be read, and what is wrong with it."""
     try:
         text = content.decode().removeprefix(BYTE_ORDER_MARK)
-        fault = "" if text.strip() else f"{path}: an empty document"
     except UnicodeDecodeError as error:
-        text, fault = None, f"{path}: not UTF-8 at byte {error.start}"
-    return RawDocument(extent.path, domain, text, fault)
+        return None, f"{path}: not UTF-8 at byte {error.start}"
+    return text, "" if text.strip() else f"{path}: an empty document"
 
 
 def _lines(file, path: Path, extent: Extent, domain_field: str, folder: str) -> Iterator[RawDocument]:

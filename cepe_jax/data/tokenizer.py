@@ -30,10 +30,10 @@ class Tokenizer:
         """Reads `path`: a `.model` or `tokenizer.json` file, or a directory that holds one (the `.model` wins)."""
         path = Path(path)
         if path.is_dir():
-            found = [path / name for name in NAMES if (path / name).exists()]
-            if not found:
+            found = _inside(path)
+            if found is None:
                 raise FileNotFoundError(f"{path}: no tokenizer.model and no tokenizer.json in this directory")
-            path = found[0]
+            path = found
         if not path.exists():
             raise FileNotFoundError(f"{path}: no such tokenizer")
         self.path = path
@@ -91,10 +91,16 @@ class Tokenizer:
 
     def check_is_of(self, directory: Path | str) -> None:
         """ValueError when `directory` holds another tokenizer: its model knows other ids."""
-        if any((Path(directory) / name).exists() for name in NAMES):
-            other = Tokenizer(directory)
+        found = _inside(Path(directory))
+        if found is not None and found != self.path:
+            other = Tokenizer(found)
             if other.fingerprint() != self.fingerprint():
                 raise ValueError(f"{self.path} is not the tokenizer of {directory}: use {other.path}")
+
+
+def _inside(directory: Path) -> Path | None:
+    """Where the tokenizer of the directory is."""
+    return next((directory / name for name in NAMES if (directory / name).exists()), None)
 
 
 def _check_unicode(text: str) -> None:

@@ -11,6 +11,7 @@ from typing import Literal
 import jax
 
 from cepe_jax.checks import check_chunk_length
+from cepe_jax.data.sources import decoded
 from cepe_jax.data.tokenizer import Tokenizer
 from cepe_jax.inference.chat import MAX_NEW_TOKENS
 from cepe_jax.inference.context import ContextCache
@@ -23,7 +24,7 @@ from cepe_jax.training.logs import peak_memory
 
 
 @dataclass(frozen=True)
-class MeshConfig:
+class Devices:
     """Over how many devices things are cut, where there are several."""
 
     tensor: int = 1  # the weights and the prompt, by heads
@@ -36,7 +37,8 @@ class MeshConfig:
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    model: Path  # a model directory with its tokenizer
+    model: Path  # a model directory
+    tokenizer: Path | None = None  # where it is, if not beside the model
     prompt: str = ""
     chat: bool = False  # a conversation on standard input in the place of a prompt
     system: str | None = None  # what the chat's template puts first
@@ -49,7 +51,7 @@ class GenerateConfig:
     overflow: Overflow = "error"  # what becomes of a prompt that does not fit into the window
     sampling: Sampling = Sampling()
     dtype: Literal["float32", "bfloat16"] = "float32"
-    mesh: MeshConfig = MeshConfig()
+    mesh: Devices = Devices()
     timings: bool = False  # on stderr
 
     def __post_init__(self):
@@ -63,13 +65,10 @@ class GenerateConfig:
 
 
 def read_text(path: Path) -> str:
-    text = path.read_bytes()
-    if not text:
-        raise ValueError(f"{path}: an empty document: leave it out")
-    try:
-        return text.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 at byte {error.start}: convert it") from None
+    text, fault = decoded(path.read_bytes(), path)
+    if fault:
+        raise ValueError(f"{fault}: give text in UTF-8, or leave it out")
+    return text
 
 
 def run_generate(config: GenerateConfig) -> None:
@@ -77,15 +76,17 @@ def run_generate(config: GenerateConfig) -> None:
     texts = [read_text(path) for path in config.context_file]
     if config.contexts is not None and not (config.contexts.parent if texts else config.contexts).exists():
         raise FileNotFoundError(f"{config.contexts}: no such file, and no context_file or no directory to make it")
+    tokenizer = config.tokenizer
     if config.chat:
-        Template(Tokenizer(config.model))  # refused before anything is loaded
+        tokenizer = Tokenizer(tokenizer or config.model)
+        Template(tokenizer)  # refused before anything is loaded
     with _mesh(config.mesh):
-        model = load(config.model, config.dtype, window=config.window)
+        model = load(config.model, config.dtype, tokenizer, config.window)
         context = _context(model, config, texts)
         (_converse if config.chat else _answer)(model, context, config)
 
 
-def _mesh(sizes: MeshConfig) -> AbstractContextManager:
+def _mesh(sizes: Devices) -> AbstractContextManager:
     """All devices, as a mesh where there are several."""
     devices = jax.device_count()
     mesh = make_mesh(context=sizes.context or max(devices // sizes.tensor, 1), tensor=sizes.tensor)

@@ -239,19 +239,19 @@ class TextModel:
 def load(
     path: Path | str,
     dtype: Literal["float32", "bfloat16"] = "float32",
-    tokenizer: Path | str | None = None,
+    tokenizer: Path | str | Tokenizer | None = None,
     window: int | None = None,
 ) -> TextModel:
     """The model at `path`, a directory of ours or one of Hugging Face's, with the tokenizer beside it.
 
-    `tokenizer`: where it is, if not beside the model. `window`: how many tokens the decoder reads at most, where that
-    is not the max_position_embeddings of the directory. Under a mesh (`jax.set_mesh`) the weights are born sharded.
+    `tokenizer`: it, or where it is, if not beside the model. `window`: how many tokens the decoder reads at most, where
+    that is not the directory's max_position_embeddings. Under a mesh (`jax.set_mesh`) the weights are born sharded.
     """
     path = Path(path)
     config = huggingface.read_config(path)
     if isinstance(config, EncoderConfig):
         raise ValueError(f"{path} is an encoder, which writes no text: give a CEPE model or a decoder")
-    read = Tokenizer(path if tokenizer is None else tokenizer)
+    read = tokenizer if isinstance(tokenizer, Tokenizer) else Tokenizer(path if tokenizer is None else tokenizer)
     read.check_is_of(path)
     parts = (
         {"decoder": config.decoder, "encoder": config.encoder}

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import re
+import shutil
 import subprocess
 import sys
 from itertools import count
@@ -12,10 +13,11 @@ from types import SimpleNamespace
 import pytest
 from texts import CHUNK
 
+from cepe_jax.data.tokenizer import Tokenizer
 from cepe_jax.inference import context, session, terminal
 from cepe_jax.inference.context import ContextCache
 from cepe_jax.inference.generate import Sampling
-from cepe_jax.inference.terminal import GenerateConfig, MeshConfig, run_generate
+from cepe_jax.inference.terminal import Devices, GenerateConfig, run_generate
 
 ROOT = Path(__file__).parents[2]
 HOT = Sampling(temperature=1.0, seed=5)
@@ -26,7 +28,7 @@ def config(home, text_model, tmp_path, monkeypatch):
     """GenerateConfig of the tiny model, which is not loaded again, and of two files."""
     (tmp_path / "a.txt").write_bytes("def g(y):\r\n\treturn 🙂\n".encode())
     (tmp_path / "b.txt").write_text("It is a test")
-    monkeypatch.setattr(terminal, "load", lambda path, dtype, window: text_model)
+    monkeypatch.setattr(terminal, "load", lambda *_: text_model)
     files = tmp_path / "a.txt", tmp_path / "b.txt"
 
     def config(**settings) -> GenerateConfig:
@@ -90,13 +92,35 @@ def test_a_conversation(config, text_model, monkeypatch, capsys):
 def test_a_refused_turn(config, text_model, monkeypatch, capsys):
     """It is told, in a line, and the conversation goes on without it."""
     plain = dataclasses.replace(text_model, model=text_model.model.decoder)
-    monkeypatch.setattr(terminal, "load", lambda *_, **__: plain)
+    monkeypatch.setattr(terminal, "load", lambda *_: plain)
     speak(monkeypatch, b"def f(x): " * 20 + b"\n", b"x\n")
     run_generate(config(prompt="", chat=True, context_file=()))
     wanted = "".join(plain.chat().say("x", max_new_tokens=6, sampling=HOT))
     out, err = capsys.readouterr()
     assert out == f"\n{wanted}\n"
     assert re.fullmatch("refused: the conversation has .* begin anew, .*\n", err)
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_a_tokenizer_elsewhere(home, text_model, tmp_path, monkeypatch, capsys, chat):
+    """And it is read once."""
+    bare, beside = shutil.copytree(home, tmp_path / "bare"), tmp_path / "beside"
+    beside.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (bare / name).rename(beside / name)
+    read = []
+    made = Tokenizer.__init__
+    monkeypatch.setattr(Tokenizer, "__init__", lambda self, path: read.append(path) or made(self, path))
+    speak(monkeypatch, b"x\n")
+    what = {"chunk_length": CHUNK, **({"chat": True} if chat else {"prompt": "x"})}
+    run_generate(GenerateConfig(bare, beside, max_new_tokens=3, sampling=HOT, **what))
+    pieces = text_model.chat(chunk_length=CHUNK).say("x", max_new_tokens=3, sampling=HOT) if chat else None
+    wanted = "".join(pieces) if chat else text_model.generate("x", max_new_tokens=3, sampling=HOT)
+    assert capsys.readouterr().out == f"{wanted}\n"
+    read.clear()
+    speak(monkeypatch)
+    run_generate(GenerateConfig(home, max_new_tokens=3, **what))
+    assert len(read) == 1
 
 
 def test_ctrl_c(config, text_model, monkeypatch, capsys):
@@ -124,20 +148,20 @@ def test_ctrl_c(config, text_model, monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [(b"", "bad.txt: an empty document"), (b"ab\xff", "bad.txt: not UTF-8 at byte 2"), (None, "bad.txt")],
+    [(b"", "bad.txt: an empty document: give text"), (b"ab\xff", "bad.txt: not UTF-8 at byte 2"), (None, "bad.txt")],
 )
 def test_bad_files(tmp_path, content, said):
     """Seen before anything is loaded."""
     if content is not None:
         (tmp_path / "bad.txt").write_bytes(content)
     with pytest.raises((ValueError, FileNotFoundError), match=said):
-        run_generate(GenerateConfig(tmp_path / "absent", "x", context_file=(tmp_path / "bad.txt",)))
+        run_generate(GenerateConfig(tmp_path / "absent", prompt="x", context_file=(tmp_path / "bad.txt",)))
 
 
 def test_bad_places(tmp_path, home):
     for contexts, files in ((tmp_path / "kept", ()), (tmp_path / "absent" / "kept", (home / "config.json",))):
         with pytest.raises(FileNotFoundError, match="kept: no such file, and"):
-            run_generate(GenerateConfig(tmp_path / "absent", "x", contexts=contexts, context_file=files))
+            run_generate(GenerateConfig(tmp_path / "absent", prompt="x", contexts=contexts, context_file=files))
 
 
 @pytest.mark.parametrize(
@@ -154,7 +178,7 @@ def test_bad_config(tmp_path, settings, said):
     with pytest.raises(ValueError, match=said):
         GenerateConfig(tmp_path, **settings)
     with pytest.raises(ValueError, match="give numbers of devices above 0"):
-        MeshConfig(tensor=0)
+        Devices(tensor=0)
 
 
 def test_the_script_over_four_devices(home, text_model, tmp_path):
