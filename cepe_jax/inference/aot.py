@@ -42,10 +42,10 @@ def _read(config: TrainConfig, sizes: Config, tokens: int, cached: bool) -> Step
     M = config.examples.num_chunks * config.examples.chunk_length
     memory = _array((B, M, sizes.encoder.width), decoder.dtype, "batch", "memory", None)
     memory_mask = _array((B, M), bool, "batch", "memory")
-    kv = (decoder.num_layers, B, window, decoder.num_kv_heads, decoder.head_dim)
-    k, v = (_array(kv, decoder.dtype, None, "batch", None, "kv_heads", None) for _ in range(2))
+    kv = (decoder.num_layers, B, decoder.num_kv_heads, window, decoder.head_dim)
+    k, v = (_array(kv, decoder.dtype, None, "batch", "kv_heads", None, None) for _ in range(2))
     cache = KVCache(k, v, _array((B, window), bool, "batch", None), _array((), jnp.int32), empty=not cached)
-    given = [_array((B, tokens), dtype, "batch", None) for dtype in (jnp.int32, bool)]
+    given = _array((B, tokens), jnp.int32, "batch", None), None if cached else _array((B, tokens), bool, "batch", None)
     draws = jax.tree.map(lambda x: _array(x.shape, x.dtype, *("batch",)[: x.ndim]), Draws.of([Sampling()] * B))
     arguments = model, *given, (memory, memory_mask), cache, draws
     of_forms = inference_flops(sizes, tokens, cached * window, M)

@@ -59,16 +59,32 @@ def attend_partial(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask
     return values, *(jnp.moveaxis(part, 3, 1) for part in sums)
 
 
-def attend_partial_to_one(q_BQH: jax.Array, x_BSH: jax.Array, valid_BS: jax.Array | None, scale: float) -> Partial:
-    """What `attend_partial` says of queries of any heads and positions whose keys, and values, are all of `x`.
+def attend_to_heads(
+    q_BKQH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, valid_BS: jax.Array | None, scale: float
+) -> Partial:
+    """What `attend_partial` says, of Q queries of each key head that see all valid keys.
 
-    Values (B, Q, H), sums and peaks (B, Q, 1). The products come in the order that is wanted: nothing is transposed.
+    Values (B, K, Q, H), sums and peaks (B, K, Q, 1). The products have the order that is wanted: nothing is transposed.
     """
-    wide = jnp.promote_types(q_BQH.dtype, jnp.float32)
-    scores_BQS = jnp.einsum("BQH,BSH->BQS", q_BQH, x_BSH, preferred_element_type=wide) * scale
-    weights_BQS, *sums = _exponentials(scores_BQS, True if valid_BS is None else valid_BS[:, None])
-    values = jnp.einsum("BQS,BSH->BQH", weights_BQS.astype(x_BSH.dtype), x_BSH, preferred_element_type=wide)
+    wide = jnp.promote_types(q_BKQH.dtype, jnp.float32)
+    scores_BKQS = jnp.einsum("BKQH,BKSH->BKQS", q_BKQH, k_BKSH, preferred_element_type=wide) * scale
+    weights_BKQS, *sums = _exponentials(scores_BKQS, True if valid_BS is None else valid_BS[:, None, None])
+    values = jnp.einsum("BKQS,BKSH->BKQH", weights_BKQS.astype(v_BKSH.dtype), v_BKSH, preferred_element_type=wide)
     return values, *sums
+
+
+def attend_to_cache(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, valid_BS: jax.Array) -> Partial:
+    """`attend_partial` to keys and values as a cache holds them; those of one row serve the queries of all rows."""
+    B, T, N, H = q_BTNH.shape
+    rows, K = k_BKSH.shape[:2]
+    q_BTKGH = q_BTNH.reshape(rows, B // rows * T, K, N // K, H)
+    q_BKQH = q_BTKGH.swapaxes(1, 2).reshape(rows, K, -1, H)
+
+    def by_query(part_BKQX: jax.Array) -> jax.Array:
+        part_BKTGX = part_BKQX.reshape(rows, K, -1, N // K, part_BKQX.shape[-1])
+        return part_BKTGX.swapaxes(1, 2).reshape(B, T, K, N // K, -1)
+
+    return tuple(map(by_query, attend_to_heads(q_BKQH, k_BKSH, v_BKSH, valid_BS, H**-0.5)))
 
 
 def _exponentials(scores: jax.Array, seen: jax.Array | bool) -> Partial:

@@ -15,30 +15,31 @@ from cepe_jax.sharding import constrain
 class KVCache:
     """Rotated keys, and values, of every layer in S slots; slots fill from the left, rows may leave holes.
 
-    `k_ZBSKH`, `v_ZBSKH`: Z layers. `valid_BS`: slots that hold a real token. `length`: slots up to the last real token
+    Heads stand before slots, as the products of a step want them: the other way each step would turn all of it around.
+    `k_ZBKSH`, `v_ZBKSH`: Z layers. `valid_BS`: slots that hold a real token. `length`: slots up to the last real token
     of any row. `empty` is static: attention over an empty cache is left out of the compiled program.
     """
 
-    k_ZBSKH: jax.Array
-    v_ZBSKH: jax.Array
+    k_ZBKSH: jax.Array
+    v_ZBKSH: jax.Array
     valid_BS: jax.Array
     length: jax.Array
     empty: bool = dataclasses.field(metadata={"static": True})
 
     @classmethod
     def create(cls, config: DecoderConfig, batch: int, slots: int) -> "KVCache":
-        shape = (config.num_layers, batch, slots, config.num_kv_heads, config.head_dim)
+        shape = (config.num_layers, batch, config.num_kv_heads, slots, config.head_dim)
         k, v = jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype)  # two buffers: both are donated
-        k, v = (constrain(x, "layer", "batch", "length", "kv_heads", "head_dim") for x in (k, v))
+        k, v = (constrain(x, "layer", "batch", "kv_heads", "length", "head_dim") for x in (k, v))
         return cls(k, v, jnp.zeros((batch, slots), bool), jnp.zeros((), jnp.int32), empty=True)
 
     @property
     def slots(self) -> int:
-        return self.k_ZBSKH.shape[2]
+        return self.k_ZBKSH.shape[3]
 
     def grows_by(self, rows: int) -> bool:
         """Whether tokens of so many rows are appended: a cache of one row is read by several and stays as it is."""
-        return self.k_ZBSKH.shape[1] == rows
+        return self.k_ZBKSH.shape[1] == rows
 
     def check_room(self, count: int) -> None:
         """ValueError where it is known that `count` more slots do not fit (outside of a trace, all of it)."""
@@ -54,8 +55,8 @@ class KVCache:
         write = jax.lax.dynamic_update_slice_in_dim
         end_T = jnp.arange(1, valid_BT.shape[1] + 1)
         return KVCache(
-            write(self.k_ZBSKH, k_ZBTKH, self.length, 2),
-            write(self.v_ZBSKH, v_ZBTKH, self.length, 2),
+            write(self.k_ZBKSH, k_ZBTKH.swapaxes(2, 3), self.length, 3),
+            write(self.v_ZBKSH, v_ZBTKH.swapaxes(2, 3), self.length, 3),
             write(self.valid_BS, valid_BT, self.length, 1),
             self.length + jnp.where(valid_BT.any(axis=0), end_T, 0).max(),
             empty=False,

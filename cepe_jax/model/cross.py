@@ -14,7 +14,7 @@ from cepe_jax.model.attention import (
     Partial,
     attend,
     attend_partial,
-    attend_partial_to_one,
+    attend_to_heads,
     combine,
     combine_over,
     merge,
@@ -25,9 +25,10 @@ from cepe_jax.sharding import on_shards, split_axes
 
 Array = jax.Array
 
-# Pairs of a query and a key whose scores in a head (XLA), or whose mask (cuDNN), exist at once; splash stores neither.
-PAIRS: dict[Backend, float] = {"xla": 1 << 21, "cudnn": 1 << 28, "splash": math.inf}
+# Pairs of a query and a key whose scores in a head (XLA), or whose mask (cuDNN), exist at once.
+PAIRS: dict[Backend, int] = {"xla": 1 << 21, "cudnn": 1 << 28}
 LEAST_BLOCK = 128  # tokens of memory
+KERNEL_BLOCK = 1 << 14  # tokens of memory whose keys and values exist at once beside splash, which stores no scores
 
 
 class CrossAttention(nnx.Module):
@@ -44,20 +45,28 @@ class CrossAttention(nnx.Module):
     def num_layers(self) -> int:
         return self.q.shape[0]
 
-    def __call__(self, x_BTD: Array, memory_BME: Array, mask_BM: Array | None, backend: Backend) -> Array:
-        """What to add to x; zero in rows whose memory is wholly masked. A memory of one row is read by all rows."""
+    def __call__(
+        self, x_BTD: Array, memory_BME: Array, mask_BM: Array | None, backend: Backend, differentiable: bool = True
+    ) -> Array:
+        """What to add to x; zero in rows whose memory is wholly masked. A memory of one row is read by all rows.
+
+        Where nothing asks for a gradient, TPUs need not hold keys and values of the whole memory.
+        """
         q_BTNH = project("BTD,DNH->BTNH", self.norm(x_BTD), self.q)
-        out_BTNH = self.read(q_BTNH, memory_BME, mask_BM, backend).astype(x_BTD.dtype)
+        out_BTNH = self.read(q_BTNH, memory_BME, mask_BM, backend, differentiable).astype(x_BTD.dtype)
         return project("BTNH,NHD->BTD", out_BTNH, self.o)
 
-    def read(self, q_BTNH: Array, memory_BME: Array, mask_BM: Array | None, backend: Backend) -> Array:
+    def read(self, q_BTNH: Array, memory_BME: Array, mask_BM: Array | None, backend: Backend, differentiable: bool):
         """The heads' attention (B, T, N, H) to the memory, in the form that takes fewer FLOPs."""
         num_queries = q_BTNH.shape[1] * (q_BTNH.shape[0] // memory_BME.shape[0])
         flops = read_flops(num_queries, q_BTNH.shape[2], memory_BME.shape[1], self.k.shape)
-        read = self.absorbed if flops.absorbed < flops.materialised else self.materialised
-        return read(q_BTNH, memory_BME, mask_BM, backend)
+        if flops.absorbed < flops.materialised:
+            return self.absorbed(q_BTNH, memory_BME, mask_BM)
+        return self.materialised(q_BTNH, memory_BME, mask_BM, backend, differentiable)
 
-    def materialised(self, q_BTNH: Array, memory_BME: Array, mask_BM: Array | None, backend: Backend) -> Array:
+    def materialised(
+        self, q_BTNH: Array, memory_BME: Array, mask_BM: Array | None, backend: Backend, differentiable: bool
+    ) -> Array:
         """From keys and values (B, M, K, H each): for a kernel those of all memory, else of a block of it at a time."""
         B, T, N, H = q_BTNH.shape
         rows, M = memory_BME.shape[:2]
@@ -65,23 +74,28 @@ class CrossAttention(nnx.Module):
         def kv(memory_BME: Array, k: Array, v: Array) -> tuple[Array, Array]:
             return project("BME,EKH->BMKH", memory_BME, k), project("BME,EKH->BMKH", memory_BME, v)
 
-        if not split_axes("memory") and backend != "xla" and PAIRS[backend] >= B * T * M:
+        whole = {
+            "xla": False,
+            "cudnn": PAIRS["cudnn"] >= B * T * M,
+            "splash": differentiable or M <= KERNEL_BLOCK,
+        }[backend]
+        if whole and not split_axes("memory"):
             q_BTNH = q_BTNH.reshape(rows, B // rows * T, N, H)
             out = attend(q_BTNH, *kv(memory_BME, self.k, self.v), Mask(valid_BS=mask_BM), backend)
             return out.reshape(B, T, N, H)
 
         def part(q_BTNH: Array, memory_BME: Array, mask_BM: Array | None, k: Array, v: Array) -> Partial:
-            if backend == "splash":
-                return splash_partial(q_BTNH, *kv(memory_BME, k, v), mask_BM)
-            return _in_blocks(
-                lambda memory_BME, mask_BM: attend_partial(q_BTNH, *kv(memory_BME, k, v), Mask(valid_BS=mask_BM)),
-                (memory_BME, mask_BM),
-                q_BTNH.shape[0] * T,
-            )
+            def block(memory_BME: Array, mask_BM: Array | None) -> Partial:
+                if backend == "splash":
+                    return splash_partial(q_BTNH, *kv(memory_BME, k, v), mask_BM)
+                return attend_partial(q_BTNH, *kv(memory_BME, k, v), Mask(valid_BS=mask_BM))
 
-        return self._over_the_memory(part, q_BTNH, memory_BME, mask_BM)
+            limit = KERNEL_BLOCK if backend == "splash" else PAIRS["xla"] // (q_BTNH.shape[0] * T)
+            return _in_blocks(block, (memory_BME, mask_BM), limit)
 
-    def absorbed(self, q_BTNH: Array, memory_BME: Array, mask_BM: Array | None, backend: Backend) -> Array:
+        return self._over_the_memory(part, q_BTNH, memory_BME, mask_BM, kernel=backend == "splash")
+
+    def absorbed(self, q_BTNH: Array, memory_BME: Array, mask_BM: Array | None) -> Array:
         """From the memory itself, the one key and value of all heads; by XLA, whatever the back end."""
 
         def part(q_BTNH: Array, memory_BME: Array, mask_BM: Array | None, k: Array, v: Array) -> Partial:
@@ -89,29 +103,39 @@ class CrossAttention(nnx.Module):
             k, v = k.astype(q_BTNH.dtype), v.astype(q_BTNH.dtype)
             heads = B, T, K, N // K, -1
             q_BTKGE = jnp.einsum("BTKGH,EKH->BTKGE", q_BTNH.reshape(heads), k)
-            q_BQE = q_BTKGE.reshape(memory_BME.shape[0], -1, E)
+            q_B1QE = q_BTKGE.reshape(memory_BME.shape[0], 1, -1, E)
 
             def block(memory_BME: Array, mask_BM: Array | None) -> Partial:
-                return attend_partial_to_one(q_BQE, memory_BME, mask_BM, H**-0.5)
+                memory_B1ME = memory_BME[:, None]
+                return attend_to_heads(q_B1QE, memory_B1ME, memory_B1ME, mask_BM, H**-0.5)
 
-            sums, *weights = (x.reshape(heads) for x in _in_blocks(block, (memory_BME, mask_BM), B * T))
+            sums, *weights = (
+                x.reshape(heads) for x in _in_blocks(block, (memory_BME, mask_BM), PAIRS["xla"] // (B * T))
+            )
             values = jnp.einsum("BTKGE,EKH->BTKGH", sums.astype(v.dtype), v, preferred_element_type=sums.dtype)
             return values, *weights
 
         return self._over_the_memory(part, q_BTNH, memory_BME, mask_BM)
 
-    def _over_the_memory(self, part: Callable[..., Partial], q_BTNH, memory_BME, mask_BM) -> Array:
+    def _over_the_memory(
+        self,
+        part: Callable[..., Partial],
+        q_BTNH: Array,
+        memory_BME: Array,
+        mask_BM: Array | None,
+        kernel: bool = False,
+    ) -> Array:
         """`part` of the whole memory, or of each device's share of it, merged."""
         k, v = self.k[...], self.v[...]
         axes = split_axes("memory")
-        if not axes:
+        if not axes and not kernel:
             return merge(part(q_BTNH, memory_BME, mask_BM, k, v))
         if mask_BM is None:
             mask_BM = jnp.ones(memory_BME.shape[:2], bool)
         rows = "batch" if memory_BME.shape[0] == q_BTNH.shape[0] else None
         heads, weight = ("batch", "length", "heads", "head_dim"), (None, "kv_heads", "head_dim")
         of_devices = on_shards(
-            lambda *inputs: merge(combine_over(axes, part(*inputs))),
+            lambda *inputs: merge(combine_over(axes, part(*inputs)) if axes else part(*inputs)),
             (heads, (rows, "memory", None), (rows, "memory"), weight, weight),
             heads,
         )
@@ -119,11 +143,10 @@ class CrossAttention(nnx.Module):
 
 
 def _in_blocks(
-    part: Callable[[Array, Array | None], Partial], memory: tuple[Array, Array | None], num_queries: int
+    part: Callable[[Array, Array | None], Partial], memory: tuple[Array, Array | None], limit: int
 ) -> Partial:
-    """`part` of the memory and its mask, of a block of them at once: what it stores does not grow with T x M."""
+    """`part` of the memory and its mask, of about `limit` tokens of them at once: what it stores does not grow."""
     M = memory[0].shape[1]
-    limit = PAIRS["xla"] // num_queries
     if limit >= M:
         return part(*memory)
     limit = max(1 << limit.bit_length() >> 1, LEAST_BLOCK)  # a power of two

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from cepe_jax.config import Backend, TransformerConfig
-from cepe_jax.model.attention import Mask, attend, attend_partial, merge
+from cepe_jax.model.attention import Mask, attend, attend_partial, attend_to_cache, merge
 from cepe_jax.model.rope import rotate
 from cepe_jax.sharding import constrain
 
@@ -70,7 +70,7 @@ class SelfAttention(nnx.Module):
     ) -> tuple[Array, tuple[Array, Array]]:
         """The attention's output, and this call's own rotated keys and values.
 
-        `mask` is over the call's own T keys; `cached` = (k_BSKH, v_BSKH, valid_BS) are keys before them, read in
+        `mask` is over the call's own T keys; `cached` = (k_BKSH, v_BKSH, valid_BS) are keys before them, read in
         place by XLA whatever the back end.
         """
         q_BTNH = rotate(project("BTD,DNH->BTNH", x_BTD, self.q), table)
@@ -79,9 +79,8 @@ class SelfAttention(nnx.Module):
         if cached is None:
             out_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, mask, backend)
         else:
-            k_BSKH, v_BSKH, valid_BS = cached
             own = attend_partial(q_BTNH, k_BTKH, v_BTKH, mask)
-            out_BTNH = merge(own, attend_partial(q_BTNH, k_BSKH, v_BSKH, Mask(valid_BS=valid_BS))).astype(x_BTD.dtype)
+            out_BTNH = merge(own, attend_to_cache(q_BTNH, *cached)).astype(x_BTD.dtype)
         return project("BTNH,NHD->BTD", out_BTNH, self.o), (k_BTKH, v_BTKH)
 
 

@@ -100,9 +100,10 @@ class Llama(nnx.Module):
             index, block, reader = xs
             cached = read = None
             if cache is not None and not cache.empty:
-                cached = at(cache.k_ZBSKH, index), at(cache.v_ZBSKH, index), cache.valid_BS
+                cached = at(cache.k_ZBKSH, index), at(cache.v_ZBKSH, index), cache.valid_BS
             if reader is not None:
-                read = partial(reader, memory_BME=memory_BME, mask_BM=memory_mask_BM, backend=config.attention)
+                given = {"memory_BME": memory_BME, "mask_BM": memory_mask_BM, "backend": config.attention}
+                read = partial(reader, **given, differentiable=cache is None)
             x_BTD, kv = (block or at(self.layers, index))(config, x_BTD, table, mask, cached, read)
             return constrain(x_BTD, "batch", "length", "embed"), kv if grows else None
 

@@ -86,8 +86,8 @@ def test_decoder_memory_is_constant(session, monkeypatch):
         session.replace(random_ids(count))
         session.next()
         cache = session._read[0]
-        shapes.append([x.shape for x in (cache.k_ZBSKH, cache.v_ZBSKH)])
-        caches.append(weakref.ref(cache.k_ZBSKH))
+        shapes.append([x.shape for x in (cache.k_ZBKSH, cache.v_ZBKSH)])
+        caches.append(weakref.ref(cache.k_ZBKSH))
         del cache
     assert shapes == shapes[:1] * 4
     assert alive == [[], [], []]  # the second text went on where the first ended

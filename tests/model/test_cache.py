@@ -65,10 +65,10 @@ def test_what_the_cache_holds(cepe, tokens_BT, holes_BT, memory):
         assert cache.slots == 9
         assert int(cache.length) == 7
         np.testing.assert_array_equal(cache.valid_BS, np.pad(holes_BT, ((0, 0), (0, 2))))
-        assert not cache.k_ZBSKH[:, :, 7:].any()
+        assert not cache.k_ZBKSH[:, :, :, 7:].any()
     real = holes_BT.nonzero()
-    for name in ("k_ZBSKH", "v_ZBSKH"):
-        ours, wanted = (np.asarray(getattr(c, name))[:, *real] for c in (pieces, whole))
+    for name in ("k_ZBKSH", "v_ZBKSH"):
+        ours, wanted = (np.asarray(getattr(c, name)).swapaxes(2, 3)[:, *real] for c in (pieces, whole))
         assert relative_error(ours, wanted) < 1e-5
 
 
@@ -128,12 +128,12 @@ def test_empty_is_a_statement_about_the_program(cepe, tokens_BT):
 def test_cache_has_the_dtype_of_activations(cepe, tokens_BT):
     narrow = with_config(cepe.decoder, dtype="bfloat16")
     cache = KVCache.create(narrow.config, 2, 9)
-    assert cache.k_ZBSKH.dtype == jnp.bfloat16
-    assert cache.k_ZBSKH.shape == (3, 2, 9, 2, 10)
+    assert cache.k_ZBKSH.dtype == jnp.bfloat16
+    assert cache.k_ZBKSH.shape == (3, 2, 2, 9, 10)
     hidden, cache = jax.jit(lambda model, tokens, cache: model.decode(tokens, None, cache))(
         narrow, tokens_BT[:, :4], cache
     )
-    assert {hidden.dtype, cache.k_ZBSKH.dtype, cache.v_ZBSKH.dtype} == {jnp.dtype("bfloat16")}
+    assert {hidden.dtype, cache.k_ZBKSH.dtype, cache.v_ZBKSH.dtype} == {jnp.dtype("bfloat16")}
 
 
 @pytest.mark.parametrize("reading", [False, True], ids=["plain", "memory"])
@@ -143,8 +143,8 @@ def test_only_the_last_layers_read_the_memory(reading, cepe, tokens_BT, memory):
     other = (memory[0] + 1, memory[1])
     _, cache = run(cepe, tokens_BT, None, *given, (7,), slots=7)
     _, changed = run(cepe, tokens_BT, None, *other, (7,), slots=7)
-    assert relative_error(changed.k_ZBSKH[:2], cache.k_ZBSKH[:2]) < 1e-6
-    assert relative_error(changed.k_ZBSKH[2], cache.k_ZBSKH[2]) > 1e-2
+    assert relative_error(changed.k_ZBKSH[:2], cache.k_ZBKSH[:2]) < 1e-6
+    assert relative_error(changed.k_ZBKSH[2], cache.k_ZBKSH[2]) > 1e-2
 
 
 def test_a_full_cache_says_so(decoder):
