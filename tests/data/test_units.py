@@ -137,6 +137,7 @@ def test_processes(builder, capsys):
 
 
 PROGRAM = """
+import signal
 import sys
 from pathlib import Path
 from test_units import UNITS, Note
@@ -144,6 +145,7 @@ from cepe_jax.cli import run
 from cepe_jax.data.builder import Builder
 from cepe_jax.data.units import JobConfig, run_units
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are born deaf to it
     out = Path(sys.argv[1])
     work, job = Note(out / "log", "wait", "a"), JobConfig(workers=2)
     run(lambda: run_units(Builder(out, {}), UNITS[:2], [1] * 2, work, job, "note"))
