@@ -6,7 +6,8 @@ import numpy as np
 
 from cepe_jax.data.builder import Builder, ShardWriter, array, text
 from cepe_jax.data.records import Records, shard_path
-from cepe_jax.data.tokenizer import Tokenizer, train
+from cepe_jax.data.tokenizer import Tokenizer
+from cepe_jax.data.tokenizer_training import train
 
 SEQUENCE = {"tokens": array(np.uint16, None), "name": text(), "domain": text()}
 

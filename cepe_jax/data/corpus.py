@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
-from cepe_jax.data import tokenizer as tokenizers
 from cepe_jax.data.builder import Builder, ShardWriter, array, text, token_dtype
 from cepe_jax.data.examples import Document
 from cepe_jax.data.records import Records, read_index, shard_path
 from cepe_jax.data.sources import Extent, holds_lines, plan, read
-from cepe_jax.data.tokenizer import Tokenizer
+from cepe_jax.data.tokenizer import NAMES, Tokenizer
+from cepe_jax.data.tokenizer_training import train, training_pieces
 from cepe_jax.data.units import JobConfig, Work, run_units
 
 NAME = "documents"
@@ -119,7 +119,7 @@ def prepare(config: PrepareConfig) -> None:
         if read_index(config.out)["sources"] != sources:
             raise ValueError(f"{config.out} is finished, of other files than {config.input} holds: give another --out")
         return
-    if not given and not any((config.out / name).exists() for name in tokenizers.NAMES):
+    if not given and not any((config.out / name).exists() for name in NAMES):
         try:
             train_tokenizer(config, units)
         except BaseException:
@@ -153,13 +153,13 @@ def train_tokenizer(config: PrepareConfig, units: list[list[Extent]]) -> None:
             room = TOKENIZER_TEXT // len(units)
             for split, _, _, content in documents_of(config, unit, no_counts()):
                 if split == "train" and room > 0:
-                    yield from tokenizers.training_pieces(content[:room])
+                    yield from training_pieces(content[:room])
                     room -= len(content)
                 if room <= 0:
                     break
 
     print(f"training a tokenizer of {config.vocab_size} pieces", flush=True)
-    tokenizers.train(texts(), config.vocab_size, config.out / "tokenizer.model")
+    train(texts(), config.vocab_size, config.out / "tokenizer.model")
 
 
 def features_of(tokenizer: Tokenizer) -> dict:

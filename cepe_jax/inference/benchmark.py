@@ -31,6 +31,7 @@ from cepe_jax.model.cross import CrossAttention
 from cepe_jax.model.layers import project
 from cepe_jax.progress import track
 from cepe_jax.training.aot import memory_of
+from cepe_jax.training.benchmark import filled
 from cepe_jax.weights.tensors import abstract_parts, with_dtype
 
 Array = jax.Array
@@ -120,7 +121,8 @@ def benchmark_inference(config: InferenceBenchmarkConfig) -> None:
     """All ways at all lengths, printed and in `config.out` as JSON, a table and a plot."""
     decoder, encoder = preset(DECODERS, config.decoder), preset(ENCODERS, config.encoder)
     sizes = with_dtype(CepeConfig(decoder, encoder, decoder.num_layers), config.dtype)
-    model = assemble(_random(abstract_parts(sizes), config.dtype))
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, config.dtype), abstract_parts(sizes))
+    model = assemble(filled(shapes, 0.02))
     clock, rows = _Clock(config.limit_seconds), []
     _encoded(model, config.contexts[0], config.chunk_length)  # compiled before it is timed
     for length in track(config.contexts, "benchmark"):
@@ -145,18 +147,6 @@ def benchmark_inference(config: InferenceBenchmarkConfig) -> None:
     (config.out / "inference.md").write_text(page := table(result))
     plot(result, config.out / "inference.png")
     print(page)
-
-
-def _random(abstract, dtype: str):
-    """Arrays like these, normal with deviation 0.02."""
-
-    def make():
-        leaves, treedef = jax.tree.flatten(abstract)
-        keys = jax.random.split(jax.random.key(0), len(leaves))
-        drawn = [jax.random.normal(key, x.shape, dtype) * 0.02 for key, x in zip(keys, leaves, strict=True)]
-        return jax.tree.unflatten(treedef, drawn)
-
-    return jax.jit(make)()
 
 
 def _tokens(count: int, vocab_size: int) -> np.ndarray:

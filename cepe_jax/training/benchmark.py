@@ -51,9 +51,9 @@ def benchmark_train(what: TrainBenchmarkConfig, config: TrainConfig) -> None:
         compiled = step.function.lower(*step.arguments).compile()
         compile_seconds = time.monotonic() - begun
         state, frozen, _ = step.arguments
-        trainable = _filled(state.trainable, 0.02)
-        state = dataclasses.replace(_filled(dataclasses.replace(state, trainable=None), 0.0), trainable=trainable)
-        frozen, batch = _filled(frozen, 0.02), _tokens(config, sizes)
+        trainable = filled(state.trainable, 0.02)
+        state = dataclasses.replace(filled(dataclasses.replace(state, trainable=None), 0.0), trainable=trainable)
+        frozen, batch = filled(frozen, 0.02), _tokens(config, sizes)
         seconds = []
         for _ in track(range(1 + what.timed_steps), "benchmark"):
             begun = time.monotonic()
@@ -98,8 +98,8 @@ def benchmark_train(what: TrainBenchmarkConfig, config: TrainConfig) -> None:
     print(page)
 
 
-def _filled(abstract, scale: float):
-    """Arrays like these: normal with deviation `scale`, zeros where it is 0; each born where it belongs."""
+def filled(abstract, scale: float):
+    """Arrays like these: normal with deviation `scale`, zeros where it is 0; born in their places, if they have any."""
 
     def make():
         keys = iter(jax.random.split(jax.random.key(0), len(jax.tree.leaves(abstract))))

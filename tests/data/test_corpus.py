@@ -18,7 +18,8 @@ from cepe_jax.data import corpus as corpus_module
 from cepe_jax.data.builder import Builder, ShardWriter
 from cepe_jax.data.corpus import SPLITS, Corpus, PrepareConfig, prepare, split_of
 from cepe_jax.data.records import Records, read_index
-from cepe_jax.data.tokenizer import Tokenizer, train
+from cepe_jax.data.tokenizer import Tokenizer
+from cepe_jax.data.tokenizer_training import train
 
 WORDS = ["def ", "return ", "self", "\n", "    ", "x", " = ", "é🙂", "(", ")", "1", "\t", "\r\n"]
 
@@ -235,7 +236,7 @@ def test_some_of_every_unit_trains_the_tokenizer(config, monkeypatch):
     """The same number of characters, not all from the first."""
     trained = []
     monkeypatch.setattr(corpus_module, "TOKENIZER_TEXT", 5 * 500)
-    monkeypatch.setattr(corpus_module.tokenizers, "train", lambda texts, *_: trained.extend(texts) or 1 / 0)
+    monkeypatch.setattr(corpus_module, "train", lambda texts, *_: trained.extend(texts) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
         prepare(dataclasses.replace(config, tokenizer="", test_fraction=1e-9, retrieval_fraction=0.0))
     whose = [next(number for number in range(40) if text_of(number).startswith(text)) for text in trained]

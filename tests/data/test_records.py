@@ -15,7 +15,8 @@ from cepe_jax.data import builder as builder_module
 from cepe_jax.data import records
 from cepe_jax.data.builder import Builder, ShardWriter, add_counts, array, report, text, token_dtype
 from cepe_jax.data.records import Records, lengths_path, read_index, shard_path
-from cepe_jax.data.tokenizer import Tokenizer, train
+from cepe_jax.data.tokenizer import Tokenizer
+from cepe_jax.data.tokenizer_training import train
 
 NAME = "things"
 TRAIN_TEXTS = ["a tale of two cities, a tale of two towns"] * 20

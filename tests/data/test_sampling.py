@@ -14,7 +14,7 @@ from cepe_jax.data.builder import Builder, ShardWriter, array, text
 from cepe_jax.data.corpus import NAME
 from cepe_jax.data.records import Records, read_index, shard_path
 from cepe_jax.data.sampling import SampleConfig, apportion, packs, quotas, sample, supply, windows
-from cepe_jax.data.tokenizer import train
+from cepe_jax.data.tokenizer_training import train
 
 # Of each shard, the documents' lengths by domain. 8 and 9 tokens: at and above the length of most tests.
 SHARDS = [

@@ -13,7 +13,9 @@ import tokenizers
 from texts import as_llama_2, byte_level, to_tokenizers
 
 from cepe_jax.data import tokenizer as tokenizer_module
-from cepe_jax.data.tokenizer import Tokenizer, train, training_pieces
+from cepe_jax.data import tokenizer_training
+from cepe_jax.data.tokenizer import Tokenizer
+from cepe_jax.data.tokenizer_training import MAX_SENTENCE, train, training_pieces
 
 LIBRARY = Path(sysconfig.get_path("stdlib"))
 SOURCES = [(LIBRARY / name).read_text() for name in ("abc.py", "ast.py", "bdb.py", "csv.py", "heapq.py", "queue.py")]
@@ -350,7 +352,7 @@ def test_long_texts_are_cut(sentencepiece, long_text, monkeypatch):
 
 def test_training_pieces_lose_nothing(monkeypatch):
     """None is longer than SentencePiece takes, and only a line that is too long itself is cut."""
-    monkeypatch.setattr(tokenizer_module, "MAX_SENTENCE", 40)
+    monkeypatch.setattr(tokenizer_training, "MAX_SENTENCE", 40)
     rng = random.Random(0)
     texts = ["", "a", "\n" * 30, "é" * 35, "é" * 10, "é" * 11, "a\n" + "🙂" * 25 + "\nb"]
     texts += ["".join(rng.choices("ab\n🙂", weights=[5, 5, 1, 1], k=rng.randrange(80))) for _ in range(200)]
@@ -367,7 +369,7 @@ def test_training_pieces_lose_nothing(monkeypatch):
 def test_all_of_a_long_text_is_trained_on(tmp_path):
     """SentencePiece itself drops a text of more bytes than MAX_SENTENCE, and says nothing."""
     text = "alpha beta\n" * 50_000 + " omega" * 100_000
-    assert len(text.encode()) > tokenizer_module.MAX_SENTENCE
+    assert len(text.encode()) > MAX_SENTENCE
     tokenizer = train(training_pieces(text), 284, tmp_path / "tokenizer.model")
     assert len(tokenizer.encode(" omega")) == 1
     assert len(tokenizer.encode("alpha")) == 1

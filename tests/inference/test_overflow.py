@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 from texts import TEXTS
 
-from cepe_jax.data.tokenizer import train
+from cepe_jax.data.tokenizer_training import train
 from cepe_jax.inference.overflow import by_passages, fit, passages_of, truncate_left
 
 LETTERS = SimpleNamespace(encode=lambda text: [ord(letter) for letter in text], bos_id=-1)

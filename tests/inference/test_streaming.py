@@ -5,7 +5,8 @@ import random
 import pytest
 from texts import TEXTS, as_llama_2, byte_level, to_tokenizers
 
-from cepe_jax.data.tokenizer import Tokenizer, train
+from cepe_jax.data.tokenizer import Tokenizer
+from cepe_jax.data.tokenizer_training import train
 from cepe_jax.inference.streaming import TORN, Detokenizer, StopStrings
 
 KINDS = "ours", "as llama 2", "byte level", "byte fallback"
