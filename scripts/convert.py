@@ -1,6 +1,7 @@
-"""PyTorch weights to our directories and back.
+"""PyTorch weights and GGUF files to our directories, and back to PyTorch's.
 
 python scripts/convert.py to-jax Llama-2-7b-hf llama-2-7b --dtype bfloat16
+python scripts/convert.py to-jax SmolLM2-135M-Instruct.Q4_1.gguf smollm2
 python scripts/convert.py to-hf llama-2-7b Llama-2-7b-hf
 python scripts/convert.py verify llama-2-7b
 """
@@ -15,10 +16,12 @@ from cepe_jax.weights.huggingface import to_hf, to_jax
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("to-jax", help="a Llama, CEPE or MLM-encoder directory of PyTorch weights -> ours")
+    command = commands.add_parser("to-jax", help="a Llama, CEPE or MLM-encoder of PyTorch weights, or a .gguf -> ours")
     command.add_argument("source")
     command.add_argument("target")
-    command.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the written tensors; default: as stored")
+    command.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="of the written tensors; default: as stored, float32 of GGUF"
+    )
     command = commands.add_parser("to-hf", help="ours -> what transformers or the CEPE reference loads")
     command.add_argument("source")
     command.add_argument("target")

@@ -19,6 +19,7 @@ from cepe_jax.weights.hf_config import facts_of
 from cepe_jax.weights.tensors import Config, Model, shapes, tensors_of
 
 FORMAT = "cepe_jax"
+GGUF = ".gguf"  # how a file in llama.cpp's format is called: all else that holds a model is a directory
 KINDS = {"llama": DecoderConfig, "encoder": EncoderConfig, "cepe": CepeConfig}
 RUN_TIME = ("dtype", "remat", "attention", "mlp_chunk")  # choices of a run, not facts about the weights
 ASSETS = (
@@ -35,7 +36,7 @@ ASSETS = (
 
 def is_ours(path: Path) -> bool:
     """Whether config.json says that this directory is in our format; ValueError when there is none."""
-    return read_json(path / "config.json").get("format") == FORMAT
+    return path.suffix != GGUF and read_json(path / "config.json").get("format") == FORMAT
 
 
 def facts_at(path: Path) -> dict:
@@ -107,7 +108,7 @@ def check_names(where: Path | str, expected: set[str], found: set[str]) -> None:
     for word, names in ("lacks", sorted(expected - found)), ("holds unknown", sorted(found - expected)):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise ValueError(f"{where} {word} {', '.join(names[:3])}{more}: its config.json describes another model")
+            raise ValueError(f"{where} {word} {', '.join(names[:3])}{more}: its config describes another model")
 
 
 def save(model: Model, path: Path | str, assets: Path | str | None = None) -> None:

@@ -1,0 +1,81 @@
+"""Tokenizer files from a GGUF file's metadata: tokenizer.json of a byte-level BPE, tokenizer.model of SentencePiece.
+
+The metadata are given by name, without their prefix `tokenizer.ggml.`.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6  # kinds of tokens: GGUF has taken SentencePiece's numbers
+NEEDED = {"gpt2": ("tokens", "token_type", "merges"), "llama": ("tokens", "token_type", "scores")}
+ROLES = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# Where a byte-level BPE cuts a text, by llama.cpp's name for it: around each digit and then as GPT-2 does (None), or by
+# a pattern. With Llama 3's pattern, a part that is a token is that token, whether merges lead to it or not.
+CUTS = {"smollm": None, "llama-bpe": LLAMA3}
+
+
+def is_known(kind: str | None, cuts: str | None) -> bool:
+    """Whether `write` writes tokenizers of this `model` and `pre`."""
+    return kind == "llama" or (kind == "gpt2" and cuts in CUTS)
+
+
+def write(found: dict[str, Any], template: str | None, to: Path, where: str) -> None:
+    """The tokenizer of the GGUF file `where`, and its chat template, are in directory `to`."""
+    for name in (*NEEDED[found["model"]], "bos_token_id", "eos_token_id"):
+        if name not in found:
+            raise ValueError(f"{where} lacks tokenizer.ggml.{name}: convert the model to GGUF again")
+    ids = {ours: found[f"{role}_token_id"] for role, ours in ROLES.items() if f"{role}_token_id" in found}
+    settings = {ours: found["tokens"][i] for ours, i in ids.items()}
+    if template is not None:
+        settings["chat_template"] = template
+    if found["model"] == "gpt2":
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # which takes tokenizer.json as it is
+        _byte_level(found).save(str(to / "tokenizer.json"))
+    else:
+        (to / "tokenizer.model").write_bytes(_sentencepiece(found))
+    (to / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
+
+
+def _byte_level(found: dict[str, Any]):
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    pattern = CUTS[found["pre"]]
+    merges = [tuple(merge.split(" ")) for merge in found["merges"]]
+    ids = {token: i for i, token in enumerate(found["tokens"])}
+    tokenizer = Tokenizer(models.BPE(ids, merges, ignore_merges=pattern is not None))
+    if pattern is None:
+        first = pre_tokenizers.Digits(individual_digits=True)
+    else:
+        first = pre_tokenizers.Split(Regex(pattern), "isolated")
+    last = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([first, last])
+    tokenizer.decoder = decoders.ByteLevel()
+    for kind, add in (CONTROL, tokenizer.add_special_tokens), (USER_DEFINED, tokenizer.add_tokens):
+        names = [token for token, its in zip(found["tokens"], found["token_type"], strict=True) if its == kind]
+        add([AddedToken(name, normalized=False) for name in names])
+    return tokenizer
+
+
+def _sentencepiece(found: dict[str, Any]) -> bytes:
+    """The SentencePiece model that the file was made from, but for how it was trained."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    columns = zip(found["tokens"], found["scores"], found["token_type"], strict=True)
+    ids = {"bos": found["bos_token_id"], "eos": found["eos_token_id"], "unk": found["token_type"].index(UNKNOWN)}
+    model = sentencepiece_model_pb2.ModelProto(
+        pieces=[{"piece": piece, "score": score, "type": kind} for piece, score, kind in columns],
+        trainer_spec={"model_type": "BPE", "byte_fallback": BYTE in found["token_type"]}
+        | {f"{role}_id": i for role, i in ids.items()}
+        | {f"{role}_piece": found["tokens"][i] for role, i in ids.items()},
+        normalizer_spec={
+            "name": "identity",
+            "add_dummy_prefix": found.get("add_space_prefix", True),
+            "remove_extra_whitespaces": found.get("remove_extra_whitespaces", False),
+        },
+    )
+    return model.SerializeToString()

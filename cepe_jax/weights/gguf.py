@@ -1,0 +1,212 @@
+"""GGUF files, llama.cpp's format, of its `llama` architecture: config, weights in float32, tokenizer.
+
+The metadata become the Hugging Face config.json that says the same, and torch's keys get GGUF's names: the config is
+made, and each tensor put in our layout, by what reads Hugging Face's directories.
+"""
+
+import math
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cepe_jax.config import RopeConfig
+from cepe_jax.data import tokenizer_gguf
+from cepe_jax.data.tokenizer import NAMES
+from cepe_jax.model.rope import inverse_frequencies
+from cepe_jax.weights.directory import check_names, copy_assets
+from cepe_jax.weights.hf_config import LLAMA, ROPE_FIELDS, facts_of, from_hf
+from cepe_jax.weights.table import table
+
+# Metadata after `llama.`: config.json's key. Where the optional ones are missing, llama.cpp and transformers agree.
+REQUIRED = {
+    "block_count": "num_hidden_layers",
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+}
+OPTIONAL = {
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim",
+    "vocab_size": "vocab_size",
+}
+ROPE = {
+    "rope.freq_base": "rope_theta",
+    "rope.scaling.type": "rope_type",
+    "rope.scaling.factor": "factor",
+    "rope.scaling.original_context_length": "original_max_position_embeddings",
+    "rope.scaling.yarn_beta_fast": "beta_fast",
+    "rope.scaling.yarn_beta_slow": "beta_slow",
+}
+WIDTHS = "rope.dimension_count", "attention.value_length"  # must be a head's
+HARMLESS = {"attention.causal": True, "expert_count": 0, "expert_used_count": 0}  # with other values they are not
+NOTES = {"tensor_data_layout", "rope.scaling.finetuned"}  # change nothing
+FACTS = "bos_token_id", "eos_token_id"  # after `tokenizer.ggml.`, and in config.json
+
+# Torch's key: the tensor's name; of a layer after `model.layers.N.` and `blk.N.`.
+KEYS = {
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+}
+BLOCK = {
+    "input_layernorm.weight": "attn_norm.weight",
+    "self_attn.q_proj.weight": "attn_q.weight",
+    "self_attn.k_proj.weight": "attn_k.weight",
+    "self_attn.v_proj.weight": "attn_v.weight",
+    "self_attn.o_proj.weight": "attn_output.weight",
+    "post_attention_layernorm.weight": "ffn_norm.weight",
+    "mlp.gate_proj.weight": "ffn_gate.weight",
+    "mlp.up_proj.weight": "ffn_up.weight",
+    "mlp.down_proj.weight": "ffn_down.weight",
+}
+TURNED = "attn_q.weight", "attn_k.weight"  # what rotary positions turn: rows in llama.cpp's order
+DIVISORS = "rope_freqs.weight"  # of the rotary frequencies, in files of Llama 3.1 and later
+PIECE = 1 << 24  # numbers that are dequantised at once: the library takes several times their room
+
+
+class Stored(NamedTuple):
+    """Where a tensor lies in the file, and what it is; `kind` is the library's GGMLQuantizationType."""
+
+    shape: tuple[int, ...]
+    kind: Any
+    offset: int
+    size: int  # bytes
+
+
+class Gguf:
+    """A GGUF file of a Llama, its names and shapes checked; tensors are read under our names, in our layout."""
+
+    def __init__(self, path: Path | str):
+        self.path = Path(path)
+        self.metadata, self.tensors = _contents(self.path)
+        architecture = self.metadata.get("general.architecture")
+        if architecture != "llama":
+            raise ValueError(f"{path}: architecture {architecture!r}: only llama is read")
+        if self.metadata.get("split.count", 1) > 1:
+            raise ValueError(f"{path} is one of {self.metadata['split.count']} parts: llama-gguf-split --merge them")
+        hf = self._as_hf()
+        self.config = from_hf(hf, str(path))
+        self.facts = facts_of(hf)
+        width = self.config.head_dim
+        for key in WIDTHS:
+            if (found := self.metadata.get(f"llama.{key}", width)) != width:
+                raise ValueError(f"{path}: llama.{key} {found} is not computed here: only a head's width, {width}, is")
+        self.entries = {name: replace(entry, key=_name_of(entry.key)) for name, entry in table(self.config).items()}
+        check_names(path, {entry.key for entry in self.entries.values()}, set(self.tensors) - {DIVISORS})
+        for entry in self.entries.values():
+            if self.tensors[entry.key].shape != entry.shape:
+                found, expected = list(self.tensors[entry.key].shape), list(entry.shape)
+                raise ValueError(f"{path}: {entry.key} is {found}, by its metadata {expected}: one of them is wrong")
+
+    def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
+        """The tensor in float32, or a slice of it; all of it is dequantised."""
+        entry = self.entries[name]
+        rows = self._dequantized(entry.key)
+        if entry.key.endswith(TURNED):
+            # llama.cpp turns the pairs (2i, 2i + 1), where we turn (i, i + H/2): in its files each head's rows are so.
+            pairs = rows.reshape(-1, self.config.head_dim // 2, 2, rows.shape[1])
+            rows = pairs.swapaxes(1, 2).reshape(rows.shape)
+        return entry.to_ours(rows)[index]
+
+    def write_assets(self, to: Path) -> None:
+        """The tokenizer is in directory `to`: from the metadata, or the files beside this one where that cannot be."""
+        found = self._after("tokenizer.ggml.")
+        kind, cuts = found.get("model"), found.get("pre")
+        if tokenizer_gguf.is_known(kind, cuts):
+            tokenizer_gguf.write(found, self.metadata.get("tokenizer.chat_template"), to, str(self.path))
+        elif any((self.path.parent / name).exists() for name in NAMES):
+            copy_assets(self.path.parent, to)
+        else:
+            mend = "put the model's own tokenizer.json beside it"
+            raise ValueError(f"{self.path}: its tokenizer, {kind!r} with {cuts!r}, is of no kind read here: {mend}")
+
+    def _after(self, prefix: str) -> dict[str, Any]:
+        """The metadata whose names begin so, by the rest of their names."""
+        return {key.removeprefix(prefix): value for key, value in self.metadata.items() if key.startswith(prefix)}
+
+    def _as_hf(self) -> dict:
+        """The config.json that says the same; ValueError for what is missing, and what it has no words for."""
+        own, of_tokenizer = self._after("llama."), self._after("tokenizer.ggml.")
+        if missing := set(REQUIRED) - set(own):
+            raise ValueError(f"{self.path} lacks llama.{min(missing)}: convert the model to GGUF again")
+        for key, value in HARMLESS.items():
+            if own.get(key, value) != value:
+                raise ValueError(f"{self.path}: llama.{key} {own[key]!r} is not computed here: only {value!r} is")
+        if unknown := set(own) - {*REQUIRED, *OPTIONAL, *ROPE, *WIDTHS, *HARMLESS, *NOTES}:
+            raise ValueError(f"{self.path}: llama.{min(unknown)} is unknown here, and may change the model")
+        hf = {theirs: own[key] for key, theirs in (REQUIRED | OPTIONAL).items() if key in own}
+        hf |= {key: of_tokenizer[key] for key in FACTS if key in of_tokenizer}
+        if "tokens" in of_tokenizer:
+            hf.setdefault("vocab_size", len(of_tokenizer["tokens"]))
+        rope = {"rope_theta": RopeConfig.theta, "rope_type": "none"}
+        rope |= {theirs: own[key] for key, theirs in ROPE.items() if key in own}
+        if rope["rope_type"] == "none":
+            rope["rope_type"] = "default"
+        if DIVISORS in self.tensors:
+            rope = self._llama3(rope)
+        tied = KEYS["lm_head.weight"] not in self.tensors
+        return hf | {"architectures": [LLAMA], "tie_word_embeddings": tied, "rope_parameters": rope}
+
+    def _llama3(self, rope: dict) -> dict:
+        """Rope parameters of Llama 3.1 and later, of which a file has only what each frequency is divided by."""
+        divisors = self._dequantized(DIVISORS)
+        config = RopeConfig(rope["rope_theta"], "llama3", float(divisors.max()), original_length=8192)
+        plain, slowed = (inverse_frequencies(c, 2 * len(divisors))[0] for c in (RopeConfig(config.theta), config))
+        if rope["rope_type"] != "default" or not np.allclose(plain / slowed, divisors, rtol=1e-4):
+            raise ValueError(f"{self.path}: {DIVISORS} is not computed here: only Llama 3.1's, 3.2's and 3.3's are")
+        fields = {key: getattr(config, ours) for key, ours in ROPE_FIELDS["llama3"].items()}
+        return {"rope_theta": config.theta, "rope_type": "llama3"} | fields
+
+    def _dequantized(self, name: str) -> np.ndarray:
+        from gguf.quants import dequantize
+
+        stored = self.tensors[name]
+        rows = np.fromfile(self.path, np.uint8, stored.size, offset=stored.offset)
+        rows = rows.reshape(math.prod(stored.shape[:-1]), -1)
+        out = np.empty((len(rows), stored.shape[-1]), np.float32)
+        step = max(PIECE // out.shape[1], 1)
+        try:
+            for start in range(0, len(rows), step):
+                out[start : start + step] = dequantize(rows[start : start + step], stored.kind)
+        except NotImplementedError as error:
+            raise ValueError(f"{self.path}: {name} is {stored.kind.name}: the gguf library cannot read it") from error
+        return out.reshape(stored.shape)
+
+
+def _name_of(key: str) -> str:
+    """GGUF's name of torch's key."""
+    if layer := re.fullmatch(r"model\.layers\.(\d+)\.(.*)", key):
+        return f"blk.{layer[1]}.{BLOCK[layer[2]]}"
+    return KEYS[key]
+
+
+def _contents(path: Path) -> tuple[dict[str, Any], dict[str, Stored]]:
+    """The metadata, and where the tensors are. The file is closed again: its mapped pages would count as resident."""
+    if not path.is_file():
+        raise ValueError(f"no file {path}: give a GGUF file")
+    try:
+        import gguf
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{path} is a GGUF file: pip install gguf (or cepe-jax[gguf]) to read it") from error
+    try:
+        reader = gguf.GGUFReader(path)
+        metadata = {key: _value_of(field) for key, field in reader.fields.items()}
+    except (ValueError, IndexError, KeyError, OverflowError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} is not a whole GGUF file ({reason}): download it again") from error
+    if reader.endianess != gguf.GGUFEndian.LITTLE:
+        raise ValueError(f"{path} is a big-endian file: convert the model again for this machine")
+    shapes = {t.name: tuple(t.shape.tolist()[::-1]) for t in reader.tensors}  # the file's begin with the last axis
+    return metadata, {
+        t.name: Stored(shapes[t.name], t.tensor_type, t.data_offset, int(t.n_bytes)) for t in reader.tensors
+    }
+
+
+def _value_of(field: Any) -> Any:
+    value = field.contents()  # of 32 bits the shortest decimal that rounds to it: 1e-05, not 9.999999747378752e-06
+    return float(str(np.float32(value))) if field.types[0].name == "FLOAT32" else value

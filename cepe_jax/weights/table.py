@@ -1,0 +1,101 @@
+"""One table `our tensor <-> torch's key`, read in both directions: names, order of the axes, shapes."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from cepe_jax.config import CepeConfig, DecoderConfig, EncoderConfig
+from cepe_jax.weights.tensors import Config, shapes
+
+# Our path: torch's key, our axes, torch's axes. Letters that stand together are one axis in torch. The heads' order
+# within an axis and the rotated pairs are the same on both sides.
+SAME = "D", "D"
+BLOCK = {
+    "attention_norm.scale": ("input_layernorm.weight", *SAME),
+    "attention.q": ("self_attn.q_proj.weight", "DNH", "NH D"),
+    "attention.k": ("self_attn.k_proj.weight", "DKH", "KH D"),
+    "attention.v": ("self_attn.v_proj.weight", "DKH", "KH D"),
+    "attention.o": ("self_attn.o_proj.weight", "NHD", "D NH"),
+    "mlp_norm.scale": ("post_attention_layernorm.weight", *SAME),
+    "mlp.gate": ("mlp.gate_proj.weight", "DF", "F D"),
+    "mlp.up": ("mlp.up_proj.weight", "DF", "F D"),
+    "mlp.down": ("mlp.down_proj.weight", "FD", "D F"),
+}
+CROSS = {
+    "norm.scale": ("layernorm.weight", *SAME),
+    "q": ("q_proj.weight", "DNH", "NH D"),
+    "k": ("k_proj.weight", "EKH", "KH E"),
+    "v": ("v_proj.weight", "EKH", "KH E"),
+    "o": ("o_proj.weight", "NHD", "D NH"),
+}
+MLM_HEAD = {
+    "dense": ("lm_dense.weight", "DE", "E D"),
+    "dense_bias": ("lm_dense.bias", *SAME),
+    "norm.scale": ("lm_layer_norm.weight", *SAME),
+    "bias": ("lm_bias", "V", "V"),
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor: torch's is ours with its axes in `order`, of shape `split`, and neighbours joined into `shape`."""
+
+    key: str
+    name: str
+    order: tuple[int, ...]
+    split: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    def to_ours(self, tensor: np.ndarray) -> np.ndarray:
+        return tensor.reshape(self.split).transpose(np.argsort(self.order))
+
+    def to_torch(self, array: np.ndarray) -> np.ndarray:
+        return array.transpose(self.order).reshape(self.shape)
+
+
+def _rows(config: Config) -> Iterator[tuple[str, str, str, str]]:
+    """(our name, torch key, our axes, torch axes) of every tensor."""
+    match config:
+        case DecoderConfig():
+            yield from _stack("decoder", "model", config.num_layers)
+            if not config.tied_head:
+                yield "decoder.head", "lm_head.weight", "VD", "V D"
+        case EncoderConfig():
+            if not config.mlm_head:
+                raise ValueError("PyTorch has no class for an encoder without its MLM head: export its Cepe")
+            yield from _stack("encoder", "model", config.num_layers)
+            for path, (key, ours, torchs) in MLM_HEAD.items():
+                yield f"encoder.mlm_head.{path}", key, ours, torchs
+        case CepeConfig():
+            yield from _rows(config.decoder)
+            first = config.decoder.num_layers - config.num_cross_layers
+            for layer in range(config.num_cross_layers):
+                for path, (key, ours, torchs) in CROSS.items():
+                    yield f"cross.{layer}.{path}", f"model.layers.{first + layer}.cross_attn.{key}", ours, torchs
+            yield from _stack("encoder", "encoder", config.encoder.num_layers)
+
+
+def _stack(part: str, prefix: str, num_layers: int) -> Iterator[tuple[str, str, str, str]]:
+    yield f"{part}.embed", f"{prefix}.embed_tokens.weight", "VD", "V D"
+    for layer in range(num_layers):
+        for path, (key, ours, torchs) in BLOCK.items():
+            yield f"{part}.layers.{layer}.{path}", f"{prefix}.layers.{layer}.{key}", ours, torchs
+    yield f"{part}.norm.scale", f"{prefix}.norm.weight", *SAME
+
+
+def table(config: Config) -> dict[str, Entry]:
+    """The entry of every tensor of the model, by our name; shapes come from the model itself."""
+    left = shapes(config)
+    entries = {}
+    for name, key, ours, torchs in _rows(config):
+        size = dict(zip(ours, left.pop(name), strict=True))
+        groups = torchs.split()
+        order = tuple(ours.index(letter) for letter in "".join(groups))
+        split = tuple(size[letter] for group in groups for letter in group)
+        shape = tuple(math.prod(size[letter] for letter in group) for group in groups)
+        entries[name] = Entry(key, name, order, split, shape)
+    if left:
+        raise ValueError(f"PyTorch's classes have no place for {', '.join(left)}: export another kind of model")
+    return entries
