@@ -39,11 +39,16 @@ ROPE = {
     "rope.scaling.type": "rope_type",
     "rope.scaling.factor": "factor",
     "rope.scaling.original_context_length": "original_max_position_embeddings",
-    "rope.scaling.yarn_beta_fast": "beta_fast",
-    "rope.scaling.yarn_beta_slow": "beta_slow",
 }
 WIDTHS = "rope.dimension_count", "attention.value_length"  # must be a head's
-HARMLESS = {"attention.causal": True, "expert_count": 0, "expert_used_count": 0}  # with other values they are not
+# Keys, each with the value that changes nothing; llama.cpp (0.5.0) reads no beta of YaRN, whatever a Llama's file says.
+HARMLESS = {
+    "attention.causal": True,
+    "expert_count": 0,
+    "expert_used_count": 0,
+    "rope.scaling.yarn_beta_fast": RopeConfig.beta_fast,
+    "rope.scaling.yarn_beta_slow": RopeConfig.beta_slow,
+}
 NOTES = {"tensor_data_layout", "rope.scaling.finetuned"}  # change nothing
 FACTS = "bos_token_id", "eos_token_id"  # after `tokenizer.ggml.`, and in config.json
 

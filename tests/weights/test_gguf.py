@@ -187,7 +187,7 @@ def divisors(theta: float, head_dim: int, factor: float) -> np.ndarray:
 
 
 YARN = {"type": "yarn", "factor": 4.0, "original_context_length": 24}
-YARN |= {"yarn_beta_fast": 16.0, "yarn_beta_slow": 2.0, "finetuned": True}
+YARN |= {"yarn_beta_fast": 32.0, "yarn_beta_slow": 1.0, "finetuned": True}
 
 
 @pytest.mark.parametrize(
@@ -196,7 +196,7 @@ YARN |= {"yarn_beta_fast": 16.0, "yarn_beta_slow": 2.0, "finetuned": True}
         ({"type": "none"}, RopeConfig(5e4)),
         ({"type": "linear", "factor": 2.5}, RopeConfig(5e4, "linear", 2.5)),
         ({"type": "yarn", "factor": 4.0}, RopeConfig(5e4, "yarn", 4.0, 96)),
-        (YARN, RopeConfig(5e4, "yarn", 4.0, 24, beta_fast=16.0, beta_slow=2.0)),
+        (YARN, RopeConfig(5e4, "yarn", 4.0, 24)),
         ({}, RopeConfig(5e4, "llama3", 32.0, 8192, low_freq_factor=1.0, high_freq_factor=4.0)),
     ],
 )
@@ -224,6 +224,7 @@ def refused(path, message: str) -> None:
         ("llama.attention.sliding_window", 64, "llama.attention.sliding_window is unknown here"),
         ("llama.rope.dimension_count", 4, "llama.rope.dimension_count 4 is not computed here: .* width, 10"),
         ("llama.attention.value_length", 12, "llama.attention.value_length 12 is not computed here: .* width, 10"),
+        ("llama.rope.scaling.yarn_beta_fast", 16.0, "yarn_beta_fast 16.0 is not computed here: only 32.0 is"),
         ("llama.rope.scaling.type", "longrope", "rope type 'longrope' is not computed here"),
         ("llama.attention.head_count", [4, 4, 2], r"num_attention_heads is \[4, 4, 2\]"),
         ("llama.block_count", 2, "holds unknown blk.2.attn_k.weight, .* and 6 more"),
