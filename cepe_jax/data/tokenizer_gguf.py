@@ -35,7 +35,10 @@ def write(found: dict[str, Any], template: str | None, to: Path, where: str) -> 
         settings["chat_template"] = template
     if found["model"] == "gpt2":
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # which takes tokenizer.json as it is
-        _byte_level(found).save(str(to / "tokenizer.json"))
+        try:
+            _byte_level(found).save(str(to / "tokenizer.json"))
+        except Exception as error:  # the library raises bare Exception
+            raise ValueError(f"{where}: its tokens and merges are no tokenizer ({error}): convert it again") from error
     else:
         (to / "tokenizer.model").write_bytes(_sentencepiece(found))
     (to / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", "utf-8")

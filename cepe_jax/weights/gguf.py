@@ -171,15 +171,18 @@ class Gguf:
         from gguf.quants import dequantize
 
         stored = self.tensors[name]
-        rows = np.fromfile(self.path, np.uint8, stored.size, offset=stored.offset)
-        rows = rows.reshape(math.prod(stored.shape[:-1]), -1)
-        out = np.empty((len(rows), stored.shape[-1]), np.float32)
+        count = math.prod(stored.shape[:-1])
+        width = stored.size // count  # of a row, in bytes
+        out = np.empty((count, stored.shape[-1]), np.float32)
         step = max(PIECE // out.shape[1], 1)
-        try:
-            for start in range(0, len(rows), step):
-                out[start : start + step] = dequantize(rows[start : start + step], stored.kind)
-        except NotImplementedError as error:
-            raise ValueError(f"{self.path}: {name} is {stored.kind.name}: the gguf library cannot read it") from error
+        for start in range(0, count, step):
+            rows = out[start : start + step]
+            packed = np.fromfile(self.path, np.uint8, len(rows) * width, offset=stored.offset + start * width)
+            try:
+                rows[...] = dequantize(packed.reshape(-1, width), stored.kind)
+            except NotImplementedError as error:
+                kind = stored.kind.name
+                raise ValueError(f"{self.path}: {name} is {kind}: the gguf library cannot read it") from error
         return out.reshape(stored.shape)
 
 
