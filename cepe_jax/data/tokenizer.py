@@ -33,6 +33,8 @@ class Tokenizer:
             path = found
         if not path.exists():
             raise FileNotFoundError(f"{path}: no such tokenizer")
+        if path.suffix == ".gguf":
+            raise ValueError(f"{path}: run scripts/convert.py to-jax on it, which writes its tokenizer too")
         self.path = path
         self._impl = _HuggingFace(path) if path.suffix == ".json" else _SentencePiece(path)
         self.vocab_size, self.bos_id, self.eos_id = self._impl.vocab_size, self._impl.bos_id, self._impl.eos_id

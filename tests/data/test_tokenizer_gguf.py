@@ -107,6 +107,12 @@ def test_sentencepiece(prefix, tmp_path):
     assert json.loads((tmp_path / "tokenizer_config.json").read_text())["chat_template"] == CHATML
 
 
+def test_a_gguf_file_is_no_tokenizer(tmp_path):
+    (tmp_path / "x.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ValueError, match="x.gguf: run scripts/convert.py to-jax on it"):
+        Tokenizer(tmp_path / "x.gguf")
+
+
 def test_what_is_not_written(tmp_path):
     known = [("gpt2", "smollm"), ("gpt2", "llama-bpe"), ("llama", None)]
     unknown = [("gpt2", "tekken"), ("gpt2", None), ("bert", "smollm"), (None, None)]
