@@ -20,6 +20,7 @@ PROBES = [
 ]
 PROBES += ["def f(x):\n    return x + 1\n", "a<|im_end|>b<a>c <a> d", "\n", " a", "   ", ""]
 SPECIAL = ["<|endoftext|>", *CHATML_TOKENS]
+UNMERGED = "Ġzebra"  # a token that no merge leads to
 KEYS = {"bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0}
 
 
@@ -68,9 +69,15 @@ def test_smollm(tmp_path):
 
 
 def test_where_digits_are_cut(tmp_path):
-    """Around each digit first: of several spaces the last stays with the others, where GPT-2 gives it to a number."""
+    """Around each digit first: of several spaces the last stays with the others, where GPT-2 gives it to a number.
+
+    Tokens are what merges lead to.
+    """
     byte_level(None, tmp_path / "original.json")
-    write(metadata_of(tmp_path / "original.json") | {"pre": "smollm"}, None, tmp_path, "x.gguf")
+    metadata = metadata_of(tmp_path / "original.json") | {"pre": "smollm"}
+    metadata["tokens"][-1], metadata["token_type"][-1] = UNMERGED, 1
+    write(metadata, None, tmp_path, "x.gguf")
+    assert 360 not in Tokenizer(tmp_path).encode("a zebra")
     parts = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json")).pre_tokenizer.pre_tokenize_str
     assert [part for part, _ in parts("in   19 a  b\n\n 7")] == [
         *("in", "ĠĠĠ", "1", "9", "Ġa", "Ġ", "Ġb", "ĊĊĠ", "7"),
@@ -81,11 +88,11 @@ def test_llama_3(tmp_path):
     """Numbers in threes, contractions of any case, and words that are tokens without a merge that leads to them."""
     byte_level(None, tmp_path / "original.json")
     metadata = metadata_of(tmp_path / "original.json") | {"pre": "llama-bpe"}
-    metadata["tokens"][-1], metadata["token_type"][-1] = "Ġzebra", 1
+    metadata["tokens"][-1], metadata["token_type"][-1] = UNMERGED, 1
     write(metadata, None, tmp_path, "x.gguf")
     library = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
-    parts = [part for part, _ in library.pre_tokenizer.pre_tokenize_str("WE'LL pay  12345.67\n\n\tnow!!\n x")]
-    assert parts == ["WE", "'LL", "Ġpay", "Ġ", "Ġ", "123", "45", ".", "67", "ĊĊ", "ĉnow", "!!Ċ", "Ġx"]
+    parts = [part for part, _ in library.pre_tokenizer.pre_tokenize_str("WE'LLpay  12345.67\n\n\tnow!!\n x")]
+    assert parts == ["WE", "'LL", "pay", "Ġ", "Ġ", "123", "45", ".", "67", "ĊĊ", "ĉnow", "!!Ċ", "Ġx"]
     assert Tokenizer(tmp_path).encode("a zebra") == [metadata["tokens"].index("a"), 360]
 
 
