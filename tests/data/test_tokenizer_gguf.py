@@ -8,8 +8,9 @@ from sentencepiece import sentencepiece_model_pb2
 from texts import CHATML, CHATML_TOKENS, TEXTS, as_llama_2
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from cepe_jax.data.tokenizer import Tokenizer, train
+from cepe_jax.data.tokenizer import Tokenizer
 from cepe_jax.data.tokenizer_gguf import is_known, write
+from cepe_jax.data.tokenizer_training import train
 
 PROBES = [
     "In 1984  there were   12345 pages\n\n\t 007  x",
