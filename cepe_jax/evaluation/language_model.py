@@ -1,0 +1,28 @@
+"""What every evaluation asks of a model: CEPE and what it is compared with, behind one seam."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from cepe_jax.data.tokenizer import Tokenizer
+from cepe_jax.inference.generate import Score
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A text to go on with. Whoever asks decides what of it is a context, the same for every model."""
+
+    ids: Sequence[int]  # what the decoder reads, BOS included where there is to be one
+    contexts: Sequence[Sequence[int]] = ()  # what stands before, in order, without BOS
+    scores: Sequence[float] | None = None  # of retrieved contexts, the higher the better
+
+
+class LanguageModel(Protocol):
+    tokenizer: Tokenizer
+    stop_ids: tuple[int, ...]  # a text ends before the first of them
+
+    def stream(self, prompts: Sequence[Prompt], max_new_tokens: int) -> Iterator[list[int | None]]:
+        """The likeliest tokens after each prompt, step by step: one of each row, None where a row has ended."""
+
+    def score(self, prompt: Prompt, continuations: Sequence[Sequence[int]]) -> list[Score]:
+        """How probable each continuation is after the prompt, which is read once."""
