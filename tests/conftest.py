@@ -1,6 +1,8 @@
 """How every test computes, and the tiny models of tiny.py, made once."""
 
+import json
 import os
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -8,11 +10,13 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from texts import CHATML, CHATML_TOKENS, WINDOW, byte_level
 from tiny import DECODER, ENCODER, make_cepe, make_decoder, make_encoder
 
 from cepe_jax.model.cepe import Cepe
 from cepe_jax.model.encoder import Encoder
 from cepe_jax.model.llama import Llama
+from cepe_jax.weights.directory import save
 
 nnx.set_graph_mode(False)
 nnx.set_graph_updates(False)
@@ -76,3 +80,17 @@ def token_mask_BT() -> np.ndarray:
     mask = np.ones((2, 7), bool)
     mask[1, :3] = False
     return mask
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory) -> Path:
+    """A directory of a tiny CEPE with a tokenizer and a chat template."""
+    assets = tmp_path_factory.mktemp("assets")
+    byte_level(assets / "tokenizer.json", ("<s>", "</s>", *CHATML_TOKENS), 330)
+    settings = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": CHATML}
+    (assets / "tokenizer_config.json").write_text(json.dumps(settings))
+    (assets / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 3]}))
+    facts = {"format": "cepe_jax", "huggingface": {"max_position_embeddings": WINDOW}}
+    (assets / "config.json").write_text(json.dumps(facts))
+    save(make_cepe(vocab_size=332), assets / "model", assets)
+    return assets / "model"

@@ -1,33 +1,98 @@
-"""What CEPE is compared with."""
+"""CEPE and the plain decoder behind the seam."""
 
-import jax
-import jax.numpy as jnp
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
+from cepe_jax.data.tokenizer import Tokenizer
+from cepe_jax.evaluation.language_model import Prompt
+from cepe_jax.inference.context import Memory, encode, stacked
+from cepe_jax.inference.generate import Score, power_of_two, score, stream
+from cepe_jax.model.cepe import Cepe
 from cepe_jax.model.llama import Llama
 
-Array = jax.Array
+
+@dataclass(frozen=True, eq=False)
+class CepeReader:
+    """The encoder reads each context as one chunk, anew for every call; the decoder reads the ids and the memory."""
+
+    model: Cepe = field(repr=False)
+    tokenizer: Tokenizer
+    stop_ids: tuple[int, ...]
+    window: int | None  # tokens that the decoder reads at most; None: no bound is known
+
+    def stream(self, prompts: Sequence[Prompt], max_new_tokens: int) -> Iterator[list[int | None]]:
+        rows = [self._ids(prompt, max_new_tokens) for prompt in prompts]
+        memory = self._memory(prompts)
+        return stream(self.model, rows, *memory, max_new_tokens=max_new_tokens, stop_ids=self.stop_ids)
+
+    def score(self, prompt: Prompt, continuations: Sequence[Sequence[int]]) -> list[Score]:
+        ids = self._ids(prompt, longest(continuations))
+        return score(self.model, ids, continuations, *self._memory([prompt]))
+
+    def _ids(self, prompt: Prompt, new: int) -> Sequence[int]:
+        room = room_beside(new, self.window)
+        if room is not None and len(prompt.ids) > room:
+            raise ValueError(
+                f"a prompt of {len(prompt.ids)} tokens and {new} after it exceed the window of {self.window}: make "
+                f"some of the prompt a context"
+            )
+        return prompt.ids
+
+    def _memory(self, prompts: Sequence[Prompt]) -> Memory:
+        """Of each prompt's contexts; of one row where all prompts have the same ones."""
+        if all(prompt.contexts == prompts[0].contexts for prompt in prompts):
+            prompts = prompts[:1]
+        contexts = [context for prompt in prompts for context in prompt.contexts]
+        if not contexts:
+            return None, None
+        known = encode(self.model, contexts, {}, power_of_two(max(map(len, contexts))))
+        rows, first = [], 0
+        for prompt in prompts:
+            rows.append(known.select(range(first, first + len(prompt.contexts))))
+            first += len(prompt.contexts)
+        return stacked(rows)
 
 
-def replug(
-    model: Llama,
-    tokens_BT: Array,
-    context_BCL: Array,
-    scores_BC: Array,
-    temperature: float = 1.0,
-    context_mask_BCL: Array | None = None,
-) -> Array:
-    """Log probabilities (B, T, V) of the next token, averaged over chunks (RePlug, Shi et al. 2023, equation 2).
+@dataclass(frozen=True, eq=False)
+class DecoderReader:
+    """The decoder reads contexts and ids as one text, the last `window` tokens of it, with full attention."""
 
-    The decoder reads each chunk by itself before the tokens; softmax(scores / temperature) weights the resulting
-    probabilities. What `context_mask_BCL` leaves out is not seen but takes its positions.
-    """
-    B, C, L = context_BCL.shape
-    T = tokens_BT.shape[1]
-    read_NS = jnp.concatenate([context_BCL, jnp.broadcast_to(tokens_BT[:, None], (B, C, T))], axis=2).reshape(B * C, -1)
-    real_BCL = jnp.ones(context_BCL.shape, bool) if context_mask_BCL is None else context_mask_BCL
-    mask_NS = jnp.pad(real_BCL, ((0, 0), (0, 0), (0, T)), constant_values=True).reshape(B * C, -1)
-    positions_NS = jnp.broadcast_to(jnp.arange(L + T), read_NS.shape)
-    hidden_NSD, _ = model.decode(read_NS, mask_NS, positions_BT=positions_NS)
-    log_probs_BCTV = jax.nn.log_softmax(model.logits(hidden_NSD[:, -T:])).reshape(B, C, T, -1)
-    log_weights_BC = jax.nn.log_softmax(scores_BC / temperature, axis=1)
-    return jax.nn.logsumexp(log_probs_BCTV + log_weights_BC[:, :, None, None], axis=1)
+    model: Llama = field(repr=False)
+    tokenizer: Tokenizer
+    stop_ids: tuple[int, ...]
+    window: int | None  # tokens that it reads at most; None: no bound is known
+
+    def stream(self, prompts: Sequence[Prompt], max_new_tokens: int) -> Iterator[list[int | None]]:
+        rows = [self._ids(prompt, max_new_tokens) for prompt in prompts]
+        return stream(self.model, rows, max_new_tokens=max_new_tokens, stop_ids=self.stop_ids)
+
+    def score(self, prompt: Prompt, continuations: Sequence[Sequence[int]]) -> list[Score]:
+        return score(self.model, self._ids(prompt, longest(continuations)), continuations)
+
+    def _ids(self, prompt: Prompt, new: int) -> list[int]:
+        """What it reads of the text: where the text begins with BOS, so does this."""
+        ids, begin = one_text(prompt, self.tokenizer.bos_id)
+        room = room_beside(new, self.window)
+        if room is None or len(ids) <= room:
+            return ids
+        return ids[:begin] + ids[len(ids) - (room - begin) :]
+
+
+def one_text(prompt: Prompt, bos_id: int) -> tuple[list[int], int]:
+    """The contexts and then the ids, and how many of them are BOS: it stands first where the ids begin with it."""
+    begin = int(len(prompt.ids) > 0 and prompt.ids[0] == bos_id)
+    return [*prompt.ids[:begin], *(i for context in prompt.contexts for i in context), *prompt.ids[begin:]], begin
+
+
+def longest(continuations: Sequence[Sequence[int]]) -> int:
+    """How many tokens the longest one has."""
+    return max(map(len, continuations), default=1)
+
+
+def room_beside(new: int, window: int | None) -> int | None:
+    """How many tokens of a prompt the decoder can read before so many others, the last of which it does not read."""
+    if window is None:
+        return None
+    if new > window:
+        raise ValueError(f"{new} tokens after the prompt leave nothing of the window of {window} for it: ask for fewer")
+    return window + 1 - new

@@ -6,6 +6,7 @@ from typing import Protocol
 
 from cepe_jax.data.tokenizer import Tokenizer
 from cepe_jax.inference.generate import Score
+from cepe_jax.inference.streaming import pieces
 
 
 @dataclass(frozen=True)
@@ -26,3 +27,12 @@ class LanguageModel(Protocol):
 
     def score(self, prompt: Prompt, continuations: Sequence[Sequence[int]]) -> list[Score]:
         """How probable each continuation is after the prompt, which is read once."""
+
+
+def generate(
+    model: LanguageModel, prompts: Sequence[Prompt], max_new_tokens: int, stop: Sequence[str] = ()
+) -> list[str]:
+    """What the model writes after each prompt, greedily, at most to the first of `stop`."""
+    steps = model.stream(prompts, max_new_tokens)
+    written = pieces(model.tokenizer, [prompt.ids for prompt in prompts], steps, stop)
+    return ["".join(of_row) for of_row in zip(*written, strict=True)]

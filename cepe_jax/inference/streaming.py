@@ -1,6 +1,6 @@
 """Tokens to text while they come: no torn characters, and nothing of a stop string."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from cepe_jax.data.tokenizer import Tokenizer
 
@@ -60,3 +60,26 @@ class StopStrings:
 
     def end(self) -> str:
         return self._held
+
+
+def pieces(
+    tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], steps: Iterable[list[int | None]], stop: Sequence[str]
+) -> Iterator[list[str]]:
+    """The next piece of each row's text, step by step, at most to the first of `stop`.
+
+    `steps`: the tokens that follow each prompt, one of each row, None where a row has ended. No more of them are asked
+    for once all rows have ended.
+    """
+    writers = [(Detokenizer(tokenizer, prompt), StopStrings(stop)) for prompt in prompts]
+
+    def written() -> Iterator[list[str]]:
+        for step in steps:
+            yield [
+                "" if token is None or strings.found else strings.add(text.add(token))
+                for token, (text, strings) in zip(step, writers, strict=True)
+            ]
+            if all(token is None or strings.found for token, (_, strings) in zip(step, writers, strict=True)):
+                break
+        yield ["" if strings.found else strings.add(text.end()) + strings.end() for text, strings in writers]
+
+    return written()

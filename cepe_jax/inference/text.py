@@ -15,7 +15,7 @@ from cepe_jax.inference.chat import MAX_NEW_TOKENS, Chat
 from cepe_jax.inference.context import ContextCache, Memory, encode, identity_of, stacked
 from cepe_jax.inference.generate import GREEDY, Sampling, Score, score, stream
 from cepe_jax.inference.overflow import Overflow, by_passages, fit, room_beside, truncate_left
-from cepe_jax.inference.streaming import Detokenizer, StopStrings
+from cepe_jax.inference.streaming import pieces
 from cepe_jax.inference.template import Template
 from cepe_jax.model.cepe import Cepe
 from cepe_jax.model.llama import Llama
@@ -78,9 +78,8 @@ class TextModel:
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         rows, memory = self._rows(prompts, context, max_new_tokens, overflow, chunk_length)
-        texts = [""] * len(rows)
-        for pieces in self._pieces(rows, memory, max_new_tokens, sampling, stop):
-            texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
+        written = self._pieces(rows, memory, max_new_tokens, sampling, stop)
+        texts = ["".join(of_row) for of_row in zip(*written, strict=True)]
         return texts[0] if isinstance(prompt, str) else texts
 
     def stream(
@@ -219,21 +218,9 @@ class TextModel:
         stop: Sequence[str],
     ) -> Iterator[list[str]]:
         """The next piece of each row's text, step by step."""
-        writers = [(Detokenizer(self.tokenizer, row), StopStrings(stop)) for row in rows]
         limits = {"max_new_tokens": max_new_tokens, "stop_ids": self.stop_ids, "window": self.window}
         steps = stream(self.model, rows, *memory, sampling=sampling, **limits)
-
-        def pieces() -> Iterator[list[str]]:
-            for step in steps:
-                yield [
-                    "" if token is None or strings.found else strings.add(text.add(token))
-                    for token, (text, strings) in zip(step, writers, strict=True)
-                ]
-                if all(token is None or s.found for token, (_, s) in zip(step, writers, strict=True)):
-                    break
-            yield ["" if strings.found else strings.add(text.end()) + strings.end() for text, strings in writers]
-
-        return pieces()
+        return pieces(self.tokenizer, rows, steps, stop)
 
 
 def load(

@@ -1,33 +1,17 @@
-"""A tiny random CEPE with a tokenizer and a chat template, as a directory and loaded; and what a fresh model says."""
+"""The tiny text model, loaded, and what a fresh model says."""
 
 import dataclasses
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
-from texts import CHATML, CHATML_TOKENS, CHUNK, LLAMA_2, WINDOW, as_llama_2, byte_level
-from tiny import make_cepe
+from texts import CHUNK, LLAMA_2, as_llama_2
 
 import cepe_jax
 from cepe_jax.data.tokenizer import Tokenizer
 from cepe_jax.inference.text import TextModel
-from cepe_jax.weights.directory import save
 
 MOST_CHUNKS = 24
-
-
-@pytest.fixture(scope="session")
-def home(tmp_path_factory) -> Path:
-    assets = tmp_path_factory.mktemp("assets")
-    byte_level(assets / "tokenizer.json", ("<s>", "</s>", *CHATML_TOKENS), 330)
-    settings = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": CHATML}
-    (assets / "tokenizer_config.json").write_text(json.dumps(settings))
-    (assets / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 3]}))
-    facts = {"format": "cepe_jax", "huggingface": {"max_position_embeddings": WINDOW}}
-    (assets / "config.json").write_text(json.dumps(facts))
-    save(make_cepe(vocab_size=332), assets / "model", assets)
-    return assets / "model"
 
 
 @pytest.fixture(scope="session")

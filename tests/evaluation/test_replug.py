@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from tiny import relative_error
 
-from cepe_jax.evaluation.baselines import replug
+from cepe_jax.evaluation.replug import replug
 from cepe_jax.weights.huggingface import load
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -1,0 +1,65 @@
+"""Models by their configuration: CEPE, and what it is compared with."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from cepe_jax.config import RopeConfig
+from cepe_jax.evaluation.baselines import CepeReader, DecoderReader
+from cepe_jax.evaluation.language_model import LanguageModel
+from cepe_jax.inference.text import load
+from cepe_jax.model.cepe import Cepe
+from cepe_jax.model.llama import Llama
+
+Reads = Literal["encoder", "decoder"]
+Rope = Literal["trained", "linear", "yarn"]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    path: Path  # of a CEPE model or a decoder; what only a decoder is read with takes that of a CEPE model
+    reads: Reads = "encoder"  # who reads contexts. encoder: CEPE; decoder: full attention to all that fits its window
+    window: int | None = None  # tokens that the decoder reads at most; None: as many as it has positions
+    rope: Rope = "trained"  # linear (position interpolation) or yarn: put on a decoder that was trained without it
+    factor: float = 1.0  # of linear and yarn: how many times as many positions
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    tokenizer: Path | None = None  # None: beside the model
+
+    def __post_init__(self):
+        for name, choices in ("reads", Reads), ("rope", Rope):
+            if (value := getattr(self, name)) not in get_args(choices):
+                raise ValueError(f"{name} is {value!r}: choose {', '.join(get_args(choices))}")
+        if self.window is not None and self.window < 2:
+            raise ValueError(f"window is {self.window}: give 2 tokens or more")
+        if (self.rope == "trained") != (self.factor == 1) or not self.factor >= 1:
+            raise ValueError(
+                f"rope {self.rope} with factor {self.factor}: give linear or yarn a factor above 1, and no other"
+            )
+
+
+def load_model(config: ModelConfig) -> LanguageModel:
+    """The model, ready to be asked. Under a mesh (`jax.set_mesh`) its weights are born sharded."""
+    text = load(config.path, config.dtype, config.tokenizer)
+    model, window = text.model, text.window
+    decoder = model.decoder if isinstance(model, Cepe) else model
+    if config.rope != "trained":
+        window = _scale(decoder, config, window)
+    window = window if config.window is None else config.window
+    if config.reads == "decoder":
+        return DecoderReader(decoder, text.tokenizer, text.stop_ids, window)
+    if not isinstance(model, Cepe):
+        raise ValueError(f"{config.path} is a plain decoder, without an encoder to read contexts: set reads to decoder")
+    return CepeReader(model, text.tokenizer, text.stop_ids, window)
+
+
+def _scale(decoder: Llama, config: ModelConfig, positions: int | None) -> int:
+    """The decoder turns by the scaled positions from now on; returns how many it then has."""
+    rope = decoder.config.rope
+    if rope.scaling != "default":
+        raise ValueError(f"{config.path} was trained with rope scaling {rope.scaling}: leave rope out")
+    if positions is None:
+        raise ValueError(f"{config.path}/config.json lacks max_position_embeddings, which rope {config.rope} scales")
+    scaled = RopeConfig(rope.theta, config.rope, config.factor, positions if config.rope == "yarn" else 0)
+    decoder.config = dataclasses.replace(decoder.config, rope=scaled)
+    return int(positions * config.factor)
