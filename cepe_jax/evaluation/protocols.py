@@ -1,0 +1,67 @@
+"""How a task is put to a model: the words around a record, how much is generated, and by which metrics it counts."""
+
+import string
+from dataclasses import dataclass
+
+from cepe_jax.evaluation.records import Demonstration
+
+BETWEEN = "\n\n"  # what stands between the parts of a prompt
+
+
+@dataclass(frozen=True)
+class Template:
+    """The words of a prompt; {context}, {question} and {answer} are replaced by a record's."""
+
+    instruction: str = ""  # before what the decoder reads; of a document, after it
+    context: str = "{context}"
+    question: str = "Question: {question}\nAnswer:"
+    answer: str = " {answer}"  # after the question
+
+    def __post_init__(self):
+        for name in ("context", "question", "answer"):
+            text = getattr(self, name)
+            try:
+                names = [field for _, field, _, _ in string.Formatter().parse(text) if field is not None]
+            except ValueError as error:
+                raise ValueError(f"template.{name} is {text!r} ({error}): write a brace of the text twice") from None
+            if names != [name]:
+                raise ValueError(f"template.{name} is {text!r}: give a text with {{{name}}} in it, once")
+
+    def read(self, context: str) -> str:
+        return self.context.format(context=context)
+
+    def asked(self, question: str) -> str:
+        return self.question.format(question=question)
+
+    def answered(self, demonstration: Demonstration) -> str:
+        """The demonstration with its contexts."""
+        asked = self.asked(demonstration.question) + self.answer.format(answer=demonstration.answer)
+        return BETWEEN.join([*map(self.read, demonstration.contexts), asked])
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What a task does unless its config says otherwise. Choices count by accuracy, whatever the metrics."""
+
+    template: Template
+    metrics: tuple[str, ...] = ()
+    max_new_tokens: int = 0
+    stop: tuple[str, ...] = ()
+
+
+PROTOCOLS = {
+    "qa": Protocol(
+        Template(context="Passage: {context}"),
+        ("exact_match", "substring_match", "f1"),
+        max_new_tokens=25,
+        stop=("\n",),
+    ),
+    "icl": Protocol(Template(question="Input: {question}\nLabel:")),
+    "document": Protocol(
+        Template(instruction="Answer the question from the text above in a few words."),
+        ("f1",),
+        max_new_tokens=50,
+        stop=("\n",),
+    ),
+    "synthetic": Protocol(Template(), ("match_all", "match_part"), max_new_tokens=128),
+}

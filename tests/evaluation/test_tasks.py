@@ -1,0 +1,227 @@
+"""Tasks, as a model meets them: what is asked, and how what it says counts. The model is scripted."""
+
+import json
+
+import pytest
+from scripted import BOS, Letters, Scripted, whole_text
+
+from cepe_jax.evaluation.protocols import Template
+from cepe_jax.evaluation.tasks import TaskConfig, measure, values
+
+
+def write(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def text(ids) -> str:
+    return Letters().decode(ids)
+
+
+@pytest.fixture
+def qa(tmp_path):
+    """Twelve questions with four passages each; the answer of question n stands in its passage number n % 4."""
+    write(
+        tmp_path / "test.jsonl",
+        (
+            {
+                "id": f"q{n}",
+                "question": f"What is {n}?",
+                "answers": [f"The number {n}", f"N{n}"],
+                "contexts": [f"{n}: N{n}" if c == n % 4 else f"{n}: other {c}" for c in range(4)],
+                "scores": [4.0, 3.0, 2.0, 1.0],
+            }
+            for n in range(12)
+        ),
+    )
+    train = ({"question": f"T{n}?", "answers": [f"A{n}", "else"], "contexts": [f"c{n}", "no"]} for n in range(20))
+    write(tmp_path / "train.jsonl", train)
+    return tmp_path
+
+
+def test_qa_prompt(qa):
+    model = Scripted(lambda prompt: " N1\nQuestion: what else?")
+    config = TaskConfig("qa", (0, 2), qa, samples=5, passages=2, demonstrations=1)
+    (*_,) = results = list(measure(config, 2, model))
+    assert len(results) == len(model.asked) == 5
+    for result, prompt in zip(results, model.asked, strict=True):
+        seed, name = result["id"].split(":")
+        n = int(name[1:])
+        assert seed == "42"
+        read = [f"{n}: N{n}" if c == n % 4 else f"{n}: other {c}" for c in range(4)]
+        assert prompt.ids[0] == BOS
+        shown, *rest = text(prompt.ids).split("\n\nQuestion: ", 1)
+        number = shown.removeprefix("Passage: c")
+        assert rest == [
+            f"T{number}?\nAnswer: A{number}\n\nPassage: {read[0]}\n\nPassage: {read[1]}\n\n"
+            f"Question: What is {n}?\nAnswer:"
+        ]
+        # The worst stands first, each with its score and what parts it from the next.
+        assert [text(ids) for ids in prompt.contexts] == [f"Passage: {read[3]}\n\n", f"Passage: {read[2]}\n\n"]
+        assert prompt.scores == (1.0, 2.0)
+        assert result["prediction"] == " N1"
+        assert result["read"] == len(whole_text(prompt)) + 1
+        found = values(config, json.loads(json.dumps(result)))
+        assert found == {"exact_match": n == 1, "substring_match": n == 1, "f1": n == 1}
+    assert {int(result["id"].split(":q")[1]) for result in results} != set(range(5))  # not the first ones
+
+
+def test_qa_axis_changes_the_contexts_alone(qa):
+    asked = {}
+    for axis in (0, 1, 2):
+        model = Scripted(lambda prompt: "x")
+        list(measure(TaskConfig("qa", (0, 1, 2), qa, passages=2), axis, model))
+        asked[axis] = model.asked
+    assert [p.ids for p in asked[0]] == [p.ids for p in asked[1]] == [p.ids for p in asked[2]]
+    assert all(not p.contexts for p in asked[0])
+    assert [list(p.contexts[1:]) for p in asked[2]] == [list(p.contexts) for p in asked[1]]
+
+
+def test_choice_is_a_function_of_seed_and_id(qa):
+    def asked(**options):
+        model = Scripted(lambda prompt: "x")
+        results = list(measure(TaskConfig("qa", (0,), qa, passages=1, **options), 0, model))
+        return {result["id"]: text(prompt.ids) for result, prompt in zip(results, model.asked, strict=True)}
+
+    some, both = asked(samples=4, seeds=(43,)), asked(samples=4, seeds=(42, 43))
+    assert len(both) == 8
+    assert {name: both[name] for name in some} == some
+    every = asked(seeds=(43,))
+    assert {name: every[name] for name in some} == some
+    assert {name.split(":")[1] for name in both if name.startswith("42")} != {name.split(":")[1] for name in some}
+    lines = (qa / "test.jsonl").read_text().splitlines()
+    (qa / "test.jsonl").write_text("\n".join(reversed(lines)))
+    assert asked(samples=4, seeds=(43,)) == some
+    demonstrations = {prompt.split("\n\nPassage: ")[0] for prompt in every.values()}
+    assert len(demonstrations) > 6
+
+
+def test_demonstrations_do_not_ask_the_same(tmp_path):
+    write(tmp_path / "test.jsonl", [{"question": "T1?", "answers": ["A1"], "contexts": ["c"]}])
+    train = [{"question": f"T{n // 2}?", "answers": [f"A{n % 3}"], "contexts": ["c"]} for n in range(8)]
+    write(tmp_path / "train.jsonl", train)
+    model = Scripted(lambda prompt: "x")
+    list(measure(TaskConfig("qa", (0,), tmp_path, passages=1, demonstrations=3), 0, model))
+    shown = text(model.asked[0].ids).split("Question: ")
+    assert sorted(part.split("\n")[0] for part in shown[1:-1]) == ["T0?", "T2?", "T3?"]
+    with pytest.raises(ValueError, match="record 1: 4 demonstrations are asked for and 3 can be drawn"):
+        list(measure(TaskConfig("qa", (0,), tmp_path, passages=1, demonstrations=4), 0, model))
+
+
+def test_too_few_contexts(qa):
+    with pytest.raises(ValueError, match="has 4 contexts, and 3 for the decoder and 2 for the encoder"):
+        next(measure(TaskConfig("qa", (2,), qa, passages=3), 2, Scripted()))
+
+
+def test_own_demonstrations_and_words(tmp_path):
+    shown = [{"question": "1+1", "answer": "2", "contexts": ["sums", "more"]}, {"question": "3+3", "answer": "6"}]
+    record = {"question": "{2}+2", "answers": ["4"], "contexts": ["a {b}"], "demonstrations": shown}
+    write(tmp_path / "a.jsonl", [record])
+    template = Template("Add.", "({context})", "{question} =", " {answer}.")
+    model = Scripted(lambda prompt: " 4.\n")
+    config = TaskConfig("qa", (0,), tmp_path / "a.jsonl", passages=1, template=template, metrics=("f1",))
+    (result,) = measure(config, 0, model)
+    assert text(model.asked[0].ids) == "Add.\n\n(sums)\n\n1+1 = 2.\n\n3+3 = 6.\n\n(a {b})\n\n{2}+2 ="
+    assert values(config, result) == {"f1": 1.0}
+    with pytest.raises(ValueError, match="record 1 has 2 demonstrations, and 3 for the decoder"):
+        next(measure(TaskConfig("qa", (0,), tmp_path / "a.jsonl", passages=1, demonstrations=3), 0, model))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"axis": ()}, r"axis is \[\]"),
+        ({"axis": (5, 5)}, r"axis is \[5, 5\]: give different numbers"),
+        ({"axis": (-1,)}, "0 or more"),
+        ({"seeds": ()}, "seeds are"),
+        ({"samples": 0}, "samples is 0: give a number above 0"),
+        ({"passages": -1}, "passages is -1: give 0 or more"),
+        ({"metrics": ("bleu",)}, "unknown metric bleu: choose of exact_match"),
+    ],
+)
+def test_config_faults(options, message):
+    with pytest.raises(ValueError, match=message):
+        TaskConfig(**{"family": "qa", "axis": (0,)} | options)
+
+
+def test_template_faults():
+    for name in ("question", "answer", "context"):
+        with pytest.raises(ValueError, match=f"template.{name} is 'no place'.*{{{name}}} in it, once"):
+            Template(**{name: "no place"})
+    with pytest.raises(ValueError, match=r"template.question is '{question} \{' .*write a brace of the text twice"):
+        Template(question="{question} {")
+
+
+def test_data_faults(qa, tmp_path):
+    with pytest.raises(ValueError, match="the qa family needs data"):
+        next(measure(TaskConfig("qa", (0,)), 0, Scripted()))
+    with pytest.raises(FileNotFoundError, match="nowhere: no such file, and no directory with test.jsonl"):
+        next(measure(TaskConfig("qa", (0,), tmp_path / "nowhere"), 0, Scripted()))
+    with pytest.raises(ValueError, match="samples is 13 and there are 12 records"):
+        next(measure(TaskConfig("qa", (0,), qa, samples=13), 0, Scripted()))
+    with pytest.raises(ValueError, match=r"1 is not on the axis \[0\]"):
+        next(measure(TaskConfig("qa", (0,), qa), 1, Scripted()))
+
+
+def icl_model():
+    """Prefers the label whose demonstrations it saw, in proportion; and 'maybe so' where there is nothing to see."""
+
+    def log_prob(prompt, continuation):
+        if text(prompt.ids) == "Input: \nLabel:":
+            return {" no": -6.0, " yes": -3.0, " maybe so": -0.5}[continuation]
+        return -len(continuation) + whole_text(prompt).count(f"Label:{continuation}\n")
+
+    return Scripted(log_prob=log_prob)
+
+
+@pytest.fixture
+def icl(tmp_path):
+    """Labels are words of the text. Half of the training set says yes, and a tenth no."""
+    labels = ["yes", "maybe so", "yes", "maybe so", "yes", "no", "yes", "maybe so", "yes", "maybe so"]
+    for name, count in ("train", 60), ("test", 10):
+        lines = [
+            {"question": f"{name} {n}", "answers": [labels[n % 10]], "choices": ["yes", "no", "maybe so"]}
+            for n in range(count)
+        ]
+        write(tmp_path / f"{name}.jsonl", lines)
+    return tmp_path
+
+
+def test_icl(icl):
+    asked = {}
+    for axis in (0, 3, 7):
+        model = icl_model()
+        config = TaskConfig("icl", (0, 3, 7), icl, samples=6)
+        results = list(measure(config, axis, model))
+        domain = [prompt for prompt in model.asked if text(prompt.ids) == "Input: \nLabel:"]
+        assert len(domain) == 1  # the choices are the same: they are asked for once
+        assert not domain[0].contexts
+        asked[axis] = [prompt for prompt in model.asked if prompt is not domain[0]]
+        for result, prompt in zip(results, asked[axis], strict=True):
+            assert len(prompt.contexts) == axis
+            shown = whole_text(prompt).split("Input: ")[1:-1]
+            assert len(shown) == 2 + axis
+            assert len(set(shown)) == len(shown)
+            assert all(one.startswith("train ") and one.endswith("\n\n") for one in shown)
+            counts = [sum(f"Label: {label}\n" in one for one in shown) for label in ("yes", "no", "maybe so")]
+            assert max(counts) - min(counts) <= 1  # balanced, though the training set is not
+            sums = [count - len(label) - 1 for count, label in zip(counts, ("yes", "no", "maybe so"), strict=True)]
+            assert result["log_probs"] == sums
+            found = values(config, json.loads(json.dumps(result)))
+            best = lambda scores: ["yes", "no", "maybe so"][scores.index(max(scores))]  # noqa: E731
+            (answer,) = result["answers"]
+            per_token = [score / length for score, length in zip(sums, (4, 3, 9), strict=True)]
+            calibrated = [score - base for score, base in zip(sums, (-3, -6, -0.5), strict=True)]
+            assert found == {
+                "accuracy": best(sums) == answer,
+                "accuracy_normalised": best(per_token) == answer,
+                "accuracy_calibrated": best(calibrated) == answer,
+            }
+    for few, many in (0, 3), (3, 7):  # more demonstrations are more of the same
+        assert [p.ids for p in asked[few]] == [p.ids for p in asked[many]]
+        assert [p.contexts for p in asked[few]] == [p.contexts[:few] for p in asked[many]]
+
+
+def test_icl_needs_choices(icl):
+    write(icl / "test.jsonl", [{"question": "Q", "answers": ["yes"]}])
+    with pytest.raises(ValueError, match="record 1 has no choices: the icl family compares them"):
+        next(measure(TaskConfig("icl", (0,), icl), 0, icl_model()))
