@@ -5,7 +5,7 @@ from pathlib import Path
 
 import sentencepiece
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 TEXTS = [
     "def f(x):\n    return x + 1\n\n\n# what is it? It is a test.\n" * 9,
@@ -74,7 +74,7 @@ LLAMA_3 = """{{- bos_token }}
 
 
 def byte_level(path: Path, special: Sequence[str] = ("<s>", "</s>"), vocab_size: int = 320, texts=TEXTS) -> Path:
-    """A tokenizer.json at `path`, of the kind that Llama 3 and SmolLM2 have."""
+    """A tokenizer.json at `path`, of the kind that Llama 3 has: texts begin with the first special token."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -82,6 +82,9 @@ def byte_level(path: Path, special: Sequence[str] = ("<s>", "</s>"), vocab_size:
     options = {"initial_alphabet": alphabet, "show_progress": False}
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=list(special), **options)
     tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=[special[0], "$A"], special_tokens=[(special[0], tokenizer.token_to_id(special[0]))]
+    )
     tokenizer.save(str(path))
     return path
 

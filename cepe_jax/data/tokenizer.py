@@ -18,6 +18,7 @@ class Tokenizer:
     """One tokenizer for decoder and encoder.
 
     `vocab_size` ids; `bos_id` and `eos_id`; `mask_id` = vocab_size is the encoder's extra id: no text contains it.
+    `begin`: the ids that stand before every text that the model reads, as Hugging Face's say: BOS, or nothing.
     `special`: ids by name of the tokens that tokenizer.json or tokenizer_config.json calls special. Written out in a
     text they are text, but for `encode_special`. An added token that neither calls special is a word like others to
     `encode`; as a template may mark turns with it, `escaped` takes it apart, unless it is white space.
@@ -38,6 +39,7 @@ class Tokenizer:
         self.path = path
         self._impl = _HuggingFace(path) if path.suffix == ".json" else _SentencePiece(path)
         self.vocab_size, self.bos_id, self.eos_id = self._impl.vocab_size, self._impl.bos_id, self._impl.eos_id
+        self.begin: list[int] = self._impl.begin
         self.special: dict[str, int] = self._impl.special
         self._single = sorted(name for name in self._impl.names if len(name) == 1)
         self._first = _first_characters(self._impl.names)
@@ -156,6 +158,7 @@ class _SentencePiece:
         self.bos_id, self.eos_id = self.processor.bos_id(), self.processor.eos_id()
         if min(self.bos_id, self.eos_id) < 0:
             raise ValueError(f"{path}: has no begin- or end-of-sequence piece: train one with both")
+        self.begin = [self.bos_id] * settings_beside(path).get("add_bos_token", True)  # Llama's default
         self.decode = self.processor.decode
         self._newline = self._newline_prefix()
         piece = self.processor.id_to_piece
@@ -249,6 +252,8 @@ class _HuggingFace:
         self.tokenizer.no_truncation()
         self.vocab_size = self.tokenizer.get_vocab_size(with_added_tokens=True)
         self.bos_id, self.eos_id = self._ends(path)
+        whole = self.tokenizer.encode("a", add_special_tokens=True)  # as the file's own post-processor says
+        self.begin = whole.ids[: len(list(itertools.takewhile(bool, whole.special_tokens_mask)))]
         added = self.tokenizer.get_added_tokens_decoder()
         beside = {n: facts for n, facts in _added_beside(path).items() if self.tokenizer.token_to_id(n) == facts[0]}
         self.special = {self.tokenizer.id_to_token(i): i for i in (self.bos_id, self.eos_id)}

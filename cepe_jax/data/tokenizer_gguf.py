@@ -33,6 +33,8 @@ def write(found: dict[str, Any], template: str | None, to: Path, where: str) -> 
     settings = {ours: found["tokens"][i] for ours, i in ids.items()}
     if template is not None:
         settings["chat_template"] = template
+    if found["model"] == "llama":
+        settings["add_bos_token"] = found.get("add_bos_token", True)
     if found["model"] == "gpt2":
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # which takes tokenizer.json as it is
         try:
@@ -45,7 +47,7 @@ def write(found: dict[str, Any], template: str | None, to: Path, where: str) -> 
 
 
 def _byte_level(found: dict[str, Any]):
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
     pattern = CUTS[found["pre"]]
     merges = [tuple(merge.split(" ")) for merge in found["merges"]]
@@ -61,6 +63,9 @@ def _byte_level(found: dict[str, Any]):
     for kind, add in (CONTROL, tokenizer.add_special_tokens), (USER_DEFINED, tokenizer.add_tokens):
         names = [token for token, its in zip(found["tokens"], found["token_type"], strict=True) if its == kind]
         add([AddedToken(name, normalized=False) for name in names])
+    if found.get("add_bos_token", found["pre"] == "llama-bpe"):  # llama.cpp's own defaults
+        bos = found["tokens"][found["bos_token_id"]], found["bos_token_id"]
+        tokenizer.post_processor = processors.TemplateProcessing(single=[bos[0], "$A"], special_tokens=[bos])
     return tokenizer
 
 

@@ -70,18 +70,18 @@ class DecoderReader:
         return score(self.model, self._ids(prompt, longest(continuations)), continuations)
 
     def _ids(self, prompt: Prompt, new: int) -> list[int]:
-        """What it reads of the text: where the text begins with BOS, so does this."""
-        ids, begin = one_text(prompt, self.tokenizer.bos_id)
+        """What it reads of the text: where the text begins as its tokenizer says, so does this."""
+        ids, begin = one_text(prompt, self.tokenizer.begin)
         room = room_beside(new, self.window)
         if room is None or len(ids) <= room:
             return ids
         return ids[:begin] + ids[len(ids) - (room - begin) :]
 
 
-def one_text(prompt: Prompt, bos_id: int) -> tuple[list[int], int]:
-    """The contexts and then the ids, and how many of them are BOS: it stands first where the ids begin with it."""
-    begin = int(len(prompt.ids) > 0 and prompt.ids[0] == bos_id)
-    return [*prompt.ids[:begin], *(i for context in prompt.contexts for i in context), *prompt.ids[begin:]], begin
+def one_text(prompt: Prompt, begin: list[int]) -> tuple[list[int], int]:
+    """The contexts and then the ids, and how many of them are `begin`: it stays first where the ids begin with it."""
+    head = len(begin) if list(prompt.ids[: len(begin)]) == begin else 0
+    return [*prompt.ids[:head], *(i for context in prompt.contexts for i in context), *prompt.ids[head:]], head
 
 
 def longest(continuations: Sequence[Sequence[int]]) -> int:

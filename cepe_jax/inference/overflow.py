@@ -2,8 +2,10 @@
 
 import bisect
 import itertools
+import os
 import re
-from typing import Literal
+from collections.abc import Sequence
+from typing import Literal, get_args
 
 from cepe_jax.checks import check_chunk_length
 from cepe_jax.data.tokenizer import Tokenizer
@@ -44,33 +46,97 @@ def by_passages(text: str, tokenizer: Tokenizer, room: int) -> tuple[list[str], 
     return passages[:first], rest(first)
 
 
-def room_beside(max_new_tokens: int, window: int) -> int:
-    """How many tokens of a prompt fit into the window with BOS and so many new ones; ValueError for none."""
-    room = window - max_new_tokens - 1
-    if room < 1:
+def check_window(window: int | None) -> None:
+    """ValueError where nothing says how much fits."""
+    if window is None:
         raise ValueError(
-            f"{max_new_tokens} new tokens and BOS leave nothing of the window's {window} for a prompt: ask for fewer"
+            "nothing says how many tokens the decoder reads at most: give window, or in the model's config.json "
+            "max_position_embeddings"
         )
-    return room
+
+
+def begun(text: str, tokenizer: Tokenizer) -> list[int]:
+    """The ids of the text after what a text begins with; BOS where that is nothing at all: a decoder reads a token."""
+    return [*tokenizer.begin, *tokenizer.encode(text)] or [tokenizer.bos_id]
 
 
 def fit(
-    prompt: str,
-    tokenizer: Tokenizer,
-    window: int,
-    max_new_tokens: int,
-    overflow: Literal["truncate_left", "passages"],
-    chunk_length: int,
+    prompt: str, tokenizer: Tokenizer, window: int | None, max_new_tokens: int, overflow: Overflow, chunk_length: int
 ) -> tuple[list[list[int]], list[int]]:
-    """(contexts, BOS and the ids that the decoder reads): with the new tokens they fit into the window.
+    """(contexts, ids that the decoder reads): with the new tokens they fit into the window, unless `overflow` is error.
 
     ValueError where nothing of the prompt would be left.
     """
-    check_chunk_length(chunk_length)
-    room = room_beside(max_new_tokens, window)
+    if not _moves(overflow, window, chunk_length):
+        return [], begun(prompt, tokenizer)
+    room = _room_beside(max_new_tokens, window, tokenizer)
     if overflow == "truncate_left":
         contexts, ids = truncate_left(tokenizer.encode(prompt), room, chunk_length)
     else:
         texts, ids = by_passages(prompt, tokenizer, room)
         contexts = [tokenizer.encode(text) for text in texts]
-    return contexts, [tokenizer.bos_id, *ids]
+    return contexts, [*tokenizer.begin, *ids] or [tokenizer.bos_id]
+
+
+def fit_continued(
+    prompt: str,
+    continuations: Sequence[str],
+    tokenizer: Tokenizer,
+    window: int | None,
+    overflow: Overflow,
+    chunk_length: int,
+) -> tuple[list[list[int]], list[int], list[list[int]]]:
+    """(contexts, ids that the decoder reads, ids of each continuation): the longest one fits into the window beside.
+
+    The prompt is tokenised with each continuation. All continuations begin where the first of them changes the
+    prompt's tokens, and no later than spaces at its end: with what is read before, the ids of each are those of the
+    whole text. ValueError for an empty continuation, and where they do not fit.
+    """
+    for number, continuation in enumerate(continuations):
+        if not continuation:
+            raise ValueError(f"continuation {number} is empty: leave it out")
+    contexts, (before, after) = [], _cut(prompt, continuations, tokenizer)
+    if _moves(overflow, window, chunk_length):
+        room = _room_beside(max(map(len, after)), window, tokenizer)
+        if overflow == "truncate_left":
+            begin = len(tokenizer.begin)
+            contexts, rest = truncate_left(before[begin:], room, chunk_length)
+            before = [*before[:begin], *rest]
+        else:
+            texts, _ = by_passages(prompt.rstrip(), tokenizer, room)
+            contexts = [tokenizer.encode(text) for text in texts]
+            before, after = _cut(prompt[sum(map(len, texts)) :], continuations, tokenizer)
+    for number, ids in enumerate(after):
+        if window is not None and len(before) + len(ids) > window:
+            raise ValueError(
+                f"prompt and continuation {number} have {len(before) + len(ids)} tokens and the window {window}: "
+                f"shorten the prompt, or move its beginning into the context, as an overflow mode does"
+            )
+    return contexts, before, after
+
+
+def _moves(overflow: Overflow, window: int | None, chunk_length: int) -> bool:
+    """Whether this mode may give a part of the prompt to the encoder; ValueError where it cannot know which."""
+    if overflow not in get_args(Overflow):
+        raise ValueError(f"overflow {overflow!r}: choose {', '.join(get_args(Overflow))}")
+    if overflow == "error":
+        return False
+    check_window(window)
+    check_chunk_length(chunk_length)
+    return True
+
+
+def _room_beside(new: int, window: int, tokenizer: Tokenizer) -> int:
+    """How many tokens of a prompt fit into the window with what a text begins with and so many new ones."""
+    room = window - new - len(tokenizer.begin)
+    if room < 1:
+        bos = " and BOS" if tokenizer.begin else ""
+        raise ValueError(f"{new} new tokens{bos} leave nothing of the window's {window} for a prompt: ask for fewer")
+    return room
+
+
+def _cut(prompt: str, continuations: Sequence[str], tokenizer: Tokenizer) -> tuple[list[int], list[list[int]]]:
+    """The ids that all wholes of prompt and continuation begin with, BOS for none, and what follows them in each."""
+    wholes = [begun(prompt + continuation, tokenizer) for continuation in continuations]
+    before = os.path.commonprefix([begun(prompt.rstrip(), tokenizer), *wholes])
+    return before or [tokenizer.bos_id], [whole[len(before) :] for whole in wholes]

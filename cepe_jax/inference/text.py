@@ -1,11 +1,10 @@
 """Text in, text out: a model with its tokenizer, over contexts of any length."""
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 
@@ -14,7 +13,7 @@ from cepe_jax.data.tokenizer import Tokenizer
 from cepe_jax.inference.chat import MAX_NEW_TOKENS, Chat
 from cepe_jax.inference.context import ContextCache, Memory, encode, identity_of, stacked
 from cepe_jax.inference.generate import GREEDY, Sampling, Score, score, stream
-from cepe_jax.inference.overflow import Overflow, by_passages, fit, room_beside, truncate_left
+from cepe_jax.inference.overflow import Overflow, check_window, fit, fit_continued
 from cepe_jax.inference.streaming import pieces
 from cepe_jax.inference.template import Template
 from cepe_jax.model.cepe import Cepe
@@ -29,7 +28,7 @@ Contexts = ContextCache | Sequence[ContextCache] | None
 
 @dataclass(frozen=True, eq=False)
 class TextModel:
-    """What the decoder reads begins with BOS; contexts do not. A text ends before the first of `stop_ids`."""
+    """What the decoder reads begins as the tokenizer says; contexts do not. A text ends before one of `stop_ids`."""
 
     model: Cepe | Llama = field(repr=False)
     tokenizer: Tokenizer
@@ -108,40 +107,21 @@ class TextModel:
     ) -> list[Score]:
         """How probable each text is after the prompt; prompt and context are read once.
 
-        The prompt is tokenised with each continuation. All continuations begin where the first of them changes the
-        prompt's tokens, and no later than spaces at its end: with what is read before, the ids of each are those of
-        the whole text. `overflow` as for `generate`: the longest continuation is what must fit beside the prompt.
+        `overflow` as for `generate`: the longest continuation is what must fit beside the prompt; where continuations
+        begin within its last token, `fit_continued` says.
         """
-        for number, continuation in enumerate(continuations):
-            if not continuation:
-                raise ValueError(f"continuation {number} is empty: leave it out")
         if not continuations:
             return []
-        before, after = self._cut(prompt, continuations)
-        if self._splits(overflow):
-            room = room_beside(max(map(len, after)), self.window)
-            if overflow == "truncate_left":
-                moved, rest = truncate_left(before[1:], room, chunk_length)
-                before = [before[0], *rest]
-            else:
-                texts, _ = by_passages(prompt.rstrip(), self.tokenizer, room)
-                moved = [self.tokenizer.encode(text) for text in texts]
-                before, after = self._cut(prompt[sum(map(len, texts)) :], continuations)
-            context = self._with(context, moved, chunk_length)
-        for number, ids in enumerate(after):
-            if self.window is not None and len(before) + len(ids) > self.window:
-                raise ValueError(
-                    f"prompt and continuation {number} have {len(before) + len(ids)} tokens and the window "
-                    f"{self.window}: shorten the prompt, or move its beginning into the context, as an overflow mode "
-                    f"does"
-                )
+        fitted = fit_continued(prompt, continuations, self.tokenizer, self.window, overflow, chunk_length)
+        moved, before, after = fitted
+        context = self._with(context, moved, chunk_length)
         return score(self.model, before, after, *self._memory([context]))
 
     def chat(
         self, system: str | None = None, context: ContextCache | None = None, *, chunk_length: int = CHUNK_LENGTH
     ) -> Chat:
         """A conversation by the chat template beside the tokenizer; of any length where there is an encoder."""
-        self._check_window()
+        check_window(self.window)
         if context is None and isinstance(self.model, Cepe):
             context = ContextCache(self.identity)
         elif context is not None:
@@ -164,42 +144,18 @@ class TextModel:
         contexts = [context] * len(prompts) if shared else list(context)
         if len(contexts) != len(prompts):
             raise ValueError(f"{len(contexts)} contexts for {len(prompts)} prompts: give one, or one for each")
-        splits, rows = self._splits(overflow), []
+        rows = []
         for row, prompt in enumerate(prompts):
-            if not splits:
-                rows.append(self.tokenizer.encode(prompt, bos=True))
-                continue
             moved, read = fit(prompt, self.tokenizer, self.window, max_new_tokens, overflow, chunk_length)
             rows.append(read)
             contexts[row] = self._with(contexts[row], moved, chunk_length)
         return rows, self._memory(contexts)
-
-    def _check_window(self) -> None:
-        if self.window is None:
-            raise ValueError(
-                "nothing says how many tokens the decoder reads at most: give window, or in the model's config.json "
-                "max_position_embeddings"
-            )
-
-    def _splits(self, overflow: Overflow) -> bool:
-        """Whether this mode may give a part of the prompt to the encoder."""
-        if overflow not in get_args(Overflow):
-            raise ValueError(f"overflow {overflow!r}: choose {', '.join(get_args(Overflow))}")
-        if overflow != "error":
-            self._check_window()
-        return overflow != "error"
 
     def _with(self, context: ContextCache | None, moved: list[list[int]], chunk_length: int) -> ContextCache | None:
         if not moved:
             return context
         more = encode(self.model, moved, self.identity, chunk_length)
         return more if context is None else context + more
-
-    def _cut(self, prompt: str, continuations: Sequence[str]) -> tuple[list[int], list[list[int]]]:
-        """BOS and the ids that all wholes of prompt and continuation begin with, and what follows them in each."""
-        wholes = [self.tokenizer.encode(prompt + continuation, bos=True) for continuation in continuations]
-        before = os.path.commonprefix([self.tokenizer.encode(prompt.rstrip(), bos=True), *wholes])
-        return before, [whole[len(before) :] for whole in wholes]
 
     def _memory(self, contexts: list[ContextCache | None]) -> Memory:
         for context in contexts:

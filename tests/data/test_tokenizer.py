@@ -87,6 +87,35 @@ def test_begin_and_end(tokenizer):
     assert tokenizer.decode([tokenizer.vocab_size, *plain, tokenizer.mask_id, 99_999]) == "a b"
 
 
+@pytest.mark.parametrize("begins", [True, False])
+@pytest.mark.parametrize("kind", ["tokenizer.model", "tokenizer.json"])
+def test_what_a_text_begins_with(tmp_path, kind, begins):
+    """As tokenizer.json says itself, and the settings beside a SentencePiece model: what transformers puts there."""
+    model = as_llama_2(tmp_path / "tokenizer.model")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    if kind == "tokenizer.json":
+        library = tokenizers.Tokenizer.from_file(str(to_tokenizers(model, tmp_path / kind)))
+        model.unlink()
+        if begins:
+            library.post_processor = tokenizers.processors.TemplateProcessing(
+                single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+            )
+            library.save(str(tmp_path / kind))
+    else:
+        settings["add_bos_token"] = begins
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    ours = Tokenizer(tmp_path)
+    assert ours.begin == [1] * begins
+    theirs = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(tmp_path)
+    ends = [2] * (begins and kind == "tokenizer.json")
+    assert theirs("It is")["input_ids"] == ours.begin + ours.encode("It is") + ends
+
+
+def test_a_text_begins_with_bos_where_nothing_says_otherwise(tmp_path):
+    assert Tokenizer(as_llama_2(tmp_path / "tokenizer.model")).begin == [1]
+
+
 def test_special_tokens_in_a_text_are_text(tokenizer):
     for name in SPECIAL:
         for text in (name, f"x{name}y", f" {name} "):

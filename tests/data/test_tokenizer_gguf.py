@@ -79,6 +79,7 @@ def test_where_digits_are_cut(tmp_path):
     metadata["tokens"][-1], metadata["token_type"][-1] = UNMERGED, 1
     write(metadata, None, tmp_path, "x.gguf")
     assert 360 not in Tokenizer(tmp_path).encode("a zebra")
+    assert Tokenizer(tmp_path).begin == []
     parts = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json")).pre_tokenizer.pre_tokenize_str
     assert [part for part, _ in parts("in   19 a  b\n\n 7")] == [
         *("in", "ĠĠĠ", "1", "9", "Ġa", "Ġ", "Ġb", "ĊĊĠ", "7"),
@@ -91,6 +92,7 @@ def test_llama_3(tmp_path):
     metadata = metadata_of(tmp_path / "original.json") | {"pre": "llama-bpe"}
     metadata["tokens"][-1], metadata["token_type"][-1] = UNMERGED, 1
     write(metadata, None, tmp_path, "x.gguf")
+    assert Tokenizer(tmp_path).begin == [1]  # llama.cpp's default for these
     library = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     parts = [part for part, _ in library.pre_tokenizer.pre_tokenize_str("WE'LLpay  12345.67\n\n\tnow!!\n x")]
     assert parts == ["WE", "'LL", "pay", "Ġ", "Ġ", "123", "45", ".", "67", "ĊĊ", "ĉnow", "!!Ċ", "Ġx"]
@@ -113,6 +115,23 @@ def test_sentencepiece(prefix, tmp_path):
         assert ours.encode(text) == original.encode(text)
         assert ours.decode(ours.encode(text)) == original.decode(original.encode(text))
     assert json.loads((tmp_path / "tokenizer_config.json").read_text())["chat_template"] == CHATML
+    assert ours.begin == [1]
+    write(metadata | {"add_bos_token": False}, None, tmp_path, "x.gguf")
+    assert Tokenizer(tmp_path).begin == []
+
+
+@pytest.mark.parametrize("pre", ["smollm", "llama-bpe"])
+@pytest.mark.parametrize("says", [True, False])
+def test_what_a_text_begins_with(pre, says, tmp_path):
+    """As the file says, in transformers too."""
+    byte_level(None, tmp_path / "original.json")
+    metadata = metadata_of(tmp_path / "original.json") | {"pre": pre, "add_bos_token": says}
+    write(metadata, None, tmp_path, "x.gguf")
+    ours = Tokenizer(tmp_path)
+    assert ours.begin == [1] * says
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    theirs = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs("It is")["input_ids"] == ours.begin + ours.encode("It is")
 
 
 def test_a_gguf_file_is_no_tokenizer(tmp_path):

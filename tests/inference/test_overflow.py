@@ -7,9 +7,9 @@ import pytest
 from texts import TEXTS
 
 from cepe_jax.data.tokenizer_training import train
-from cepe_jax.inference.overflow import by_passages, fit, passages_of, truncate_left
+from cepe_jax.inference.overflow import by_passages, fit, fit_continued, passages_of, truncate_left
 
-LETTERS = SimpleNamespace(encode=lambda text: [ord(letter) for letter in text], bos_id=-1)
+LETTERS = SimpleNamespace(encode=lambda text: [ord(letter) for letter in text], bos_id=-1, begin=[-1])
 
 
 def test_truncate_left():
@@ -71,6 +71,26 @@ def test_fit(tmp_path, mode):
         if contexts and mode == "truncate_left":
             assert 1 + len(ids) + new == window
     assert 20 < cut < 100
+
+
+def test_a_tokenizer_that_puts_nothing_before_a_text():
+    """The window is the text's alone, and BOS is read where there is nothing else."""
+    plain = SimpleNamespace(encode=LETTERS.encode, bos_id=-1, begin=[])
+    assert fit("abcdef", plain, 6, 2, "truncate_left", 8) == ([LETTERS.encode("ab")], LETTERS.encode("cdef"))
+    assert fit("", plain, 6, 2, "passages", 8) == fit("", plain, None, 2, "error", 8) == ([], [-1])
+    assert fit_continued("ab", ["cd", "ce"], plain, 4, "error", 8) == ([], [97, 98], [[99, 100], [99, 101]])
+    assert fit_continued("", ["cd", "ce"], plain, 3, "error", 8) == ([], [-1], [[99, 100], [99, 101]])
+    assert fit_continued("abc", ["d"], plain, 3, "truncate_left", 8) == ([[97]], [98, 99], [[100]])
+
+
+def test_continuations_beside_begin():
+    assert fit_continued("abc", ["d", "efg"], LETTERS, 6, "truncate_left", 1) == (
+        *([[97]], [-1, 98, 99], [[100], [101, 102, 103]]),
+    )
+    with pytest.raises(ValueError, match="prompt and continuation 1 have 7 tokens and the window 6: shorten"):
+        fit_continued("abc", ["d", "efg"], LETTERS, 6, "error", 1)
+    with pytest.raises(ValueError, match="continuation 1 is empty: leave it out"):
+        fit_continued("abc", ["d", ""], LETTERS, 6, "error", 1)
 
 
 def test_no_room():

@@ -53,6 +53,7 @@ def test_config_and_size(ours):
 def test_ids_are_those_of_llama_cpp(ours, tmp_path):
     tokenizer = Tokenizer(ours)
     assert tokenizer.encode(PROBE) == OWN_IDS
+    assert tokenizer.begin == []  # the file says add_bos_token false
     assert tokenizer.decode(OWN_IDS) == PROBE
     found = Gguf(FILE).metadata
     found = {key.removeprefix("tokenizer.ggml."): value for key, value in found.items()} | {"pre": "llama-bpe"}
