@@ -12,7 +12,7 @@ from cepe_jax.evaluation.records import Demonstration, Record
 
 @dataclass(frozen=True)
 class Parts:
-    """`text` for the decoder. `contexts` stand before it, one for the encoder each, and end where the next can begin."""
+    """`text` for the decoder; `contexts`, each for the encoder by itself, stand before it: the last ends with a break."""
 
     text: str
     contexts: tuple[str, ...] = ()
