@@ -26,7 +26,7 @@ def whole_text(prompt: Prompt) -> str:
 
 
 class Scripted:
-    """`says`: what it writes after a prompt. `log_prob`: of a continuation's text after a prompt, on its last letter."""
+    """`says` what it writes after a prompt. `log_prob`: of a continuation's text after a prompt, on its last letter."""
 
     tokenizer = Letters()
     stop_ids = (2,)

@@ -12,7 +12,7 @@ from cepe_jax.evaluation.records import Demonstration, Record
 
 @dataclass(frozen=True)
 class Parts:
-    """`text` for the decoder; `contexts`, each for the encoder by itself, stand before it: the last ends with a break."""
+    """`text` for the decoder. `contexts`, each for the encoder by itself, stand before it and bring what parts them."""
 
     text: str
     contexts: tuple[str, ...] = ()
