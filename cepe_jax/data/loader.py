@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import grain
 
 Stage = Literal["lm", "mlm", "warmup", "cepe", "ceped"]
+ENDLESS = 1 << 40  # batches; what repeats for ever has more, and Grain counts in floats, which round above its integers
 
 
 class Sequences:
@@ -210,7 +211,8 @@ def batches(
         number, place = divmod(index, len(rows))
         return data[number * batch_size + rows[place]]
 
-    mine = grain.MapDataset.range(len(data) // batch_size * len(rows)).map(example).batch(len(rows))[first:]
+    count = min(len(data) // batch_size, ENDLESS) * len(rows)
+    mine = grain.MapDataset.range(count).map(example).batch(len(rows))[first:]
     ahead = mine.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8))
     if workers:
         from absl import flags

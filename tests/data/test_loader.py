@@ -93,6 +93,14 @@ def test_hosts_share_the_global_batch(home, stage):
         assert same(wanted[2:], take(data, 4, batch=8, rows=held, first=2))
 
 
+def test_a_batch_of_one(home):
+    """Also of a single dataset, which then has as many batches as an integer of Grain's can count."""
+    data = mixture(home, "cepe", mix={"a": 1.0})
+    (pair,) = take(data, 1, batch=2)
+    wanted = [{name: array[[row]] for name, array in pair.items()} for row in range(2)]
+    assert same(wanted, take(data, 2, batch=1))
+
+
 @pytest.mark.parametrize("first", range(9))
 def test_resuming_repeats_and_skips_nothing(home, first):
     data = mixture(home, "cepe")
