@@ -157,6 +157,17 @@ ENCODERS = {
     "mlm_large": EncoderConfig(
         vocab_size=32_001, width=1024, num_layers=24, num_heads=16, num_kv_heads=16, head_dim=64, mlp_width=4096
     ),
+    "smollm2_57m": EncoderConfig(  # as wide as smollm2_135m, from whose first layers it can start
+        vocab_size=49_153,
+        width=576,
+        num_layers=8,
+        num_heads=9,
+        num_kv_heads=3,
+        head_dim=64,
+        mlp_width=1536,
+        norm_eps=1e-5,
+        rope=RopeConfig(theta=100_000.0),
+    ),
     "tiny_512": EncoderConfig(  # of the decoder of that name
         vocab_size=2049, width=256, num_layers=6, num_heads=4, num_kv_heads=4, head_dim=64, mlp_width=1024
     ),
