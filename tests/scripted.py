@@ -12,6 +12,7 @@ BOS = 1
 
 class Letters:
     bos_id = BOS
+    begin = (BOS,)
 
     def encode(self, text: str, bos: bool = False) -> list[int]:
         return [BOS] * bos + [ord(letter) for letter in text]

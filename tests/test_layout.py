@@ -74,6 +74,7 @@ def test_config_knows_nothing_of_ours():
 def test_libraries_stay_in_their_room():
     assert users("torch") <= {"cepe_jax.weights.huggingface", "cepe_jax.weights.files"}
     assert users("gguf") == {"cepe_jax.weights.gguf"}
+    assert users("lm_eval") <= {"cepe_jax.evaluation.adapters", "cepe_jax.evaluation.harness"}
     assert users("orbax") <= {"cepe_jax.weights.checkpoint"}
     of_data = "grain", "array_record", "tensorflow_datasets", "bm25s", "backports", "sentencepiece", "tokenizers"
     assert all(m.startswith("cepe_jax.data.") for m in users(*of_data))
