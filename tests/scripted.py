@@ -12,10 +12,10 @@ BOS = 1
 
 class Letters:
     bos_id = BOS
-    begin = (BOS,)
+    begin = [BOS]
 
-    def encode(self, text: str, bos: bool = False) -> list[int]:
-        return [BOS] * bos + [ord(letter) for letter in text]
+    def encode(self, text: str) -> list[int]:
+        return [ord(letter) for letter in text]
 
     def decode(self, ids) -> str:
         return "".join(chr(i) for i in ids if i != BOS)

@@ -1,8 +1,6 @@
 """What of a record the decoder reads and what the encoder, in the words of a template."""
 
 import dataclasses
-import random
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,57 +15,6 @@ class Parts:
     text: str
     contexts: tuple[str, ...] = ()
     scores: tuple[float, ...] | None = None
-
-
-def generator(*names) -> random.Random:
-    """Random numbers that are a function of these names: a seed, and the id of a record."""
-    return random.Random("\n".join(map(repr, names)))
-
-
-def chosen(records: Sequence[Record], samples: int | None, seed: int) -> list[Record]:
-    """So many records (None: all), the same for a seed in whatever order they come."""
-    if samples is not None and samples > len(records):
-        raise ValueError(f"samples is {samples} and there are {len(records)} records: ask for fewer, or leave it out")
-    drawn = sorted(records, key=lambda record: (generator(seed, record.id).random(), record.id))
-    return drawn[:samples]
-
-
-def as_demonstration(record: Record) -> Demonstration:
-    """The record with the first of its answers and the best of its contexts."""
-    return Demonstration(record.question, record.answers[0], record.contexts[:1])
-
-
-def groups_of(demonstrations: Sequence[Demonstration]) -> list[list[Demonstration]]:
-    """Those with one answer together; of those with one question the first."""
-    groups = defaultdict(list)
-    for demonstration in {d.question: d for d in reversed(demonstrations)}.values():
-        groups[demonstration.answer].append(demonstration)
-    return list(groups.values())
-
-
-def draw(groups: list[list[Demonstration]], count: int, record: Record, seed: int) -> list[Demonstration]:
-    """`count` different demonstrations, no answer oftener than another by more than one while there are such.
-
-    None asks what the record asks. They are a function of the seed and the record's id.
-    """
-    rng, asked = generator(seed, record.id, "demonstrations"), {record.question}
-    drawn: list[Demonstration] = []
-    left = dict(enumerate(groups))
-    while len(drawn) < count:
-        if not left:
-            raise ValueError(
-                f"record {record.id}: {count} demonstrations are asked for and {len(drawn)} can be drawn: give more, "
-                f"or ask for fewer"
-            )
-        for number in rng.sample(list(left), min(len(left), count - len(drawn))):
-            some = rng.sample(left[number], min(len(left[number]), len(asked) + 1))  # one of them is not asked yet
-            found = next((demonstration for demonstration in some if demonstration.question not in asked), None)
-            if found is None:
-                del left[number]
-                continue
-            asked.add(found.question)
-            drawn.append(found)
-    return drawn
 
 
 def qa(record: Record, template: Template, shown: Sequence[Demonstration], passages: int, further: int) -> Parts:
@@ -90,15 +37,17 @@ def qa(record: Record, template: Template, shown: Sequence[Demonstration], passa
 
 def icl(record: Record, template: Template, shown: Sequence[Demonstration], in_decoder: int) -> Parts:
     """The first demonstrations and the question; each further one for the encoder by itself."""
+    if not record.choices:
+        raise ValueError(f"record {record.id} has no choices: the icl family compares them, give them")
     texts = [template.answered(demonstration) for demonstration in shown]
     text = _joined(template.instruction, *texts[:in_decoder], template.asked(record.question))
     return Parts(text, tuple(context + BETWEEN for context in texts[in_decoder:]))
 
 
-def document(record: Record, template: Template) -> Parts:
-    """The whole: what is to be read, what is to be done with it, and the question, to be cut by the window."""
+def document(record: Record, template: Template) -> tuple[str, str]:
+    """What is to be read, and what is asked of it, which follows: the instruction and the question."""
     read = map(template.read, record.contexts)
-    return Parts(_joined(*read, template.instruction, template.asked(record.question)))
+    return _joined(*read) + BETWEEN, _joined(template.instruction, template.asked(record.question))
 
 
 def _joined(*parts: str) -> str:

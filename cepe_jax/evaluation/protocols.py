@@ -63,5 +63,5 @@ PROTOCOLS = {
         max_new_tokens=50,
         stop=("\n",),
     ),
-    "synthetic": Protocol(Template(), ("match_all", "match_part"), max_new_tokens=128),
+    "synthetic": Protocol(Template(question="Question: {question}"), ("match_all", "match_part"), max_new_tokens=128),
 }

@@ -1,19 +1,21 @@
 """Questions that a model answers beside contexts: open-domain QA, in-context learning, long documents, needles."""
 
 import dataclasses
-import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from cepe_jax.checks import check_chunk_length
 from cepe_jax.data.tokenizer import Tokenizer
-from cepe_jax.evaluation import prompts
+from cepe_jax.evaluation import prompts, synthetic
 from cepe_jax.evaluation.language_model import LanguageModel, Prompt, generate
 from cepe_jax.evaluation.metrics import METRICS, accuracies
 from cepe_jax.evaluation.protocols import PROTOCOLS, Protocol, Template
 from cepe_jax.evaluation.records import SUFFIXES, Demonstration, Record, read
+from cepe_jax.evaluation.selection import Groups, as_demonstration, chosen, draw, groups_of
+from cepe_jax.inference.overflow import Overflow, begun, fit, fit_continued
 from cepe_jax.progress import track
 
 
@@ -32,6 +34,13 @@ class TaskConfig:
     seeds: tuple[int, ...] = (42,)  # of the choice of records and demonstrations: each gives `samples` results
     demonstrations: int = 2  # that the decoder reads (qa, icl)
     passages: int = 10  # that the decoder reads (qa)
+    window: int = 2048  # tokens that the decoder reads, with what it writes or chooses (document, synthetic)
+    overflow: Literal["truncate_left", "passages"] = (
+        "truncate_left"  # where what it does not read ends, for the encoder
+    )
+    chunk_length: int = 256  # tokens of a context at most: a longer one is cut
+    kind: synthetic.Kind = "single"  # what is to be found (synthetic)
+    haystack: Path | None = None  # a text file (synthetic); None: sentences made up
     max_new_tokens: int | None = None  # None, here and below: as the protocol of the task has it
     metrics: tuple[str, ...] | None = None
     template: Template | None = None
@@ -41,6 +50,7 @@ class TaskConfig:
             raise ValueError(f"axis is {list(self.axis)}: give different numbers, 0 or more")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds are {list(self.seeds)}: give one or more, all different")
+        check_chunk_length(self.chunk_length)
         for name in ("samples", "max_new_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -65,16 +75,16 @@ def measure(config: TaskConfig, axis: int, model: LanguageModel) -> Iterator[dic
 
     `prediction` is what the model wrote; or of each choice `log_probs` (nats, of all its tokens), `lengths` (tokens)
     and, of the icl family, `domain_log_probs`: after the question's words with an empty input, without demonstrations.
-    `read` counts the tokens of prompt and contexts, `seconds` is the model's time.
+    `read` counts the tokens of prompt and contexts, `seconds` is the model's time; `depths` are those of needles.
     """
     if axis not in config.axis:
         raise ValueError(f"{axis} is not on the axis {list(config.axis)}: add it")
-    protocol, (records, pool) = config.protocol, _load(config)
-    rounds = [(seed, record) for seed in config.seeds for record in prompts.chosen(records, config.samples, seed)]
+    protocol, tokenizer = config.protocol, model.tokenizer
+    rounds, groups = _rounds(config, axis, tokenizer)
     of_domain: dict[tuple[str, ...], list[float]] = {}
     for seed, record in track(rounds, f"{config.family}, {axis}"):
-        prompt, continuations = _prompt(config, axis, record, pool, seed, model.tokenizer)
-        begun = time.monotonic()
+        prompt, continuations = _prompt(config, axis, record, groups, seed, tokenizer)
+        begun_at = time.monotonic()
         if record.choices:
             scores = model.score(prompt, continuations)
             said = {"choices": record.choices, "log_probs": [score.total for score in scores]}
@@ -82,13 +92,14 @@ def measure(config: TaskConfig, axis: int, model: LanguageModel) -> Iterator[dic
         else:
             (text,) = generate(model, [prompt], protocol.max_new_tokens, protocol.stop)
             said = {"prediction": text}
-        seconds = time.monotonic() - begun
+        seconds = time.monotonic() - begun_at
         if config.family == "icl":
             if record.choices not in of_domain:
-                asked = protocol.template.asked("")
-                before, after = _cut(asked, _continuations(record, protocol.template), model.tokenizer)
-                of_domain[record.choices] = [score.total for score in model.score(Prompt(before), after)]
+                _, ids, continuations = _fitted(protocol.template.asked(""), record, config, tokenizer)
+                of_domain[record.choices] = [score.total for score in model.score(Prompt(ids), continuations)]
             said["domain_log_probs"] = of_domain[record.choices]
+        if record.depths:
+            said["depths"] = record.depths
         tokens = len(prompt.ids) + sum(map(len, prompt.contexts))
         known = {"id": f"{seed}:{record.id}", "seed": seed, "answers": record.answers}
         yield {**known, **said, "read": tokens, "seconds": seconds}
@@ -102,55 +113,104 @@ def values(config: TaskConfig, record: dict) -> dict[str, float]:
     return {name: METRICS[name](record["prediction"], record["answers"]) for name in config.protocol.metrics}
 
 
-def _load(config: TaskConfig) -> tuple[list[Record], list[list[Demonstration]]]:
-    """The records, and in groups by answer what demonstrations are drawn from where a record has none."""
+def _rounds(config: TaskConfig, axis: int, tokenizer: Tokenizer) -> tuple[list[tuple[int, Record]], Groups]:
+    """(seed, record) of all that is asked, and what demonstrations are drawn from for records that have none."""
+    if config.family != "synthetic":
+        records, groups = _load(config)
+        return [(seed, record) for seed in config.seeds for record in chosen(records, config.samples, seed)], groups
+    if config.samples is None:
+        raise ValueError("samples is not given: say how many synthetic texts there are to be for each seed")
+    protocol = config.protocol
+    sentences = synthetic.sentences_of(config.haystack) if config.haystack else []
+
+    def tokens_of(record: Record) -> int:
+        return len(begun("".join(prompts.document(record, protocol.template)), tokenizer)) + protocol.max_new_tokens
+
+    rounds = [
+        (seed, synthetic.records(config.kind, axis, config.samples, seed, sentences, tokens_of))
+        for seed in config.seeds
+    ]
+    return [(seed, record) for seed, records in rounds for record in track(records, "make texts", config.samples)], []
+
+
+def _load(config: TaskConfig) -> tuple[list[Record], Groups]:
     if config.data is None:
         raise ValueError(f"the {config.family} family needs data: give a .jsonl file, or a directory with test.jsonl")
     if config.data.is_file():
         return list(read(config.data)), []
-    files = {split: _split(config.data, split) for split in ("test", "train")}
+    files = {split: _file_of(config.data, split) for split in ("test", "train")}
     if files["test"] is None:
         raise FileNotFoundError(f"{config.data}: no such file, and no directory with test.jsonl or test.jsonl.gz")
-    shown = [prompts.as_demonstration(record) for record in read(files["train"])] if files["train"] else []
-    return list(read(files["test"])), prompts.groups_of(shown)
+    shown = [as_demonstration(record) for record in read(files["train"])] if files["train"] else []
+    return list(read(files["test"])), groups_of(shown)
 
 
-def _split(directory: Path, name: str) -> Path | None:
-    return next((path for suffix in SUFFIXES if (path := directory / f"{name}{suffix}").exists()), None)
+def _file_of(directory: Path, split: str) -> Path | None:
+    return next((path for suffix in SUFFIXES if (path := directory / f"{split}{suffix}").exists()), None)
 
 
 def _prompt(
-    config: TaskConfig, axis: int, record: Record, pool: list[list[Demonstration]], seed: int, tokenizer: Tokenizer
+    config: TaskConfig, axis: int, record: Record, groups: Groups, seed: int, tokenizer: Tokenizer
 ) -> tuple[Prompt, list[list[int]]]:
     """What the model is asked, and the ids of each choice after it."""
-    template = config.protocol.template
+    template, scores = config.protocol.template, None
+    if config.family in ("document", "synthetic"):
+        document, asked = prompts.document(record, template)
+        contexts, ids, after = _fitted(document + asked, record, config, tokenizer, config.window, config.overflow)
+        if contexts and len(ids) - len(tokenizer.begin) < (needed := len(tokenizer.encode(asked))):
+            raise ValueError(
+                f"record {record.id}: instruction and question have {needed} tokens, and the decoder's window of "
+                f"{config.window} leaves {len(ids) - len(tokenizer.begin)} for them: raise window"
+            )
+        if config.family == "document":
+            contexts = _last(contexts, axis)
+    else:
+        in_encoder = axis if config.family == "icl" else 0
+        shown = _shown(config, in_encoder, record, groups, seed)
+        if config.family == "qa":
+            parts = prompts.qa(record, template, shown, config.passages, axis)
+        else:
+            parts = prompts.icl(record, template, shown, config.demonstrations)
+        _, ids, after = _fitted(parts.text, record, config, tokenizer)
+        contexts, scores = [tokenizer.encode(context) for context in parts.contexts], parts.scores
+    starts = [(i, at) for i, context in enumerate(contexts) for at in range(0, len(context), config.chunk_length)]
+    pieces = [contexts[i][at : at + config.chunk_length] for i, at in starts]
+    return Prompt(ids, pieces, None if scores is None else [scores[i] for i, _ in starts]), after
+
+
+def _shown(config: TaskConfig, in_encoder: int, record: Record, groups: Groups, seed: int) -> Sequence[Demonstration]:
+    """The demonstrations of a prompt, which are the first ones of one with more in the encoder."""
     most = config.demonstrations + (max(config.axis) if config.family == "icl" else 0)
-    shown = record.demonstrations or prompts.draw(pool, most, record, seed)
-    in_encoder = axis if config.family == "icl" else 0
+    shown = record.demonstrations or draw(groups, most, record, seed)
     if len(shown) < config.demonstrations + in_encoder:
         raise ValueError(
             f"record {record.id} has {len(shown)} demonstrations, and {config.demonstrations} for the decoder and "
             f"{in_encoder} for the encoder are asked for: ask for fewer"
         )
-    shown = shown[: config.demonstrations + in_encoder]
-    if config.family == "qa":
-        parts = prompts.qa(record, template, shown, config.passages, axis)
-    else:
-        if not record.choices:
-            raise ValueError(f"record {record.id} has no choices: the icl family compares them, give them")
-        parts = prompts.icl(record, template, shown, config.demonstrations)
-    before, after = _cut(parts.text, _continuations(record, template), tokenizer)
-    return Prompt(before, [tokenizer.encode(context) for context in parts.contexts], parts.scores), after
+    return shown[: config.demonstrations + in_encoder]
 
 
-def _continuations(record: Record, template: Template) -> list[str]:
-    return [template.answer.format(answer=choice) for choice in record.choices]
+def _fitted(
+    text: str,
+    record: Record,
+    config: TaskConfig,
+    tokenizer: Tokenizer,
+    window: int | None = None,
+    overflow: Overflow = "error",
+) -> tuple[list[list[int]], list[int], list[list[int]]]:
+    """(what moves to the encoder, ids for the decoder, ids of each choice)."""
+    template, length = config.protocol.template, config.chunk_length
+    if record.choices:
+        continuations = [template.answer.format(answer=choice) for choice in record.choices]
+        return fit_continued(text, continuations, tokenizer, window, overflow, length)
+    return *fit(text, tokenizer, window, config.protocol.max_new_tokens, overflow, length), []
 
 
-def _cut(prompt: str, continuations: Sequence[str], tokenizer: Tokenizer) -> tuple[list[int], list[list[int]]]:
-    """BOS and the ids that all wholes of prompt and continuation begin with, and what follows them in each."""
-    if not continuations:
-        return tokenizer.encode(prompt, bos=True), []
-    wholes = [tokenizer.encode(prompt + continuation, bos=True) for continuation in continuations]
-    before = os.path.commonprefix([tokenizer.encode(prompt.rstrip(), bos=True), *wholes])
-    return before, [whole[len(before) :] for whole in wholes]
+def _last(contexts: list[list[int]], most: int) -> list[list[int]]:
+    """The last `most` tokens of them."""
+    kept: list[list[int]] = []
+    for context in reversed(contexts):
+        if most > 0:
+            kept.insert(0, context[-most:])
+        most -= len(context)
+    return kept

@@ -57,7 +57,7 @@ def test_qa_prompt(qa):
         ]
         # The worst stands first, each with its score and what parts it from the next.
         assert [text(ids) for ids in prompt.contexts] == [f"Passage: {read[3]}\n\n", f"Passage: {read[2]}\n\n"]
-        assert prompt.scores == (1.0, 2.0)
+        assert prompt.scores == [1.0, 2.0]
         assert result["prediction"] == " N1"
         assert result["read"] == len(whole_text(prompt)) + 1
         found = values(config, json.loads(json.dumps(result)))
@@ -225,3 +225,84 @@ def test_icl_needs_choices(icl):
     write(icl / "test.jsonl", [{"question": "Q", "answers": ["yes"]}])
     with pytest.raises(ValueError, match="record 1 has no choices: the icl family compares them"):
         next(measure(TaskConfig("icl", (0,), icl), 0, icl_model()))
+
+
+WORDS = " ".join(f"w{n:03}" for n in range(200))  # 999 letters
+
+
+def document_task(tmp_path, axis, options={}, **fields):  # noqa: B006 (never changed)
+    write(tmp_path / "a.jsonl", [{"question": "Which?", "answers": ["w7"], "contexts": [WORDS]} | fields])
+    given = {"family": "document", "axis": axis, "data": tmp_path / "a.jsonl", "window": 200, "chunk_length": 64}
+    return TaskConfig(
+        **given | {"max_new_tokens": 20, "template": Template("Look it up.", question="{question}")} | options
+    )
+
+
+ASKED = "\n\nLook it up.\n\nWhich?"
+
+
+def test_document_is_cut_by_the_window(tmp_path):
+    for axis in (0, 100, 5000):
+        model = Scripted(lambda prompt: "w7 and")
+        config = document_task(tmp_path, (0, 100, 5000))
+        (result,) = measure(config, axis, model)
+        (prompt,) = model.asked
+        assert len(prompt.ids) == 200 - 20
+        assert (WORDS + ASKED).endswith(text(prompt.ids))
+        assert text(prompt.ids).endswith(ASKED)
+        lengths = [len(context) for context in prompt.contexts]
+        moved = len(WORDS + ASKED) - 179
+        assert sum(lengths) == min(axis, moved)
+        assert all(length == 64 for length in lengths[1:])
+        assert all(0 < length <= 64 for length in lengths)
+        assert (WORDS + ASKED).endswith(whole_text(prompt))
+        assert values(config, result) == {"f1": pytest.approx(2 / 3)}
+
+
+def test_document_by_passages(tmp_path):
+    contexts = ["a" * 50 + "\n\n" + "b" * 90, "c" * 60]
+    model = Scripted(lambda prompt: "x")
+    options = {"overflow": "passages", "window": 110}
+    list(measure(document_task(tmp_path, (100, 1000), options, contexts=contexts), 100, model))
+    list(measure(document_task(tmp_path, (100, 1000), options, contexts=contexts), 1000, model))
+    for prompt in model.asked:
+        assert text(prompt.ids) == "c" * 60 + ASKED
+    few, many = ([text(ids) for ids in prompt.contexts] for prompt in model.asked)
+    assert few == ["a" * 6 + "\n\n", "b" * 64, "b" * 26 + "\n\n"]
+    assert many == ["a" * 50 + "\n\n", "b" * 64, "b" * 26 + "\n\n"]
+
+
+def test_document_choices(tmp_path):
+    """The longest choice fits beside the prompt, and the metric is accuracy."""
+    model = Scripted(log_prob=lambda prompt, continuation: {" A": -3.0, " BB": -1.0, " CCC": -2.0}[continuation])
+    config = document_task(tmp_path, (300,), choices=["A", "BB", "CCC"], answers=["BB"])
+    (result,) = measure(config, 300, model)
+    assert len(model.asked[0].ids) == 200 - 4
+    assert sum(map(len, model.asked[0].contexts)) == 300
+    assert values(config, result) == {"accuracy": 1, "accuracy_normalised": 1}
+    assert "domain_log_probs" not in result
+
+
+def test_document_that_fits_has_no_contexts(tmp_path):
+    model = Scripted(lambda prompt: "x")
+    list(measure(document_task(tmp_path, (300,), contexts=["short"]), 300, model))
+    assert not model.asked[0].contexts
+    assert text(model.asked[0].ids) == "short" + ASKED
+
+
+def test_question_that_does_not_fit(tmp_path):
+    (result,) = measure(document_task(tmp_path, (300,), {"window": 40}), 300, Scripted(lambda prompt: "x"))
+    assert result["read"] == 20 + 300  # the window is full of BOS and the question
+    with pytest.raises(ValueError, match="record 1: .* have 19 tokens, and .* window of 39 leaves 18.*raise window"):
+        list(measure(document_task(tmp_path, (300,), {"window": 39}), 300, Scripted()))
+
+
+def test_long_contexts_are_cut_and_keep_their_score(qa):
+    whole, cut = Scripted(lambda prompt: "x"), Scripted(lambda prompt: "x")
+    list(measure(TaskConfig("qa", (2,), qa, samples=1, passages=1), 2, whole))
+    list(measure(TaskConfig("qa", (2,), qa, samples=1, passages=1, chunk_length=10), 2, cut))
+    pieces = []
+    for context, score in zip(whole.asked[0].contexts, (2.0, 3.0), strict=True):
+        pieces += [(context[at : at + 10], score) for at in range(0, len(context), 10)]
+    assert len(pieces) > 4
+    assert list(zip(cut.asked[0].contexts, cut.asked[0].scores, strict=True)) == pieces
