@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from cepe_jax.data.tokenizer import Tokenizer
 from cepe_jax.evaluation.language_model import Prompt
 from cepe_jax.inference.context import Memory, encode, stacked
-from cepe_jax.inference.generate import Score, power_of_two, score, stream
+from cepe_jax.inference.generate import power_of_two, stream
+from cepe_jax.inference.scoring import Score, score
 from cepe_jax.model.cepe import Cepe
 from cepe_jax.model.llama import Llama
 

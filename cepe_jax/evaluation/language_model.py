@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from cepe_jax.data.tokenizer import Tokenizer
-from cepe_jax.inference.generate import Score
+from cepe_jax.inference.scoring import Score
 from cepe_jax.inference.streaming import pieces
 
 

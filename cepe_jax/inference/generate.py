@@ -1,10 +1,11 @@
-"""Generation and scoring, ids in and ids out: the prompt is read once into a cache, then a token at a time.
+"""Generation, ids in and ids out: the prompt is read once into a cache, then a token at a time.
 
 Programs are compiled for buckets: prompts are padded on the right up to one and the padding is masked, the cache has a
 bucket's slots, and what differs between calls is an array. So another prompt, another seed or temperature is no other
 program, and no result depends on the padding.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,16 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from cepe_jax.checks import check_tokens
+from cepe_jax.config import DecoderConfig
 from cepe_jax.model.cache import KVCache
 from cepe_jax.model.cepe import Cepe
-from cepe_jax.model.layers import cut, joined
 from cepe_jax.model.llama import Llama
-from cepe_jax.training.objectives import token_nll
 
 Array = jax.Array
 Item = TypeVar("Item")
-SCORED_ROWS = 16  # continuations that are read at once
-SCORED_POSITIONS = 16  # of each of them, whose logits exist at once
+PAIRS = 1 << 22  # of a query and a key whose scores in a head exist at once, where no kernel does without them
+LEAST_PIECE = 128  # tokens
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,11 @@ def sample(logits_BV: Array, draws: Draws) -> Array:
     return jax.lax.cond((draws.temperature_B > 0).any(), drawn, lambda: greedy_B)  # greedy steps do not sort
 
 
-def _decode(model: Cepe | Llama, tokens_BT, mask_BT, memory, cache: KVCache) -> tuple[Llama, Array, KVCache]:
+def decode(model: Cepe | Llama, tokens_BT, mask_BT, memory, cache: KVCache) -> tuple[Llama, Array, KVCache]:
+    """The model's decoder, its hidden states (B, T, D) of the tokens, and the cache with them.
+
+    `memory`: (memory_BME, memory_mask_BM), each may be None.
+    """
     if isinstance(model, Llama):
         return model, *model.decode(tokens_BT, mask_BT, cache)
     return model.decoder, *model.decode(tokens_BT, *memory, cache, mask_BT)
@@ -112,10 +116,9 @@ def _decode(model: Cepe | Llama, tokens_BT, mask_BT, memory, cache: KVCache) -> 
 def next_token(model: Cepe | Llama, tokens_BT, mask_BT, memory, cache: KVCache, draws: Draws) -> tuple[Array, KVCache]:
     """Reads the tokens into the cache and draws the one that follows each row's last real one, (B, 1).
 
-    `memory`: (memory_BME, memory_mask_BM), each may be None. Rows are padded on the right; without `mask_BT` they are
-    not.
+    Rows are padded on the right; without `mask_BT` they are not.
     """
-    decoder, hidden_BTD, cache = _decode(model, tokens_BT, mask_BT, memory, cache)
+    decoder, hidden_BTD, cache = decode(model, tokens_BT, mask_BT, memory, cache)
     if mask_BT is None:
         last_B1D = hidden_BTD[:, -1:]
     else:
@@ -143,7 +146,36 @@ def right_padded(rows: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray
     return tokens_BT, mask_BT
 
 
-def _checked(model: Cepe | Llama, prompts: Sequence[Sequence[int]], memory_BME, memory_mask_BM) -> Llama:
+def piece_length(config: DecoderConfig, cache: KVCache, rows: int, length: int) -> int:
+    """How many of `length` tokens, which are a bucket, are read into the cache at once: a divisor.
+
+    Kernels store no scores, so they read all. They read no cache: what follows on others is read by XLA.
+    """
+    keys = length if cache.empty else cache.slots
+    if (config.attention != "xla" and cache.empty) or rows * length * keys <= PAIRS:
+        return length
+    most = 1 << (PAIRS // (rows * cache.slots)).bit_length() >> 1  # a power of two
+    return math.gcd(length, max(most, LEAST_PIECE))
+
+
+def read(
+    model: Cepe | Llama, prompts: Sequence[Sequence[int]], memory, cache: KVCache, draws: Draws
+) -> tuple[Array, KVCache]:
+    """The prompts are in the cache, which was empty; and the token after each is drawn, (B, 1)."""
+    decoder = model if isinstance(model, Llama) else model.decoder
+    lengths = [len(prompt) for prompt in prompts]
+    tokens_BT, mask_BT = right_padded(prompts, bucket(max(lengths)))
+    piece = piece_length(decoder.config, cache, *tokens_BT.shape)
+    ends_B = (np.array(lengths) - 1) // piece  # in which piece a row's last token is
+    drawn_B1 = None
+    for number in range(ends_B.max() + 1):
+        here = slice(number * piece, (number + 1) * piece)
+        new_B1, cache = next_token(model, tokens_BT[:, here], mask_BT[:, here], memory, cache, draws)
+        drawn_B1 = new_B1 if number == 0 else jnp.where((ends_B == number)[:, None], new_B1, drawn_B1)
+    return drawn_B1, cache
+
+
+def checked(model: Cepe | Llama, prompts: Sequence[Sequence[int]], memory_BME, memory_mask_BM) -> Llama:
     """The model's decoder; ValueError for what it cannot read."""
     if len(prompts) == 0 or not all(len(prompt) for prompt in prompts):
         raise ValueError("an empty prompt: start it with the begin-of-sequence token")
@@ -175,7 +207,7 @@ def stream(
     depend on the seed and the number of the token. ValueError where the longest prompt and the new tokens exceed
     `window`.
     """
-    decoder = _checked(model, prompts, memory_BME, memory_mask_BM)
+    decoder = checked(model, prompts, memory_BME, memory_mask_BM)
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}: give 1 or more")
     longest = max(len(prompt) for prompt in prompts)
@@ -191,23 +223,28 @@ def stream(
 
     def dispatched() -> Iterator[Array]:
         cache = new_cache(decoder.config, len(prompts), bucket(longest + max_new_tokens))
-        tokens_B1, cache = next_token(model, *right_padded(prompts, bucket(longest)), memory, cache, draws)
+        tokens_B1, cache = read(model, prompts, memory, cache, draws)
         yield tokens_B1
         for number in range(1, max_new_tokens):
             at_number = draws._replace(number=np.int32(number))
             tokens_B1, cache = next_token(model, tokens_B1, None, memory, cache, at_number)
             yield tokens_B1
 
-    def steps() -> Iterator[list[int | None]]:
-        running_B = np.ones(len(prompts), bool)
-        for tokens_B1 in one_ahead(dispatched()):
-            tokens_B = np.asarray(tokens_B1)[:, 0]
-            running_B &= ~np.isin(tokens_B, list(stop_ids))
-            if not running_B.any():
-                return
-            yield [int(token) if runs else None for token, runs in zip(tokens_B, running_B, strict=True)]
+    return until(stop_ids, dispatched())
 
-    return steps()
+
+def until(stop_ids: Sequence[int], drawn: Iterable[Array]) -> Iterator[list[int | None]]:
+    """The tokens (B, 1) of each step as numbers, None in rows that have drawn one of `stop_ids`, to the last row's end.
+
+    One step more than was asked for is under way.
+    """
+    running_B: np.ndarray | bool = True
+    for tokens_B1 in one_ahead(drawn):
+        tokens_B = np.asarray(tokens_B1)[:, 0]
+        running_B = running_B & ~np.isin(tokens_B, list(stop_ids))
+        if not running_B.any():
+            return
+        yield [int(token) if runs else None for token, runs in zip(tokens_B, running_B, strict=True)]
 
 
 def generate(
@@ -225,63 +262,3 @@ def generate(
     limits = {"max_new_tokens": max_new_tokens, "stop_ids": stop_ids, "window": window}
     steps = list(stream(model, prompts, memory_BME, memory_mask_BM, sampling=sampling, **limits))
     return [[step[row] for step in steps if step[row] is not None] for row in range(len(prompts))]
-
-
-@dataclass(frozen=True)
-class Score:
-    """How probable a continuation is."""
-
-    log_probs: np.ndarray  # of each token, in nats, given what stands before it
-    greedy: bool  # whether each token is the most probable one
-
-    @property
-    def total(self) -> float:
-        return float(self.log_probs.sum(dtype=np.float64))
-
-
-@jax.jit
-def _log_probs(model: Cepe | Llama, tokens_BT, labels_BT, mask_BT, memory, cache: KVCache) -> tuple[Array, Array]:
-    """log p of each label in fp32, and whether it is the most probable token, (B, T) each."""
-    decoder, hidden_BTD, _ = _decode(model, tokens_BT, mask_BT, memory, cache)
-    logits_of = decoder.unembedding()
-
-    def read(hidden_and_labels):
-        logits_BTV, labels_BT = logits_of(hidden_and_labels[0]), hidden_and_labels[1]
-        return -token_nll(logits_BTV, labels_BT), logits_BTV.argmax(axis=-1) == labels_BT
-
-    found = jax.lax.map(read, (cut(hidden_BTD, SCORED_POSITIONS), cut(labels_BT, SCORED_POSITIONS)))
-    return tuple(joined(x, tokens_BT.shape[1]) for x in found)
-
-
-def score(
-    model: Cepe | Llama,
-    prompt: Sequence[int],
-    continuations: Sequence[Sequence[int]],
-    memory_BME: Array | None = None,
-    memory_mask_BM: Array | None = None,
-) -> list[Score]:
-    """How probable each continuation is after the prompt, which is read once, as the memory (of one row) is."""
-    decoder = _checked(model, [prompt], memory_BME, memory_mask_BM)
-    for number, continuation in enumerate(continuations):
-        if len(continuation) == 0:
-            raise ValueError(f"continuation {number} is empty: give one token or more")
-        check_tokens(f"continuation {number}", np.asarray(continuation), 1, decoder.config.vocab_size)
-    memory, slots = (memory_BME, memory_mask_BM), bucket(len(prompt))
-    before, last = prompt[:-1], prompt[-1]  # the last one is read with each continuation, whose first follows it
-    cache = new_cache(decoder.config, 1, slots)
-    _, cache = next_token(model, *right_padded([before], slots), memory, cache, Draws.of([GREEDY]))
-    scores: list[Score] = []
-    for first in range(0, len(continuations), SCORED_ROWS):
-        group = [list(row) for row in continuations[first : first + SCORED_ROWS]]
-        longest = max(map(len, group))
-        length = min(power_of_two(longest), bucket(longest))
-        # Two rows or more: then the cache is one that all of them read and none writes to.
-        filled = group + group[-1:] * (max(2, power_of_two(len(group))) - len(group))
-        tokens_BT, mask_BT = right_padded([[last, *row[:-1]] for row in filled], length)
-        labels_BT, _ = right_padded(filled, length)
-        found = _log_probs(model, tokens_BT, labels_BT, mask_BT, memory, cache)
-        log_probs_BT, greedy_BT = (np.asarray(x) for x in found)
-        for row, continuation in enumerate(group):
-            count = len(continuation)
-            scores.append(Score(log_probs_BT[row, :count].copy(), bool(greedy_BT[row, :count].all())))
-    return scores

@@ -12,8 +12,9 @@ from cepe_jax.config import CepeConfig, EncoderConfig
 from cepe_jax.data.tokenizer import Tokenizer
 from cepe_jax.inference.chat import MAX_NEW_TOKENS, Chat
 from cepe_jax.inference.context import ContextCache, Memory, encode, identity_of, stacked
-from cepe_jax.inference.generate import GREEDY, Sampling, Score, score, stream
+from cepe_jax.inference.generate import GREEDY, Sampling, stream
 from cepe_jax.inference.overflow import Overflow, check_window, fit, fit_continued
+from cepe_jax.inference.scoring import Score, score
 from cepe_jax.inference.streaming import pieces
 from cepe_jax.inference.template import Template
 from cepe_jax.model.cepe import Cepe

@@ -9,7 +9,7 @@ from texts import WINDOW
 
 from cepe_jax.evaluation.language_model import LanguageModel, Prompt, generate
 from cepe_jax.evaluation.models import ModelConfig, load_model
-from cepe_jax.inference.generate import Score
+from cepe_jax.inference.scoring import Score
 from cepe_jax.model.llama import Llama
 from cepe_jax.model.rope import rope_table
 from cepe_jax.weights.huggingface import load

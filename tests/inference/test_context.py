@@ -21,7 +21,8 @@ from tiny import ENCODER, make_cepe, relative_error, with_config, with_leaf
 
 from cepe_jax.inference import context as module
 from cepe_jax.inference.context import ContextCache, encode, encode_chunks, free_bytes, identity_of, stacked
-from cepe_jax.inference.generate import Sampling, generate, next_token, score
+from cepe_jax.inference.generate import Sampling, generate, next_token
+from cepe_jax.inference.scoring import score
 from cepe_jax.model.cepe import Cepe
 from cepe_jax.sharding import make_mesh, shardings_of
 from cepe_jax.weights.directory import save

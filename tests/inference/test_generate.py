@@ -1,8 +1,8 @@
 """Generation against golden tokens, against recomputing without a cache, and its bad input."""
 
 import dataclasses
-import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -12,9 +12,8 @@ from tiny import DECODER, ENCODER
 
 from cepe_jax.inference import generate as module
 from cepe_jax.inference.context import encode_chunks
-from cepe_jax.inference.generate import Draws, Sampling, bucket, generate, next_token, score, stream
+from cepe_jax.inference.generate import Draws, Sampling, bucket, generate, next_token, stream
 from cepe_jax.model.cepe import Cepe, flat_mask
-from cepe_jax.training.hlo import arrays
 from cepe_jax.weights.huggingface import load
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -131,6 +130,33 @@ def test_a_plain_decoder(cepe, decoder, plain):
     assert generate(cepe, PROMPTS, max_new_tokens=12, sampling=HOT) == tokens
 
 
+def test_long_prompts_are_read_in_pieces(cepe, context, memory, forward, monkeypatch):
+    """No scores of a whole prompt exist. Rows end in different pieces, and what each ends with is drawn from there."""
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, DECODER.vocab_size, count).tolist() for count in (300, 20, 129)]
+    read, widths = next_token, []
+    monkeypatch.setattr(module, "next_token", lambda *given: widths.append(given[1].shape[1]) or read(*given))
+    monkeypatch.setattr(module, "PAIRS", 3 * 256 * 384)
+    tokens = generate(cepe, prompts, *memory, max_new_tokens=4, sampling=MIXED)
+    assert widths == [128, 128, 128, 1, 1, 1]  # no more than 256 would do, and 384 is three times 128
+    assert tokens == recompute(lambda tokens_BT: forward(cepe, tokens_BT, *context), prompts, MIXED, 4)
+
+
+@pytest.mark.parametrize(
+    ("attention", "empty", "rows", "length", "piece"),
+    [
+        *(("xla", True, 1, 2048, 2048), ("xla", True, 2, 2048, 256), ("xla", True, 1, 8192, 512)),
+        *(("xla", False, 1, 512, 512), ("xla", False, 1, 1280, 256), ("xla", True, 64, 8192, 128)),
+        *(("splash", True, 1, 8192, 8192), ("cudnn", False, 1, 8192, 512)),
+    ],
+)
+def test_how_much_is_read_at_once(attention, empty, rows, length, piece):
+    """About 2 ** 22 pairs of a token and a slot of 8,192; all of a prompt where a kernel reads it."""
+    config = dataclasses.replace(DECODER, attention=attention)
+    cache = SimpleNamespace(slots=8192, empty=empty)
+    assert module.piece_length(config, cache, rows, length) == piece
+
+
 def test_the_context_matters(cepe, context, hot):
     context_BCL, mask_BCL = context
     other = np.where(mask_BCL, (context_BCL + 1) % ENCODER.vocab_size, context_BCL)
@@ -217,73 +243,6 @@ def test_greedy_steps_do_not_sort(cepe, memory):
     assert "cond" in names
 
 
-CONTINUATIONS = [[5], [1, 2, 3], [63, 0], [9] * 21, [4, 4, 4, 4]]
-
-
-@pytest.fixture(scope="module")
-def scored(cepe, memory):
-    """Of the first row's memory, with a continuation that the model would write itself."""
-    own = tuple(part[:1] for part in memory)
-    (greedy,) = generate(cepe, PROMPTS[:1], *own, max_new_tokens=6)
-    continuations = [*CONTINUATIONS, greedy, [*greedy[:-1], (greedy[-1] + 1) % DECODER.vocab_size]]
-    return continuations, score(cepe, PROMPTS[0], continuations, *own)
-
-
-def expected_score(logits_TV, prompt: list[int], continuation: list[int]) -> tuple[np.ndarray, bool]:
-    """In fp64 from the logits of prompt and continuation."""
-    logits_TV = np.asarray(logits_TV, np.float64)[len(prompt) - 1 :][: len(continuation)]
-    log_probs_TV = logits_TV - np.log(np.exp(logits_TV).sum(axis=-1, keepdims=True))
-    picked = log_probs_TV[np.arange(len(continuation)), continuation]
-    return picked, logits_TV.argmax(axis=-1).tolist() == continuation
-
-
-def test_score_is_that_of_the_whole_pass(cepe, context, scored, forward):
-    """log softmax of the uncached forward pass over prompt and continuation."""
-    own = [part[:1] for part in context]
-    assert len(scored[0]) == len(scored[1])
-    for continuation, found in zip(*scored, strict=True):
-        tokens_BT = np.zeros((1, 40), np.int32)
-        tokens_BT[0, : len(PROMPTS[0]) + len(continuation)] = PROMPTS[0] + continuation
-        log_probs, greedy = expected_score(forward(cepe, tokens_BT, *own)[0], PROMPTS[0], continuation)
-        np.testing.assert_allclose(found.log_probs, log_probs, atol=1e-5)
-        np.testing.assert_allclose(found.total, log_probs.sum(), atol=1e-4)
-        assert found.greedy == greedy
-        assert found.log_probs.dtype == np.float32
-    assert [found.greedy for found in scored[1]][-2:] == [True, False]
-
-
-def test_scores_do_not_depend_on_the_group(cepe, memory, scored, monkeypatch):
-    own, (continuations, found) = [part[:1] for part in memory], scored
-    (alone,) = score(cepe, PROMPTS[0], continuations[3:4], *own)
-    np.testing.assert_allclose(alone.log_probs, found[3].log_probs, atol=1e-5)
-    monkeypatch.setattr(module, "SCORED_ROWS", 3)
-    for in_threes, at_once in zip(score(cepe, PROMPTS[0], continuations, *own), found, strict=True):
-        np.testing.assert_allclose(in_threes.log_probs, at_once.log_probs, atol=1e-5)
-        assert in_threes.greedy == at_once.greedy
-
-
-def test_score_after_one_token(decoder, plain):
-    """Nothing is left to read before the continuations."""
-    (found, other) = score(decoder, [33], [[1, 2], [3]])
-    logits_BTV = plain(decoder, np.array([[33, 1, 2], [33, 3, 0]]))
-    np.testing.assert_allclose(found.log_probs, expected_score(logits_BTV[0], [33], [1, 2])[0], atol=1e-5)
-    np.testing.assert_allclose(other.log_probs, expected_score(logits_BTV[1], [33], [3])[0], atol=1e-5)
-    assert score(decoder, [33], []) == []
-    (long,) = score(decoder, [33], [[1, 2] * 70])  # longer than the cache of the prompt
-    np.testing.assert_allclose(long.log_probs[:2], found.log_probs, atol=1e-5)
-
-
-def test_logits_of_few_positions_exist_at_once(decoder):
-    """No array of a scoring program is as large as all logits of a group."""
-    rows, length = 16, 512
-    given = [np.zeros((rows, length), kind) for kind in (int, int, bool)]
-    cache = dataclasses.replace(module.new_cache(DECODER, 1, 128), empty=False)
-    program = module._log_probs.lower(decoder, *given, (None, None), cache).compile().as_text()
-    logits = [shape for _, shape in arrays(program) if DECODER.vocab_size in shape]
-    assert logits
-    assert max(math.prod(shape) for shape in logits) <= rows * 16 * DECODER.vocab_size
-
-
 BAD = {
     "no prompt": ({"prompts": []}, "an empty prompt"),
     "an empty prompt": ({"prompts": [[1], []]}, "an empty prompt: start it with"),
@@ -323,21 +282,6 @@ def test_bad_input_is_seen_before_the_first_step(decoder):
 def test_a_context_for_a_plain_decoder(decoder):
     with pytest.raises(ValueError, match="a context needs a CEPE model: this one is a plain decoder"):
         generate(decoder, [[1]], np.zeros((1, 3, 16)), max_new_tokens=2)
-    with pytest.raises(ValueError, match="a context needs a CEPE model: this one is a plain decoder"):
-        score(decoder, [1], [[2]], np.zeros((1, 3, 16)))
-
-
-@pytest.mark.parametrize(
-    ("prompt", "continuations", "said"),
-    [
-        ([], [[1]], "an empty prompt: start it with"),
-        ([1], [[1], []], "continuation 1 is empty: give one token or more"),
-        ([1], [[1], [64]], "continuation 1 holds id 64, outside the vocabulary of 64"),
-    ],
-)
-def test_bad_scores(decoder, prompt, continuations, said):
-    with pytest.raises(ValueError, match=said):
-        score(decoder, prompt, continuations)
 
 
 @pytest.mark.parametrize(

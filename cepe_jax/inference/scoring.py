@@ -1,0 +1,127 @@
+"""How probable texts are: the prompt is read once into a cache, and each continuation after it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from cepe_jax.checks import check_tokens
+from cepe_jax.inference.generate import (
+    GREEDY,
+    PAIRS,
+    Draws,
+    bucket,
+    checked,
+    decode,
+    new_cache,
+    piece_length,
+    power_of_two,
+    read,
+    right_padded,
+)
+from cepe_jax.model.cache import KVCache
+from cepe_jax.model.cepe import Cepe
+from cepe_jax.model.layers import cut, joined
+from cepe_jax.model.llama import Llama
+from cepe_jax.training.objectives import token_nll
+
+Array = jax.Array
+SCORED_ROWS = 16  # continuations that are read at once
+SCORED_POSITIONS = 16  # of each of them, whose logits exist at once
+
+
+@dataclass(frozen=True)
+class Score:
+    """How probable a continuation is."""
+
+    log_probs: np.ndarray  # of each token, in nats, given what stands before it
+    greedy: bool  # whether each token is the most probable one
+
+    @property
+    def total(self) -> float:
+        return float(self.log_probs.sum(dtype=np.float64))
+
+
+def _read_labels(
+    model: Cepe | Llama, tokens_BT, labels_BT, mask_BT, memory, cache: KVCache
+) -> tuple[Array, Array, KVCache]:
+    """log p of each label in fp32, whether it is the most probable token, (B, T) each, and the cache."""
+    decoder, hidden_BTD, cache = decode(model, tokens_BT, mask_BT, memory, cache)
+    logits_of = decoder.unembedding()
+
+    def look_up(hidden_and_labels):
+        logits_BTV, labels_BT = logits_of(hidden_and_labels[0]), hidden_and_labels[1]
+        return -token_nll(logits_BTV, labels_BT), logits_BTV.argmax(axis=-1) == labels_BT
+
+    found = jax.lax.map(look_up, (cut(hidden_BTD, SCORED_POSITIONS), cut(labels_BT, SCORED_POSITIONS)))
+    return *(joined(x, tokens_BT.shape[1]) for x in found), cache
+
+
+log_probs = jax.jit(_read_labels)
+log_probs_onwards = jax.jit(_read_labels, donate_argnames="cache")  # the cache given is used up
+
+
+def score(
+    model: Cepe | Llama,
+    prompt: Sequence[int],
+    continuations: Sequence[Sequence[int]],
+    memory_BME: Array | None = None,
+    memory_mask_BM: Array | None = None,
+) -> list[Score]:
+    """How probable each continuation is after the prompt, which is read once, as the memory (of one row) is.
+
+    Continuations are read together, those that are too long for it one by one, in pieces.
+    """
+    decoder = checked(model, [prompt], memory_BME, memory_mask_BM)
+    for number, continuation in enumerate(continuations):
+        if len(continuation) == 0:
+            raise ValueError(f"continuation {number} is empty: give one token or more")
+        check_tokens(f"continuation {number}", np.asarray(continuation), 1, decoder.config.vocab_size)
+    memory, slots = (memory_BME, memory_mask_BM), bucket(len(prompt))
+    before, last = prompt[:-1], prompt[-1]  # the last one is read with each continuation, whose first follows it
+    lengths = [_filled(len(continuation)) for continuation in continuations]
+    rows = [PAIRS // (length * (slots + length)) for length in lengths]  # so many like it are read at once
+    together = [number for number, most in enumerate(rows) if most > 1]
+    alone = [number for number, most in enumerate(rows) if most <= 1]
+    if alone:
+        slots = bucket(len(prompt) + max(bucket(len(continuations[number])) for number in alone))
+    cache = new_cache(decoder.config, 1, slots)
+    if before:
+        _, cache = read(model, [before], memory, cache, Draws.of([GREEDY]))
+    scores: dict[int, Score] = {}
+    most = min([SCORED_ROWS, *(rows[number] for number in together)])
+    for first in range(0, len(together), most):
+        numbers = together[first : first + most]
+        group = [continuations[number] for number in numbers]
+        # Two rows or more: then the cache is one that all of them read and none writes to.
+        filled = group + group[-1:] * (max(2, power_of_two(len(group))) - len(group))
+        found = log_probs(model, *_given(last, filled, max(lengths[number] for number in numbers)), memory, cache)[:2]
+        for number, *of_row in zip(numbers, *map(np.asarray, found), strict=False):  # what filled the group up is last
+            scores[number] = _score(*of_row, len(continuations[number]))
+    for number in alone:
+        continuation, length = continuations[number], bucket(len(continuations[number]))
+        given, own, parts = _given(last, [continuation], length), cache, []
+        piece = piece_length(decoder.config, own, 1, length)
+        for start in range(0, len(continuation), piece):
+            run = log_probs if start == 0 and number != alone[-1] else log_probs_onwards  # the prompt's is kept
+            *found, own = run(model, *(x[:, start : start + piece] for x in given), memory, own)
+            parts.append(found)
+        of_pieces = (np.concatenate([np.asarray(x)[0] for x in column]) for column in zip(*parts, strict=True))
+        scores[number] = _score(*of_pieces, len(continuation))
+    return [scores[number] for number in range(len(continuations))]
+
+
+def _filled(count: int) -> int:
+    """The length that so many tokens are filled up to."""
+    return min(power_of_two(count), bucket(count))
+
+
+def _given(last: int, continuations: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray, ...]:
+    """Tokens, labels and mask, (B, length), of continuations after `last`."""
+    tokens_BT, mask_BT = right_padded([[last, *row[:-1]] for row in continuations], length)
+    return tokens_BT, right_padded(continuations, length)[0], mask_BT
+
+
+def _score(log_probs_T: np.ndarray, greedy_T: np.ndarray, count: int) -> Score:
+    return Score(log_probs_T[:count].copy(), bool(greedy_T[:count].all()))
