@@ -93,12 +93,16 @@ def _check(config_class, values: dict, root, group: str) -> None:
         kind = config_class.__dataclass_fields__[name].type
         if value is None and type(None) not in typing.get_args(kind):
             raise ValueError(f"{setting} has no value: give one, or leave it out")
-        if value is not None:  # of a group that may be left out, the group
-            kind = next(filter(dataclasses.is_dataclass, typing.get_args(kind)), kind)
-        if dataclasses.is_dataclass(kind):
-            if not isinstance(value, dict):
-                raise ValueError(f"{setting} is {value!r}: it is a group of settings, give them by name")
-            _check(kind, value, root, f"{setting}.")
+        # Of a group that may be left out, and of groups that the user names, the group.
+        group_class = next(filter(dataclasses.is_dataclass, (kind, *typing.get_args(kind))), None)
+        if group_class is not None and value is not None:
+            groups = {setting: value}
+            if _by_name(kind) and isinstance(value, dict):
+                groups = {f"{setting}.{key}": one for key, one in value.items()}
+            for name, one in groups.items():
+                if not isinstance(one, dict):
+                    raise ValueError(f"{name} is {one!r}: it is a group of settings, give them by name")
+                _check(group_class, one, root, f"{name}.")
         elif typing.get_origin(kind) is tuple and not isinstance(value, list):
             raise ValueError(f"{setting} is {value!r}: give a list, [a, b]")
         elif _is_text(kind):
@@ -116,9 +120,26 @@ def _check(config_class, values: dict, root, group: str) -> None:
 def _kind(config_class, dotted: str):
     """The type of the setting; None where there is none."""
     for name in dotted.split("."):
+        if _by_name(config_class):
+            config_class = typing.get_args(config_class)[1]
+            continue
         field = getattr(config_class, "__dataclass_fields__", {}).get(name)
         config_class = field and field.type
     return config_class
+
+
+def _by_name(kind) -> bool:
+    """Whether the user names what is in it."""
+    return typing.get_origin(kind) is dict
+
+
+def _with_underscores(config_class, dotted: str) -> str:
+    """The name with underscores for hyphens, but where the user gave it: a dataset may have hyphens of its own."""
+    names = []
+    for name in dotted.split("."):
+        names.append(name if _by_name(config_class) else name.replace("-", "_"))
+        config_class = _kind(config_class, names[-1])
+    return ".".join(names)
 
 
 def _is_text(kind) -> bool:
@@ -161,7 +182,7 @@ def _values(config_class, arguments: list[tuple[str, str | None]]) -> list[tuple
 def _field_names(config_class) -> set[str]:
     names = set()
     for field in getattr(config_class, "__dataclass_fields__", {}).values():
-        names |= {field.name} | _field_names(field.type)
+        names |= {field.name}.union(*map(_field_names, (field.type, *typing.get_args(field.type))))
     return names
 
 
@@ -206,8 +227,8 @@ def _arguments(config_class) -> Iterator[tuple[str, str | None]]:
         written, equals, text = arguments.pop(0).partition("=")
         if not written.startswith("--"):
             raise ValueError(f"{written}: write settings as --setting=value")
-        name, spelled = written[2:], written[2:].replace("-", "_")
-        if _kind(config_class, spelled) is not None:  # a dataset's name, in a group, may have hyphens of its own
+        name, spelled = written[2:], _with_underscores(config_class, written[2:])
+        if _kind(config_class, spelled) is not None:
             name = spelled
         if equals:
             yield name, text

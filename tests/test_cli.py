@@ -38,6 +38,7 @@ class Settings:
     dry_run: bool = False
     note: str | None = None
     mix: dict[str, float] = field(default_factory=dict)
+    runs: dict[str, Inner] = field(default_factory=dict)
 
 
 @pytest.fixture
@@ -104,6 +105,32 @@ def test_names_may_have_hyphens(call):
         "--out=o", "--dry_run=true", "--context_file=a-b"
     )
     assert call("--out=o", "--mix.my-data=2").mix == {"my-data": 2}
+
+
+def test_groups_that_the_user_names(call):
+    """They are as strict inside as any group, and keep the names that they were given."""
+    text = "runs: {a-b: {rate: 0.25, steps: 7}, c: {}}\n"
+    assert call("--out=o", text=text).runs == {"a-b": Inner(0.25, 7), "c": Inner()}
+    changed = call("--out=o", "--runs.a-b.steps=8", "--runs.d-e.rate", "1", text=text).runs
+    assert changed == {"a-b": Inner(0.25, 8), "c": Inner(), "d-e": Inner(1.0)}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("runs: {a: {stepps: 1}}", "unknown setting runs.a.stepps: did you mean steps?"),
+        ("runs: {a: {steps: many}}", "runs.a.steps is 'many'"),
+        ("runs: {a: 3}", "runs.a is 3: it is a group"),
+        ("runs: {a: }", "runs.a is None: it is a group"),
+        ("runs: [1]", "runs is [1]: it is a group"),
+        ("runs: {a: {rate: -1}}", "rate is -1.0: give 0 or more"),
+        ("runs: {a: {}, a: {}}", "line 1: a is given twice"),
+    ],
+)
+def test_wrong_groups_that_the_user_names(call, text, said):
+    with pytest.raises(ValueError, match=re.escape(said)) as error:
+        call("--out=o", text=text)
+    one_line(error)
 
 
 def test_a_list_may_come_item_by_item(call):
