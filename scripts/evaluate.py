@@ -1,7 +1,22 @@
-"""What contexts buy on held-out documents: report.json, report.md, perplexity.png."""
+"""What contexts buy: models on held-out text and on tasks, one by one or as a grid; and the report of what was kept.
 
-from cepe_jax.cli import parse, run
-from cepe_jax.evaluation.report import EvaluateConfig, evaluate
+    python scripts/evaluate.py perplexity --model.path=cepe-7b --data=data/documents --out=out/perplexity \\
+        --window=4096 --scored=256 --chunks="[0, 16, 112]"
+    python scripts/evaluate.py tasks --model.path=cepe-7b --family=qa --data=nq.jsonl --axis="[0, 20]" --out=out/nq
+    python scripts/evaluate.py report --out=out/nq
+"""
+
+from cepe_jax.cli import run_command
+from cepe_jax.evaluation.grid import PerplexityRun, SweepConfig, TaskRun
+from cepe_jax.evaluation.report import ReportConfig, report
+from cepe_jax.evaluation.sweep import run_perplexity, run_sweep, run_task
+
+COMMANDS = {
+    "perplexity": (PerplexityRun, run_perplexity),
+    "tasks": (TaskRun, run_task),
+    "sweep": (SweepConfig, run_sweep),
+    "report": (ReportConfig, lambda config: print(report(config))),
+}
 
 if __name__ == "__main__":
-    run(lambda: evaluate(parse(EvaluateConfig)))
+    run_command(COMMANDS)

@@ -47,6 +47,10 @@ stage warmup warmup/model train.py --config configs/quickstart_warmup.yaml --dat
     --decoder="$out/decoder/model" --encoder="$out/encoder/model"
 stage cepe cepe/model train.py --config configs/quickstart_cepe.yaml --data="$out/data" --out="$out/cepe" \
     --cepe="$out/warmup/model"
-stage evaluate report.json evaluate.py --config configs/quickstart_evaluate.yaml --model="$out/cepe/model" \
-    --data="$out/data/documents" --out="$out" --seconds="$out/seconds.txt"
-echo "report: $out/report.md, $out/report.json, $out/perplexity.png"
+# It keeps what is finished by itself: no file says that all of it is.
+stage evaluate - evaluate.py perplexity --config configs/quickstart_evaluate.yaml --model.path="$out/cepe/model" \
+    --data="$out/data/documents" --out="$out/evaluation"
+echo "seconds:"
+awk '{ if (!($1 in sum)) names[++n] = $1; sum[$1] += $2; all += $2 }
+    END { for (i = 1; i <= n; i++) print "  " names[i], sum[names[i]]; print "  all", all }' "$out/seconds.txt"
+echo "report: $out/evaluation/report.md, results.json and perplexity.png beside it"

@@ -15,7 +15,8 @@ from cepe_jax.data.benchmark import DataBenchmarkConfig
 from cepe_jax.data.corpus import PrepareConfig
 from cepe_jax.data.retrieval import RetrieveConfig
 from cepe_jax.data.sampling import SampleConfig
-from cepe_jax.evaluation.report import EvaluateConfig
+from cepe_jax.evaluation.grid import PerplexityRun, SweepConfig, TaskRun
+from cepe_jax.evaluation.report import ReportConfig
 from cepe_jax.inference.benchmark import InferenceBenchmarkConfig
 from cepe_jax.inference.terminal import GenerateConfig
 from cepe_jax.training.aot import CompileConfig, without_files
@@ -35,7 +36,10 @@ CLASSES = {  # of a script, or of a script and its command
     "benchmark.py inference": InferenceBenchmarkConfig,
     "compile_tpu.py": CompileConfig,
     "train.py": TrainConfig,
-    "evaluate.py": EvaluateConfig,
+    "evaluate.py perplexity": PerplexityRun,
+    "evaluate.py tasks": TaskRun,
+    "evaluate.py sweep": SweepConfig,
+    "evaluate.py report": ReportConfig,
     "generate.py": GenerateConfig,
 }
 AMONG_TRAINING = "benchmark.py train", "benchmark.py memory", "compile_tpu.py"  # its settings too

@@ -44,7 +44,7 @@ def holds_lines(path: str) -> bool:
 
 
 def plan(
-    root: Path, patterns: tuple[str, ...], exclude: tuple[str, ...], unit_bytes: int, out: Path
+    root: Path, patterns: tuple[str, ...], exclude: tuple[str, ...], unit_bytes: int, out: Path | None = None
 ) -> list[list[Extent]]:
     """The files below `root` in units of about `unit_bytes` stored bytes, a function of their names and sizes alone.
 
@@ -59,12 +59,12 @@ def plan(
     # Of the ways to match, this one goes into folders that are links: domains may lie on several disks.
     found = {name for p in patterns for name in glob.glob(p, root_dir=root, recursive=True, include_hidden=True)}
     paths = {root / name for name in found if (root / name).is_file()}
-    output = Path(os.path.relpath(out, root))
+    output = None if out is None else Path(os.path.relpath(out, root))
     units: list[list[Extent]] = []
     room = 0
     for path in sorted(paths):
         relative = path.relative_to(root)
-        if relative.is_relative_to(output) or set(relative.parts[:-1]) & set(exclude):
+        if (output and relative.is_relative_to(output)) or set(relative.parts[:-1]) & set(exclude):
             continue
         if "\n" in str(relative) or not _is_text(str(relative)):  # it becomes the document's name
             raise ValueError(f"{str(path)!a}: its name is no line of UTF-8: rename it")

@@ -130,11 +130,11 @@ def _remember(queue, stop) -> None:
     global _progress, _stop
     _progress, _stop = queue, stop
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C too, and tells
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def _end_with_parent() -> None:
-    """Without it the workers of a job that was killed wait for ever."""
+def end_with_parent() -> None:
+    """Ends this process when its parent does: without it the workers of a job that was killed wait for ever."""
     multiprocessing.parent_process().join()
     os._exit(1)
 

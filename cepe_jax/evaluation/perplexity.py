@@ -1,74 +1,288 @@
-"""How much a context helps: nll of the last tokens of held-out documents against the number of context chunks."""
+"""How much a context helps: nll of the last tokens of held-out windows, after contexts of one kind and number."""
 
-from collections.abc import Iterable
+import functools
+import glob
+import hashlib
+import heapq
+import itertools
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from pathlib import Path
+from typing import Literal, TypeVar
 
-import jax
 import numpy as np
 
-from cepe_jax.data.examples import Document, chunks_before, window_at
-from cepe_jax.inference.context import encode_chunks
-from cepe_jax.model.cepe import Cepe
-from cepe_jax.progress import track
-from cepe_jax.training.objectives import token_nll
+from cepe_jax.checks import check_chunk_length
+from cepe_jax.data.corpus import Corpus, PrepareConfig
+from cepe_jax.data.examples import Document, ExampleConfig
+from cepe_jax.data.loader import Sequences
+from cepe_jax.data.records import INDEX, Records
+from cepe_jax.data.retrieval import NAME as RETRIEVED
+from cepe_jax.data.sources import RawDocument, plan, read
+from cepe_jax.data.tokenizer import Tokenizer
+from cepe_jax.evaluation.language_model import LanguageModel, Prompt
+
+Kind = Literal["previous", "other", "retrieved"]  # the text before the window; another document's; passages found
+NONE = "none"  # the kind of no context at all
+Item = TypeVar("Item")
+Key = TypeVar("Key")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerplexityConfig:
+    data: Path  # a dataset of documents or of retrieved passages; or raw documents, a file or a directory of such
+    chunks: tuple[int, ...]  # numbers of contexts, 0 for none: all are measured on the same windows
+    window: int  # tokens of the document that the decoder reads
+    scored: int  # the last ones of these, whose nll counts
+    kinds: tuple[Kind, ...] = ("previous",)
+    chunk_length: int = 256  # tokens of a context, of retrieved ones the most
+    place: Literal["last", "middle", "sliding"] = "last"  # one window of a document, or all a stride apart
+    stride: int = 0  # sliding: tokens from a window to the next; 0 = scored, so that no token is scored twice
+    windows: int = 0  # of a domain at most, of documents in an order that the seed draws; 0 = all
+    split: str = "test"  # of a dataset
+    seed: int = 0
+
+    def __post_init__(self):
+        if min(self.chunks, default=-1) < 0 or len(set(self.chunks)) < len(self.chunks):
+            raise ValueError(f"chunks is {list(self.chunks)}: give different numbers, 0 for no context")
+        check_chunk_length(self.chunk_length)
+        if not 0 < self.scored < self.window:
+            raise ValueError(f"scored is {self.scored}: give 1 or more, and fewer than the window's {self.window}")
+        if not self.kinds or len(set(self.kinds)) < len(self.kinds) or {"retrieved"} < set(self.kinds):
+            raise ValueError(f"kinds is {list(self.kinds)}: give previous, other or both, or retrieved alone")
+        if self.stride < 0 or (self.stride and self.place != "sliding"):
+            raise ValueError(f"stride is {self.stride}: give a number of tokens, where place is sliding alone")
+        if self.windows < 0:
+            raise ValueError(f"windows is {self.windows}: give a number, or 0 for all")
+
+    @property
+    def context(self) -> int:
+        """Tokens that a window has before it: of the most chunks."""
+        return max(self.chunks) * self.chunk_length
+
+    def starts(self, length: int) -> range:
+        """Where the windows of a text of so many tokens start; none where it is too short for the longest context."""
+        last = length - self.window
+        if last < self.context:
+            return range(0)
+        if self.place == "sliding":
+            return range(self.context, last + 1, self.stride or self.scored)
+        start = last if self.place == "last" else max(self.context, last // 2)
+        return range(start, start + 1)
 
 
 @dataclass(frozen=True)
 class Window:
-    """A window of one document and where its contexts end: the same place in the document, and one in another's."""
+    document: str
+    domain: str
+    start: int  # the window's first token in its document
+    tokens: np.ndarray
+    contexts: dict[Kind, list[np.ndarray]]  # of each kind the most that are asked for, what matters most last
+    scores: list[float] | None = None  # of retrieved contexts
 
-    document: Document
-    start: int
-    other: Document
-    other_end: int
 
+def measure(config: PerplexityConfig, kind: str, chunks: int, model: LanguageModel) -> Iterator[dict]:
+    """A record of each window: nll of its scored tokens in nats per token, given `chunks` contexts of this kind.
 
-def choose_windows(documents: Iterable[Document], window: int, context: int) -> list[Window]:
-    """One window in the middle of each document that has `context` tokens before it and is long enough.
-
-    The other document of a window is the next one in the list, read up to its own window.
+    The contexts are those before the window in their order, or the best passages, the best one last.
     """
-    chosen = [document for document in documents if len(document.tokens) > context + window]
-    if len(chosen) < 2:
+    for window in windows(config, model.tokenizer):
+        if chunks and kind not in window.contexts:
+            raise ValueError(f"{config.data} has contexts of the kinds {', '.join(window.contexts)}, and not {kind}")
+        contexts = window.contexts[kind][-chunks:] if chunks else []
+        if len(contexts) < chunks:
+            raise ValueError(
+                f"{config.data}: {len(contexts)} passages were found for {window.document}, and {chunks} are asked "
+                f"for: retrieve with a larger --k, or lower chunks"
+            )
+        scores = window.scores[-chunks:] if window.scores and chunks else None
+        ids = window.tokens.tolist()
+        prompt = Prompt(ids[: -config.scored], [context.tolist() for context in contexts], scores)
+        begun = time.perf_counter()
+        (score,) = model.score(prompt, [ids[-config.scored :]])
+        seconds = time.perf_counter() - begun
+        name = f"{window.document}:{window.start}"
+        nll = -score.total / config.scored
+        if not math.isfinite(nll):
+            raise ValueError(f"nll of {name} is {nll}: the model's probabilities are no numbers there")
+        yield {
+            "id": name,
+            "document": window.document,
+            "domain": window.domain,
+            "nll": nll,
+            "scored": config.scored,
+            "read": len(ids) + sum(map(len, contexts)),
+            "seconds": seconds,
+        }
+
+
+def windows(config: PerplexityConfig, tokenizer: Tokenizer) -> Iterator[Window]:
+    """The same windows whatever is asked about them. ValueError where there are none."""
+    if not config.data.exists():
+        raise FileNotFoundError(f"{config.data}: no such file or directory")
+    if not (config.data / INDEX).exists() and not (config.data / "units").exists():
+        return _in_documents(config, _raw_documents(config, tokenizer))
+    records = Records(config.data, config.split)
+    if records.index["tokenizer"] != tokenizer.fingerprint():
         raise ValueError(
-            f"{len(chosen)} documents are longer than the {context + window} tokens asked for: 2 are needed"
+            f"{config.data} has other tokens than those of the model at {tokenizer.path}: prepare it with the model's "
+            f"tokenizer, or give raw documents"
         )
-    starts = [max(context, (len(document.tokens) - window) // 2) for document in chosen]
-    places = list(zip(chosen, starts, strict=True))
-    return [Window(*place, *other) for place, other in zip(places, places[1:] + places[:1], strict=True)]
+    if records.name == RETRIEVED:
+        return _with_passages(config)
+    return _in_documents(config, _prepared_documents(config))
 
 
-@partial(jax.jit, static_argnames="scored")
-def _nll(model: Cepe, tokens_BT, labels_BT, memory_BME, memory_mask_BM, scored: int) -> jax.Array:
-    hidden_BTD, _ = model.decode(tokens_BT, memory_BME, memory_mask_BM)
-    logits = model.decoder.logits(hidden_BTD[:, -scored:])
-    return token_nll(logits, labels_BT[:, -scored:]).mean(axis=1)
+def _in_documents(config: PerplexityConfig, documents: Iterable[Document]) -> Iterator[Window]:
+    """Windows of these documents.
 
-
-def context_nll(
-    model: Cepe, windows: list[Window], window: int, scored: int, counts: list[int], chunk_length: int, batch: int = 16
-) -> dict[tuple[str, int], np.ndarray]:
-    """(kind, chunks) -> nll per document in nats per token, over the last `scored` tokens of each window.
-
-    Kinds: `none` with 0 chunks; `previous`, the chunks right before the window; `other`, another document's. All
-    counts read the end of one memory: chunks do not see each other.
+    The other document of one is the next one, read up to its own window, of several the one with the same number; the
+    other of the last document is the first.
     """
-    most = max(counts)
-    results: dict[tuple[str, int], list] = {("none", 0): []}
-    results |= {(kind, count): [] for kind in ("previous", "other") for count in counts}
-    for first in track(range(0, len(windows), batch), "evaluate"):
-        rows = windows[first : first + batch]
-        rows = rows + [rows[-1]] * (batch - len(rows))  # one shape, one compilation
-        views = [window_at(row.document.tokens, row.start, window) for row in rows]
-        tokens, labels = (np.stack([view[name] for view in views]) for name in ("tokens", "labels"))
-        for kind in ("previous", "other"):
-            ends = [(r.document, r.start) if kind == "previous" else (r.other, r.other_end) for r in rows]
-            contexts = [chunks_before(document.tokens, end, most, chunk_length) for document, end in ends]
-            context, real = (np.stack([c[name] for c in contexts]) for name in ("context", "context_mask"))
-            memory = encode_chunks(model, context, real)
-            for count in counts if kind == "other" else [0, *counts]:
-                last = most * chunk_length - count * chunk_length
-                read = (memory[:, last:], real.reshape(batch, -1)[:, last:]) if count else (None, None)
-                results["none" if count == 0 else kind, count].append(_nll(model, tokens, labels, *read, scored))
-    return {key: np.concatenate(values)[: len(windows)] for key, values in results.items()}
+
+    def places() -> Iterator[tuple[Document, list[int]]]:
+        counts: Counter[str] = Counter()
+        for document in documents:
+            starts = list(config.starts(len(document.tokens)))
+            if config.windows:
+                starts = starts[: config.windows - counts[document.domain]]
+            counts[document.domain] += len(starts)
+            if starts:
+                yield document, starts
+
+    def chunks(document: Document, end: int) -> list[np.ndarray]:
+        step = config.chunk_length
+        return [document.tokens[at : at + step] for at in range(end - config.context, end, step)]
+
+    found = places()
+    first = next(found, None)
+    if first is None:
+        raise ValueError(
+            f"{config.data}: no document has the {config.context + config.window} tokens of the longest context and "
+            f"the window: lower chunks or window"
+        )
+    for (document, starts), (other, others) in itertools.pairwise(itertools.chain([first], found, [first])):
+        if document is other and "other" in config.kinds:
+            raise ValueError(f"{config.data}: only {document.name} is long enough, and other needs two documents")
+        for number, start in enumerate(starts):
+            contexts = {
+                "previous": chunks(document, start),
+                "other": chunks(other, others[min(number, len(others) - 1)]),
+            }
+            tokens = document.tokens[start : start + config.window]
+            yield Window(document.name, document.domain, start, tokens, contexts)
+
+
+def _prepared_documents(config: PerplexityConfig) -> Iterator[Document]:
+    corpus = Corpus(config.data, config.split)
+    for number in _numbers(corpus.records, config, lambda length: len(config.starts(length - 2))):
+        document = corpus[number]
+        yield Document(document.name, document.tokens[1:-1], document.domain)  # neither BOS nor EOS is text
+
+
+def _with_passages(config: PerplexityConfig) -> Iterator[Window]:
+    sizes = ExampleConfig(window=config.window, chunk_length=config.chunk_length)
+    sequences, most = Sequences(config.data, "cepe", sizes, config.split), max(config.chunks)
+    first_scored = config.window - config.scored
+    if (query := sequences.query["query_tokens"]) > first_scored:
+        raise ValueError(
+            f"{config.data}: its passages were found for the first {query} tokens, and tokens from {first_scored} on "
+            f"are scored: lower scored"
+        )
+    for number in _numbers(sequences.records, config, lambda length: 1):
+        record = sequences[number]
+        document, _, start = record["name"].decode().split("\n")[0].rpartition("@")
+        rows = zip(record["passages"][:most], record["lengths"][:most], strict=True)
+        yield Window(
+            document,
+            record["domain"].decode(),
+            int(start),
+            record["tokens"][: config.window],
+            {"retrieved": [row[:length] for row, length in rows][::-1]},
+            record["scores"][:most].tolist()[::-1],
+        )
+
+
+def _numbers(records: Records, config: PerplexityConfig, windows_in: Callable[[int], int]) -> list[int]:
+    """The numbers of the records to read; `windows_in` counts the windows in one of so many tokens."""
+    table = sorted(
+        (int(number), domain, windows_in(int(length)))
+        for shard in range(len(records.facts["shards"]))
+        for domain, of_domain in records.lengths(shard).items()
+        for number, length in zip(*of_domain, strict=True)
+    )
+    if not config.windows:
+        return [number for number, _, count in table if count]
+    draws = np.random.default_rng(config.seed).random(len(records))
+    candidates = ((domain, draws[number], (number, count)) for number, domain, count in table)
+    return drawn(candidates, config.windows, lambda item: item)
+
+
+def drawn(
+    candidates: Iterable[tuple[str, float, Key]], most: int, read: Callable[[Key], tuple[Item, int]]
+) -> list[Item]:
+    """Of each domain the items with the lowest draws, until they have `most` windows; all in the order of the draws.
+
+    A candidate is a domain, a draw, and a key whose item and number of windows `read` gives. It is asked of those
+    alone that may be among the lowest so far, and no others are held.
+    """
+    heaps: dict[str, list[tuple[float, int, int, Item]]] = {}  # the highest draw first
+    totals: Counter[str] = Counter()
+    for number, (domain, draw, key) in enumerate(candidates):
+        heap = heaps.setdefault(domain, [])
+        if totals[domain] >= most and draw > -heap[0][0]:
+            continue
+        item, count = read(key)
+        if not count:
+            continue
+        heapq.heappush(heap, (-draw, number, count, item))
+        totals[domain] += count
+        while totals[domain] - heap[0][2] >= most:
+            totals[domain] -= heapq.heappop(heap)[2]
+    entries = sorted((entry for heap in heaps.values() for entry in heap), reverse=True)
+    return [item for *_, item in entries]
+
+
+def _raw_documents(config: PerplexityConfig, tokenizer: Tokenizer) -> Iterable[Document]:
+    """Documents of files as `prepare_data.py` reads them, tokenised: all, one after another, or those that are drawn.
+
+    ValueError for one that cannot be read.
+    """
+    if config.windows:
+        return _drawn_documents(config, tokenizer)
+    return (_tokenised(raw, tokenizer) for raw in _long_enough(config))
+
+
+@functools.lru_cache(maxsize=1)  # for the next number of chunks: to read all files again may take minutes
+def _drawn_documents(config: PerplexityConfig, tokenizer: Tokenizer) -> list[Document]:
+    def candidates() -> Iterator[tuple[str, float, RawDocument]]:
+        for raw in _long_enough(config):
+            digest = hashlib.sha256(f"{config.seed}:{raw.name}".encode()).digest()
+            yield raw.domain, int.from_bytes(digest[:8], "big") / 2**64, raw
+
+    def read_windows(raw: RawDocument) -> tuple[Document, int]:
+        document = _tokenised(raw, tokenizer)
+        return document, len(config.starts(len(document.tokens)))
+
+    return drawn(candidates(), config.windows, read_windows)
+
+
+def _long_enough(config: PerplexityConfig) -> Iterator[RawDocument]:
+    """The documents that may have a window: no token is less than a byte but one, which tokenizers put first."""
+    root, patterns = config.data, PrepareConfig.patterns
+    if config.data.is_file():
+        root, patterns = config.data.parent, (glob.escape(config.data.name),)
+    for unit in plan(root, patterns, (), PrepareConfig.unit_bytes):
+        for extent in unit:
+            for raw in read(root, extent, domain_field=""):
+                if raw.text is None:
+                    raise ValueError(f"{raw.fault}: mend it, or take it out")
+                if config.starts(len(raw.text.encode()) + 1):
+                    yield raw
+
+
+def _tokenised(raw: RawDocument, tokenizer: Tokenizer) -> Document:
+    return Document(raw.name, np.array(tokenizer.encode(raw.text), np.int32), raw.domain)

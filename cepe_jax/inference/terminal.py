@@ -80,13 +80,13 @@ def run_generate(config: GenerateConfig) -> None:
     if config.chat:
         tokenizer = Tokenizer(tokenizer or config.model)
         Template(tokenizer)  # refused before anything is loaded
-    with _mesh(config.mesh):
+    with on_devices(config.mesh):
         model = load(config.model, config.dtype, tokenizer, config.window)
         context = _context(model, config, texts)
         (_converse if config.chat else _answer)(model, context, config)
 
 
-def _mesh(sizes: Devices) -> AbstractContextManager:
+def on_devices(sizes: Devices) -> AbstractContextManager:
     """All devices, as a mesh where there are several."""
     devices = jax.device_count()
     mesh = make_mesh(context=sizes.context or max(devices // sizes.tensor, 1), tensor=sizes.tensor)

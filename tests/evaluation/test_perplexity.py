@@ -1,135 +1,314 @@
-"""Which windows are chosen, and their nll against the model called directly and a softmax in numpy."""
+"""Which windows and contexts a model is asked about, against documents cut again; what becomes of its answers."""
 
 import dataclasses
+import gzip
+import itertools
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny import DECODER
+from asked import Asked
+from sequences import joins, make_tokenizer, write, write_sequences
 
-from cepe_jax.data.examples import Document
+from cepe_jax.data.corpus import Corpus, PrepareConfig, prepare
+from cepe_jax.data.retrieval import features_of
+from cepe_jax.data.tokenizer import Tokenizer
 from cepe_jax.evaluation import perplexity
-from cepe_jax.evaluation.perplexity import choose_windows, context_nll
-from cepe_jax.evaluation.report import EvaluateConfig, _places
+from cepe_jax.evaluation.perplexity import PerplexityConfig, drawn, measure
 
-WINDOW, SCORED, LENGTH, COUNTS = 8, 5, 3, [1, 4]
-
-
-def draw_documents(rng, count: int, longest: int) -> list[Document]:
-    lengths = rng.integers(1, longest, count)
-    return [Document(f"{i}.py", rng.integers(3, DECODER.vocab_size, n).astype(np.int32)) for i, n in enumerate(lengths)]
+WORDS = ["def ", "x", "\n", "    ", "``` ", "return ", "🙂"]
 
 
-@pytest.mark.parametrize("seed", range(30))
-def test_windows(seed):
-    """The property that every number of the report rests on: a context ends where the window starts, or in another
-    document, and every span that the report names lies inside its document."""
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    """Texts of 40 to 200 words in two folders, and the dataset of them: about half is its test split."""
+    home = tmp_path_factory.mktemp("texts")
+    for number in range(24):
+        rng = np.random.default_rng(number)
+        folder = home / "in" / f"folder{number % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{number:02}.txt").write_text("".join(rng.choice(WORDS, rng.integers(40, 200))))
+    fractions = {"test_fraction": 0.5, "retrieval_fraction": 0.0}
+    prepare(PrepareConfig(input=home / "in", out=home / "documents", vocab_size=290, workers=1, **fractions))
+    return home
+
+
+@pytest.fixture
+def config(home) -> PerplexityConfig:
+    return PerplexityConfig(
+        data=home / "documents",
+        chunks=(1, 0, 4),
+        window=9,
+        scored=4,
+        chunk_length=6,
+        kinds=("previous", "other"),
+    )
+
+
+@pytest.fixture
+def model(home) -> Asked:
+    return Asked(Tokenizer(home / "documents"))
+
+
+def texts_of(home: Path, split: str = "test") -> dict[str, list[int]]:
+    """The ids of each text that is long enough for the longest context, 24, and a window of 9."""
+    tokenizer = Tokenizer(home / "documents")
+    names = sorted(document.name for document in Corpus(home / "documents", split))
+    texts = {name: tokenizer.encode((home / "in" / name).read_text()) for name in names}
+    return {name: ids for name, ids in texts.items() if len(ids) >= 24 + 9}
+
+
+def spans(config: PerplexityConfig, kind: str, chunks: int, model: Asked) -> list[tuple[list[int], list[list[int]]]]:
+    """The window and its contexts, of each question; what is scored is the window's end."""
+    model.asked.clear()
+    records = list(measure(config, kind, chunks, model))
+    assert len(records) == len(model.asked)
+    for _, continuations in model.asked:
+        assert [len(row) for row in continuations] == [config.scored]
+    return [([*prompt.ids, *rows[0]], [list(c) for c in prompt.contexts]) for prompt, rows in model.asked]
+
+
+def starts_of(config: PerplexityConfig, length: int) -> list[int]:
+    """By trying every place."""
+    places = [start for start in range(length) if start >= 24 and start + 9 <= length]
+    match config.place:
+        case "last":
+            return places[-1:]
+        case "middle":
+            return [min(places, key=lambda start: (abs(2 * start - (length - 9)) > 1, start))]
+        case "sliding":
+            return places[:: config.stride or config.scored]
+
+
+@pytest.mark.parametrize("changes", [{}, {"place": "middle"}, {"place": "sliding"}, {"place": "sliding", "stride": 7}])
+def test_windows_and_contexts(config, model, home, changes):
+    """A window ends what the decoder reads; its contexts end where it starts, or where the next document's does."""
+    config, texts = dataclasses.replace(config, **changes), texts_of(home)
+    assert len(texts) > 4
+    starts = {name: starts_of(config, len(ids)) for name, ids in texts.items()}
+    windows = [ids[start : start + 9] for name, ids in texts.items() for start in starts[name]]
+    others = []
+    for (_, own), (name, places) in itertools.pairwise([*starts.items(), next(iter(starts.items()))]):
+        others += [(texts[name], places[min(number, len(places) - 1)]) for number in range(len(own))]
+    owns = [(ids, start) for name, ids in texts.items() for start in starts[name]]
+    for chunks in 0, 1, 4:
+        for kind, ends in ("previous", owns), ("other", others):
+            contexts = [[ids[end - 6 * n : end - 6 * n + 6] for n in range(chunks, 0, -1)] for ids, end in ends]
+            assert spans(config, kind, chunks, model) == list(zip(windows, contexts, strict=True))
+    assert all(prompt.scores is None for prompt, _ in model.asked)
+
+
+def test_the_middle_is_the_middle(config, model, home):
+    """Where the context leaves it free: half of what is outside of the window stands on each side."""
+    config = dataclasses.replace(config, chunks=(1,), place="middle")
+    records = list(measure(config, "previous", 1, model))
+    texts = texts_of(home)
+    of_long = [r for r in records if r["document"] in texts]
+    assert len(of_long) == len(texts)
+    for record in of_long:
+        start = int(record["id"].rpartition(":")[2])
+        assert abs(len(texts[record["document"]]) - 9 - 2 * start) <= 1
+
+
+def test_records(config, model, home):
+    """Every number that is asked for has the same windows, and the nll is the mean over the scored tokens."""
+    by_cell = {}
+    for kind, chunks in ("none", 0), ("previous", 1), ("previous", 4), ("other", 4):
+        records = list(measure(config, kind, chunks, model))
+        by_cell[kind, chunks] = [record["id"] for record in records]
+        for record, (prompt, (row,)) in zip(records, model.asked[-len(records) :], strict=True):
+            np.testing.assert_allclose(record["nll"], np.mean((1 + np.array(row) % 7) / 4) - 0.125 * chunks, rtol=1e-6)
+            assert (record["scored"], record["read"]) == (4, 9 + 6 * chunks)
+            assert record["seconds"] > 0
+            assert record["domain"] == record["document"].split("/")[0]
+            assert record["id"] == f"{record['document']}:{len(texts_of(home)[record['document']]) - 9}"
+            assert len(prompt.ids) == 5
+    assert len({tuple(ids) for ids in by_cell.values()}) == 1
+    assert len(set(by_cell["none", 0])) == len(by_cell["none", 0])
+
+
+def test_raw_documents_are_those_of_the_dataset(config, model, home, tmp_path):
+    """From one file, from lines, packed or not, or from files in folders: the texts, and so the questions, are one."""
+    texts = texts_of(home)
+    asked = spans(config, "other", 4, model)
+    for name in texts:
+        path = tmp_path / "files" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text((home / "in" / name).read_text())
+    (tmp_path / "files" / "folder0" / "empty.txt").write_text(" \n")
+    lines = [json.dumps({"text": (home / "in" / name).read_text()}) for name in texts]
+    short = json.dumps({"text": "x"})
+    (tmp_path / "[1].jsonl").write_text("\n".join([*lines, short]))
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress("\n".join([short, *lines]).encode()))
+    for data in "files", "[1].jsonl", "b.jsonl.gz":
+        raw = dataclasses.replace(config, data=tmp_path / data)
+        assert spans(raw, "other", 4, model) == asked
+    records = list(measure(dataclasses.replace(config, data=tmp_path / "files"), "previous", 1, model))
+    assert [record["id"] for record in records] == [record["id"] for record in measure(config, "previous", 1, model)]
+    assert {record["domain"] for record in records} == {"folder0", "folder1"}
+
+
+@pytest.mark.parametrize("data", ["documents", "in"])
+def test_drawn_windows(config, model, home, data):
+    """As many of each domain, the same for every number of chunks, others for another seed, and not the first."""
+    config = dataclasses.replace(config, data=home / data, split="train", windows=2)
+    draws = {seed: ids_of(dataclasses.replace(config, seed=seed), model) for seed in range(12)}
+    every = ids_of(dataclasses.replace(config, windows=0), model)
+    for seed, ids in draws.items():
+        assert sorted(name.split("/")[0] for name in ids) == ["folder0"] * 2 + ["folder1"] * 2
+        assert set(ids) <= set(every)
+        assert ids == ids_of(dataclasses.replace(config, seed=seed), model, chunks=0)
+    assert len({tuple(ids) for ids in draws.values()}) > 8
+    assert len({name for ids in draws.values() for name in ids}) > len(every) * 0.6
+    sliding = dataclasses.replace(config, place="sliding", windows=3)
+    counts = [name.split("/")[0] for name in ids_of(sliding, model)]
+    assert sorted(counts) == ["folder0"] * 3 + ["folder1"] * 3
+
+
+def ids_of(config: PerplexityConfig, model: Asked, chunks: int = 4) -> list[str]:
+    return [record["id"] for record in measure(config, "previous", chunks, model)]
+
+
+def test_drawn_raw_documents_are_read_once(config, model, home, monkeypatch):
+    """And tokenised only where their draw is low enough."""
+    config = dataclasses.replace(config, data=home / "in", windows=1, seed=7)
+    read, tokenised = [], []
+    monkeypatch.setattr(
+        perplexity, "read", lambda *given, f=perplexity.read, **more: read.append(given) or f(*given, **more)
+    )
+    monkeypatch.setattr(
+        perplexity, "_tokenised", lambda raw, *rest, f=perplexity._tokenised: tokenised.append(raw) or f(raw, *rest)
+    )
+    assert ids_of(config, model) == ids_of(config, model, chunks=1)
+    assert len(read) == 24
+    assert 2 <= len(tokenised) < 18
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_drawn(seed):
+    """Against all items sorted by their draws; what cannot be among the lowest is not read."""
     rng = np.random.default_rng(seed)
-    documents = draw_documents(rng, 40, int(rng.integers(60, 300)))
-    length = {document.name: len(document.tokens) for document in documents}
-    window, chunk_length, most = (int(n) for n in rng.integers(1, [20, 6, 6]))
-    context = most * chunk_length
-    sizes = {"window": window, "scored": 1, "chunk_length": chunk_length, "trained_chunks": most}
-    config = EvaluateConfig(Path("a"), Path("b"), Path("c"), chunks=tuple(range(1, most + 1)), **sizes)
-    windows = choose_windows(documents, window, context)
-    assert [w.document.name for w in windows] == [name for name, n in length.items() if n > context + window]
-    for chosen in windows:
-        places = _places(chosen, config)
-        own, other = places["file"], places["other"]["file"]
-        assert other != own
-        assert places["end"] - places["start"] == window
-        assert 0 <= places["start"] < places["end"] < length[own]  # the last label exists
-        spans = places["previous"]
-        assert spans.keys() == places["other"].keys() - {"file"} == {str(count) for count in config.chunks}
-        for count in config.chunks:
-            start, end = spans[str(count)]
-            assert 0 <= start < end <= places["start"]
-            assert end == places["start"]
-            assert end - start == count * chunk_length
-            start, end = places["other"][str(count)]
-            assert 0 <= start < end <= length[other]
-            assert end - start == count * chunk_length
-    others = [w.other.name for w in windows]
-    assert sorted(others) == sorted(w.document.name for w in windows)  # each is another's context once
+    most, count = int(rng.integers(1, 12)), int(rng.integers(1, 60))
+    sizes, domains, draws = rng.integers(0, 4, count), rng.choice(list("abc"), count), rng.random(count)
+    asked = []
+    candidates = [(str(domains[n]), float(draws[n]), n) for n in range(count)]
+    found = drawn(iter(candidates), most, lambda n: (asked.append(n) or n, int(sizes[n])))
+    wanted = []
+    for domain in "abc":
+        total = 0
+        for n in np.argsort(draws):
+            if domains[n] == domain and sizes[n] and total < most:
+                wanted.append(int(n))
+                total += sizes[n]
+    assert found == sorted(wanted, key=lambda n: draws[n])
+    assert set(found) <= set(asked)
 
 
-def test_too_few_documents():
-    documents = [Document("a", np.arange(30)), Document("b", np.arange(20)), Document("c", np.arange(21))]
-    assert len(choose_windows(documents, 8, 12)) == 2
-    with pytest.raises(ValueError, match="1 documents are longer than the 25 tokens asked for: 2 are needed"):
-        choose_windows(documents, 13, 12)
-    with pytest.raises(ValueError, match="0 documents are longer"):
-        choose_windows([], 1, 1)
-
-
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    logits = logits.astype(np.float64)
-    shifted = logits - logits.max(-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
-
-
-def nll_of(logits_BTV, labels_BT) -> np.ndarray:
-    log_probs = log_softmax(np.asarray(logits_BTV))
-    picked = np.take_along_axis(log_probs, labels_BT[..., None], axis=-1)[..., 0]
-    return -picked[:, -SCORED:].mean(1)
+PASSAGES, LENGTH = 3, 5  # of a sequence, and their tokens
 
 
 @pytest.fixture(scope="module")
-def windows():
-    return choose_windows(draw_documents(np.random.default_rng(0), 10, 90), WINDOW, max(COUNTS) * LENGTH)
+def retrieved(tmp_path_factory) -> tuple[Path, list[np.ndarray], np.ndarray, Tokenizer]:
+    """Four sequences of 12 tokens and their three passages, the last one shorter than the others."""
+    home = tmp_path_factory.mktemp("retrieved")
+    tokenizer, rng = make_tokenizer(home), np.random.default_rng(1)
+    sequences = [rng.integers(3, 290, 13) for _ in range(4)]
+    base = write_sequences(home / "sequences", sequences, 12, tokenizer)
+    passages = rng.integers(3, 290, (4, PASSAGES, LENGTH))
+    records = [
+        {
+            "passages": rows,
+            "lengths": np.array([5, 5, 2]),
+            "next": rows,
+            "next_lengths": np.array([5, 5, 2]),
+            "scores": np.array([3.0, 2.5, 0.5]),
+            "names": "x@0\ny@0\nz@0",
+        }
+        for rows in passages
+    ]
+    facts = {"passage_length": LENGTH, "query_tokens": 4, "joins": joins(base)}
+    features = features_of(np.uint16, LENGTH)
+    path = write(home / "found", "retrieved", features, [records[:2], records[2:]], tokenizer, **facts)
+    return path, sequences, passages, tokenizer
 
 
-@pytest.fixture(scope="module")
-def measured(cepe, windows):
-    """In batches of 4, the last of them not full."""
-    assert len(windows) > 4
-    assert len(windows) % 4
-    return context_nll(cepe, windows, WINDOW, SCORED, COUNTS, LENGTH, batch=4)
+@pytest.fixture
+def found(retrieved) -> PerplexityConfig:
+    sizes = {"window": 12, "scored": 8, "chunk_length": LENGTH}
+    return PerplexityConfig(data=retrieved[0], chunks=(0, 1, 3), kinds=("retrieved",), split="train", **sizes)
 
 
-def test_nll(cepe, plain, forward, windows, measured):
-    """Of the last tokens of each window, given the chunks that end at the window or at the other's window."""
-    tokens = np.stack([w.document.tokens[w.start : w.start + WINDOW] for w in windows])
-    labels = np.stack([w.document.tokens[w.start + 1 : w.start + 1 + WINDOW] for w in windows])
-    kinds = {("none", 0), *((kind, count) for kind in ("previous", "other") for count in COUNTS)}
-    assert measured.keys() == kinds
-    np.testing.assert_allclose(measured["none", 0], nll_of(plain(cepe.decoder, tokens), labels), rtol=1e-5)
-    for count in COUNTS:
-        for kind in ("previous", "other"):
-            ends = [(w.document, w.start) if kind == "previous" else (w.other, w.other_end) for w in windows]
-            context = np.stack([document.tokens[end - count * LENGTH : end] for document, end in ends])
-            logits = forward(cepe, tokens, context.reshape(len(windows), count, LENGTH))
-            np.testing.assert_allclose(measured[kind, count], nll_of(logits, labels), rtol=1e-5)
+def test_retrieved_passages(found, retrieved):
+    """The k best, the best one next to the window, each with its score; a window scores what follows the query."""
+    _, sequences, passages, tokenizer = retrieved
+    model = Asked(tokenizer)
+    for chunks in 0, 1, 3:
+        model.asked.clear()
+        records = list(measure(found, "retrieved", chunks, model))
+        assert [record["id"] for record in records] == ["0:0", "1:0", "2:0", "3:0"]
+        for (prompt, (row,)), record, tokens, rows in zip(model.asked, records, sequences, passages, strict=True):
+            assert [*prompt.ids, *row] == tokens[:12].tolist()
+            assert len(row) == 8
+            wanted = [rows[0].tolist(), rows[1].tolist(), rows[2, :2].tolist()][:chunks]
+            assert list(prompt.contexts) == wanted[::-1]
+            assert prompt.scores == ([3.0, 2.5, 0.5][:chunks][::-1] if chunks else None)
+            assert record["read"] == 12 + sum(map(len, wanted))
 
 
-def test_every_number_is_another(measured):
-    """So no two kinds or counts could be mixed up unseen."""
-    means = sorted(float(values.mean()) for values in measured.values())
-    assert np.diff(means).min() > 1e-4
-    assert all(len(values) == len(measured["none", 0]) for values in measured.values())
+def test_what_retrieval_did_not_give(found, retrieved):
+    model = Asked(retrieved[3])
+    with pytest.raises(ValueError, match="3 passages were found for 0, and 4 are asked for: retrieve with a larger"):
+        next(measure(dataclasses.replace(found, chunks=(4,)), "retrieved", 4, model))
+    with pytest.raises(ValueError, match="found for the first 4 tokens, and tokens from 3 on are scored"):
+        next(measure(dataclasses.replace(found, scored=9), "retrieved", 1, model))
+    with pytest.raises(ValueError, match="has contexts of the kinds retrieved, and not previous"):
+        next(measure(found, "previous", 1, model))
 
 
-def test_windows_without_enough_before_them_are_masked(cepe, forward, windows):
-    """Missing tokens are absent, not padding that is read."""
-    short = [dataclasses.replace(w, start=2, other_end=5) for w in windows[:4]]
-    result = context_nll(cepe, short, WINDOW, SCORED, [4], LENGTH, batch=4)["previous", 4]
-    tokens = np.stack([w.document.tokens[2 : 2 + WINDOW] for w in short])
-    labels = np.stack([w.document.tokens[3 : 3 + WINDOW] for w in short])
-    context, mask = np.zeros((4, 4, LENGTH), np.int32), np.zeros((4, 4, LENGTH), bool)
-    context[:, -1, -2:], mask[:, -1, -2:] = [w.document.tokens[:2] for w in short], True
-    np.testing.assert_allclose(result, nll_of(forward(cepe, tokens, context, mask), labels), rtol=1e-5)
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"chunks": (0, -1)}, r"chunks is \[0, -1\]: give different numbers, 0 for no context"),
+        ({"chunks": (2, 2)}, r"chunks is \[2, 2\]"),
+        ({"chunks": ()}, r"chunks is \[\]"),
+        ({"chunk_length": 0}, "chunk_length is 0"),
+        ({"scored": 0}, "scored is 0: give 1 or more, and fewer than the window's 9"),
+        ({"scored": 9}, "scored is 9"),
+        ({"kinds": ()}, r"kinds is \[\]"),
+        ({"kinds": ("other", "other")}, "kinds is"),
+        ({"kinds": ("retrieved", "other")}, "kinds is .*: give previous, other or both, or retrieved alone"),
+        ({"stride": 3}, "stride is 3: give a number of tokens, where place is sliding alone"),
+        ({"stride": -3, "place": "sliding"}, "stride is -3"),
+        ({"windows": -1}, "windows is -1"),
+    ],
+)
+def test_bad_configs(config, changes, said):
+    with pytest.raises(ValueError, match=said):
+        dataclasses.replace(config, **changes)
 
 
-def test_the_decoder_reads_its_window_alone(cepe, windows, monkeypatch):
-    """What the model is given to read, position by position: no label of the window is in it."""
-    read = []
-    monkeypatch.setattr(perplexity, "encode_chunks", lambda model, *context: read.append(context) or context[0])
-    monkeypatch.setattr(perplexity, "_nll", lambda model, tokens, labels, *rest: np.zeros(len(tokens)))
-    context_nll(cepe, windows, WINDOW, SCORED, COUNTS, LENGTH, batch=len(windows))
-    for row, window in enumerate(windows):
-        (own, own_mask), (other, other_mask) = [(context[row], mask[row]) for context, mask in read]
-        most = max(COUNTS) * LENGTH
-        np.testing.assert_array_equal(own[own_mask], window.document.tokens[window.start - most : window.start])
-        np.testing.assert_array_equal(
-            other[other_mask], window.other.tokens[window.other_end - most : window.other_end]
-        )
+def test_data_that_has_no_window(config, model, home, tmp_path):
+    def first(**changes):
+        return next(measure(dataclasses.replace(config, **changes), "previous", 1, model))
+
+    with pytest.raises(ValueError, match="no document has the 609 tokens of the longest context and the window: lower"):
+        first(chunks=(100,))
+    with pytest.raises(FileNotFoundError, match="absent: no such file or directory"):
+        first(data=tmp_path / "absent")
+    (tmp_path / "one.txt").write_text("return " * 60)
+    with pytest.raises(ValueError, match=r"only one\.txt is long enough, and other needs two documents"):
+        first(data=tmp_path / "one.txt")
+    assert first(data=tmp_path / "one.txt", kinds=("previous",))["read"] == 15
+    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"txt": "b"}\n')
+    with pytest.raises(ValueError, match=r"bad\.jsonl:2: no text: give each line an object .* mend it, or take it out"):
+        first(data=tmp_path / "bad.jsonl")
+    model.tokenizer = make_tokenizer(tmp_path)
+    with pytest.raises(ValueError, match="has other tokens than those of the model at"):
+        first()
+
+
+def test_probabilities_that_are_no_numbers(config, model):
+    model.gain = float("nan")
+    with pytest.raises(ValueError, match=r"nll of folder\d/\d\d.txt:\d+ is nan"):
+        next(measure(config, "previous", 1, model))

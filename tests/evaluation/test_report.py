@@ -1,165 +1,269 @@
-"""The report's numbers against numpy, its files against what is promised of them."""
+"""The report's numbers against numpy, from records that the test wrote; what is compared with what; the page."""
 
 import dataclasses
+import itertools
 import json
+import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from cepe_jax.data.corpus import Corpus, PrepareConfig, prepare
-from cepe_jax.evaluation import report
-from cepe_jax.evaluation.perplexity import choose_windows
-from cepe_jax.evaluation.report import EvaluateConfig, evaluate
+from cepe_jax.evaluation import cells as store
+from cepe_jax.evaluation.estimates import Estimate, paired
+from cepe_jax.evaluation.grid import SweepConfig
+from cepe_jax.evaluation.models import ModelConfig
+from cepe_jax.evaluation.perplexity import PerplexityConfig
+from cepe_jax.evaluation.report import ReportConfig, report
+from cepe_jax.evaluation.tasks import TaskConfig
 
-KINDS = ("previous", "other")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    home = tmp_path_factory.mktemp("data")
-    for number in range(24):
-        words = np.random.default_rng(number).choice(["def ", "x", "\n", "    ", "``` ", "return ", "🙂"], 150)
-        (home / f"{number}.txt").write_text("".join(words))
-    fractions = {"test_fraction": 0.5, "retrieval_fraction": 0.0}
-    prepare(PrepareConfig(input=home, out=home / "out", vocab_size=290, workers=1, **fractions))
-    return home / "out"
+DOCUMENTS = [
+    f"{domain}/{number}" for domain, count in (("book", 5), ("arxiv", 4), ("web", 1)) for number in range(count)
+]
+FACTS = {"device": "1 x cpu", "jax": "0", "python": "3", "commit": None, "date": "2000-01-01"}
 
 
 @pytest.fixture
-def config(data, tmp_path) -> EvaluateConfig:
-    (tmp_path / "seconds.txt").write_text("data 3\ncepe 10\ncepe 5\n")
-    out, seconds = tmp_path / "out", tmp_path / "seconds.txt"
-    return EvaluateConfig(Path("model"), data, out, 8, 5, 4, 2, (1, 2, 8), sample_tokens=6, seconds=seconds)
+def config(tmp_path) -> SweepConfig:
+    data = PerplexityConfig(
+        data=Path("d"), chunks=(0, 2), window=8, scored=4, chunk_length=16, kinds=("previous", "other")
+    )
+    models = {"cepe": ModelConfig(Path("a")), "plain": ModelConfig(Path("b")), "other": ModelConfig(Path("c"))}
+    return SweepConfig(out=tmp_path, models=models, perplexity={"text": data})
+
+
+def nll_of(name: str, documents) -> dict[str, float]:
+    """Of two windows of each document, the second of them like the first."""
+    rng = np.random.default_rng(sum(map(ord, name)))
+    means = rng.normal(3, 1, len(documents))
+    return {
+        f"{document}:{start}": float(mean + rng.normal(0, 0.1))
+        for document, mean in zip(documents, means, strict=True)
+        for start in (7, 9)
+    }
 
 
 @pytest.fixture
-def measured(config, cepe, monkeypatch):
-    """(nll by kind and chunks, the calls of generate) of an evaluation whose model is not asked."""
-    rng, calls = np.random.default_rng(0), []
-    windows = choose_windows(Corpus(config.data, "test"), 8, 32)
-    none = rng.normal(3, 1, len(windows))
-    nll = {("none", 0): none}
-    for kind in KINDS:
-        nll |= {(kind, n): none - 0.1 * n * (kind == "previous") + rng.normal(0, 0.05, len(none)) for n in (1, 2, 8)}
-
-    def generate(model, prompts, *context, **limits):
-        calls.append((prompts, context, limits))
-        return [[5, 6, 7 + len(context)]]
-
-    monkeypatch.setattr(report, "load", lambda path: cepe)
-    monkeypatch.setattr(report, "context_nll", lambda *args: nll)
-    monkeypatch.setattr(report, "encode_chunks", lambda model, context, mask: context.reshape(1, -1))
-    monkeypatch.setattr(report, "generate", generate)
-    evaluate(config)
-    return nll, calls
-
-
-def test_numbers(config, measured):
-    """Gains are paired by document: their error is that of the differences, far below the nll's own."""
-    nll, _ = measured
-    written = json.loads((config.out / "report.json").read_text())
-    assert {"rows", "gain", "windows", "seconds"} <= written.keys()
-    assert [(row["context"], row["chunks"]) for row in written["rows"]] == list(nll)
-    count = len(nll["none", 0])
-    for row in written["rows"]:
-        values = nll[row["context"], row["chunks"]]
-        gains = nll["none", 0] - values
-        assert row["documents"] == count
-        np.testing.assert_allclose(row["nll"], values.mean())
-        np.testing.assert_allclose(row["nll_stderr"], np.sqrt(values.var(ddof=1) / count))
-        np.testing.assert_allclose(row["gain"], gains.mean(), atol=1e-12)
-        np.testing.assert_allclose(row["gain_stderr"], np.sqrt(gains.var(ddof=1) / count), atol=1e-12)
-    assert written["gain"].keys() == set(KINDS)
-    for kind in KINDS:
-        gains = nll["none", 0] - nll[kind, config.trained_chunks]
-        np.testing.assert_allclose(written["gain"][kind]["mean"], gains.mean())
-        np.testing.assert_allclose(written["gain"][kind]["stderr"], np.sqrt(gains.var(ddof=1) / count))
-        assert written["gain"][kind]["stderr"] < written["rows"][0]["nll_stderr"] / 5
+def nll(config) -> dict[str, dict[str, float]]:
+    """Of each cell that is written: all but the last of `plain`; `other` has other tokens."""
+    (config.out / "cells").mkdir()
+    store.write_json(config.out / "sweep.json", store.plain(config))
+    nll = {}
+    for number, cell in enumerate(itertools.chain(*config.cells())):
+        if cell.name == "plain.text.other.2":
+            store.write_failure(config.out, cell, "out of room", "a trace")
+            continue
+        # One model did not finish a document that the other did.
+        documents = DOCUMENTS[1:] if cell.model == "plain" else DOCUMENTS
+        nll[cell.name] = nll_of(cell.name, documents)
+        records = [
+            {
+                "id": name,
+                "document": name.split(":")[0],
+                "domain": name.split("/")[0],
+                "nll": value,
+                "read": 8 + 16 * cell.value + index,
+                "seconds": 0.01 * (1 + index % 5),
+            }
+            for index, (name, value) in enumerate(nll[cell.name].items())
+        ]
+        tokens = {"tokenizer": "x" if cell.model != "other" else "y"}
+        store.write(config.out, cell, iter(records), FACTS | tokens, {"peak_memory": (number + 1) << 28})
+    return nll
 
 
-def test_windows_and_seconds(config, measured):
-    written = json.loads((config.out / "report.json").read_text())
-    windows = choose_windows(Corpus(config.data, "test"), 8, 32)
-    assert [place["file"] for place in written["windows"]] == [window.document.name for window in windows]
-    for place, window in zip(written["windows"], windows, strict=True):
-        assert (place["start"], place["end"]) == (window.start, window.start + 8)
-        assert place["previous"] == {str(n): [window.start - 4 * n, window.start] for n in (1, 2, 8)}
-        spans = {str(n): [window.other_end - 4 * n, window.other_end] for n in (1, 2, 8)}
-        assert place["other"] == {"file": window.other.name} | spans
-    seconds = written["seconds"]
-    assert (seconds["data"], seconds["cepe"]) == (3, 15)
-    assert seconds["evaluate"] >= 0
-    assert written["config"] == json.loads(json.dumps(dataclasses.asdict(config), default=str))
+@pytest.fixture
+def cells(config, nll) -> dict[str, dict]:
+    report(ReportConfig(config.out))
+    written = json.loads((config.out / "results.json").read_text())
+    assert written["schema"] == 1
+    return {cell["name"]: cell for cell in written["cells"]}
 
 
-def test_files(config, measured):
-    assert {path.name for path in config.out.iterdir()} == {"report.json", "report.md", "perplexity.png"}
-    assert (config.out / "perplexity.png").read_bytes().startswith(b"\x89PNG")
+def error_of(values: dict[str, float]) -> float:
+    """By documents of two windows each: of equal sizes, the error of the mean is that of the documents' means."""
+    names = sorted(values)
+    means = [(values[a] + values[b]) / 2 for a, b in zip(names[::2], names[1::2], strict=True)]
+    return float(np.std(means, ddof=1) / np.sqrt(len(means)))
 
 
-def test_markdown_holds_every_row(config, measured):
-    written = json.loads((config.out / "report.json").read_text())
-    page = (config.out / "report.md").read_text()
-    table = [
-        [cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("| ")
+def check(numbers: dict, values: dict[str, float]) -> None:
+    np.testing.assert_allclose(numbers["mean"], np.mean(list(values.values())))
+    np.testing.assert_allclose(numbers["stderr"], error_of(values))
+    assert (numbers["records"], numbers["groups"]) == (len(values), len(values) // 2)
+
+
+def test_means(cells, nll):
+    assert cells.keys() == nll.keys()
+    for name, values in nll.items():
+        numbers = cells[name]["metrics"]["nll"]
+        check(numbers, values)
+        assert numbers["perplexity"] == pytest.approx(math.exp(np.mean(list(values.values()))))
+
+
+def test_gains(cells, nll):
+    """Paired by window, on the windows that both have: positive where nll fell, with the error of the differences."""
+    for name in nll:
+        model, _, kind, chunks = name.split(".")
+        numbers = cells[name]["metrics"]["nll"]
+        if chunks == "0":
+            assert numbers["gain_over_no_context"] is None
+        else:
+            without = nll[f"{model}.text.none.0"]
+            check(
+                numbers["gain_over_no_context"], {window: without[window] - nll[name][window] for window in nll[name]}
+            )
+        if model == "plain":
+            first = nll[f"cepe.text.{kind}.{chunks}"]
+            check(numbers["gain_over_first_model"], {window: first[window] - nll[name][window] for window in nll[name]})
+        else:
+            assert numbers["gain_over_first_model"] is None  # of itself, or of another tokenizer
+
+
+def test_domains(cells, nll):
+    """A document alone has no error."""
+    for name, values in nll.items():
+        domains = cells[name]["metrics"]["nll"]["domains"]
+        assert list(domains) == ["arxiv", "book", "web"]
+        for domain, numbers in domains.items():
+            some = {window: value for window, value in values.items() if window.startswith(domain)}
+            if domain == "web":
+                assert (numbers["mean"], numbers["stderr"]) == (pytest.approx(np.mean(list(some.values()))), None)
+            else:
+                check(numbers, some)
+
+
+def test_cost(cells, nll):
+    for number, (name, cell) in enumerate(cells.items()):
+        count, chunks = len(nll[name]), int(name[-1])
+        read = 8 + 16 * chunks + np.arange(count)
+        assert cell["tokens_per_second"] == pytest.approx(np.median(read / (0.01 * (1 + np.arange(count) % 5))))
+        assert cell["read"] == np.median(read)
+        assert cell["peak_memory"] == (number + 1 + (number >= 5)) << 28  # one cell has no result
+
+
+def rows_of(page: str, title: str) -> list[list[str]]:
+    lines = page.split(f"**{title}**\n\n")[1].split("\n\n")[0].splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if not line.startswith("|---")]
+
+
+def test_the_page(config, nll):
+    page = report(ReportConfig(config.out))
+    assert page == (config.out / "report.md").read_text()
+    numbers = {name: (np.mean(list(values.values())), error_of(values)) for name, values in nll.items()}
+
+    def shown(name: str) -> str:
+        if name not in numbers:
+            return "-"
+        mean, error = numbers[name]
+        return f"{mean:.4f} ± {error:.4f} ({math.exp(mean):.2f})"
+
+    rows = rows_of(page, "nll")
+    assert rows[0] == ["model", "contexts", "n", "0", "2"]
+    wanted = [
+        [model, kind, "18 of 9" if model == "plain" else "20 of 10"]
+        + [shown(f"{model}.text.none.0"), shown(f"{model}.text.{kind}.2")]
+        for model in ("cepe", "plain", "other")
+        for kind in ("previous", "other")
     ]
-    rows = [cells for cells in table if len(cells) == 4][1:]
-    assert len(rows) == len(written["rows"])
-    for cells, row in zip(rows, written["rows"], strict=True):
-        assert cells[0].split()[0] == str(row["chunks"])
-        assert ("more than in training" in cells[0]) == (row["chunks"] > config.trained_chunks)
-        assert cells[1:3] == [row["context"], f"{row['nll']:.4f}"]
-        assert cells[3] == (f"{row['gain']:+.4f} ± {row['gain_stderr']:.4f}" if row["chunks"] else "")
-    assert ["data", "3"] in table
-    assert ["cepe", "15"] in table
-    assert page.count("```") % 2 == 0
+    assert rows[1:] == wanted
+    gains = rows_of(page, "Gain over cepe, nll")[1:]
+    of_plain = {window: nll["cepe.text.none.0"][window] - value for window, value in nll["plain.text.none.0"].items()}
+    text = f"{np.mean(list(of_plain.values())):+.4f} ± {error_of(of_plain):.4f}"
+    assert gains[0] == ["cepe", "previous", "-", "-", "-"]
+    assert gains[2][:4] == ["plain", "previous", "18 of 9", text]
+    assert gains[3][3:] == [text, "-"]
+    assert gains[4][2:] == ["-", "-", "-"]
+    by_domain = rows_of(page, "nll by domain")
+    assert len(by_domain) == 1 + 3 * 6
+    assert by_domain[-1][:4] == ["web", "other", "other", "2 of 1"]
+    assert "±" not in "".join(by_domain[-1])
+    assert "`plain.text.other.2`: out of room" in page
+    assert "- 1 x cpu, jax 0, Python 3, 2000-01-01" in page
+    assert (config.out / "text.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_sample(config, measured):
-    """Half a window as the prompt, with and without what stands right before it; beside it how the file goes on."""
-    _, calls = measured
-    corpus = Corpus(config.data, "test")
-    window = choose_windows(corpus, 8, 32)[0]
-    tokens, start = window.document.tokens, window.start
-    assert [len(context) for _, context, _ in calls] == [0, 2]
-    for prompts, context, limits in calls:
-        assert [list(prompt) for prompt in prompts] == [tokens[start : start + 4].tolist()]
-        assert limits == {"max_new_tokens": 6, "stop_ids": [corpus.tokenizer.eos_id]}
-        if context:
-            assert context[0].ravel().tolist() == tokens[start - 8 : start].tolist()
-            assert context[1].all()
-    sample = json.loads((config.out / "report.json").read_text())["sample"]
-    decode = corpus.tokenizer.decode
-    assert sample["document"] == decode(tokens[start + 4 : start + 10])
-    assert (sample["without context"], sample["with context"]) == (decode([5, 6, 7]), decode([5, 6, 9]))
+def test_a_task(tmp_path):
+    """In percent; results of one example under several seeds are dependent; ROUGE's geometric mean has no error."""
+    task = TaskConfig("qa", (0, 5), seeds=(1, 2), metrics=("exact_match", "rouge1", "rouge2", "rougeL"))
+    config = SweepConfig(out=tmp_path, models={"cepe": ModelConfig(Path("a"))}, tasks={"nq": task})
+    (tmp_path / "cells").mkdir()
+    store.write_json(tmp_path / "sweep.json", store.plain(config))
+    answers = ["the red house", "a blue sea", "green"]
+    for cell in itertools.chain(*config.cells()):
+        records = [
+            {
+                "id": f"{seed}:{number}",
+                "seed": seed,
+                "answers": [answer],
+                "prediction": answer if number < 2 and (cell.value or seed == 1) else "a red sea",
+                "read": 7,
+                "seconds": 0.5,
+            }
+            for seed in (1, 2)
+            for number, answer in enumerate(answers)
+        ]
+        store.write(tmp_path, cell, iter(records), FACTS | {"tokenizer": "x"}, {"peak_memory": 1 << 30})
+    page = report(ReportConfig(tmp_path))
+    cells = json.loads((tmp_path / "results.json").read_text())["cells"]
+    matches = [cell["metrics"]["exact_match"] for cell in cells]
+    np.testing.assert_allclose([numbers["mean"] for numbers in matches], [1 / 3, 2 / 3])
+    assert (matches[0]["records"], matches[0]["groups"]) == (6, 3)
+    np.testing.assert_allclose(matches[1]["stderr"], np.std([1, 1, 0], ddof=1) / np.sqrt(3))
+    np.testing.assert_allclose(matches[1]["gain_over_no_context"]["mean"], 1 / 3)
+    np.testing.assert_allclose(matches[1]["gain_over_no_context"]["stderr"], np.std([0.5, 0.5, 0], ddof=1) / np.sqrt(3))
+    rouge = [np.prod([cell["metrics"][f"rouge{n}"]["mean"] for n in "12L"]) ** (1 / 3) for cell in cells]
+    np.testing.assert_allclose([cell["metrics"]["rouge"]["mean"] for cell in cells], rouge)
+    assert cells[1]["metrics"]["rouge"]["stderr"] is None
+    assert cells[1]["metrics"]["rouge"]["gain_over_no_context"] is None
+    shown = [f"{100 * matches[n]['mean']:.1f} ± {100 * matches[n]['stderr']:.1f}" for n in (0, 1)]
+    assert rows_of(page, "exact_match") == [["model", "n", "0", "5"], ["cepe", "6 of 3", *shown]]
+    assert rows_of(page, "rouge")[1] == ["cepe", "6 of 3", *(f"{100 * mean:.1f}" for mean in rouge)]
+    assert rows_of(page, "Tokens a second, and peak memory")[1] == ["cepe", "14, 1.00 GiB", "14, 1.00 GiB"]
 
 
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"trained_chunks": 3}, r"trained_chunks 3 is not among chunks \[1, 2, 8\]: add it"),
-        ({"scored": 9}, "scored is 9: give 1 to the window's 8 tokens"),
-        ({"scored": 0}, "scored is 0"),
-        ({"chunks": (0, 2)}, r"chunks is \[0, 2\]: give different numbers above 0"),
-        ({"chunks": (2, 2)}, r"chunks is \[2, 2\]"),
-        ({"chunks": ()}, r"chunks is \[\]"),
-        ({"chunk_length": 0}, "chunk_length is 0"),
-    ],
-)
-def test_bad_configs(config, changes, said):
-    with pytest.raises(ValueError, match=said):
-        dataclasses.replace(config, **changes)
+def test_no_result_at_all(config):
+    (config.out / "cells").mkdir()
+    store.write_json(config.out / "sweep.json", store.plain(config))
+    page = report(ReportConfig(config.out))
+    assert "No cell has a result." in page
+    assert page.count("not run yet") == 9
+    assert not (config.out / "text.png").exists()
+    with pytest.raises(FileNotFoundError, match=r"sweep\.json: no such file: give the --out of a sweep"):
+        report(ReportConfig(config.out / "absent"))
 
 
-def test_bad_input(config, decoder, cepe, monkeypatch):
-    """Nothing is written."""
-    monkeypatch.setattr(report, "load", lambda path: decoder)
-    with pytest.raises(ValueError, match="model: is no CEPE model: give one that was warmed up or trained"):
-        evaluate(config)
-    monkeypatch.setattr(report, "load", lambda path: cepe)
-    with pytest.raises(ValueError, match="0 documents are longer than the 40008 tokens asked for"):
-        evaluate(dataclasses.replace(config, chunk_length=5000))
-    with pytest.raises(FileNotFoundError, match="no dataset: datasets are made with"):
-        evaluate(dataclasses.replace(config, data=config.out))
-    assert not config.out.exists()
+def test_the_report_needs_no_place(config, nll, tmp_path):
+    """What a sweep left may be moved."""
+    moved = tmp_path.with_name("moved")
+    tmp_path.rename(moved)
+    assert "cepe" in report(ReportConfig(moved))
+    assert not tmp_path.exists()
+    moved.rename(tmp_path)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_errors_of_groups(seed):
+    """Against the sum over all pairs of values of one group; of groups of one it is the usual error."""
+    rng = np.random.default_rng(seed)
+    values, groups = rng.normal(2, 1, 30), rng.integers(0, 9, 30).astype(str)
+    estimate = Estimate.of(values, groups)
+    same = groups[:, None] == groups[None]
+    count = len(set(groups))
+    deviations = values - values.mean()
+    variance = (deviations[:, None] * deviations[None])[same].sum() * count / (count - 1) / 30**2
+    np.testing.assert_allclose((estimate.mean, estimate.stderr), (values.mean(), np.sqrt(variance)))
+    alone = Estimate.of(values, [str(n) for n in range(30)])
+    np.testing.assert_allclose(alone.stderr, values.std(ddof=1) / np.sqrt(30))
+    assert (alone.records, alone.groups) == (30, 30)
+
+
+def test_one_group_has_no_error():
+    assert Estimate.of([1.0, 3.0], ["a", "a"]) == Estimate(2.0, None, 2, 1)
+    assert dataclasses.astuple(Estimate.of([3.0], ["a"])) == (3.0, None, 1, 1)
+
+
+def test_pairs():
+    ours, theirs = {"a": 1.0, "b": 5.0, "c": 2.0}, {"b": 2.0, "c": 1.0, "d": 9.0}
+    assert paired(ours, theirs, dict(zip("abcd", "1234", strict=True))) == Estimate(2.0, 1.0, 2, 2)
+    assert paired(ours, {"d": 1.0}, {}) is None

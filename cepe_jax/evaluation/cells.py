@@ -1,0 +1,171 @@
+"""Cells of a grid, one model's answers to one question: all records and then what they are, or no result at all.
+
+`cells/NAME.jsonl` has a line for each record, `cells/NAME.json`, which is written last, what was asked of what, and the
+digest of the records. Where a cell failed, `cells/NAME.failed` says why until it is run again.
+"""
+
+import dataclasses
+import hashlib
+import json
+import platform
+import shutil
+import subprocess
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import date
+from importlib import metadata
+from pathlib import Path
+from typing import Literal
+
+from cepe_jax.directories import refuse_another_run, staged_path
+from cepe_jax.evaluation.models import ModelConfig
+from cepe_jax.evaluation.perplexity import PerplexityConfig
+from cepe_jax.evaluation.tasks import TaskConfig
+
+SCHEMA = 1  # of the files of a cell and of results.json
+REQUIRED = "id", "read", "seconds"  # in every record: its name, the tokens that were read for it, and in what time
+
+
+@dataclass(frozen=True)
+class Cell:
+    family: Literal["perplexity", "tasks"]
+    model: str  # as the grid calls it
+    data: str
+    kind: str  # of contexts; "" of a task
+    value: int  # where on the axis: chunks of context, or what the task counts
+    model_config: ModelConfig
+    data_config: PerplexityConfig | TaskConfig
+
+    @property
+    def name(self) -> str:
+        return ".".join([self.model, self.data, *([self.kind] if self.kind else []), str(self.value)])
+
+    @property
+    def identity(self) -> dict:
+        """The settings that the records depend on, by their dotted names.
+
+        Of the axis that is its longest value: there is room for it in every window, and demonstrations for it in every
+        draw. Metrics are of what is recorded.
+        """
+        axis, unread = ("chunks", "kinds") if self.family == "perplexity" else ("axis", "metrics")
+        data = plain(self.data_config)
+        data[axis] = max(data[axis])
+        del data[unread]
+        settings = {"model": plain(self.model_config), "data": data}
+        return {"schema": SCHEMA, "family": self.family} | dict(_dotted(settings))
+
+    def path(self, out: Path, suffix: str) -> Path:
+        return out / "cells" / f"{self.name}.{suffix}"
+
+
+def plain(config) -> dict:
+    """The settings as JSON has them."""
+    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+
+
+def _dotted(settings: dict, group: str = "") -> Iterable[tuple[str, object]]:
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            yield from _dotted(value, f"{group}{name}.")
+        else:
+            yield f"{group}{name}", value
+
+
+class Missing(ValueError):
+    """A cell has no result, and why."""
+
+
+def write(out: Path, cell: Cell, records: Iterable[dict], *facts: dict) -> None:
+    """The cell's records and facts are in `out`, facts as they are after the last record.
+
+    ValueError, and nothing is there, for records that are no result.
+    """
+    path, ids, digest = cell.path(out, "jsonl"), set(), hashlib.sha256()
+    for left in path.parent.glob(f".{path.name}.*"):  # of a process that was killed
+        left.unlink()
+    staged = staged_path(path)
+    try:
+        with open(staged, "wb") as file:
+            for record in records:
+                if lacking := [name for name in REQUIRED if name not in record]:
+                    raise ValueError(f"a record of {cell.name} lacks {', '.join(lacking)}")
+                if record["id"] in ids:
+                    raise ValueError(f"{cell.name} has two records of {record['id']}: names must differ")
+                ids.add(record["id"])
+                line = f"{json.dumps(record, allow_nan=False)}\n".encode()
+                digest.update(line)
+                file.write(line)
+        if not ids:
+            raise ValueError(f"{cell.name} has no record: its data is empty")
+        staged.rename(path)
+    finally:
+        staged.unlink(missing_ok=True)
+    names = {name: getattr(cell, name) for name in ("family", "model", "data", "kind", "value")}
+    counts = {"records": len(ids), "sha256": digest.hexdigest()}
+    result = {"schema": SCHEMA, "name": cell.name} | names | counts
+    for some in facts:
+        result |= some
+    write_json(cell.path(out, "json"), result | {"identity": cell.identity})
+
+
+def write_json(path: Path, value: dict) -> None:
+    """`value` is at `path`, whole, or what was there before."""
+    staged = staged_path(path)
+    staged.write_text(json.dumps(value, indent=1))
+    staged.rename(path)
+
+
+def read(out: Path, cell: Cell) -> tuple[dict, list[dict]]:
+    """The facts and the records of a finished cell; Missing for one that is not, or that is damaged.
+
+    ValueError for one of the same name that was run with other settings.
+    """
+    path, records = cell.path(out, "json"), cell.path(out, "jsonl")
+    if not path.exists():
+        failed = cell.path(out, "failed")
+        raise Missing(json.loads(failed.read_text())["message"] if failed.exists() else "not run yet")
+    try:
+        facts = json.loads(path.read_text())
+    except ValueError:
+        raise Missing(f"{path} is damaged: run it again") from None
+    refuse_another_run(path, facts["identity"], cell.identity)
+    content = records.read_bytes() if records.exists() else b""
+    if hashlib.sha256(content).hexdigest() != facts["sha256"]:
+        raise Missing(f"{records} is not what was measured: run it again")
+    return facts, [json.loads(line) for line in content.splitlines()]
+
+
+def write_failure(out: Path, cell: Cell, message: str, trace: str) -> None:
+    write_json(cell.path(out, "failed"), {"name": cell.name, "message": message, "traceback": trace})
+
+
+def provenance() -> dict:
+    """What computes in this process, and by which code."""
+    import jax
+
+    devices = jax.devices()
+    return {
+        "device": f"{len(devices)} x {devices[0].device_kind}",
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in ("cepe-jax", "jaxlib", "flax", "numpy")},
+        "commit": _commit(),
+        "date": date.today().isoformat(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None  # run from a checkout
+
+
+def _commit() -> str | None:
+    """Of the checkout that this file is in, and whether it has changes; None where there is none."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists() or shutil.which("git") is None:
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.stdout.strip() or None

@@ -1,0 +1,192 @@
+"""Running a grid: a process for each model on each set of data, and what goes wrong stays in its cell."""
+
+import multiprocessing
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
+
+from cepe_jax import progress
+from cepe_jax.data.units import end_with_parent
+from cepe_jax.evaluation import cells as store
+from cepe_jax.evaluation import perplexity, tasks
+from cepe_jax.evaluation.cells import Cell, Missing
+from cepe_jax.evaluation.grid import PerplexityRun, SweepConfig, TaskRun
+from cepe_jax.evaluation.language_model import LanguageModel
+from cepe_jax.evaluation.models import load_model
+from cepe_jax.evaluation.report import ReportConfig, report
+from cepe_jax.inference.terminal import on_devices
+from cepe_jax.training.logs import forget_peak_memory, peak_memory
+
+# What a process says of its work: what happened ("loaded", "begun", "record", "done", "failed"; last, "ended"), the
+# cell, and of a failure the message and the traceback.
+Message = tuple[str, str, str, str]
+
+
+def run_perplexity(config: PerplexityRun) -> None:
+    """What `run_sweep` does, for one model and one set of data."""
+    run_sweep(config.sweep())
+
+
+def run_task(config: TaskRun) -> None:
+    """What `run_sweep` does, for one model and one task."""
+    run_sweep(config.sweep())
+
+
+def run_sweep(config: SweepConfig) -> None:
+    """Every cell that had no result has been run, and the report is in `config.out`. ValueError where cells failed.
+
+    The same command goes on where it was stopped. ValueError, before anything is run, where a cell was finished with
+    other settings.
+    """
+    groups = [[cell for cell in group if not _finished(config, cell)] for group in config.cells()]
+    (config.out / "cells").mkdir(parents=True, exist_ok=True)
+    store.write_json(config.out / "sweep.json", store.plain(config))
+    for cell in (cell for group in groups for cell in group):
+        cell.path(config.out, "failed").unlink(missing_ok=True)
+    failures: dict[str, str] = {}
+    where = ""
+
+    def said() -> Iterator[Message]:
+        nonlocal where
+        for group in filter(None, groups):
+            records = 0
+            for message in run_group(config, group, partial(_in_process, config)):
+                event, cell, text, trace = message
+                records = records + 1 if event == "record" else 0
+                where = f"{cell}, {records} records" if records else cell
+                if event == "failed":
+                    failures[cell] = text
+                    print(f"{cell} failed: {text}", file=sys.stderr, flush=True)
+                yield message
+
+    total = sum(map(len, groups))
+    over = progress.track(said(), "evaluate, cells", total, lambda: where, lambda m: m[0] in ("done", "failed"))
+    for _ in over if total else ():
+        pass
+    print(report(ReportConfig(out=config.out)))
+    if failures:
+        first, message = next(iter(failures.items()))
+        raise ValueError(
+            f"{len(failures)} of {total} cells failed, first {first}: {message}; {config.out}/report.md lists "
+            f"them, and the same command runs them again"
+        )
+
+
+def _finished(config: SweepConfig, cell: Cell) -> bool:
+    try:
+        store.read(config.out, cell)
+    except Missing:
+        return False
+    return True
+
+
+def run_group(
+    config: SweepConfig, group: list[Cell], run: Callable[[list[Cell]], Iterator[Message]]
+) -> Iterator[Message]:
+    """What `run` says while it measures the cells of a model on its data; at the end each is "done" or "failed".
+
+    Where its process dies, the cell that it was at has failed, and another process does the rest; one that dies before
+    it has the model would die again.
+    """
+    left = {cell.name: cell for cell in group}
+    while left:
+        current, loaded = next(iter(left)), False
+        for message in run(list(left.values())):
+            event, cell, text, trace = message
+            loaded |= event == "loaded"
+            if event == "begun":
+                current = cell
+            elif event == "ended":
+                break
+            elif event in ("done", "failed"):
+                if event == "failed":
+                    store.write_failure(config.out, left[cell], text, trace)
+                del left[cell]
+                current = next(iter(left), "")
+            yield message
+        if left:
+            died = (
+                f"its process ended, {text}, "
+                + ("" if loaded else "while it loaded the model, ")
+                + ("perhaps for want of memory")
+            )
+            for cell in [current] if loaded else list(left):
+                store.write_failure(config.out, left.pop(cell), died, "")
+                yield "failed", cell, died, ""
+
+
+def _in_process(config: SweepConfig, group: list[Cell]) -> Iterator[Message]:
+    """What `measure_group` says in a process of its own, and at the end how that ended."""
+    context = multiprocessing.get_context("spawn")  # of a device's memory, this process never takes any
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_worker, args=(config, group, sender))
+    process.start()
+    sender.close()
+    try:
+        with suppress(EOFError, OSError):  # the end of the process, also within a message
+            while True:
+                yield receiver.recv()
+        process.join()
+        code = process.exitcode
+        yield "ended", "", f"killed by {signal.Signals(-code).name}" if code < 0 else f"with status {code}", ""
+    finally:
+        process.kill()
+        process.join()
+
+
+def _worker(config: SweepConfig, group: list[Cell], sender) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C too, and ends this process
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    progress.silence()
+    measure_group(config, group, lambda *message: sender.send(message))
+
+
+def measure_group(config: SweepConfig, group: list[Cell], say: Callable[[str, str, str, str], None]) -> None:
+    """Measures the cells of a model on its data, one after another, and says how it goes."""
+    with on_devices(config.mesh):
+        try:
+            model, facts = load_model(group[0].model_config), store.provenance()
+        except Exception as error:
+            for cell in group:
+                say("failed", cell.name, *_told(error))
+            return
+        facts["tokenizer"] = model.tokenizer.fingerprint()
+        say("loaded", group[0].name, "", "")
+        for cell in group:
+            say("begun", cell.name, "", "")
+            try:
+                _measure(config, cell, model, facts, say)
+            except Exception as error:
+                say("failed", cell.name, *_told(error))
+            else:
+                say("done", cell.name, "", "")
+
+
+def _told(error: Exception) -> tuple[str, str]:
+    """An error in one line, and where it came from."""
+    kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
+    return kind + " ".join(str(error).split()), traceback.format_exc()
+
+
+def _measure(config: SweepConfig, cell: Cell, model: LanguageModel, facts: dict, say) -> None:
+    """The cell's result is written."""
+    measured: dict[str, float] = {}
+
+    def records() -> Iterator[dict]:
+        begun = time.monotonic()
+        if cell.family == "perplexity":
+            found = perplexity.measure(cell.data_config, cell.kind, cell.value, model)
+        else:
+            found = tasks.measure(cell.data_config, cell.value, model)
+        for record in found:
+            yield record
+            say("record", cell.name, "", "")
+        measured.update(seconds=time.monotonic() - begun, peak_memory=peak_memory())
+
+    forget_peak_memory()
+    store.write(config.out, cell, records(), facts, measured)

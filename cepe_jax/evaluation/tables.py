@@ -1,0 +1,120 @@
+"""The page of report.md."""
+
+import math
+from collections.abc import Iterable, Iterator
+
+from cepe_jax.cost import gib
+from cepe_jax.evaluation.estimates import Estimate
+from cepe_jax.evaluation.results import LOWER_IS_BETTER, Result, Results
+
+NOTHING = "-"  # where there is no result, or no pair
+Rows = dict[tuple[str, str], dict[int, Result]]
+
+
+def markdown(results: Results) -> str:
+    """All tables, how the cells were measured, and why some have no result."""
+    lines = ["# Evaluation"]
+    for data in results.data:
+        lines += ["", f"## {data}", "", *_of_data(results, data)]
+    if results.finished:
+        lines += ["", "## How it was measured", ""]
+        lines += [f"- {line}" for line in sorted({_circumstances(result) for result in results.finished.values()})]
+    if results.missing:
+        lines += ["", f"## Without a result: {len(results.missing)}", ""]
+        lines += [f"- `{name}`: {message}" for name, message in results.missing.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _circumstances(result: Result) -> str:
+    facts = result.facts
+    commit = f", commit {facts['commit']}" if facts["commit"] else ""
+    return f"{facts['device']}, jax {facts['jax']}, Python {facts['python']}{commit}, {facts['date']}"
+
+
+def _of_data(results: Results, data: str) -> Iterator[str]:
+    rows, config = results.rows(data), results.data[data]
+    if not rows:
+        yield "No cell has a result."
+        return
+    some = [result for row in rows.values() for result in row.values()]
+    axis = sorted({value for row in rows.values() for value in row})
+    if some[0].cell.family == "perplexity":
+        yield (
+            f"nll of the last {config.scored} of {config.window} tokens, in nats per token, and in brackets the "
+            f"perplexity, exp of the mean. A column for each number of contexts, of {config.chunk_length} tokens or "
+            f"fewer. ± is the standard error, which takes windows of one document for dependent; n counts windows, and "
+            f"where they are fewer, documents. Gains are paired by window; positive is better."
+        )
+    else:
+        yield (
+            f"The {config.family} family, in percent. A column for each value of the axis. ± is the standard error, "
+            f"which takes results of one example for dependent; n counts results, and where they are fewer, examples. "
+            f"Gains are paired by result; positive is better."
+        )
+    over = {"no context": results.without_context, next(iter(results.config.models)): results.of_first_model}
+    domains = sorted({domain for result in some for domain in result.domains})
+    for metric in some[0].means:
+        values = {result.cell.name: result.estimate(metric) for result in some}
+        yield from _titled(metric, _table(rows, axis, values, metric))
+        for name, other in over.items():
+            pairs = {result.cell.name: (result, other(result)) for result in some}
+            gains = {cell: theirs and ours.gain(metric, theirs) for cell, (ours, theirs) in pairs.items()}
+            if any(gains.values()):
+                yield from _titled(f"Gain over {name}, {metric}", _table(rows, axis, gains, metric, sign="+"))
+        for domain in domains:
+            values = {result.cell.name: result.in_domain(metric, domain) for result in some}
+            lines = list(_table(rows, axis, values, metric, domain=domain))
+            yield from _titled(f"{metric} by domain", lines) if domain == domains[0] else lines[2:]
+    yield from _titled("Tokens a second, and peak memory", _costs(rows, axis))
+    yield from ["", "Tokens are those given to read, also where a model's window holds fewer; medians of all records."]
+    yield from ["", f"![{data}]({data}.png)"]
+
+
+def _titled(title: str, lines: Iterable[str]) -> list[str]:
+    return ["", f"**{title}**", "", *lines]
+
+
+def _table(
+    rows: Rows, axis: list[int], values: dict[str, Estimate | None], metric: str, sign: str = "", domain: str = ""
+) -> Iterator[str]:
+    """A line for each model and kind of context, a column for each value on the axis; `values` by cells' names."""
+    names, first = _names(rows), [domain] if domain else []
+    yield from _head([*(["domain"] if domain else []), *names, "n"], axis)
+    for (model, kind), row in rows.items():
+        found = {value: estimate for value, result in row.items() if (estimate := values[result.cell.name])}
+        cells = [_number(found[value], metric, sign) if value in found else NOTHING for value in axis]
+        counts = ", ".join(dict.fromkeys(map(_count, found.values())))
+        yield f"| {' | '.join([*first, *[model, kind][: len(names)], counts or NOTHING, *cells])} |"
+
+
+def _costs(rows: Rows, axis: list[int]) -> Iterator[str]:
+    names = _names(rows)
+    yield from _head(names, axis)
+    for (model, kind), row in rows.items():
+        cells = [
+            f"{row[value].tokens_per_second:,.0f}, {gib(row[value].facts['peak_memory'])}" if value in row else NOTHING
+            for value in axis
+        ]
+        yield f"| {' | '.join([model, kind][: len(names)] + cells)} |"
+
+
+def _names(rows: Rows) -> list[str]:
+    return ["model", "contexts"] if any(kind for _, kind in rows) else ["model"]
+
+
+def _head(names: list[str], axis: list[int]) -> list[str]:
+    columns = [*names, *(f"{value:,}" for value in axis)]
+    return [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+
+
+def _count(estimate: Estimate) -> str:
+    return f"{estimate.records}" + (f" of {estimate.groups}" if estimate.groups < estimate.records else "")
+
+
+def _number(estimate: Estimate, metric: str, sign: str) -> str:
+    """With its error where there is one. In percent, but nll: that has the perplexity after it where it is no gain."""
+    of_nll = metric == LOWER_IS_BETTER
+    scale, digits = (1, 4) if of_nll else (100, 1)
+    error = "" if estimate.stderr is None else f" ± {scale * estimate.stderr:.{digits}f}"
+    perplexity = f" ({math.exp(estimate.mean):.2f})" if of_nll and not sign else ""
+    return f"{scale * estimate.mean:{sign}.{digits}f}{error}{perplexity}"

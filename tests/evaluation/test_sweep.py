@@ -1,0 +1,372 @@
+"""Grids that are stopped, that fail, that change: what is run, what is kept, what is refused."""
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from asked import Asked
+from sequences import make_tokenizer
+
+from cepe_jax.data.tokenizer import Tokenizer
+from cepe_jax.evaluation import perplexity, sweep, tasks
+from cepe_jax.evaluation.grid import PerplexityRun, SweepConfig, TaskRun
+from cepe_jax.evaluation.models import ModelConfig
+from cepe_jax.evaluation.perplexity import PerplexityConfig
+from cepe_jax.evaluation.report import ReportConfig, report
+from cepe_jax.evaluation.sweep import measure_group, run_perplexity, run_sweep
+from cepe_jax.evaluation.tasks import TaskConfig
+from cepe_jax.weights.huggingface import load
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory) -> Path:
+    """Six documents that are long enough, and a tokenizer."""
+    texts = tmp_path_factory.mktemp("texts")
+    make_tokenizer(texts)
+    for number in range(6):
+        letters = np.random.default_rng(number).choice(list("abcdefgh "), 90)
+        (texts / f"{number}.txt").write_text("".join(letters))
+    return texts
+
+
+@pytest.fixture
+def config(texts, tmp_path) -> SweepConfig:
+    data = PerplexityConfig(
+        data=texts, chunks=(2, 0, 1), window=6, scored=3, chunk_length=4, kinds=("previous", "other")
+    )
+    models = {"first": ModelConfig(Path("a")), "second": ModelConfig(Path("b"))}
+    return SweepConfig(out=tmp_path / "out", models=models, perplexity={"text": data})
+
+
+CELLS = ["none.0", "previous.1", "other.1", "previous.2", "other.2"]
+NAMES = [f"{model}.text.{cell}" for model in ("first", "second") for cell in CELLS]
+
+
+class Died(BaseException):
+    """What no process lives through."""
+
+
+@dataclasses.dataclass
+class Runs:
+    """What ran: groups for which a process was started, models that were loaded, and cells, in order."""
+
+    groups: list[list[str]] = dataclasses.field(default_factory=list)
+    loaded: list[Path] = dataclasses.field(default_factory=list)
+    cells: list[tuple] = dataclasses.field(default_factory=list)
+    at: dict[tuple, Callable[[], None]] = dataclasses.field(default_factory=dict)  # what happens within a cell
+    on_load: Callable[[ModelConfig], None] = lambda config: None
+
+
+@pytest.fixture
+def runs(texts, monkeypatch) -> Runs:
+    """Processes are none: the parent does what they would do, and `Died` ends one. Models answer by a formula."""
+    runs = Runs()
+
+    def in_process(config: SweepConfig, group) -> Iterator[sweep.Message]:
+        runs.groups.append([cell.name for cell in group])
+        said, code = [], "with status 0"
+        try:
+            measure_group(config, group, lambda *message: said.append(message))
+        except Died:
+            code = "killed by SIGKILL"
+        yield from [*said, ("ended", "", code, "")]
+
+    def load_model(config: ModelConfig) -> Asked:
+        runs.on_load(config)
+        runs.loaded.append(config.path)
+        return Asked(Tokenizer(texts), gain=0.125 if config.path == Path("a") else 0.25)
+
+    def measure(config, kind, chunks, model) -> Iterator[dict]:
+        cell = (runs.loaded[-1].name, kind, chunks)
+        runs.cells.append(cell)
+        for number, record in enumerate(real(config, kind, chunks, model)):
+            if number == 2:
+                runs.at.get(cell, lambda: None)()
+            yield record
+
+    real = perplexity.measure
+    monkeypatch.setattr(sweep, "_in_process", in_process)
+    monkeypatch.setattr(sweep, "load_model", load_model)
+    monkeypatch.setattr(perplexity, "measure", measure)
+    return runs
+
+
+def raising(error: BaseException) -> Callable[[], None]:
+    def act():
+        raise error
+
+    return act
+
+
+def written(config: SweepConfig) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (config.out / "cells").iterdir()}
+
+
+def results(config: SweepConfig) -> dict:
+    return json.loads((config.out / "results.json").read_text())
+
+
+def test_a_grid(config, runs):
+    """Each cell has both its files; little context comes first; a model is loaded once for its data."""
+    run_sweep(config)
+    assert runs.groups == [NAMES[:5], NAMES[5:]]
+    assert runs.loaded == [Path("a"), Path("b")]
+    files = written(config)
+    assert set(files) == {f"{name}.{suffix}" for name in NAMES for suffix in ("json", "jsonl")}
+    for name in NAMES:
+        facts, records = json.loads(files[f"{name}.json"]), files[f"{name}.jsonl"].splitlines()
+        assert (facts["schema"], facts["name"], facts["records"], len(records)) == (1, name, 6, 6)
+        assert facts["identity"]["data.seed"] == 0
+        assert facts["device"] == "1 x cpu"
+        assert facts["seconds"] > 0
+        assert 1e7 < facts["peak_memory"] < 1e11
+        assert {"jax", "python", "commit", "date", "tokenizer", "packages"} <= facts.keys()
+    assert [cell["name"] for cell in results(config)["cells"]] == NAMES
+    assert results(config)["failures"] == []
+    assert results(config)["config"]["perplexity"]["text"]["chunks"] == [2, 0, 1]
+
+
+def test_what_is_finished_is_not_run_again(config, runs):
+    run_sweep(config)
+    before = written(config)
+    runs.groups.clear()
+    run_sweep(config)
+    assert runs.groups == []
+    longer = dataclasses.replace(config, models=config.models | {"third": ModelConfig(Path("c"))})
+    run_sweep(longer)
+    assert runs.groups == [[name.replace("first", "third") for name in NAMES[:5]]]
+    assert before.items() <= written(config).items()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(143)])
+def test_a_grid_that_is_stopped_goes_on(config, runs, error):
+    """The cell that was under way leaves nothing, and is run again with those after it."""
+    runs.at["a", "other", 1] = raising(error)
+    with pytest.raises(type(error)):
+        run_sweep(config)
+    before = written(config)
+    assert set(before) == {f"{name}.{suffix}" for name in NAMES[:2] for suffix in ("json", "jsonl")}
+    assert not (config.out / "results.json").exists()
+    page = report(ReportConfig(config.out))
+    assert "first.text.other.1`: not run yet" in page
+    assert page.count("not run yet") == 8
+    runs.at.clear()
+    runs.groups.clear()
+    run_sweep(config)
+    assert runs.groups == [NAMES[2:5], NAMES[5:]]
+    assert before.items() <= written(config).items()
+    assert len(results(config)["cells"]) == 10
+
+
+def test_a_cell_that_raises_stays_alone(config, runs, capsys):
+    """It has no result, and is named; the others go on in the same process; the next run does it alone."""
+    runs.at["a", "previous", 1] = raising(RuntimeError("RESOURCE_EXHAUSTED: no\n room"))
+    with pytest.raises(ValueError, match=r"1 of 10 cells failed, first first\.text\.previous\.1: RuntimeError: RES"):
+        run_sweep(config)
+    assert len(runs.groups) == 2
+    assert "first.text.previous.1 failed: RuntimeError: RESOURCE_EXHAUSTED: no room\n" in capsys.readouterr().err
+    names = {path.partition(".json")[0] for path in written(config) if ".json" in path}
+    assert names == {*NAMES} - {"first.text.previous.1"}
+    (failure,) = results(config)["failures"]
+    assert failure == {"name": "first.text.previous.1", "message": "RuntimeError: RESOURCE_EXHAUSTED: no room"}
+    kept = json.loads((config.out / "cells" / "first.text.previous.1.failed").read_text())
+    assert "raise error" in kept["traceback"]
+    assert "Without a result: 1" in (config.out / "report.md").read_text()
+    runs.at.clear()
+    runs.groups.clear()
+    run_sweep(config)
+    assert runs.groups == [["first.text.previous.1"]]
+    assert results(config)["failures"] == []
+    assert not list(config.out.glob("cells/*.failed"))
+
+
+def test_a_process_that_dies(config, runs):
+    """Its cell has failed, and another process does the rest of the group."""
+    runs.at["a", "other", 1] = raising(Died())
+    with pytest.raises(ValueError, match=r"1 of 10 cells failed, first first\.text\.other\.1: its process ended, kil"):
+        run_sweep(config)
+    assert runs.groups == [NAMES[:5], NAMES[3:5], NAMES[5:]]
+    (failure,) = results(config)["failures"]
+    assert failure["name"] == "first.text.other.1"
+    assert failure["message"] == "its process ended, killed by SIGKILL, perhaps for want of memory"
+    assert not list(config.out.glob("cells/first.text.other.1.json*"))
+
+
+def test_a_model_that_does_not_load(config, runs):
+    """All its cells fail, and the other model's do not; a process that dies of it is not started again."""
+    runs.on_load = lambda config: raising(ValueError("no weights"))() if config.path == Path("a") else None
+    with pytest.raises(ValueError, match="5 of 10 cells failed, .*: no weights; "):
+        run_sweep(config)
+    assert {failure["message"] for failure in results(config)["failures"]} == {"no weights"}
+    runs.on_load = lambda config: raising(Died())()
+    runs.groups.clear()
+    with pytest.raises(ValueError, match="while it loaded the model"):
+        run_sweep(config)
+    assert runs.groups == [NAMES[:5]]
+    assert len(results(config)["cells"]) == 5
+
+
+def test_other_settings_are_refused(config, runs):
+    """Before anything is run, and the first setting is named; one that changes no record may change."""
+    run_sweep(config)
+    runs.groups.clear()
+    before = written(config)
+
+    def changed(**changes) -> SweepConfig:
+        data = dataclasses.replace(config.perplexity["text"], **changes)
+        return dataclasses.replace(config, perplexity={"text": data})
+
+    for changes, said in [
+        ({"seed": 1}, r"first\.text\.none\.0\.json: is of another run, data\.seed is 0 there and 1 here: use another"),
+        ({"chunks": (0, 1, 3)}, r"data\.chunks is 2 there and 3 here"),
+        ({"scored": 2}, r"data\.scored is 3 there and 2 here"),
+    ]:
+        with pytest.raises(ValueError, match=said):
+            run_sweep(changed(**changes))
+    models = config.models | {"second": ModelConfig(Path("b"), window=9)}
+    with pytest.raises(ValueError, match=r"second\.text\.none\.0\.json: .* model\.window is null there and 9 here"):
+        run_sweep(dataclasses.replace(config, models=models))
+    assert (written(config), runs.groups) == (before, [])
+    run_sweep(changed(chunks=(2,), kinds=("other",)))
+    assert runs.groups == []
+    assert len(results(config)["cells"]) == 2
+
+
+@pytest.mark.parametrize("damage", ["records gone", "a record less", "facts cut", "facts gone", "another number"])
+def test_damaged_cells_are_run_again(config, runs, damage):
+    """And no report has them before."""
+    run_sweep(config)
+    runs.groups.clear()
+    before = written(config)
+    facts, records = (config.out / "cells" / f"first.text.other.2.{suffix}" for suffix in ("json", "jsonl"))
+    match damage:
+        case "records gone":
+            records.unlink()
+        case "a record less":
+            records.write_bytes(b"".join(records.read_bytes().splitlines(keepends=True)[:-1]))
+        case "facts cut":
+            facts.write_bytes(facts.read_bytes()[:50])
+        case "facts gone":
+            facts.unlink()
+        case "another number":
+            records.write_bytes(records.read_bytes().replace(b'"scored": 3', b'"scored": 4', 1))
+    report(ReportConfig(config.out))
+    assert [failure["name"] for failure in results(config)["failures"]] == ["first.text.other.2"]
+    assert len(results(config)["cells"]) == 9
+    run_sweep(config)
+    assert runs.groups == [["first.text.other.2"]]
+    assert len(results(config)["cells"]) == 10
+    assert set(written(config)) == set(before)
+
+
+@pytest.mark.parametrize(
+    ("records", "said"),
+    [
+        ([], "has no record: its data is empty"),
+        ([{"id": "a", "read": 1, "seconds": 1}] * 2, "has two records of a: names must differ"),
+        ([{"id": "a"}], "lacks read, seconds"),
+        ([{"id": "a", "read": 1, "seconds": float("nan")}], "not JSON compliant"),
+    ],
+)
+def test_records_that_are_no_result(config, runs, monkeypatch, records, said):
+    monkeypatch.setattr(perplexity, "measure", lambda *asked: iter(records))
+    with pytest.raises(ValueError, match=said):
+        run_sweep(config)
+    assert results(config)["cells"] == []
+    assert {path.rpartition(".")[2] for path in written(config)} == {"failed"}
+
+
+def test_what_a_killed_process_left_is_cleared(config, runs):
+    (config.out / "cells").mkdir(parents=True)
+    left = config.out / "cells" / ".first.text.none.0.jsonl.0123"
+    left.write_text("{")
+    run_sweep(config)
+    assert not left.exists()
+
+
+def test_tasks(config, runs, monkeypatch):
+    """Their cells have no kind, and records may be scored by other metrics without a new run."""
+    asked = []
+
+    def measure(config: TaskConfig, axis: int, model) -> Iterator[dict]:
+        asked.append(axis)
+        for number in range(3):
+            record = {"id": f"42:{number}", "seed": 42, "answers": ["yes"], "read": 10, "seconds": 0.5}
+            yield record | {"prediction": "yes" if number < axis else "no yes"}
+
+    monkeypatch.setattr(tasks, "measure", measure)
+    task = TaskConfig("qa", (2, 1), Path("x.jsonl"))
+    config = dataclasses.replace(config, perplexity={}, tasks={"nq": task}, models={"m-1": ModelConfig(Path("a"))})
+    run_sweep(config)
+    assert asked == [1, 2]
+    cells = results(config)["cells"]
+    assert [cell["name"] for cell in cells] == ["m-1.nq.1", "m-1.nq.2"]
+    np.testing.assert_allclose([cell["metrics"]["exact_match"]["mean"] for cell in cells], [1 / 3, 2 / 3])
+    config = dataclasses.replace(config, tasks={"nq": dataclasses.replace(task, metrics=("substring_match",))})
+    run_sweep(config)
+    assert asked == [1, 2]
+    assert [cell["metrics"].keys() for cell in results(config)["cells"]] == [{"substring_match"}] * 2
+    assert [cell["metrics"]["substring_match"]["mean"] for cell in results(config)["cells"]] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"models": {}}, "models, perplexity or tasks: give a model or more"),
+        ({"perplexity": {}}, "models, perplexity or tasks"),
+        ({"models": {"a.b": ModelConfig(Path("a"))}}, "'a.b' names a model or data: use letters, digits, _ and -"),
+        ({"models": {"a/b": ModelConfig(Path("a"))}}, "'a/b' names"),
+        ({"tasks": {"text": TaskConfig("qa", (1,))}}, "text: perplexity and tasks have it"),
+    ],
+)
+def test_bad_grids(config, changes, said):
+    with pytest.raises(ValueError, match=said):
+        dataclasses.replace(config, **changes)
+
+
+def test_one_model_is_a_grid_of_one(config):
+    model, data = ModelConfig(Path("a")), config.perplexity["text"]
+    run = PerplexityRun(model=model, out=config.out, **dataclasses.asdict(data))
+    assert run.sweep() == SweepConfig(out=config.out, models={"model": model}, perplexity={"perplexity": data})
+    task = TaskConfig("qa", (1,))
+    wanted = SweepConfig(out=config.out, models={"model": model}, tasks={"task": task})
+    assert TaskRun(family="qa", axis=(1,), model=model, out=config.out).sweep() == wanted
+
+
+def test_a_real_process_that_is_killed(home, texts, tmp_path, forward, monkeypatch):
+    """CEPE in processes of its own, the first killed as it begins: the second cell is done by another, and its numbers
+    are those of the model called directly."""
+    sizes = {"window": 12, "scored": 5, "chunk_length": 8, "chunks": (0, 2)}
+    run, started = PerplexityRun(data=texts, out=tmp_path / "out", model=ModelConfig(home), **sizes), []
+
+    def killing(config: SweepConfig, group, real=sweep._in_process) -> Iterator[sweep.Message]:
+        started.append([cell.value for cell in group])
+        for message in real(config, group):
+            if message[:2] == ("begun", "model.perplexity.none.0"):  # it will compile for a second
+                (child,) = multiprocessing.active_children()
+                os.kill(child.pid, signal.SIGKILL)
+            yield message
+
+    monkeypatch.setattr(sweep, "_in_process", killing)
+    with pytest.raises(
+        ValueError, match="1 of 2 cells failed, .*none.0: its process ended, killed by SIGKILL, perhaps"
+    ):
+        run_perplexity(run)
+    assert started == [[0, 2], [2]]
+    assert not multiprocessing.active_children()
+    assert {path.split(".")[-2:][0] for path in written(run) if "json" in path} == {"2"}
+    tokenizer, model = Tokenizer(home), load(home)
+    records = written(run)["model.perplexity.previous.2.jsonl"].splitlines()
+    assert len(records) == 6
+    for record in map(json.loads, records):
+        ids, start = tokenizer.encode((texts / record["document"]).read_text()), int(record["id"].split(":")[1])
+        tokens, context = np.array(ids[start : start + 12])[None], np.array(ids[start - 16 : start]).reshape(1, 2, 8)
+        logits = np.asarray(forward(model, tokens, context), np.float64)[0]
+        log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        np.testing.assert_allclose(record["nll"], -log_probs[range(6, 11), tokens[0, 7:]].mean(), rtol=1e-5)
