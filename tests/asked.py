@@ -4,7 +4,7 @@ import numpy as np
 
 from cepe_jax.data.tokenizer import Tokenizer
 from cepe_jax.evaluation.language_model import Prompt
-from cepe_jax.inference.generate import Score
+from cepe_jax.inference.scoring import Score
 
 
 class Asked:
