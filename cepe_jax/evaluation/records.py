@@ -4,7 +4,7 @@ import gzip
 import json
 import math
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -113,6 +113,8 @@ def parse(fields: dict, number: int) -> Record:
 
 def lines(path: Path) -> Iterator[tuple[int, dict]]:
     """(number, what it says) of each line that is not blank; ValueError for what is no JSON, or a file cut short."""
+    if not path.name.endswith(SUFFIXES):
+        raise ValueError(f"{path}: give a file called {' or '.join(SUFFIXES)}")
     number = 0
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
@@ -127,23 +129,28 @@ def lines(path: Path) -> Iterator[tuple[int, dict]]:
         raise ValueError(f"{path}:{number}: not JSON ({error}): give an object a line") from None
 
 
-def read(path: Path, mapping: Callable[[dict], dict] = lambda line: line) -> Iterator[Record]:
-    """The records of a file. `mapping` gives a line's fields where the file has another layout.
+def read(path: Path) -> Iterator[Record]:
+    """The records of a file."""
+    return parsed(path, lines(path))
 
-    ValueError names file, line and field of the first fault: one missing, unknown or of another type, no answers,
+
+def parsed(
+    place: Path, numbered: Iterable[tuple[int, dict]], mapping: Callable[[dict], dict] = lambda line: line
+) -> Iterator[Record]:
+    """The records of the lines of `place`. `mapping` gives a line's fields where it has another layout.
+
+    ValueError names place, line and field of the first fault: one missing, unknown or of another type, no answers,
     scores that are not one for each context, an `id` that another line has.
     """
-    if not path.name.endswith(SUFFIXES):
-        raise ValueError(f"{path}: give a file called {' or '.join(SUFFIXES)}")
     seen: dict[str, int] = {}
-    for number, line in lines(path):
+    for number, line in numbered:
         try:
             record = parse(mapping(line), number)
             if record.id in seen:
                 raise ValueError(f"id {record.id} is that of line {seen[record.id]} too: give each its own")
         except ValueError as error:
-            raise ValueError(f"{path}:{number}: {error}") from None
+            raise ValueError(f"{place}:{number}: {error}") from None
         seen[record.id] = number
         yield record
     if not seen:
-        raise ValueError(f"{path}: has no records: give one a line")
+        raise ValueError(f"{place}: has no records: give one a line")

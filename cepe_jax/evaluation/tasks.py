@@ -11,10 +11,11 @@ from cepe_jax.checks import check_chunk_length
 from cepe_jax.data.tokenizer import Tokenizer
 from cepe_jax.evaluation import prompts, synthetic
 from cepe_jax.evaluation.language_model import LanguageModel, Prompt, generate
+from cepe_jax.evaluation.layouts import LAYOUTS, RECORDS, Layout, load
 from cepe_jax.evaluation.metrics import METRICS, accuracies
 from cepe_jax.evaluation.protocols import PROTOCOLS, Protocol, Template
-from cepe_jax.evaluation.records import SUFFIXES, Demonstration, Record, read
-from cepe_jax.evaluation.selection import Groups, as_demonstration, chosen, draw, groups_of
+from cepe_jax.evaluation.records import Demonstration, Record
+from cepe_jax.evaluation.selection import Groups, chosen, draw, groups_of
 from cepe_jax.inference.overflow import Overflow, begun, fit, fit_continued
 from cepe_jax.progress import track
 
@@ -30,6 +31,7 @@ class TaskConfig:
     family: Literal["qa", "icl", "document", "synthetic"]
     axis: tuple[int, ...]
     data: Path | None = None  # records: a file, or a directory with test.jsonl and train.jsonl, for demonstrations
+    layout: str | None = None  # of layouts.LAYOUTS, in which the data is published; None: records
     samples: int | None = None  # records of each seed; None: all
     seeds: tuple[int, ...] = (42,)  # of the choice of records and demonstrations: each gives `samples` results
     demonstrations: int = 2  # that the decoder reads (qa, icl)
@@ -50,6 +52,10 @@ class TaskConfig:
             raise ValueError(f"axis is {list(self.axis)}: give different numbers, 0 or more")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds are {list(self.seeds)}: give one or more, all different")
+        if self.layout is not None and self.layout not in LAYOUTS:
+            raise ValueError(f"unknown layout {self.layout}: choose of {', '.join(LAYOUTS)}")
+        if self.layout is not None and self.origin.family != self.family:
+            raise ValueError(f"layout {self.layout} is of the {self.origin.family} family: set family to it")
         check_chunk_length(self.chunk_length)
         for name in ("samples", "max_new_tokens"):
             value = getattr(self, name)
@@ -63,11 +69,15 @@ class TaskConfig:
                 raise ValueError(f"unknown metric {name}: choose of {', '.join(METRICS)}")
 
     @property
+    def origin(self) -> Layout:
+        return RECORDS if self.layout is None else LAYOUTS[self.layout]
+
+    @property
     def protocol(self) -> Protocol:
         """The task's, with what is said here."""
         names = ("max_new_tokens", "metrics", "template")
         said = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        return dataclasses.replace(PROTOCOLS[self.family], **said)
+        return dataclasses.replace(PROTOCOLS[self.family] if self.layout is None else self.origin.protocol, **said)
 
 
 def measure(config: TaskConfig, axis: int, model: LanguageModel) -> Iterator[dict]:
@@ -116,8 +126,13 @@ def values(config: TaskConfig, record: dict) -> dict[str, float]:
 def _rounds(config: TaskConfig, axis: int, tokenizer: Tokenizer) -> tuple[list[tuple[int, Record]], Groups]:
     """(seed, record) of all that is asked, and what demonstrations are drawn from for records that have none."""
     if config.family != "synthetic":
-        records, groups = _load(config)
-        return [(seed, record) for seed in config.seeds for record in chosen(records, config.samples, seed)], groups
+        if config.data is None:
+            raise ValueError(
+                f"the {config.family} family needs data: give a .jsonl file, or a directory with test.jsonl"
+            )
+        records, shown = load(config.data, config.origin, shows=_most_shown(config) > 0)
+        drawn = [(seed, record) for seed in config.seeds for record in chosen(records, config.samples, seed)]
+        return drawn, groups_of(shown)
     if config.samples is None:
         raise ValueError("samples is not given: say how many synthetic texts there are to be for each seed")
     protocol = config.protocol
@@ -131,22 +146,6 @@ def _rounds(config: TaskConfig, axis: int, tokenizer: Tokenizer) -> tuple[list[t
         for seed in config.seeds
     ]
     return [(seed, record) for seed, records in rounds for record in track(records, "make texts", config.samples)], []
-
-
-def _load(config: TaskConfig) -> tuple[list[Record], Groups]:
-    if config.data is None:
-        raise ValueError(f"the {config.family} family needs data: give a .jsonl file, or a directory with test.jsonl")
-    if config.data.is_file():
-        return list(read(config.data)), []
-    files = {split: _file_of(config.data, split) for split in ("test", "train")}
-    if files["test"] is None:
-        raise FileNotFoundError(f"{config.data}: no such file, and no directory with test.jsonl or test.jsonl.gz")
-    shown = [as_demonstration(record) for record in read(files["train"])] if files["train"] else []
-    return list(read(files["test"])), groups_of(shown)
-
-
-def _file_of(directory: Path, split: str) -> Path | None:
-    return next((path for suffix in SUFFIXES if (path := directory / f"{split}{suffix}").exists()), None)
 
 
 def _prompt(
@@ -180,14 +179,18 @@ def _prompt(
 
 def _shown(config: TaskConfig, in_encoder: int, record: Record, groups: Groups, seed: int) -> Sequence[Demonstration]:
     """The demonstrations of a prompt, which are the first ones of one with more in the encoder."""
-    most = config.demonstrations + (max(config.axis) if config.family == "icl" else 0)
-    shown = record.demonstrations or draw(groups, most, record, seed)
+    shown = record.demonstrations or draw(groups, _most_shown(config), record, seed)
     if len(shown) < config.demonstrations + in_encoder:
         raise ValueError(
             f"record {record.id} has {len(shown)} demonstrations, and {config.demonstrations} for the decoder and "
             f"{in_encoder} for the encoder are asked for: ask for fewer"
         )
     return shown[: config.demonstrations + in_encoder]
+
+
+def _most_shown(config: TaskConfig) -> int:
+    """How many demonstrations a record needs for all of the axis."""
+    return {"qa": config.demonstrations, "icl": config.demonstrations + max(config.axis)}.get(config.family, 0)
 
 
 def _fitted(

@@ -1,0 +1,262 @@
+"""The layouts in which question answering, classification and long documents are published, as records.
+
+A row of LAYOUTS is one of them. Its data is a directory with `test.jsonl`, and `train.jsonl` where demonstrations are
+drawn (or `.jsonl.gz`); for the sets that TFDS prepares without TensorFlow, TFDS's `data_dir` will do.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from cepe_jax.data import tfds
+from cepe_jax.evaluation.metrics import ROUGE
+from cepe_jax.evaluation.protocols import PROTOCOLS, Protocol, Template
+from cepe_jax.evaluation.records import SUFFIXES, Demonstration, Record, lines, parsed
+from cepe_jax.evaluation.selection import as_demonstration
+
+Mapping = Callable[[dict, tuple[str, ...]], dict]  # a published line and the names of its labels -> a record's fields
+KINDS = {str: "a text", list: "a list", int: "a whole number", float: "a number"}
+HEADING = re.compile(r"^(Question and Possible Answers|Question|Query|Summary):\s*")
+OPTION = re.compile(r"^\s*\(([A-Z])\)\s*(.*?)\s*$", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The same set as TFDS prepares it."""
+
+    name: str
+    test: str  # the split that is asked
+    mapping: Mapping
+    label: str
+
+
+@dataclass(frozen=True)
+class Layout:
+    family: str
+    protocol: Protocol
+    mapping: Mapping
+    source: str  # where the data comes from
+    shown: str = "train"  # the split that demonstrations are drawn from
+    label: str = ""  # of a classification: the field with the label
+    labels: tuple[str, ...] = ()  # their names by number; (): as labels.txt or the data has them
+    prepared: Prepared | None = None
+
+
+def _get(line: dict, name: str, *kinds: type):
+    """The field's value; ValueError where there is none of these types."""
+    value = line.get(name) if isinstance(line, dict) else None
+    if not isinstance(value, kinds):
+        wanted = " or ".join(KINDS[kind] for kind in kinds)
+        raise ValueError(f"{name} is {json.dumps(value)[:60]}: this layout has {wanted} there")
+    return value
+
+
+def retrieved(line: dict, _: tuple[str, ...]) -> dict:
+    """DPR's layout, which Contriever's retrieval writes: question, answers, and ctxs with title, text and score."""
+    name = next((name for name in ("answers", "answer", "possible_answers") if name in line), "answers")
+    answers = _get(line, name, list, str)
+    if isinstance(answers, str):  # PopQA's list is written as a text
+        answers = json.loads(answers) if name == "possible_answers" else [answers]
+    found = _get(line, "ctxs", list)
+    titled = [[*filter(None, [context.get("title")]), _get(context, "text", str)] for context in found]
+    fields = {"question": _get(line, "question", str), "answers": answers, "contexts": ["\n".join(t) for t in titled]}
+    if all("score" in context for context in found):
+        fields["scores"] = [float(_get(context, "score", int, float, str)) for context in found]
+    return fields | ({"id": line["id"]} if "id" in line else {})
+
+
+def classified(label: str, *text: str) -> Mapping:
+    """A mapping of lines with a label, a number or a name, and the input in one field or several."""
+
+    def mapping(line: dict, names: tuple[str, ...]) -> dict:
+        given = _get(line, label, int, str)
+        if isinstance(given, str):
+            name = given
+        elif 0 <= given < len(names):
+            name = names[given]
+        else:
+            raise ValueError(
+                f"{label} is {given} and there are {len(names)} labels: give one line of labels.txt to each"
+            )
+        spelled = [name.replace("_", " ") for name in names]
+        question = " ".join(_get(line, field, str).strip() for field in text)
+        return {"question": question, "answers": [name.replace("_", " ")], "choices": spelled}
+
+    return mapping
+
+
+def zero_scrolls(line: dict, _: tuple[str, ...]) -> dict:
+    """`input` holds document and query, and says where; a query with options becomes a choice of letters."""
+    text, output = _get(line, "input", str), line.get("output")
+    if not isinstance(output, str):
+        raise ValueError("output is not told, as in the test split: take the validation split")
+    document, query = (
+        text[_get(line, f"{part}_start_index", int) : _get(line, f"{part}_end_index", int)].strip()
+        for part in ("document", "query")
+    )
+    fields = {"id": _get(line, "id", str), "question": HEADING.sub("", query), "contexts": [document]}
+    if not (options := OPTION.findall(query)):
+        return fields | {"answers": [output]}
+    right = [
+        letter for letter, said in options if output.strip() in (letter, f"({letter})", said, f"({letter}) {said}")
+    ]
+    return fields | {"answers": right, "choices": [letter for letter, _ in options]}
+
+
+def _passages(where: str, shown: str = "train") -> Layout:
+    source = f"{where}, in DPR's layout: lines with question, answers, and ctxs, which have title, text and score"
+    return Layout("qa", PROTOCOLS["qa"], retrieved, source, shown)
+
+
+def _classes(
+    of: str, fields: str, words: str, labels: str = "", test: str = "test", prepared: Prepared | None = None
+) -> Layout:
+    """`of`: what load_dataset is given; `fields`: text and label; `words`: what the prompt calls them."""
+    (text, label), (asks, says) = fields.split(), words.split()
+    source = (
+        f'data = load_dataset({of}) of the library `datasets`; data["train"].to_json("train.jsonl"); '
+        f'data["{test}"].to_json("test.jsonl")'
+    )
+    if not labels:
+        source += f'; in labels.txt a line for each of data["train"].features["{label}"].names, if it has these'
+    if prepared is not None:
+        source += (
+            f"; or TFDS's data_dir, after import tensorflow_datasets.text and "
+            f'tfds.builder("{prepared.name}", file_format="array_record").download_and_prepare()'
+        )
+    protocol = Protocol(Template(question=f"{asks}: {{question}}\n{says}:"))
+    names = tuple(filter(None, labels.split(",")))
+    return Layout("icl", protocol, classified(label, text), source, "train", label, names, prepared)
+
+
+def _document(name: str, protocol: Protocol) -> Layout:
+    source = f"{name}/validation.jsonl of ZeroSCROLLS, as test.jsonl: its own test split has no answers"
+    return Layout("document", protocol, zero_scrolls, source)
+
+
+def _answered(instruction: str, question: str = "Question: {question}\nAnswer:") -> Protocol:
+    return Protocol(Template(instruction, question=question), ("f1",), max_new_tokens=50, stop=("\n",))
+
+
+def _summed_up(instruction: str, question: str = "{question}Summary:") -> Protocol:
+    return Protocol(Template(instruction, question=question), (*ROUGE, "rougeLsum"), max_new_tokens=1024)
+
+
+FEELINGS = "negative,positive"
+TREC_COARSE = "abbreviation,entity,description,human,location,numeric"
+TREC_FINE = {  # in the order of the published numbers
+    "abbreviation": "abbreviation,expansion",
+    "entity": "animal,body,color,creation,currency,disease,event,food,instrument,language,letter,other,plant,product,"
+    "religion,sport,substance,symbol,technique,term,vehicle,word",
+    "description": "definition,description,manner,reason",
+    "human": "group,individual,title,description",
+    "location": "city,country,mountain,other,state",
+    "numeric": "code,count,date,distance,money,order,other,period,percent,speed,temperature,size,weight",
+}
+FINE = ",".join(f"{coarse} {fine}" for coarse, names in TREC_FINE.items() for fine in names.split(","))
+DBPEDIA = "company,school,artist,athlete,politician,transportation,building,nature,village,animal,plant,album,film,book"
+NEWS = "World,Sports,Business,Sci/Tech"
+NLU = '"nlu_evaluation_data", split="train").train_test_split(seed=42'
+SST2 = Prepared("glue/sst2", "validation", classified("label", "sentence"), "label")
+AG_NEWS = Prepared("ag_news_subset", "test", classified("label", "title", "description"), "label")
+CLINC = Prepared("clinc_oos", "test", classified("intent_name", "text"), "intent_name")
+IN_A_PHRASE = "Answer the question about the text above in a phrase, as briefly as you can."
+OF_A_PAPER = (
+    "Answer the question about the paper above in a phrase or a sentence. Say yes or no where the question asks "
+    "whether something is so, and unanswerable where the paper does not tell."
+)
+LAYOUTS = {
+    "nq": _passages("Natural Questions with passages of Contriever"),
+    "trivia_qa": _passages("TriviaQA with passages of Contriever"),
+    "popqa": _passages("PopQA, which has one split, with passages of Contriever", "test"),
+    "sst2": _classes('"glue", "sst2"', "sentence label", "Sentence Sentiment", FEELINGS, "validation", SST2),
+    "sst5": _classes('"SetFit/sst5"', "text label", "Sentence Sentiment", "terrible,bad,okay,good,great"),
+    "mr": _classes('"rotten_tomatoes"', "text label", "Review Sentiment", FEELINGS),
+    "ag_news": _classes('"ag_news"', "text label", "Article Topic", NEWS, prepared=AG_NEWS),
+    "trec_coarse": _classes('"trec"', "text coarse_label", "Question Type", TREC_COARSE),
+    "trec_fine": _classes('"trec"', "text fine_label", "Question Type", FINE),
+    "dbpedia": _classes('"dbpedia_14"', "content label", "Text Category", DBPEDIA),
+    "nlu_scenario": _classes(NLU, "text scenario", "Utterance Scenario"),
+    "nlu_intent": _classes(NLU, "text label", "Utterance Intent"),
+    "banking77": _classes('"banking77"', "text label", "Query Intent"),
+    "clinic150": _classes('"clinc_oos", "plus"', "text intent", "Utterance Intent", prepared=CLINC),
+    "narrative_qa": _document("narrative_qa", _answered(IN_A_PHRASE)),
+    "qasper": _document("qasper", _answered(OF_A_PAPER)),
+    "quality": _document("quality", _answered("Choose the right answer to the question about the story above.")),
+    "gov_report": _document("gov_report", _summed_up("Sum up the report above on one page.")),
+    "summ_screen_fd": _document("summ_screen_fd", _summed_up("Sum up the episode above in one paragraph.")),
+    "qmsum": _document(
+        "qmsum", _summed_up("Answer the query about the meeting above in some sentences.", "Query: {question}\nAnswer:")
+    ),
+}
+# Records as they stand.
+RECORDS = Layout("", PROTOCOLS["qa"], lambda line, _: line, "records, one a line")
+
+
+@dataclass(frozen=True)
+class _Data:
+    """What there is of a set: of each split, where it is and what gives its numbered lines."""
+
+    splits: dict[str, tuple[Path, Callable[[], Iterable[tuple[int, dict]]]]]
+    mapping: Mapping
+    label: str
+    names: tuple[str, ...]
+
+
+def load(path: Path, layout: Layout, shows: bool) -> tuple[list[Record], list[Demonstration]]:
+    """The records at `path`, and what demonstrations are drawn from if there are to be any (`shows`).
+
+    FileNotFoundError says what to put where.
+    """
+    found = tfds.versions(path, layout.prepared.name) if layout.prepared is not None else []
+    data = _from_tfds(layout.prepared, found[-1]) if found else _from_files(path, layout)
+    if "test" not in data.splits:
+        raise FileNotFoundError(f"{path}: no such file, and no directory with test.jsonl: put there {layout.source}")
+    names = data.names or (_names_in(data) if data.label else ())
+
+    def records(split: str) -> Iterable[Record]:
+        place, numbered = data.splits[split]
+        return parsed(place, numbered(), lambda line: data.mapping(line, names))
+
+    asked = list(records("test"))
+    if not shows or all(record.demonstrations for record in asked):
+        return asked, []
+    if layout.shown not in data.splits:
+        raise FileNotFoundError(
+            f"{path}: no directory with {layout.shown}.jsonl, which gives demonstrations: put there {layout.source}"
+        )
+    return asked, [as_demonstration(record) for record in records(layout.shown)]
+
+
+def _from_tfds(prepared: Prepared, directory: Path) -> _Data:
+    def split(name: str) -> tuple[Path, Callable]:
+        return directory / name, lambda: enumerate(tfds.rows(directory, name), start=1)
+
+    splits = {"test": split(prepared.test), "train": split("train")}
+    return _Data(splits, prepared.mapping, prepared.label, tfds.label_names(directory, prepared.label))
+
+
+def _from_files(path: Path, layout: Layout) -> _Data:
+    """Of a directory its test.jsonl and train.jsonl; a file is what is asked."""
+    named = [(split, path / f"{split}{end}") for split in ("test", "train") for end in SUFFIXES]
+    places = {"test": path} if path.is_file() else {split: place for split, place in named if place.exists()}
+    splits = {split: (place, partial(lines, place)) for split, place in places.items()}
+    listed = (path.parent if path.is_file() else path) / "labels.txt"
+    names = layout.labels
+    if layout.label and not names and listed.exists():
+        names = tuple(listed.read_text("utf-8").splitlines())
+    return _Data(splits, layout.mapping, layout.label, names)
+
+
+def _names_in(data: _Data) -> tuple[str, ...]:
+    """The labels that stand in the data, in the order of the alphabet."""
+    place, numbered = data.splits["train" if "train" in data.splits else "test"]
+    found = {str(line.get(data.label)): line.get(data.label) for _, line in numbered()}
+    if not all(isinstance(name, str) for name in found.values()):
+        raise FileNotFoundError(
+            f"{place.parent / 'labels.txt'}: no such file, and {data.label} is a number: give the names, a line each"
+        )
+    return tuple(sorted(found))
