@@ -16,6 +16,7 @@ from cepe_jax.evaluation.metrics import ROUGE
 from cepe_jax.evaluation.protocols import PROTOCOLS, Protocol, Template
 from cepe_jax.evaluation.records import SUFFIXES, Demonstration, Record, lines, parsed
 from cepe_jax.evaluation.selection import as_demonstration
+from cepe_jax.progress import track
 
 Mapping = Callable[[dict, tuple[str, ...]], dict]  # a published line and the names of its labels -> a record's fields
 KINDS = {str: "a text", list: "a list", int: "a whole number", float: "a number"}
@@ -192,8 +193,11 @@ LAYOUTS = {
         "qmsum", _summed_up("Answer the query about the meeting above in some sentences.", "Query: {question}\nAnswer:")
     ),
 }
-# Records as they stand.
-RECORDS = Layout("", PROTOCOLS["qa"], lambda line, _: line, "records, one a line")
+
+
+def plain(family: str) -> Layout:
+    """Records as they stand."""
+    return Layout(family, PROTOCOLS[family], lambda line, _: line, "records, one a line")
 
 
 @dataclass(frozen=True)
@@ -219,7 +223,7 @@ def load(path: Path, layout: Layout, shows: bool) -> tuple[list[Record], list[De
 
     def records(split: str) -> Iterable[Record]:
         place, numbered = data.splits[split]
-        return parsed(place, numbered(), lambda line: data.mapping(line, names))
+        return track(parsed(place, numbered(), lambda line: data.mapping(line, names)), f"read {place}")
 
     asked = list(records("test"))
     if not shows or all(record.demonstrations for record in asked):

@@ -5,19 +5,22 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from cepe_jax.checks import check_chunk_length
 from cepe_jax.data.tokenizer import Tokenizer
 from cepe_jax.evaluation import prompts, synthetic
 from cepe_jax.evaluation.language_model import LanguageModel, Prompt, generate
-from cepe_jax.evaluation.layouts import LAYOUTS, RECORDS, Layout, load
+from cepe_jax.evaluation.layouts import LAYOUTS, Layout, load, plain
 from cepe_jax.evaluation.metrics import METRICS, accuracies
-from cepe_jax.evaluation.protocols import PROTOCOLS, Protocol, Template
+from cepe_jax.evaluation.protocols import Protocol, Template
 from cepe_jax.evaluation.records import Demonstration, Record
 from cepe_jax.evaluation.selection import Groups, chosen, draw, groups_of
 from cepe_jax.inference.overflow import Overflow, begun, fit, fit_continued
 from cepe_jax.progress import track
+
+Family = Literal["qa", "icl", "document", "synthetic"]
+Cut = Literal["truncate_left", "passages"]
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class TaskConfig:
     the encoder's tokens (2048, 6144, 14336, 30720); synthetic: tokens of the whole text, with what is generated.
     """
 
-    family: Literal["qa", "icl", "document", "synthetic"]
+    family: Family
     axis: tuple[int, ...]
     data: Path | None = None  # records: a file, or a directory with test.jsonl and train.jsonl, for demonstrations
     layout: str | None = None  # of layouts.LAYOUTS, in which the data is published; None: records
@@ -37,17 +40,18 @@ class TaskConfig:
     demonstrations: int = 2  # that the decoder reads (qa, icl)
     passages: int = 10  # that the decoder reads (qa)
     window: int = 2048  # tokens that the decoder reads, with what it writes or chooses (document, synthetic)
-    overflow: Literal["truncate_left", "passages"] = (
-        "truncate_left"  # where what it does not read ends, for the encoder
-    )
+    overflow: Cut = "truncate_left"  # how what the decoder does not read is cut off, for the encoder
     chunk_length: int = 256  # tokens of a context at most: a longer one is cut
     kind: synthetic.Kind = "single"  # what is to be found (synthetic)
     haystack: Path | None = None  # a text file (synthetic); None: sentences made up
-    max_new_tokens: int | None = None  # None, here and below: as the protocol of the task has it
+    max_new_tokens: int | None = None  # None, here and below: as the family or the layout has it
     metrics: tuple[str, ...] | None = None
     template: Template | None = None
 
     def __post_init__(self):
+        for name, choices in ("family", Family), ("overflow", Cut), ("kind", synthetic.Kind):
+            if (value := getattr(self, name)) not in get_args(choices):
+                raise ValueError(f"{name} is {value!r}: choose {', '.join(get_args(choices))}")
         if not self.axis or min(self.axis) < 0 or len(set(self.axis)) < len(self.axis):
             raise ValueError(f"axis is {list(self.axis)}: give different numbers, 0 or more")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
@@ -70,14 +74,14 @@ class TaskConfig:
 
     @property
     def origin(self) -> Layout:
-        return RECORDS if self.layout is None else LAYOUTS[self.layout]
+        return plain(self.family) if self.layout is None else LAYOUTS[self.layout]
 
     @property
     def protocol(self) -> Protocol:
         """The task's, with what is said here."""
         names = ("max_new_tokens", "metrics", "template")
         said = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        return dataclasses.replace(PROTOCOLS[self.family] if self.layout is None else self.origin.protocol, **said)
+        return dataclasses.replace(self.origin.protocol, **said)
 
 
 def measure(config: TaskConfig, axis: int, model: LanguageModel) -> Iterator[dict]:
@@ -131,6 +135,8 @@ def _rounds(config: TaskConfig, axis: int, tokenizer: Tokenizer) -> tuple[list[t
                 f"the {config.family} family needs data: give a .jsonl file, or a directory with test.jsonl"
             )
         records, shown = load(config.data, config.origin, shows=_most_shown(config) > 0)
+        if len({bool(record.choices) for record in records}) > 1:
+            raise ValueError(f"{config.data}: some records have choices and some have not: give them apart")
         drawn = [(seed, record) for seed in config.seeds for record in chosen(records, config.samples, seed)]
         return drawn, groups_of(shown)
     if config.samples is None:
@@ -174,7 +180,7 @@ def _prompt(
         contexts, scores = [tokenizer.encode(context) for context in parts.contexts], parts.scores
     starts = [(i, at) for i, context in enumerate(contexts) for at in range(0, len(context), config.chunk_length)]
     pieces = [contexts[i][at : at + config.chunk_length] for i, at in starts]
-    return Prompt(ids, pieces, None if scores is None else [scores[i] for i, _ in starts]), after
+    return Prompt(ids, pieces, [scores[i] for i, _ in starts] if scores else None), after
 
 
 def _shown(config: TaskConfig, in_encoder: int, record: Record, groups: Groups, seed: int) -> Sequence[Demonstration]:

@@ -72,7 +72,7 @@ def test_qa_axis_changes_the_contexts_alone(qa):
         list(measure(TaskConfig("qa", (0, 1, 2), qa, passages=2), axis, model))
         asked[axis] = model.asked
     assert [p.ids for p in asked[0]] == [p.ids for p in asked[1]] == [p.ids for p in asked[2]]
-    assert all(not p.contexts for p in asked[0])
+    assert all(not p.contexts and p.scores is None for p in asked[0])
     assert [list(p.contexts[1:]) for p in asked[2]] == [list(p.contexts) for p in asked[1]]
 
 
@@ -129,6 +129,9 @@ def test_own_demonstrations_and_words(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"family": "rag"}, "family is 'rag': choose qa, icl"),
+        ({"kind": "two"}, "kind is 'two': choose single"),
+        ({"overflow": "error"}, "overflow is 'error': choose truncate_left, passages"),
         ({"axis": ()}, r"axis is \[\]"),
         ({"axis": (5, 5)}, r"axis is \[5, 5\]: give different numbers"),
         ({"axis": (-1,)}, "0 or more"),
@@ -281,6 +284,17 @@ def test_document_choices(tmp_path):
     assert sum(map(len, model.asked[0].contexts)) == 300
     assert values(config, result) == {"accuracy": 1, "accuracy_normalised": 1}
     assert "domain_log_probs" not in result
+
+
+def test_choices_in_some_records_alone(tmp_path):
+    config = document_task(tmp_path, (0,))
+    rows = [
+        {"question": "Which?", "answers": ["A"], "contexts": []},
+        {"question": "Or?", "answers": ["A"], "choices": ["A"]},
+    ]
+    write(config.data, rows)
+    with pytest.raises(ValueError, match="a.jsonl: some records have choices and some have not"):
+        next(measure(config, 0, Scripted()))
 
 
 def test_document_that_fits_has_no_contexts(tmp_path):
