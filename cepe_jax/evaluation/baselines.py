@@ -92,6 +92,8 @@ def longest(continuations: Sequence[Sequence[int]]) -> int:
 
 def room_beside(new: int, window: int | None) -> int | None:
     """How many tokens of a prompt the decoder can read before so many others, the last of which it does not read."""
+    if new < 1:
+        raise ValueError(f"{new} tokens after the prompt: ask for 1 or more")
     if window is None:
         return None
     if new > window:

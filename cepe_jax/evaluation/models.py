@@ -8,19 +8,24 @@ from typing import Literal, get_args
 from cepe_jax.config import RopeConfig
 from cepe_jax.evaluation.baselines import CepeReader, DecoderReader
 from cepe_jax.evaluation.language_model import LanguageModel
+from cepe_jax.evaluation.replug import RePlug
+from cepe_jax.evaluation.streaming_llm import StreamingLlama
 from cepe_jax.inference.text import load
 from cepe_jax.model.cepe import Cepe
 from cepe_jax.model.llama import Llama
 
-Reads = Literal["encoder", "decoder"]
+Reads = Literal["encoder", "decoder", "streaming", "replug"]
 Rope = Literal["trained", "linear", "yarn"]
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     path: Path  # of a CEPE model or a decoder; what only a decoder is read with takes that of a CEPE model
-    reads: Reads = "encoder"  # who reads contexts. encoder: CEPE; decoder: full attention to all that fits its window
-    window: int | None = None  # tokens that the decoder reads at most; None: as many as it has positions
+    # Who reads contexts. encoder: CEPE; decoder: full attention to the last tokens; streaming: StreamingLLM; replug
+    reads: Reads = "encoder"
+    window: int | None = None  # tokens that the decoder reads at most, or StreamingLLM keeps; None: all its positions
+    sinks: int = 4  # of the tokens that StreamingLLM keeps, the first ones of the text
+    temperature: float = 1.0  # of the contexts' scores in RePlug
     rope: Rope = "trained"  # linear (position interpolation) or yarn: put on a decoder that was trained without it
     factor: float = 1.0  # of linear and yarn: how many times as many positions
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -32,6 +37,8 @@ class ModelConfig:
                 raise ValueError(f"{name} is {value!r}: choose {', '.join(get_args(choices))}")
         if self.window is not None and self.window < 2:
             raise ValueError(f"window is {self.window}: give 2 tokens or more")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature is {self.temperature}: give a number above 0")
         if (self.rope == "trained") != (self.factor == 1) or not self.factor >= 1:
             raise ValueError(
                 f"rope {self.rope} with factor {self.factor}: give linear or yarn a factor above 1, and no other"
@@ -46,10 +53,17 @@ def load_model(config: ModelConfig) -> LanguageModel:
     if config.rope != "trained":
         window = _scale(decoder, config, window)
     window = window if config.window is None else config.window
+    if config.reads == "streaming":
+        if window is None:
+            raise ValueError(f"nothing says how many tokens {config.path} keeps as StreamingLLM: give window")
+        streaming = StreamingLlama(decoder, window, config.sinks)
+        return DecoderReader(streaming, text.tokenizer, text.stop_ids, None)
+    if config.reads == "replug":
+        return RePlug(decoder, text.tokenizer, text.stop_ids, window, config.temperature)
     if config.reads == "decoder":
         return DecoderReader(decoder, text.tokenizer, text.stop_ids, window)
     if not isinstance(model, Cepe):
-        raise ValueError(f"{config.path} is a plain decoder, without an encoder to read contexts: set reads to decoder")
+        raise ValueError(f"{config.path} is a plain decoder, without an encoder to read contexts: set reads")
     return CepeReader(model, text.tokenizer, text.stop_ids, window)
 
 

@@ -1,33 +1,163 @@
-"""RePlug: the decoder reads each context by itself, and what it predicts is averaged."""
+"""RePlug (Shi et al. 2023): the decoder reads each context by itself, and what it predicts after them is averaged."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import zip_longest
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from cepe_jax.checks import check_tokens
+from cepe_jax.data.tokenizer import Tokenizer
+from cepe_jax.evaluation.baselines import longest, one_text, room_beside
+from cepe_jax.evaluation.language_model import Prompt
+from cepe_jax.inference.generate import (
+    GREEDY,
+    Draws,
+    bucket,
+    checked,
+    new_cache,
+    piece_length,
+    power_of_two,
+    read,
+    right_padded,
+    until,
+)
+from cepe_jax.inference.scoring import SCORED_POSITIONS, Score
+from cepe_jax.model.cache import KVCache
+from cepe_jax.model.layers import cut
 from cepe_jax.model.llama import Llama
 
 Array = jax.Array
+Rows = list[list[int]]  # a context and the prompt, for each context
+GROUP = 8  # rows that are read at once
 
 
-def replug(
-    model: Llama,
-    tokens_BT: Array,
-    context_BCL: Array,
-    scores_BC: Array,
-    temperature: float = 1.0,
-    context_mask_BCL: Array | None = None,
-) -> Array:
-    """Log probabilities (B, T, V) of the next token, averaged over chunks (RePlug, Shi et al. 2023, equation 2).
+def log_weights(scores: Sequence[float], temperature: float) -> np.ndarray:
+    """log softmax(scores / temperature), (C,)."""
+    scaled_C = np.asarray(scores, np.float64) / temperature
+    return (scaled_C - np.logaddexp.reduce(scaled_C)).astype(np.float32)
 
-    The decoder reads each chunk by itself before the tokens; softmax(scores / temperature) weights the resulting
-    probabilities. What `context_mask_BCL` leaves out is not seen but takes its positions.
-    """
-    B, C, L = context_BCL.shape
-    T = tokens_BT.shape[1]
-    read_NS = jnp.concatenate([context_BCL, jnp.broadcast_to(tokens_BT[:, None], (B, C, T))], axis=2).reshape(B * C, -1)
-    real_BCL = jnp.ones(context_BCL.shape, bool) if context_mask_BCL is None else context_mask_BCL
-    mask_NS = jnp.pad(real_BCL, ((0, 0), (0, 0), (0, T)), constant_values=True).reshape(B * C, -1)
-    positions_NS = jnp.broadcast_to(jnp.arange(L + T), read_NS.shape)
-    hidden_NSD, _ = model.decode(read_NS, mask_NS, positions_BT=positions_NS)
-    log_probs_BCTV = jax.nn.log_softmax(model.logits(hidden_NSD[:, -T:])).reshape(B, C, T, -1)
-    log_weights_BC = jax.nn.log_softmax(scores_BC / temperature, axis=1)
-    return jax.nn.logsumexp(log_probs_BCTV + log_weights_BC[:, :, None, None], axis=1)
+
+def mixture(logits_CTV: Array, log_weights_C: Array) -> Array:
+    """Log probabilities (T, V): those after each of C contexts, weighted (equation 2)."""
+    return jax.nn.logsumexp(jax.nn.log_softmax(logits_CTV) + log_weights_C[:, None, None], axis=0)
+
+
+_append = jax.jit(Llama.decode, donate_argnames="cache")
+_append_to_copy = jax.jit(Llama.decode)
+
+
+@jax.jit
+def _hidden(model: Llama, tokens_BT: Array, mask_BT: Array, cache: KVCache) -> Array:
+    return model.decode(tokens_BT, mask_BT, cache)[0]
+
+
+@jax.jit
+def _likeliest(model: Llama, hidden_C1D: Array, log_weights_C: Array) -> Array:
+    """(1, 1)."""
+    return mixture(model.logits(hidden_C1D), log_weights_C).argmax(axis=-1, keepdims=True)
+
+
+@jax.jit
+def _log_probs(model: Llama, hidden_CTD: Array, labels_T: Array, log_weights_C: Array) -> tuple[Array, Array]:
+    """log p of each label, and whether it is the most probable token, (T,) each."""
+    logits_of = model.unembedding()
+
+    def look_up(hidden_and_labels):
+        log_probs_TV = mixture(logits_of(hidden_and_labels[0]), log_weights_C)
+        labels_T = hidden_and_labels[1][0]
+        return jnp.take_along_axis(log_probs_TV, labels_T[:, None], axis=1)[:, 0], log_probs_TV.argmax(-1) == labels_T
+
+    chunks = cut(hidden_CTD, SCORED_POSITIONS), cut(labels_T[None], SCORED_POSITIONS)
+    return tuple(x.reshape(-1)[: len(labels_T)] for x in jax.lax.map(look_up, chunks))
+
+
+@dataclass(frozen=True, eq=False)
+class RePlug:
+    """Behind the seam. A prompt without contexts is the plain decoder's; one with contexts needs their scores."""
+
+    model: Llama = field(repr=False)
+    tokenizer: Tokenizer
+    stop_ids: tuple[int, ...]
+    window: int | None  # tokens of a context and the prompt, and what follows; None: no bound is known
+    temperature: float
+
+    def stream(self, prompts: Sequence[Prompt], max_new_tokens: int) -> Iterator[list[int | None]]:
+        given = [self._rows(prompt, max_new_tokens) for prompt in prompts]
+        written = [until(self.stop_ids, self._drawn(*rows, max_new_tokens)) for rows in given]
+        return ([step[0] for step in steps] for steps in zip_longest(*written, fillvalue=[None]))
+
+    def score(self, prompt: Prompt, continuations: Sequence[Sequence[int]]) -> list[Score]:
+        new = longest(continuations)
+        rows, weights_C = self._rows(prompt, new)
+        for number, ids in enumerate(continuations):
+            check_tokens(f"continuation {number}", np.asarray(ids), 1, self.model.config.vocab_size)
+        hidden: list[list[Array]] = [[] for _ in continuations]
+        for group in _groups(rows):
+            cache = self._read(group, max(map(len, rows)) + bucket(new))
+            for parts, continuation in zip(hidden, continuations, strict=True):
+                parts.append(self._after(group, continuation, cache))
+        scores = []
+        for parts, continuation in zip(hidden, continuations, strict=True):
+            hidden_CTD = jnp.concatenate(parts)
+            (labels_T,), _ = right_padded([continuation], hidden_CTD.shape[1])
+            found = _log_probs(self.model, hidden_CTD, labels_T, weights_C)
+            log_probs_T, greedy_T = (np.asarray(x)[: len(continuation)] for x in found)
+            scores.append(Score(log_probs_T, bool(greedy_T.all())))
+        return scores
+
+    def _rows(self, prompt: Prompt, new: int) -> tuple[Rows, np.ndarray]:
+        """What is read by itself, and its log weights; ValueError where it does not fit, or nothing weights it."""
+        scores = prompt.scores if prompt.contexts else (0.0,)
+        if scores is None or len(scores) != len(prompt.contexts or (0,)):
+            raise ValueError(
+                f"RePlug weights contexts by their scores, and {0 if scores is None else len(scores)} came with "
+                f"{len(prompt.contexts)} contexts: give one for each"
+            )
+        alone = [Prompt(prompt.ids, [context]) for context in prompt.contexts] or [prompt]
+        rows = [one_text(row, self.tokenizer.begin)[0] for row in alone]
+        room, most = room_beside(new, self.window), max(map(len, rows))
+        if room is not None and most > room:
+            raise ValueError(
+                f"a context and the prompt have {most} tokens, and {new} after them exceed the window of "
+                f"{self.window}: shorten one of them"
+            )
+        checked(self.model, rows, None, None)
+        return rows, log_weights(scores, self.temperature)
+
+    def _read(self, group: Rows, slots: int) -> KVCache:
+        """The group's rows, but the last token of each."""
+        cache = new_cache(self.model, len(group), bucket(slots))
+        return read(self.model, [row[:-1] for row in group], (None, None), cache, Draws.of([GREEDY] * len(group)))[1]
+
+    def _drawn(self, rows: Rows, weights_C: np.ndarray, new: int) -> Iterator[Array]:
+        """The likeliest token, (1, 1), and the one after it: read by all rows."""
+        caches = [self._read(group, max(map(len, rows)) + new) for group in _groups(rows)]
+        tokens_C1: Array | np.ndarray = np.array([row[-1:] for row in rows], np.int32)
+        for _ in range(new):
+            hidden = []
+            for number, first in enumerate(range(0, len(rows), GROUP)):
+                given = tokens_C1[first : first + GROUP], None, caches[number]
+                hidden_BTD, caches[number] = _append(self.model, *given)
+                hidden.append(hidden_BTD)
+            token_11 = _likeliest(self.model, jnp.concatenate(hidden), weights_C)
+            yield token_11
+            tokens_C1 = jnp.repeat(token_11, len(rows), axis=0)
+
+    def _after(self, group: Rows, continuation: Sequence[int], cache: KVCache) -> Array:
+        """Hidden states that predict the continuation, filled up to a bucket, after each of the group's rows."""
+        length = min(power_of_two(len(continuation)), bucket(len(continuation)))
+        tokens_BT, mask_BT = right_padded([[row[-1], *continuation[:-1]] for row in group], length)
+        piece, hidden = piece_length(self.model.config, cache, len(group), length), []
+        for first in range(0, length - piece, piece):
+            given = tokens_BT[:, first : first + piece], mask_BT[:, first : first + piece]
+            hidden_BTD, cache = _append_to_copy(self.model, *given, cache)
+            hidden.append(hidden_BTD)
+        hidden.append(_hidden(self.model, tokens_BT[:, -piece:], mask_BT[:, -piece:], cache))
+        return jnp.concatenate(hidden, axis=1)
+
+
+def _groups(rows: Rows) -> list[Rows]:
+    return [rows[first : first + GROUP] for first in range(0, len(rows), GROUP)]

@@ -126,7 +126,9 @@ def next_token(model: Cepe | Llama, tokens_BT, mask_BT, memory, cache: KVCache, 
     return sample(decoder.logits(last_B1D)[:, 0], draws)[:, None], cache
 
 
-new_cache = jax.jit(KVCache.create, static_argnums=(0, 1, 2))
+@partial(jax.jit, static_argnums=(1, 2))
+def new_cache(decoder: Llama, rows: int, slots: int) -> KVCache:
+    return decoder.new_cache(rows, slots)
 
 
 def one_ahead(results: Iterable[Item]) -> Iterator[Item]:
@@ -222,7 +224,7 @@ def stream(
     draws, memory = Draws.of(samplings), (memory_BME, memory_mask_BM)
 
     def dispatched() -> Iterator[Array]:
-        cache = new_cache(decoder.config, len(prompts), bucket(longest + max_new_tokens))
+        cache = new_cache(decoder, len(prompts), bucket(longest + max_new_tokens))
         tokens_B1, cache = read(model, prompts, memory, cache, draws)
         yield tokens_B1
         for number in range(1, max_new_tokens):

@@ -86,7 +86,7 @@ def score(
     alone = [number for number, most in enumerate(rows) if most <= 1]
     if alone:
         slots = bucket(len(prompt) + max(bucket(len(continuations[number])) for number in alone))
-    cache = new_cache(decoder.config, 1, slots)
+    cache = new_cache(decoder, 1, slots)
     if before:
         _, cache = read(model, [before], memory, cache, Draws.of([GREEDY]))
     scores: dict[int, Score] = {}

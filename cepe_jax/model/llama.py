@@ -66,6 +66,10 @@ class Llama(nnx.Module):
 
         return logits
 
+    def new_cache(self, batch: int, slots: int) -> KVCache:
+        """An empty one, for `decode`."""
+        return KVCache.create(self.config, batch, slots)
+
     def decode(
         self,
         tokens_BT: Array,

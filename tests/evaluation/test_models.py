@@ -177,7 +177,7 @@ def test_scaled_positions(home, rope, factor):
 def test_bad_input(home, encoder_reads, decoder_reads, tmp_path):
     long = Prompt([BOS, *range(100, 147)])
     for call, message in [
-        (lambda: ModelConfig(home, "both"), "reads is 'both': choose encoder, decoder"),
+        (lambda: ModelConfig(home, "both"), "reads is 'both': choose encoder, decoder, streaming, replug"),
         (lambda: ModelConfig(home, window=1), "window is 1: give 2 tokens or more"),
         (lambda: ModelConfig(home, rope="ntk"), "rope is 'ntk': choose trained, linear, yarn"),
         (lambda: ModelConfig(home, rope="linear"), "rope linear with factor 1.0: give linear or yarn a factor above"),

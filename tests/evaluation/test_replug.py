@@ -1,40 +1,128 @@
-"""RePlug against the reference's numbers."""
+"""RePlug against the reference's numbers, and behind the seam against the plain decoder read anew for each context."""
 
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from tiny import relative_error
 
-from cepe_jax.evaluation.replug import replug
+from cepe_jax.evaluation import replug as module
+from cepe_jax.evaluation.language_model import Prompt
+from cepe_jax.evaluation.models import ModelConfig, load_model
+from cepe_jax.evaluation.replug import RePlug, log_weights, mixture
+from cepe_jax.inference import generate as generate_module
 from cepe_jax.weights.huggingface import load
 
 GOLDEN = Path(__file__).parents[1] / "golden"
+BOS, STOPS, TEMPERATURE = 0, (1, 3), 0.5
+PROMPT = Prompt([BOS, 11, 23, 59], [[91, 92, 93, 94, 95], [200, 201], [17, 18, 19]], [0.1, 1.0, -0.4])
+CONTINUATIONS = [[5, 4, 9], [7]]
 
 
 @pytest.mark.parametrize("name", ["tiny_mha", "tiny_gqa_last2"])
-def test_replug(name):
-    """Right padding stands between chunk and input: it is not seen, and it is counted."""
+def test_the_references_numbers(name):
+    """Right padding stands between chunk and input there: it is not seen, and it is counted."""
     if list((GOLDEN / name).glob("*.bin")):
         pytest.importorskip("torch")
     decoder, golden = load(GOLDEN / name).decoder, np.load(GOLDEN / name / "expected.npz")
-    tokens, mask = golden["input_ids"], golden["encoder_attention_mask"].astype(bool)
-    inputs = decoder, tokens, golden["encoder_input_ids"], golden["replug_scores"], golden["replug_temperature"]
-    assert not mask.all()
-    log_probs = np.asarray(jax.jit(replug)(*inputs, mask))
-    assert relative_error(log_probs, golden["replug_log_probs"][:, -tokens.shape[1] :]) <= 1e-4
-    np.testing.assert_allclose(np.exp(log_probs).sum(-1), 1, rtol=1e-5)
+    tokens_BT, mask_BCL = golden["input_ids"], golden["encoder_attention_mask"].astype(bool)
+    assert not mask_BCL.all()
+    T, (C, L) = tokens_BT.shape[1], mask_BCL.shape[1:]
+    for row, tokens_T in enumerate(tokens_BT):
+        read_CS = np.concatenate([golden["encoder_input_ids"][row], np.tile(tokens_T, (C, 1))], axis=1)
+        mask_CS = np.concatenate([mask_BCL[row], np.ones((C, T), bool)], axis=1)
+        positions_CS = np.tile(np.arange(L + T), (C, 1))
+        hidden_CSD, _ = decoder.decode(read_CS, mask_CS, positions_BT=positions_CS)
+        weights_C = log_weights(golden["replug_scores"][row], float(golden["replug_temperature"]))
+        log_probs_TV = mixture(decoder.logits(hidden_CSD[:, L:]), weights_C)
+        assert relative_error(log_probs_TV, golden["replug_log_probs"][row, -T:]) <= 1e-4
 
 
-def test_replug_of_one_chunk_is_the_decoder(decoder, plain, tokens_BT):
-    """And equal scores are a plain mean of probabilities."""
-    context_BCL = np.random.default_rng(0).integers(0, decoder.config.vocab_size, (2, 3, 4))
-    read = np.concatenate([context_BCL, np.repeat(tokens_BT[:, None], 3, axis=1)], axis=2)
-    logits = np.asarray(plain(decoder, read.reshape(6, -1)))[:, 4:].reshape(2, 3, *tokens_BT.shape[1:], -1)
-    probabilities = np.asarray(jax.nn.softmax(logits))
-    both = jax.jit(replug)(decoder, tokens_BT, context_BCL, np.ones((2, 3), np.float32))
-    np.testing.assert_allclose(np.exp(both), probabilities.mean(1), rtol=1e-4)
-    sure = np.array([[0, 90, 0], [0, 0, 90]], np.float32)
-    chosen = jax.jit(replug)(decoder, tokens_BT, context_BCL, sure)
-    np.testing.assert_allclose(np.exp(chosen), probabilities[[0, 1], [1, 2]], rtol=1e-4)
+@pytest.fixture(scope="module")
+def reader(home) -> RePlug:
+    return load_model(ModelConfig(home, "replug", temperature=TEMPERATURE))
+
+
+@pytest.fixture(scope="module")
+def mixed(reader, plain):
+    """log p (T, V) of the mixture over BOS, a context and the rest of the ids, in fp64, uncached."""
+
+    def mixed(prompt: Prompt, more: list[int]) -> np.ndarray:
+        weights = np.exp(np.array(prompt.scores) / TEMPERATURE)
+        total = 0
+        for context, weight in zip(prompt.contexts, weights / weights.sum(), strict=True):
+            row = [BOS, *context, *prompt.ids[1:], *more]
+            logits_TV = np.asarray(plain(reader.model, np.pad(row, (0, 48 - len(row)))[None]), np.float64)[0]
+            p_TV = np.exp(logits_TV - logits_TV.max(-1, keepdims=True))
+            last = len(row) - len(more) - 1
+            total = total + weight * (p_TV / p_TV.sum(-1, keepdims=True))[last : len(row)]
+        return np.log(total)
+
+    return mixed
+
+
+def check(reader, mixed, prompt, continuations):
+    for score, continuation in zip(reader.score(prompt, continuations), continuations, strict=True):
+        expected_TV = mixed(prompt, continuation)[:-1]
+        picked = expected_TV[np.arange(len(continuation)), continuation]
+        np.testing.assert_allclose(score.log_probs, picked, atol=2e-5)
+        assert score.greedy == (expected_TV.argmax(-1).tolist() == continuation)
+
+
+def greedy(mixed, prompt: Prompt, count: int) -> list[int]:
+    new: list[int] = []
+    while len(new) < count and (token := int(mixed(prompt, new)[-1].argmax())) not in STOPS:
+        new.append(token)
+    return new
+
+
+@pytest.mark.parametrize("group", [8, 2])
+def test_scores(reader, mixed, monkeypatch, group):
+    """Of rows of different lengths, also in groups; with the continuation that it would write itself."""
+    monkeypatch.setattr(module, "GROUP", group)
+    check(reader, mixed, PROMPT, [*CONTINUATIONS, greedy(mixed, PROMPT, 4)])
+
+
+def test_stream(reader, mixed, monkeypatch):
+    """Prompts side by side, each mixed from its own contexts."""
+    monkeypatch.setattr(module, "GROUP", 2)
+    other = Prompt(PROMPT.ids, PROMPT.contexts[1:], [3.0, 0.0])
+    steps = list(reader.stream([PROMPT, other], 8))
+    rows = [[token for token in row if token is not None] for row in zip(*steps, strict=True)]
+    assert rows == [greedy(mixed, PROMPT, 8), greedy(mixed, other, 8)]
+    assert rows[0] != rows[1]
+
+
+def test_long_continuations_in_pieces(reader, plain, monkeypatch):
+    """Of one context the mixture is the decoder."""
+    monkeypatch.setattr(generate_module, "PAIRS", 0)
+    reader = module.RePlug(reader.model, reader.tokenizer, (), None, 1.0)
+    rng = np.random.default_rng(0)
+    context, ids, continuation = (rng.integers(4, 330, count).tolist() for count in (100, 60, 260))
+    (score,) = reader.score(Prompt(ids, [context], [5.0]), [continuation])
+    logits = np.asarray(plain(reader.model, np.array([context + ids + continuation])), np.float64)[0, 159:-1]
+    log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    np.testing.assert_allclose(score.log_probs, log_probs[np.arange(260), continuation], atol=2e-5)
+
+
+def test_without_contexts(reader, mixed):
+    """The plain decoder, whatever the scores."""
+    bare = Prompt(PROMPT.ids)
+    (score,) = reader.score(bare, CONTINUATIONS[:1])
+    nothing = Prompt(PROMPT.ids, [[]], [1.0])
+    np.testing.assert_allclose(score.log_probs, mixed(nothing, CONTINUATIONS[0])[range(3), CONTINUATIONS[0]], atol=2e-5)
+
+
+def test_bad_input(home, reader):
+    ids, contexts = PROMPT.ids, PROMPT.contexts
+    long = Prompt([BOS, *range(4, 47)], [[5, 6]], [1.0])
+    for call, message in [
+        (lambda: ModelConfig(home, "replug", temperature=0.0), "temperature is 0.0: give a number above 0"),
+        (lambda: reader.score(Prompt(ids, contexts), [[1]]), "and 0 came with 3 contexts: give one for each"),
+        (lambda: reader.stream([Prompt(ids, contexts, [1.0])], 4), "and 1 came with 3 contexts: give one for each"),
+        (lambda: reader.stream([long], 4), "have 46 tokens, and 4 after them exceed the window of 48: shorten"),
+        (lambda: reader.stream([PROMPT], 0), "0 tokens after the prompt: ask for 1 or more"),
+    ]:
+        with pytest.raises(ValueError, match=message) as caught:
+            call()
+        assert "\n" not in str(caught.value)

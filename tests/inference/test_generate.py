@@ -235,7 +235,7 @@ def test_programs(cepe, memory, hot):
 
 def test_greedy_steps_do_not_sort(cepe, memory):
     """What sorts stands in a branch that is taken where a row is drawn."""
-    cache = module.new_cache(DECODER, 3, 128)
+    cache = module.new_cache(cepe.decoder, 3, 128)
     given = cepe, np.zeros((3, 1), int), None, memory, cache, Draws.of(MIXED)
     jaxpr = jax.make_jaxpr(next_token.__wrapped__)(*given).jaxpr
     names = [equation.primitive.name for equation in jaxpr.eqns]

@@ -78,7 +78,7 @@ def test_decoder_memory_is_constant(session, monkeypatch):
 
     def watched(*given):
         alive.append([old() for old in caches if old() is not None])
-        return module.KVCache.create(*given)
+        return given[0].new_cache(*given[1:])
 
     caches = []
     monkeypatch.setattr(module, "new_cache", watched)
