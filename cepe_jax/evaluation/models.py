@@ -53,18 +53,20 @@ def load_model(config: ModelConfig) -> LanguageModel:
     if config.rope != "trained":
         window = _scale(decoder, config, window)
     window = window if config.window is None else config.window
-    if config.reads == "streaming":
-        if window is None:
-            raise ValueError(f"nothing says how many tokens {config.path} keeps as StreamingLLM: give window")
-        streaming = StreamingLlama(decoder, window, config.sinks)
-        return DecoderReader(streaming, text.tokenizer, text.stop_ids, None)
-    if config.reads == "replug":
-        return RePlug(decoder, text.tokenizer, text.stop_ids, window, config.temperature)
-    if config.reads == "decoder":
-        return DecoderReader(decoder, text.tokenizer, text.stop_ids, window)
-    if not isinstance(model, Cepe):
-        raise ValueError(f"{config.path} is a plain decoder, without an encoder to read contexts: set reads")
-    return CepeReader(model, text.tokenizer, text.stop_ids, window)
+    rest = text.tokenizer, text.stop_ids
+    match config.reads:
+        case "encoder":
+            if not isinstance(model, Cepe):
+                raise ValueError(f"{config.path} is a plain decoder, without an encoder: set reads to decoder")
+            return CepeReader(model, *rest, window)
+        case "decoder":
+            return DecoderReader(decoder, *rest, window)
+        case "streaming":
+            if window is None:
+                raise ValueError(f"nothing says how many tokens {config.path} keeps as StreamingLLM: give window")
+            return DecoderReader(StreamingLlama(decoder, window, config.sinks), *rest, None)
+        case "replug":
+            return RePlug(decoder, *rest, window, config.temperature)
 
 
 def _scale(decoder: Llama, config: ModelConfig, positions: int | None) -> int:

@@ -167,6 +167,7 @@ def facts_of(hf: dict) -> dict:
     ours = {*SIZES, "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters", "model_type", "hidden_act"}
     ours |= {"attention_bias", "mlp_bias", "architectures", "torch_dtype", "dtype", "tie_word_embeddings"}
     ours |= {"encoder_hidden_size", "num_cross_attn_layers", *OF_CEPE}
+    ours |= {"auto_map"}  # names code beside the weights, which is not exported with them
     facts = {key: value for key, value in hf.items() if key not in ours}
     if "encoder_config" in facts:
         facts["encoder_config"] = facts_of(facts["encoder_config"])

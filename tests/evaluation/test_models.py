@@ -1,5 +1,6 @@
 """Every reader behind the seam: against the uncached model over what it is said to read."""
 
+import json
 from collections.abc import Callable, Sequence
 
 import jax
@@ -12,6 +13,7 @@ from cepe_jax.evaluation.models import ModelConfig, load_model
 from cepe_jax.inference.scoring import Score
 from cepe_jax.model.llama import Llama
 from cepe_jax.model.rope import rope_table
+from cepe_jax.weights.directory import save
 from cepe_jax.weights.huggingface import load
 
 BOS, STOPS = 0, (1, 3)
@@ -190,3 +192,21 @@ def test_bad_input(home, encoder_reads, decoder_reads, tmp_path):
         with pytest.raises(ValueError, match=message.replace("(", r"\(")) as caught:
             call()
         assert "\n" not in str(caught.value)
+
+
+def test_directories_that_cannot_be_read_so(home, weights, tmp_path):
+    save(weights.decoder, tmp_path / "plain", home)
+    with pytest.raises(ValueError, match="plain is a plain decoder, without an encoder: set reads to decoder"):
+        load_model(ModelConfig(tmp_path / "plain"))
+    for said, changes in [
+        ("lacks max_position_embeddings, which rope yarn scales", {"huggingface": {}}),
+        ("was trained with rope scaling linear: leave rope out", {"scaling": "linear", "factor": 2.0}),
+    ]:
+        written = json.loads((tmp_path / "plain" / "config.json").read_text())
+        written |= {"huggingface": changes.pop("huggingface", written["huggingface"])}
+        written["decoder"]["rope"] |= changes
+        (tmp_path / "plain" / "config.json").write_text(json.dumps(written))
+        with pytest.raises(ValueError, match=said):
+            load_model(ModelConfig(tmp_path / "plain", "decoder", rope="yarn", factor=2.0))
+    with pytest.raises(ValueError, match="nothing says how many tokens .* keeps as StreamingLLM: give window"):
+        load_model(ModelConfig(tmp_path / "plain", "streaming"))
