@@ -55,17 +55,21 @@ def _get(line: dict, name: str, *kinds: type):
     return value
 
 
+def _passage(context: dict) -> str:
+    text = _get(context, "text", str)
+    return f"{context['title']}\n{text}" if context.get("title") else text
+
+
 def retrieved(line: dict, _: tuple[str, ...]) -> dict:
     """DPR's layout, which Contriever's retrieval writes: question, answers, and ctxs with title, text and score."""
+    question, contexts = _get(line, "question", str), _get(line, "ctxs", list)
     name = next((name for name in ("answers", "answer", "possible_answers") if name in line), "answers")
     answers = _get(line, name, list, str)
     if isinstance(answers, str):  # PopQA's list is written as a text
         answers = json.loads(answers) if name == "possible_answers" else [answers]
-    found = _get(line, "ctxs", list)
-    titled = [[*filter(None, [context.get("title")]), _get(context, "text", str)] for context in found]
-    fields = {"question": _get(line, "question", str), "answers": answers, "contexts": ["\n".join(t) for t in titled]}
-    if all("score" in context for context in found):
-        fields["scores"] = [float(_get(context, "score", int, float, str)) for context in found]
+    fields = {"question": question, "answers": answers, "contexts": [_passage(context) for context in contexts]}
+    if all("score" in context for context in contexts):
+        fields["scores"] = [float(_get(context, "score", int, float, str)) for context in contexts]
     return fields | ({"id": line["id"]} if "id" in line else {})
 
 

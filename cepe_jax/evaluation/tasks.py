@@ -46,7 +46,7 @@ class TaskConfig:
     haystack: Path | None = None  # a text file (synthetic); None: sentences made up
     max_new_tokens: int | None = None  # None, here and below: as the family or the layout has it
     metrics: tuple[str, ...] | None = None
-    template: Template | None = None
+    template: Template | None = None  # the whole of it: words that it leaves out are those of the class
 
     def __post_init__(self):
         for name, choices in ("family", Family), ("overflow", Cut), ("kind", synthetic.Kind):
@@ -147,11 +147,11 @@ def _rounds(config: TaskConfig, axis: int, tokenizer: Tokenizer) -> tuple[list[t
     def tokens_of(record: Record) -> int:
         return len(begun("".join(prompts.document(record, protocol.template)), tokenizer)) + protocol.max_new_tokens
 
-    rounds = [
-        (seed, synthetic.records(config.kind, axis, config.samples, seed, sentences, tokens_of))
-        for seed in config.seeds
-    ]
-    return [(seed, record) for seed, records in rounds for record in track(records, "make texts", config.samples)], []
+    def made(seed: int) -> Iterator[Record]:
+        texts = synthetic.records(config.kind, axis, config.samples, seed, sentences, tokens_of)
+        return track(texts, f"make {config.kind}, {axis}", config.samples)
+
+    return [(seed, record) for seed in config.seeds for record in made(seed)], []
 
 
 def _prompt(

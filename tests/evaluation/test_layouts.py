@@ -5,6 +5,7 @@ import re
 
 import numpy as np
 import pytest
+from prepared import prepare
 from scripted import Scripted
 
 from cepe_jax.evaluation.layouts import LAYOUTS, load
@@ -228,6 +229,10 @@ def test_faults(tmp_path):
     write(tmp_path / "test.jsonl", [{"question": "q", "answers": ["a"], "ctxs": [{"title": "T"}]}])
     with pytest.raises(ValueError, match="test.jsonl:1: text is null: this layout has a text there"):
         load(tmp_path, LAYOUTS["nq"], shows=False)
+    for line in 7, ["question"], {"question": "q", "answers": ["a"], "ctxs": ["T"]}:
+        write(tmp_path / "test.jsonl", [line])
+        with pytest.raises(ValueError, match="test.jsonl:1: (question|text) is null: this layout has a text there"):
+            load(tmp_path, LAYOUTS["nq"], shows=False)
     write(tmp_path / "test.jsonl", [{"text": "q", "label": 4}])
     with pytest.raises(ValueError, match="test.jsonl:1: label is 4 and there are 4 labels"):
         load(tmp_path, LAYOUTS["ag_news"], shows=False)
@@ -253,27 +258,6 @@ def test_no_data_says_what_to_put_where(tmp_path, name):
     if name == "sst2":
         assert 'data["validation"].to_json("test.jsonl")' in said
         assert 'tfds.builder("glue/sst2", file_format="array_record").download_and_prepare()' in said
-
-
-def prepare(directory, features, splits):
-    """What TFDS would have prepared, by its own serialisation."""
-    import tensorflow_datasets as tfds
-    from array_record.python.array_record_module import ArrayRecordWriter
-    from tensorflow_datasets.core.example_serializer import ExampleSerializer
-
-    directory.mkdir(parents=True)
-    features, infos = tfds.features.FeaturesDict(features), []
-    serializer = ExampleSerializer(features.get_serialized_info())
-    for split, rows in splits.items():
-        template = tfds.core.ShardedFileTemplate(
-            dataset_name=directory.parts[-3], split=split, filetype_suffix="array_record", data_dir=directory
-        )
-        writer = ArrayRecordWriter(str(template.sharded_filepath(shard_index=0, num_shards=1)), "group_size:1")
-        for row in rows:
-            writer.write(serializer.serialize_example(features.encode_example(row)))
-        writer.close()
-        infos.append(tfds.core.SplitInfo(split, shard_lengths=[len(rows)], num_bytes=1, filename_template=template))
-    tfds.folder_dataset.write_metadata(data_dir=directory, features=features, split_infos=infos, check_data=False)
 
 
 def test_sets_that_tfds_prepared(tmp_path):
