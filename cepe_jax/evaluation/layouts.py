@@ -67,6 +67,7 @@ def retrieved(line: dict, _: tuple[str, ...]) -> dict:
     answers = _get(line, name, list, str)
     if isinstance(answers, str):  # PopQA's list is written as a text
         answers = json.loads(answers) if name == "possible_answers" else [answers]
+    answers = [answer for answer in answers if answer != ""]  # which some lists of aliases hold
     fields = {"question": question, "answers": answers, "contexts": [_passage(context) for context in contexts]}
     if all("score" in context for context in contexts):
         fields["scores"] = [float(_get(context, "score", int, float, str)) for context in contexts]

@@ -68,6 +68,8 @@ class TaskConfig:
         for name in ("demonstrations", "passages"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: give 0 or more")
+        if self.metrics == ():
+            raise ValueError("metrics is []: give one or more, or leave it out")
         for name in self.metrics or ():
             if name not in METRICS:
                 raise ValueError(f"unknown metric {name}: choose of {', '.join(METRICS)}")

@@ -31,7 +31,7 @@ QA = {
         {
             "id": "tc_1",
             "question": "q1?",
-            "answers": ["a", "b"],
+            "answers": ["a", "", "b"],
             "ctxs": [passage("T", "x", 1.5), passage("U", "y", 0.5)],
         },
         {"id": "tc_2", "question": "q2?", "answers": ["c"], "ctxs": [passage(None, "z", 2)]},

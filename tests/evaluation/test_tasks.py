@@ -138,6 +138,7 @@ def test_own_demonstrations_and_words(tmp_path):
         ({"seeds": ()}, "seeds are"),
         ({"samples": 0}, "samples is 0: give a number above 0"),
         ({"passages": -1}, "passages is -1: give 0 or more"),
+        ({"metrics": ()}, r"metrics is \[\]: give one or more"),
         ({"metrics": ("bleu",)}, "unknown metric bleu: choose of exact_match"),
     ],
 )
