@@ -34,7 +34,8 @@ class _UniqueKeys(yaml.SafeLoader):
     def construct_mapping(self, node, deep=False):
         lines: dict = {}
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
+            merges = key_node.tag == "tag:yaml.org,2002:merge"  # <<, another mapping's settings under these
+            key = key_node.value if merges else self.construct_object(key_node, deep=True)
             line = key_node.start_mark.line + 1
             if not isinstance(key, str):
                 raise ValueError(f"line {line}: {key!r} is no name of a setting")

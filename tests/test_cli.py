@@ -115,6 +115,14 @@ def test_groups_that_the_user_names(call):
     assert changed == {"a-b": Inner(0.25, 8), "c": Inner(), "d-e": Inner(1.0)}
 
 
+def test_groups_that_are_like_another(call):
+    """What a group says itself wins over what it takes from another; and it still says each setting once."""
+    text = "runs:\n  a: &a {rate: 0.25, steps: 7}\n  b: {<<: *a, steps: 9}\n"
+    assert call("--out=o", text=text).runs == {"a": Inner(0.25, 7), "b": Inner(0.25, 9)}
+    with pytest.raises(ValueError, match="line 3: steps is given twice"):
+        call("--out=o", text=text.replace("steps: 9", "steps: 9, steps: 9"))
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
