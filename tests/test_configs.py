@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from cepe_jax.cli import parse, read_yaml, take
+from cepe_jax.cli import decode, parse, read_yaml, take
 from cepe_jax.data.benchmark import DataBenchmarkConfig
 from cepe_jax.data.corpus import PrepareConfig
 from cepe_jax.data.retrieval import RetrieveConfig
@@ -133,6 +133,19 @@ def assert_holds(config: dict, settings: dict) -> None:
             assert_holds(config[name], value)
         else:
             assert config[name] == (tuple(value) if isinstance(value, list) else type(config[name])(value)), name
+
+
+def test_each_table_has_its_config():
+    """README names the configs that are there, and each asks several models, the first of them CEPE, what it says."""
+    table = re.findall(r"^\|.*\| `(eval_\w+\.yaml)` \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+    paths = [path for path in CONFIGS if path.name.startswith("eval_")]
+    assert sorted(table) == [path.name for path in paths]
+    for path in paths:
+        config = decode(SweepConfig, read_yaml(path) | {"out": "out"})
+        assert next(iter(config.models)).startswith("cepe")
+        names = [cell.name for group in config.cells() for cell in group]
+        assert len(names) == len(set(names)) > len(config.models) > 1
+        assert {model.dtype for model in config.models.values()} == {"bfloat16"}
 
 
 @pytest.mark.parametrize("script", CLASSES)
