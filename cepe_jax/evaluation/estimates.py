@@ -37,3 +37,14 @@ def paired(ours: Mapping[str, float], theirs: Mapping[str, float], groups: Mappi
     if not names:
         return None
     return Estimate.of([ours[name] - theirs[name] for name in names], [groups[name] for name in names])
+
+
+def average(estimates: Sequence[Estimate]) -> Estimate:
+    """The mean of independent estimates, each counting alike."""
+    errors = [estimate.stderr for estimate in estimates]
+    return Estimate(
+        sum(estimate.mean for estimate in estimates) / len(estimates),
+        None if None in errors else math.hypot(*errors) / len(estimates),
+        sum(estimate.records for estimate in estimates),
+        sum(estimate.groups for estimate in estimates),
+    )

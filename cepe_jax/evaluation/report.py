@@ -34,6 +34,12 @@ def _as_json(results: Results) -> dict:
         "schema": SCHEMA,
         "config": store.plain(results.config),
         "cells": [dict(_cell(results, result)) for result in results.finished.values()],
+        "averages": [
+            {"family": family, "metric": metric, "model": model, "value": value} | dataclasses.asdict(estimate)
+            for (family, metric), by_model in results.averages.items()
+            for model, row in by_model.items()
+            for value, estimate in row.items()
+        ],
         "failures": [{"name": name, "message": message} for name, message in results.missing.items()],
     }
 

@@ -1,6 +1,7 @@
 """The results of a grid, from the kept records of its cells alone: what each came to, and how it compares."""
 
 import dataclasses
+import itertools
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +12,7 @@ from cepe_jax.cli import decode
 from cepe_jax.evaluation import cells as store
 from cepe_jax.evaluation import tasks
 from cepe_jax.evaluation.cells import Cell, Missing
-from cepe_jax.evaluation.estimates import Estimate, paired
+from cepe_jax.evaluation.estimates import Estimate, average, paired
 from cepe_jax.evaluation.grid import SweepConfig
 from cepe_jax.evaluation.metrics import means
 from cepe_jax.evaluation.perplexity import NONE, PerplexityConfig
@@ -111,6 +112,26 @@ class Results:
             if (cell := result.cell).data == data:
                 for kind in cell.data_config.kinds if cell.kind == NONE else (cell.kind,):
                     found.setdefault((cell.model, kind), {})[cell.value] = result
+        return found
+
+    @cached_property
+    def averages(self) -> dict[tuple[str, str], dict[str, dict[int, Estimate]]]:
+        """(family, metric) -> model -> value on the axis -> the mean over the family's tasks, each counting alike.
+
+        Of several tasks, and only where all of them have a result with this metric.
+        """
+        families: dict[str, list[str]] = {}
+        for name, task in self.config.tasks.items():
+            families.setdefault(task.family, []).append(name)
+        found: dict[tuple[str, str], dict[str, dict[int, Estimate]]] = {}
+        for (family, names), model in itertools.product(families.items(), self.config.models):
+            rows = [self.rows(name).get((model, ""), {}) for name in names]
+            for value in sorted(set.intersection(*map(set, rows))) if len(rows) > 1 else ():
+                results = [row[value] for row in rows]
+                for metric in results[0].means:
+                    if all(metric in result.means for result in results):
+                        estimate = average([result.estimate(metric) for result in results])
+                        found.setdefault((family, metric), {}).setdefault(model, {})[value] = estimate
         return found
 
     def without_context(self, result: Result) -> Result | None:

@@ -1,7 +1,7 @@
 """The page of report.md."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from cepe_jax.cost import gib
 from cepe_jax.evaluation.estimates import Estimate
@@ -9,6 +9,7 @@ from cepe_jax.evaluation.results import LOWER_IS_BETTER, Result, Results
 
 NOTHING = "-"  # where there is no result, or no pair
 Rows = dict[tuple[str, str], dict[int, Result]]
+Estimates = dict[tuple[str, str], dict[int, Estimate | None]]
 
 
 def markdown(results: Results) -> str:
@@ -16,6 +17,10 @@ def markdown(results: Results) -> str:
     lines = ["# Evaluation"]
     for data in results.data:
         lines += ["", f"## {data}", "", *_of_data(results, data)]
+    for (family, metric), by_model in results.averages.items():
+        rows = {(model, ""): row for model, row in by_model.items()}
+        axis = sorted({value for row in rows.values() for value in row})
+        lines += ["", f"## All {family} tasks: {metric}", "", *_table(rows, axis, metric)]
     if results.finished:
         lines += ["", "## How it was measured", ""]
         lines += [f"- {line}" for line in sorted({_circumstances(result) for result in results.finished.values()})]
@@ -54,16 +59,14 @@ def _of_data(results: Results, data: str) -> Iterator[str]:
     over = {"no context": results.without_context, next(iter(results.config.models)): results.of_first_model}
     domains = sorted({domain for result in some for domain in result.domains})
     for metric in some[0].means:
-        values = {result.cell.name: result.estimate(metric) for result in some}
-        yield from _titled(metric, _table(rows, axis, values, metric))
+        yield from _titled(metric, _table(_of_each(rows, lambda result, m=metric: result.estimate(m)), axis, metric))
         for name, other in over.items():
-            pairs = {result.cell.name: (result, other(result)) for result in some}
-            gains = {cell: theirs and ours.gain(metric, theirs) for cell, (ours, theirs) in pairs.items()}
-            if any(gains.values()):
-                yield from _titled(f"Gain over {name}, {metric}", _table(rows, axis, gains, metric, sign="+"))
+            gains = _of_each(rows, lambda result, m=metric, o=other: result.gain(m, o(result)) if o(result) else None)
+            if any(gain for row in gains.values() for gain in row.values()):
+                yield from _titled(f"Gain over {name}, {metric}", _table(gains, axis, metric, sign="+"))
         for domain in domains:
-            values = {result.cell.name: result.in_domain(metric, domain) for result in some}
-            lines = list(_table(rows, axis, values, metric, domain=domain))
+            of_domain = _of_each(rows, lambda result, m=metric, d=domain: result.in_domain(m, d))
+            lines = list(_table(of_domain, axis, metric, domain=domain))
             yield from _titled(f"{metric} by domain", lines) if domain == domains[0] else lines[2:]
     yield from _titled("Tokens a second, and peak memory", _costs(rows, axis))
     yield from ["", "Tokens are those given to read, also where a model's window holds fewer; medians of all records."]
@@ -74,16 +77,17 @@ def _titled(title: str, lines: Iterable[str]) -> list[str]:
     return ["", f"**{title}**", "", *lines]
 
 
-def _table(
-    rows: Rows, axis: list[int], values: dict[str, Estimate | None], metric: str, sign: str = "", domain: str = ""
-) -> Iterator[str]:
-    """A line for each model and kind of context, a column for each value on the axis; `values` by cells' names."""
+def _of_each(rows: Rows, function: Callable[[Result], Estimate | None]) -> Estimates:
+    return {name: {value: function(result) for value, result in row.items()} for name, row in rows.items()}
+
+
+def _table(rows: Estimates, axis: list[int], metric: str, sign: str = "", domain: str = "") -> Iterator[str]:
+    """A line for each model and kind of context, a column for each value on the axis."""
     names, first = _names(rows), [domain] if domain else []
     yield from _head([*(["domain"] if domain else []), *names, "n"], axis)
     for (model, kind), row in rows.items():
-        found = {value: estimate for value, result in row.items() if (estimate := values[result.cell.name])}
-        cells = [_number(found[value], metric, sign) if value in found else NOTHING for value in axis]
-        counts = ", ".join(dict.fromkeys(map(_count, found.values())))
+        cells = [_number(row[value], metric, sign) if row.get(value) else NOTHING for value in axis]
+        counts = ", ".join(dict.fromkeys(_count(estimate) for estimate in row.values() if estimate))
         yield f"| {' | '.join([*first, *[model, kind][: len(names)], counts or NOTHING, *cells])} |"
 
 
@@ -98,7 +102,7 @@ def _costs(rows: Rows, axis: list[int]) -> Iterator[str]:
         yield f"| {' | '.join([model, kind][: len(names)] + cells)} |"
 
 
-def _names(rows: Rows) -> list[str]:
+def _names(rows: Rows | Estimates) -> list[str]:
     return ["model", "contexts"] if any(kind for _, kind in rows) else ["model"]
 
 

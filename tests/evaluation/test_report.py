@@ -267,3 +267,32 @@ def test_pairs():
     ours, theirs = {"a": 1.0, "b": 5.0, "c": 2.0}, {"b": 2.0, "c": 1.0, "d": 9.0}
     assert paired(ours, theirs, dict(zip("abcd", "1234", strict=True))) == Estimate(2.0, 1.0, 2, 2)
     assert paired(ours, {"d": 1.0}, {}) is None
+
+
+def test_averages_over_tasks(tmp_path):
+    """Each task counts alike; there is none where a task has no result, and none over several families."""
+    same = {"axis": (0, 5), "metrics": ("exact_match", "f1")}
+    asked = {"a": TaskConfig("qa", **same), "b": TaskConfig("qa", **same), "c": TaskConfig("document", (5,))}
+    config = SweepConfig(out=tmp_path, models={"cepe": ModelConfig(Path("a"))}, tasks=asked)
+    (tmp_path / "cells").mkdir()
+    store.write_json(tmp_path / "sweep.json", store.plain(config))
+    right = {"cepe.a.0": [1, 0, 0, 1], "cepe.a.5": [1, 1, 1, 0], "cepe.b.5": [0, 1], "cepe.c.5": [1, 1]}
+    for cell in itertools.chain(*config.cells()):
+        records = [
+            {"id": f"42:{n}", "seed": 42, "answers": ["x"], "prediction": "xy"[1 - hit], "read": 1, "seconds": 1.0}
+            for n, hit in enumerate(right.get(cell.name, []))
+        ]
+        if records:
+            store.write(tmp_path, cell, iter(records), FACTS | {"tokenizer": "x"}, {"peak_memory": 1})
+    page = report(ReportConfig(tmp_path))
+    averages = json.loads((tmp_path / "results.json").read_text())["averages"]
+    error = np.hypot(np.std([1, 1, 1, 0], ddof=1) / 2, np.std([0, 1], ddof=1) / np.sqrt(2)) / 2
+    assert [(some["metric"], some["value"], some["records"]) for some in averages] == [
+        ("exact_match", 5, 6),
+        ("f1", 5, 6),
+    ]
+    assert (averages[0]["family"], averages[0]["model"], averages[0]["mean"]) == ("qa", "cepe", (3 / 4 + 1 / 2) / 2)
+    np.testing.assert_allclose(averages[0]["stderr"], error)
+    table = page.split("## All qa tasks: exact_match\n\n")[1].splitlines()
+    assert table[:3] == ["| model | n | 5 |", "|---|---|---|", f"| cepe | 6 | 62.5 ± {100 * error:.1f} |"]
+    assert "All document tasks" not in page

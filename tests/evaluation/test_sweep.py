@@ -130,6 +130,17 @@ def test_a_grid(config, runs):
     assert [cell["name"] for cell in results(config)["cells"]] == NAMES
     assert results(config)["failures"] == []
     assert results(config)["config"]["perplexity"]["text"]["chunks"] == [2, 0, 1]
+    assert results(config)["cells"][0]["metrics"]["nll"]["domains"] == {}  # there is but one
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="this system does not forget")
+def test_peak_memory_is_that_of_the_cell(config, runs):
+    """What an earlier one needed does not count."""
+    runs.at["a", "previous", 1] = lambda: bytearray(b"x") * (300 << 20)
+    run_sweep(config)
+    peaks = [json.loads((config.out / "cells" / f"{name}.json").read_text())["peak_memory"] for name in NAMES[:3]]
+    assert peaks[1] > peaks[0] + 2e8
+    assert peaks[1] > peaks[2] + 2e8
 
 
 def test_what_is_finished_is_not_run_again(config, runs):
