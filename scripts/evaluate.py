@@ -3,11 +3,13 @@
     python scripts/evaluate.py perplexity --model.path=cepe-7b --data=data/documents --out=out/perplexity \\
         --window=4096 --scored=256 --chunks="[0, 16, 112]"
     python scripts/evaluate.py tasks --model.path=cepe-7b --family=qa --data=nq.jsonl --axis="[0, 20]" --out=out/nq
+    python scripts/evaluate.py harness --model.path=cepe-7b --tasks=niah_single_2 --window=4096 --out=out/harness
     python scripts/evaluate.py report --out=out/nq
 """
 
 from cepe_jax.cli import run_command
 from cepe_jax.evaluation.grid import PerplexityRun, SweepConfig, TaskRun
+from cepe_jax.evaluation.harness import HarnessConfig, run_harness
 from cepe_jax.evaluation.report import ReportConfig, report
 from cepe_jax.evaluation.sweep import run_perplexity, run_sweep, run_task
 
@@ -15,6 +17,7 @@ COMMANDS = {
     "perplexity": (PerplexityRun, run_perplexity),
     "tasks": (TaskRun, run_task),
     "sweep": (SweepConfig, run_sweep),
+    "harness": (HarnessConfig, run_harness),
     "report": (ReportConfig, lambda config: print(report(config))),
 }
 

@@ -1,15 +1,16 @@
 """Tasks of lm-evaluation-harness: results.json, and for each task the answers in samples_TASK.jsonl."""
 
-import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from cepe_jax.checks import check_chunk_length
 from cepe_jax.directories import refuse_another_run, staged_path
+from cepe_jax.evaluation.cells import plain, provenance
 from cepe_jax.evaluation.models import ModelConfig, load_model
 from cepe_jax.inference.overflow import Overflow
 from cepe_jax.inference.template import Template
+from cepe_jax.inference.terminal import Devices, on_devices
 from cepe_jax.inference.text import CHUNK_LENGTH
 
 
@@ -27,6 +28,7 @@ class HarnessConfig:
     lengths: tuple[int, ...] = ()  # of the texts that RULER's tasks make, in tokens
     chat: bool = False  # texts are messages, written by the chat template beside the tokenizer
     batch: int = 1  # answers that are written at once
+    mesh: Devices = Devices()
 
     def __post_init__(self):
         if not self.tasks:
@@ -50,39 +52,36 @@ def run_harness(config: HarnessConfig) -> None:
 
     from cepe_jax.evaluation.adapters import Adapter, Splitter
 
-    _claim(config)
     facts = {"max_seq_lengths": list(config.lengths)} if config.lengths else {}
     facts["tokenizer"] = str(config.model.tokenizer or config.model.path)  # what RULER's tasks measure lengths with
     manager = TaskManager(include_path=config.task_folder and str(config.task_folder), metadata=facts)
     for name in config.tasks:
         if not manager.match_tasks([name]):
             raise ValueError(f"{name} is no task of lm-evaluation-harness: lm-eval ls tasks lists them")
-    model = load_model(config.model)
-    template = Template(model.tokenizer) if config.chat else None
-    found = lm_eval.simple_evaluate(
-        Adapter(model, Splitter(config.window, config.overflow, config.chunk_length), template, config.batch),
-        tasks=list(config.tasks),
-        num_fewshot=config.num_fewshot,
-        limit=config.limit,
-        apply_chat_template=config.chat,
-        use_cache=str(config.out / "answers"),
-        task_manager=manager,
-        metadata=facts,
-    )
+    _claim(config)
+    with on_devices(config.mesh):
+        model = load_model(config.model)
+        template = Template(model.tokenizer) if config.chat else None
+        found = lm_eval.simple_evaluate(
+            Adapter(model, Splitter(config.window, config.overflow, config.chunk_length), template, config.batch),
+            tasks=list(config.tasks),
+            num_fewshot=config.num_fewshot,
+            limit=config.limit,
+            apply_chat_template=config.chat,
+            use_cache=str(config.out / "answers"),
+            task_manager=manager,
+            metadata=facts,
+        )
     for task, samples in found.pop("samples").items():
         _write(config.out / f"samples_{task}.jsonl", "".join(f"{json.dumps(s, default=str)}\n" for s in samples))
-    found["model"] = _plain(config.model)
+    found["cepe_jax"] = {"config": plain(config)} | provenance()
     _write(config.out / "results.json", json.dumps(found, indent=1, default=str))
     print(make_table(found))
 
 
-def _plain(config) -> dict:
-    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
-
-
 def _claim(config: HarnessConfig) -> None:
     """`config.out` is of this configuration; ValueError where it is of another one: its answers are kept there."""
-    path, ours = config.out / "config.json", _plain(config)
+    path, ours = config.out / "config.json", plain(config)
     if path.exists():
         refuse_another_run(config.out, json.loads(path.read_text()), ours)
     config.out.mkdir(parents=True, exist_ok=True)
