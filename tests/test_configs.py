@@ -16,6 +16,7 @@ from cepe_jax.data.corpus import PrepareConfig
 from cepe_jax.data.retrieval import RetrieveConfig
 from cepe_jax.data.sampling import SampleConfig
 from cepe_jax.evaluation.grid import PerplexityRun, SweepConfig, TaskRun
+from cepe_jax.evaluation.harness import HarnessConfig
 from cepe_jax.evaluation.report import ReportConfig
 from cepe_jax.inference.benchmark import InferenceBenchmarkConfig
 from cepe_jax.inference.terminal import GenerateConfig
@@ -39,6 +40,7 @@ CLASSES = {  # of a script, or of a script and its command
     "evaluate.py perplexity": PerplexityRun,
     "evaluate.py tasks": TaskRun,
     "evaluate.py sweep": SweepConfig,
+    "evaluate.py harness": HarnessConfig,
     "evaluate.py report": ReportConfig,
     "generate.py": GenerateConfig,
 }
