@@ -87,10 +87,11 @@ def test_stream(reader, mixed, monkeypatch):
     """Prompts side by side, each mixed from its own contexts."""
     monkeypatch.setattr(module, "GROUP", 2)
     other = Prompt(PROMPT.ids, PROMPT.contexts[1:], [3.0, 0.0])
-    steps = list(reader.stream([PROMPT, other], 8))
+    bare = Prompt([BOS], PROMPT.contexts, PROMPT.scores)  # then each row ends with its own token
+    steps = list(reader.stream([PROMPT, other, bare], 8))
     rows = [[token for token in row if token is not None] for row in zip(*steps, strict=True)]
-    assert rows == [greedy(mixed, PROMPT, 8), greedy(mixed, other, 8)]
-    assert rows[0] != rows[1]
+    assert rows == [greedy(mixed, prompt, 8) for prompt in (PROMPT, other, bare)]
+    assert len({tuple(row) for row in rows}) == 3
 
 
 def test_long_continuations_in_pieces(reader, plain, monkeypatch):

@@ -98,9 +98,10 @@ def test_rows_of_different_lengths(streaming, decoder):
 
 
 def test_scores(streaming, decoder):
-    """Continuations beside each other, shorter and longer than a block, after one prompt."""
-    prompt, continuations = TEXT[:19], [[5, 9], TEXT[30:52], [7]]
-    for found, continuation in zip(score(streaming, prompt, continuations), continuations, strict=True):
+    """Continuations beside each other, shorter and longer than a block, after one prompt that they share."""
+    prompt, continuations = TEXT[:19], [[5, 9, 3, 8, 1, 0], [7], TEXT[30:52]]
+    scores = score(streaming, prompt, continuations[:2]) + score(streaming, prompt, continuations)[2:]
+    for found, continuation in zip(scores, continuations, strict=True):
         log_probs = log_softmax(rolling(decoder, prompt + continuation))[len(prompt) - 1 : -1]
         np.testing.assert_allclose(found.log_probs, log_probs[np.arange(len(continuation)), continuation], atol=2e-5)
 
