@@ -113,7 +113,11 @@ def zero_scrolls(line: dict, _: tuple[str, ...]) -> dict:
 
 
 def _passages(where: str, shown: str = "train") -> Layout:
-    source = f"{where}, in DPR's layout: lines with question, answers, and ctxs, which have title, text and score"
+    """`where`: its files, of those that the repository of the paper links."""
+    source = (
+        f"{where} linked at princeton-nlp/CEPE, or others in DPR's layout: lines with question, answers, and ctxs, which have "
+        f"title, text and score"
+    )
     return Layout("qa", PROTOCOLS["qa"], retrieved, source, shown)
 
 
@@ -123,8 +127,8 @@ def _classes(
     """`of`: what load_dataset is given; `fields`: text and label; `words`: what the prompt calls them."""
     (text, label), (asks, says) = fields.split(), words.split()
     source = (
-        f'data = load_dataset({of}) of the library `datasets`; data["train"].to_json("train.jsonl"); '
-        f'data["{test}"].to_json("test.jsonl")'
+        f"data = load_dataset({of}) of the library `datasets` (before 4.0 where the set is a script); "
+        f'data["train"].to_json("train.jsonl"); data["{test}"].to_json("test.jsonl")'
     )
     if not labels:
         source += f'; in labels.txt a line for each of data["train"].features["{label}"].names, if it has these'
@@ -139,7 +143,7 @@ def _classes(
 
 
 def _document(name: str, protocol: Protocol) -> Layout:
-    source = f"{name}/validation.jsonl of ZeroSCROLLS, as test.jsonl: its own test split has no answers"
+    source = f"{name}/validation.jsonl of the tasks page of ZeroSCROLLS as test.jsonl: its test split has no answers"
     return Layout("document", protocol, zero_scrolls, source)
 
 
@@ -175,9 +179,9 @@ OF_A_PAPER = (
     "whether something is so, and unanswerable where the paper does not tell."
 )
 LAYOUTS = {
-    "nq": _passages("Natural Questions with passages of Contriever"),
-    "trivia_qa": _passages("TriviaQA with passages of Contriever"),
-    "popqa": _passages("PopQA, which has one split, with passages of Contriever", "test"),
+    "nq": _passages("nq-open/train.jsonl and nq-open/test.jsonl"),
+    "trivia_qa": _passages("triviaqa/train.jsonl, and triviaqa/validation.jsonl as test.jsonl,"),
+    "popqa": _passages("popqa/test.jsonl", "test"),  # its one split
     "sst2": _classes('"glue", "sst2"', "sentence label", "Sentence Sentiment", FEELINGS, "validation", SST2),
     "sst5": _classes('"SetFit/sst5"', "text label", "Sentence Sentiment", "terrible,bad,okay,good,great"),
     "mr": _classes('"rotten_tomatoes"', "text label", "Review Sentiment", FEELINGS),

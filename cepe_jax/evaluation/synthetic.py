@@ -1,7 +1,7 @@
 """Texts of any length with something to be found in them, made on the spot: needles, and tasks after RULER (2024).
 
 As in RULER: one needle, several keys, values or questions; a chain of assignments; the words of a list that come most
-often; the words of a text that come most often. Of RULER's, the prompts have no worked example before the question.
+often; the words of a text that come most often. Unlike RULER's, prompts have no worked example before the question.
 """
 
 import itertools
@@ -19,8 +19,8 @@ from cepe_jax.evaluation.selection import generator
 Kind = Literal[
     "single", "multi_key", "multi_value", "multi_query", "variable_tracking", "common_words", "frequent_words"
 ]
+# Keys that the text has, values of each key, keys that are asked for.
 NEEDLES = {"single": (1, 1, 1), "multi_key": (4, 1, 1), "multi_value": (1, 4, 1), "multi_query": (4, 1, 4)}
-# Of each: keys that the text has, values of each key, keys that are asked for.
 HOPS = 4  # assignments of variable_tracking after the first
 COMMON = 10  # words of common_words that are asked for
 REPEATS, SHORT_REPEATS, SHORT = (30, 3), (6, 1), 4096  # how often these and others come; in texts below so many tokens
