@@ -115,8 +115,8 @@ def zero_scrolls(line: dict, _: tuple[str, ...]) -> dict:
 def _passages(where: str, shown: str = "train") -> Layout:
     """`where`: its files, of those that the repository of the paper links."""
     source = (
-        f"{where} linked at princeton-nlp/CEPE, or others in DPR's layout: lines with question, answers, and ctxs, which have "
-        f"title, text and score"
+        f"{where} linked at princeton-nlp/CEPE, or others in DPR's layout: lines with question, answers, and ctxs, "
+        f"which have title, text and score"
     )
     return Layout("qa", PROTOCOLS["qa"], retrieved, source, shown)
 
@@ -127,7 +127,7 @@ def _classes(
     """`of`: what load_dataset is given; `fields`: text and label; `words`: what the prompt calls them."""
     (text, label), (asks, says) = fields.split(), words.split()
     source = (
-        f"data = load_dataset({of}) of the library `datasets` (before 4.0 where the set is a script); "
+        f"what this writes: data = load_dataset({of}) of the library `datasets` (before 4.0 where it is a script); "
         f'data["train"].to_json("train.jsonl"); data["{test}"].to_json("test.jsonl")'
     )
     if not labels:
