@@ -21,6 +21,7 @@ from cepe_jax.directories import refuse_another_run, staged_path
 from cepe_jax.evaluation.models import ModelConfig
 from cepe_jax.evaluation.perplexity import PerplexityConfig
 from cepe_jax.evaluation.tasks import TaskConfig
+from cepe_jax.weights.files import read_json
 
 SCHEMA = 1  # of the files of a cell and of results.json
 REQUIRED = "id", "read", "seconds"  # in every record: its name, the tokens that were read for it, and in what time
@@ -152,6 +153,12 @@ def provenance() -> dict:
         "commit": _commit(),
         "date": date.today().isoformat(),
     }
+
+
+def weights_at(path: Path) -> str | None:
+    """The digest that stands beside the weights in our format; None of others, for it would take reading them all."""
+    hashes = path / "hash.json"
+    return read_json(hashes)["all"] if hashes.exists() else None
 
 
 def _version(package: str) -> str | None:

@@ -78,10 +78,15 @@ def run_sweep(config: SweepConfig) -> None:
 
 
 def _finished(config: SweepConfig, cell: Cell) -> bool:
+    """ValueError where the model at the same path is another by now."""
     try:
-        store.read(config.out, cell)
+        facts, _ = store.read(config.out, cell)
     except Missing:
         return False
+    if (now := store.weights_at(cell.model_config.path)) is not None and now != facts["weights"]:
+        raise ValueError(
+            f"{cell.model_config.path} has other weights than when {cell.name} was measured: use another --out"
+        )
     return True
 
 
@@ -156,6 +161,7 @@ def measure_group(config: SweepConfig, group: list[Cell], say: Callable[[str, st
                 say("failed", cell.name, *_told(error))
             return
         facts["tokenizer"] = model.tokenizer.fingerprint()
+        facts["weights"] = store.weights_at(group[0].model_config.path)
         say("loaded", group[0].name, "", "")
         for cell in group:
             say("begun", cell.name, "", "")

@@ -249,6 +249,19 @@ def test_other_settings_are_refused(config, runs):
     assert len(results(config)["cells"]) == 2
 
 
+def test_other_weights_at_the_same_place_are_refused(config, runs, tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "hash.json").write_text('{"all": "one"}')
+    config = dataclasses.replace(config, models={"first": ModelConfig(tmp_path / "model")})
+    run_sweep(config)
+    run_sweep(config)
+    assert len(runs.groups) == 1
+    (tmp_path / "model" / "hash.json").write_text('{"all": "two"}')
+    with pytest.raises(ValueError, match=r"model has other weights than when first\.text\.none\.0 was measured"):
+        run_sweep(config)
+    assert len(runs.groups) == 1
+
+
 @pytest.mark.parametrize("damage", ["records gone", "a record less", "facts cut", "facts gone", "another number"])
 def test_damaged_cells_are_run_again(config, runs, damage):
     """And no report has them before."""
