@@ -41,7 +41,7 @@ class CepeReader:
 
     def _memory(self, prompts: Sequence[Prompt]) -> Memory:
         """Of each prompt's contexts; of one row where all prompts have the same ones."""
-        if all(prompt.contexts == prompts[0].contexts for prompt in prompts):
+        if len({tuple(map(tuple, prompt.contexts)) for prompt in prompts}) == 1:
             prompts = prompts[:1]
         contexts = [context for prompt in prompts for context in prompt.contexts]
         if not contexts:

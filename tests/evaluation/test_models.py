@@ -101,6 +101,8 @@ def test_cepe(encoder_reads, cepe_logits):
     expected = [greedy(cepe_logits(prompt.contexts), prompt.ids, 9) for prompt in PROMPTS]
     assert len({tuple(row) for row in expected}) == 3
     assert rows_of(encoder_reads, PROMPTS, 9) == expected
+    first, second, _ = expected
+    assert rows_of(encoder_reads, [PROMPTS[0], PROMPTS[1], PROMPTS[0]], 9) == [first, second, first]
     for prompt in PROMPTS:
         check_scores(encoder_reads.score(prompt, CONTINUATIONS), cepe_logits(prompt.contexts), prompt.ids)
 
