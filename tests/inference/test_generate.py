@@ -133,13 +133,16 @@ def test_a_plain_decoder(cepe, decoder, plain):
 def test_long_prompts_are_read_in_pieces(cepe, context, memory, forward, monkeypatch):
     """No scores of a whole prompt exist. Rows end in different pieces, and what each ends with is drawn from there."""
     rng = np.random.default_rng(0)
-    prompts = [rng.integers(0, DECODER.vocab_size, count).tolist() for count in (300, 20, 129)]
+    lengths = 300, 20, 128, 140, 256, 60
+    prompts = [rng.integers(0, DECODER.vocab_size, count).tolist() for count in lengths]
     read, widths = next_token, []
     monkeypatch.setattr(module, "next_token", lambda *given: widths.append(given[1].shape[1]) or read(*given))
-    monkeypatch.setattr(module, "PAIRS", 3 * 256 * 384)
-    tokens = generate(cepe, prompts, *memory, max_new_tokens=4, sampling=MIXED)
-    assert widths == [128, 128, 128, 1, 1, 1]  # no more than 256 would do, and 384 is three times 128
-    assert tokens == recompute(lambda tokens_BT: forward(cepe, tokens_BT, *context), prompts, MIXED, 4)
+    monkeypatch.setattr(module, "PAIRS", 6 * 256 * 384)
+    shared, own = ([part[:1] for part in parts] for parts in (memory, context))
+    tokens = generate(cepe, prompts, *shared, max_new_tokens=2, sampling=HOT)
+    assert widths == [128, 128, 128, 1]  # no more than 256 would do, and 384 is three times 128
+    repeated = [np.repeat(part, 6, axis=0) for part in own]
+    assert tokens == recompute(lambda tokens_BT: forward(cepe, tokens_BT, *repeated), prompts, [HOT] * 6, 2)
 
 
 @pytest.mark.parametrize(
