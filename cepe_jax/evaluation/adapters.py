@@ -1,14 +1,14 @@
 """lm-evaluation-harness' requests, answered by any model behind the seam."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
+from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from cepe_jax.data.tokenizer import Tokenizer
 from cepe_jax.evaluation.language_model import LanguageModel, Prompt, generate
 from cepe_jax.inference.chat import MAX_NEW_TOKENS
 from cepe_jax.inference.overflow import Overflow, fit, fit_continued, truncate_left
@@ -18,7 +18,10 @@ from cepe_jax.progress import track
 
 @dataclass(frozen=True)
 class Splitter:
-    """What of a harness' text the encoder reads: what stands before the decoder's window."""
+    """What of a harness' text the encoder reads: what stands before the decoder's window.
+
+    `overflow` says how a text is cut that something follows; one that is itself predicted is cut into whole windows.
+    """
 
     window: int  # tokens that the decoder reads at most, the answer's too
     overflow: Overflow = "truncate_left"
@@ -26,12 +29,21 @@ class Splitter:
 
 
 class _Rendered:
-    """How a text is read that a chat template has written: names of special tokens are these tokens."""
+    """How a text is read that a chat template has written: names of special tokens are these tokens.
 
-    begin: Sequence[int] = ()  # the template writes BOS where it wants one
+    `begin`: BOS, where the template writes one, as a tokenizer has it: it stays before what the decoder reads.
+    """
 
-    def __init__(self, tokenizer: Tokenizer):
-        self.encode, self.bos_id = tokenizer.encode_special, tokenizer.bos_id
+    def __init__(self, template: Template):
+        self._tokenizer, self.bos_id = template.tokenizer, template.tokenizer.bos_id
+        self.begin = self._tokenizer.encode_special(template.render([{"role": "user", "content": "?"}]))[:1]
+        if self.begin != [self.bos_id]:
+            self.begin = []
+
+    def encode(self, text: str) -> list[int]:
+        """The ids after `begin`."""
+        ids = self._tokenizer.encode_special(text)
+        return ids[1:] if self.begin and ids[:1] == self.begin else ids
 
 
 class Adapter(LM):
@@ -41,7 +53,7 @@ class Adapter(LM):
         """`template`: of a chat model, where the harness is to apply one. `batch`: answers written at once."""
         super().__init__()
         self.model, self.splitter, self.template, self.batch = model, splitter, template, batch
-        self._reader = model.tokenizer if template is None else _Rendered(model.tokenizer)
+        self._reader = model.tokenizer if template is None else _Rendered(template)
 
     @property
     def tokenizer_name(self) -> str:
@@ -95,13 +107,14 @@ class Adapter(LM):
         return self._kept("generate_until", requests, answered())
 
     def _written(self, texts: list[str], how: dict) -> list[str]:
-        if how.get("do_sample") or how.get("temperature"):
-            raise ValueError(f"the task wants samples ({how}): only greedy answers are written, give temperature 0")
-        until, new = how.get("until") or [], how.get("max_gen_toks", MAX_NEW_TOKENS)
+        settings = normalize_gen_kwargs(how, MAX_NEW_TOKENS)
+        if settings["do_sample"]:
+            raise ValueError(f"the task wants samples ({how}): only greedy answers are written, give do_sample false")
+        new = settings["max_gen_toks"]
         window, overflow, chunk_length = self._limits
         split = [fit(text, self._reader, window, new, overflow, chunk_length) for text in texts]
         prompts = [Prompt(ids, contexts) for contexts, ids in split]
-        return generate(self.model, prompts, new, [until] if isinstance(until, str) else until)
+        return generate(self.model, prompts, new, [text for text in settings["until"] if text])
 
     def _windows(self, text: str) -> Iterator[tuple[Prompt, list[int]]]:
         """The text in windows that the decoder reads, each with what stands before it as contexts."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from cepe_jax.checks import check_chunk_length
 from cepe_jax.directories import refuse_another_run, staged_path
-from cepe_jax.evaluation.cells import plain, provenance
+from cepe_jax.evaluation.cells import plain, provenance, weights_at
 from cepe_jax.evaluation.models import ModelConfig, load_model
 from cepe_jax.inference.overflow import Overflow
 from cepe_jax.inference.template import Template
@@ -36,6 +36,8 @@ class HarnessConfig:
         for name in ("window", "batch", "limit"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} is {value}: give 1 or more")
+        if self.model.reads == "replug":
+            raise ValueError("model.reads is replug, which weights contexts by scores: a harness' texts bring none")
         if self.chat and self.overflow == "passages":
             raise ValueError("overflow is passages: what a chat template writes has none, take truncate_left or error")
         check_chunk_length(self.chunk_length)
@@ -80,8 +82,10 @@ def run_harness(config: HarnessConfig) -> None:
 
 
 def _claim(config: HarnessConfig) -> None:
-    """`config.out` is of this configuration; ValueError where it is of another one: its answers are kept there."""
-    path, ours = config.out / "config.json", plain(config)
+    """`config.out` has answers of this model to these tasks alone; ValueError where it has others."""
+    path, ours = config.out / "config.json", plain(config) | {"weights": weights_at(config.model.path)}
+    for pace in ("out", "mesh", "batch"):  # no answer depends on them
+        del ours[pace]
     if path.exists():
         refuse_another_run(config.out, json.loads(path.read_text()), ours)
     config.out.mkdir(parents=True, exist_ok=True)

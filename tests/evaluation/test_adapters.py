@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 import sys
 import types
 
@@ -10,11 +11,14 @@ import numpy as np
 import pytest
 import yaml
 from scripted import BOS, Letters, Scripted, whole_text
+from texts import LLAMA_2, as_llama_2
 
 import cepe_jax
+from cepe_jax.data.tokenizer import Tokenizer
 from cepe_jax.evaluation import harness
 from cepe_jax.evaluation.harness import HarnessConfig, run_harness
 from cepe_jax.evaluation.models import ModelConfig
+from cepe_jax.inference.template import Template
 from cepe_jax.inference.text import TextModel
 
 pytest.importorskip("lm_eval")
@@ -109,7 +113,11 @@ def test_answers_end_as_the_task_says():
     model = Scripted(says=lambda prompt: whole_text(prompt).upper() + ".\nmore")
     how = {"until": ["\n"], "max_gen_toks": 12}
     requests = asked(
-        "generate_until", ("abc", how), ("defg", how), ("h", how), ("ij", {"until": "J", "max_gen_toks": 3})
+        "generate_until",
+        ("abc", how),
+        ("defg", how),
+        ("h", how),
+        ("ij", {"until": ["", "J"], "max_new_tokens": 3, "temperature": 0.7, "do_sample": False}),
     )
     found = Adapter(model, Splitter(window=16, chunk_length=2), batch=2).generate_until(requests)
     assert found == ["ABC.", "DEFG.", "H.", "I"]
@@ -117,16 +125,13 @@ def test_answers_end_as_the_task_says():
 
 
 def test_samples_are_refused():
-    for how in ({"do_sample": True}, {"temperature": 0.7, "do_sample": False}):
+    for how in ({"do_sample": True, "temperature": 0.7}, {"temperature": 0.7}):
         with pytest.raises(ValueError, match="the task wants samples"):
             Adapter(Scripted(), Splitter(window=16)).generate_until(asked("generate_until", ("abc", how)))
 
 
 def test_a_chat_template_is_read_with_its_tokens(home):
     """An answer that the task has begun stands after the template's beginning of one."""
-    from cepe_jax.data.tokenizer import Tokenizer
-    from cepe_jax.inference.template import Template
-
     tokenizer = Tokenizer(home)
     template, model = Template(tokenizer), Scripted(says=lambda _: "")
     model.tokenizer = tokenizer
@@ -143,6 +148,22 @@ def test_a_chat_template_is_read_with_its_tokens(home):
     assert model.asked[0].ids != tokenizer.encode(asks)
     with pytest.raises(ValueError, match="give the adapter one"):
         Adapter(model, Splitter(window=256)).apply_chat_template(said)
+
+
+def test_a_template_that_writes_bos(tmp_path):
+    """BOS stays before what the decoder reads, also where the beginning of the text goes to the encoder."""
+    tokenizer = Tokenizer(as_llama_2(tmp_path / "tokenizer.model"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": LLAMA_2}))
+    template, model = Template(tokenizer), Scripted(says=lambda _: "")
+    model.tokenizer = tokenizer
+    adapter = Adapter(model, Splitter(window=24, chunk_length=8), template)
+    text = adapter.apply_chat_template([{"role": "user", "content": "The quick brown fox jumps. " * 4}])
+    adapter.generate_until(asked("generate_until", (text, {"max_gen_toks": 4})))
+    (prompt,) = model.asked
+    whole = tokenizer.encode_special(text)
+    assert whole[0] == prompt.ids[0] == tokenizer.bos_id
+    assert [i for ids in (*prompt.contexts, prompt.ids[1:]) for i in ids] == whole[1:]
+    assert len(prompt.ids) == 20
 
 
 def test_needles_of_ruler(home, offline, tmp_path, monkeypatch):
@@ -193,11 +214,21 @@ def test_a_run_from_files(home, folder, offline, tmp_path, capsys, monkeypatch):
     assert "local_answers" in capsys.readouterr().out
 
     monkeypatch.setattr(harness, "load_model", lambda _: types.SimpleNamespace(tokenizer=text_model.tokenizer))
-    (config.out / "results.json").unlink()
-    run_harness(config)
-    assert json.loads((config.out / "results.json").read_text())["results"] == results
+    moved = dataclasses.replace(config, out=config.out.rename(tmp_path / "moved"), batch=1)
+    (moved.out / "results.json").unlink()
+    run_harness(moved)
+    assert json.loads((moved.out / "results.json").read_text())["results"] == results
+    config = moved
     with pytest.raises(ValueError, match=r"another run, window is 32 there and 64 here"):
         run_harness(dataclasses.replace(config, window=64))
+    other = shutil.copytree(home, tmp_path / "other")
+    (other / "hash.json").write_text(json.dumps(json.loads((other / "hash.json").read_text()) | {"all": "of others"}))
+    config = dataclasses.replace(config, model=ModelConfig(other))
+    claimed = json.loads((config.out / "config.json").read_text())
+    claimed["model"]["path"] = str(other)
+    (config.out / "config.json").write_text(json.dumps(claimed))
+    with pytest.raises(ValueError, match='weights is ".*" there and "of others" here'):
+        run_harness(config)
 
 
 @pytest.mark.parametrize(
@@ -205,6 +236,7 @@ def test_a_run_from_files(home, folder, offline, tmp_path, capsys, monkeypatch):
     [
         ({"tasks": ()}, "tasks is empty"),
         ({"limit": 0}, "limit is 0"),
+        ({"model": ModelConfig("x", reads="replug")}, "a harness' texts bring none"),
         ({"chat": True, "overflow": "passages"}, "has none"),
     ],
 )
