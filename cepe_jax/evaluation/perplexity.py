@@ -4,11 +4,10 @@ import functools
 import glob
 import hashlib
 import heapq
-import itertools
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -27,6 +26,7 @@ from cepe_jax.evaluation.language_model import LanguageModel, Prompt
 
 Kind = Literal["previous", "other", "retrieved"]  # the text before the window; another document's; passages found
 NONE = "none"  # the kind of no context at all
+DOCUMENTS = 16  # that drawn windows which slide are of at least, where the domain has as many: no book takes them all
 Item = TypeVar("Item")
 Key = TypeVar("Key")
 
@@ -41,7 +41,7 @@ class PerplexityConfig:
     chunk_length: int = 256  # tokens of a context, of retrieved ones the most
     place: Literal["last", "middle", "sliding"] = "last"  # one window of a document, or all a stride apart
     stride: int = 0  # sliding: tokens from a window to the next; 0 = scored, so that no token is scored twice
-    windows: int = 0  # of a domain at most, of documents in an order that the seed draws; 0 = all
+    windows: int = 0  # of a domain at most, of documents in an order that the seed draws, few of each; 0 = all
     split: str = "test"  # of a dataset
     seed: int = 0
 
@@ -63,13 +63,23 @@ class PerplexityConfig:
         """Tokens that a window has before it: of the most chunks."""
         return max(self.chunks) * self.chunk_length
 
-    def starts(self, length: int) -> range:
-        """Where the windows of a text of so many tokens start; none where it is too short for the longest context."""
+    @property
+    def to_draw(self) -> int:
+        """Windows of a domain whose documents are held: of two documents, for one of them is the other's other."""
+        return max(self.windows, 2)
+
+    def starts(self, length: int) -> Sequence[int]:
+        """Where the windows of a text of so many tokens start; none where it is too short for the longest context.
+
+        Where windows are drawn, those of one text are few, and spread evenly over it.
+        """
         last = length - self.window
         if last < self.context:
             return range(0)
         if self.place == "sliding":
-            return range(self.context, last + 1, self.stride or self.scored)
+            every = range(self.context, last + 1, self.stride or self.scored)
+            most = max(self.windows // DOCUMENTS, 1) if self.windows else len(every)
+            return every if len(every) <= most else [every[i * len(every) // most] for i in range(most)]
         start = last if self.place == "last" else max(self.context, last // 2)
         return range(start, start + 1)
 
@@ -139,46 +149,60 @@ def windows(config: PerplexityConfig, tokenizer: Tokenizer) -> Iterator[Window]:
 def _in_documents(config: PerplexityConfig, documents: Iterable[Document]) -> Iterator[Window]:
     """Windows of these documents.
 
-    The other document of one is the next one, read up to its own window, of several the one with the same number; the
-    other of the last document is the first.
+    The other document of one is read up to its own window, of several the one with the same number.
     """
 
-    def places() -> Iterator[tuple[Document, list[int]]]:
-        counts: Counter[str] = Counter()
-        for document in documents:
-            starts = list(config.starts(len(document.tokens)))
-            if config.windows:
-                starts = starts[: config.windows - counts[document.domain]]
-            counts[document.domain] += len(starts)
-            if starts:
-                yield document, starts
+    def starts(document: Document) -> Sequence[int]:
+        return config.starts(len(document.tokens))
 
     def chunks(document: Document, end: int) -> list[np.ndarray]:
         step = config.chunk_length
         return [document.tokens[at : at + step] for at in range(end - config.context, end, step)]
 
-    found = places()
-    first = next(found, None)
-    if first is None:
-        raise ValueError(
-            f"{config.data}: no document has the {config.context + config.window} tokens of the longest context and "
-            f"the window: lower chunks or window"
-        )
-    for (document, starts), (other, others) in itertools.pairwise(itertools.chain([first], found, [first])):
+    found = False
+    left: dict[str, int] = {}  # windows that a domain may still have
+    for document, other in _pairs(document for document in documents if starts(document)):
+        found = True
         if document is other and "other" in config.kinds:
             raise ValueError(f"{config.data}: only {document.name} is long enough, and other needs two documents")
-        for number, start in enumerate(starts):
+        own, others = starts(document), starts(other)
+        if config.windows:
+            own = own[: left.setdefault(document.domain, config.windows)]
+            left[document.domain] -= len(own)
+        for number, start in enumerate(own):
             contexts = {
                 "previous": chunks(document, start),
                 "other": chunks(other, others[min(number, len(others) - 1)]),
             }
             tokens = document.tokens[start : start + config.window]
             yield Window(document.name, document.domain, start, tokens, contexts)
+    if not found:
+        raise ValueError(
+            f"{config.data}: no document has the {config.context + config.window} tokens of the longest context and "
+            f"the window: lower chunks or window"
+        )
+
+
+def _pairs(documents: Iterable[Document]) -> Iterator[tuple[Document, Document]]:
+    """Each document and the next one of its domain, the first after the last; two of each domain are held.
+
+    With one that is alone in its domain goes another domain's, and only where there is no other, itself.
+    """
+    first: dict[str, Document] = {}
+    last: dict[str, Document] = {}
+    for document in documents:
+        first.setdefault(document.domain, document)
+        if document.domain in last:
+            yield last[document.domain], document
+        last[document.domain] = document
+    for domain, document in last.items():
+        others = (one for other, one in first.items() if other != domain)
+        yield document, first[domain] if document is not first[domain] else next(others, document)
 
 
 def _prepared_documents(config: PerplexityConfig) -> Iterator[Document]:
     corpus = Corpus(config.data, config.split)
-    for number in _numbers(corpus.records, config, lambda length: len(config.starts(length - 2))):
+    for number in _numbers(corpus.records, config, config.to_draw, lambda length: len(config.starts(length - 2))):
         document = corpus[number]
         yield Document(document.name, document.tokens[1:-1], document.domain)  # neither BOS nor EOS is text
 
@@ -192,7 +216,7 @@ def _with_passages(config: PerplexityConfig) -> Iterator[Window]:
             f"{config.data}: its passages were found for the first {query} tokens, and tokens from {first_scored} on "
             f"are scored: lower scored"
         )
-    for number in _numbers(sequences.records, config, lambda length: 1):
+    for number in _numbers(sequences.records, config, config.windows, lambda length: 1):
         record = sequences[number]
         document, _, start = record["name"].decode().split("\n")[0].rpartition("@")
         rows = zip(record["passages"][:most], record["lengths"][:most], strict=True)
@@ -206,8 +230,11 @@ def _with_passages(config: PerplexityConfig) -> Iterator[Window]:
         )
 
 
-def _numbers(records: Records, config: PerplexityConfig, windows_in: Callable[[int], int]) -> list[int]:
-    """The numbers of the records to read; `windows_in` counts the windows in one of so many tokens."""
+def _numbers(records: Records, config: PerplexityConfig, most: int, windows_in: Callable[[int], int]) -> list[int]:
+    """The numbers of the records to read, where windows are drawn those with the `most` first ones of each domain.
+
+    `windows_in` counts the windows in one of so many tokens.
+    """
     table = sorted(
         (int(number), domain, windows_in(int(length)))
         for shard in range(len(records.facts["shards"]))
@@ -218,7 +245,7 @@ def _numbers(records: Records, config: PerplexityConfig, windows_in: Callable[[i
         return [number for number, _, count in table if count]
     draws = np.random.default_rng(config.seed).random(len(records))
     candidates = ((domain, draws[number], (number, count)) for number, domain, count in table)
-    return drawn(candidates, config.windows, lambda item: item)
+    return drawn(candidates, most, lambda item: item)
 
 
 def drawn(
@@ -267,7 +294,7 @@ def _drawn_documents(config: PerplexityConfig, tokenizer: Tokenizer) -> list[Doc
         document = _tokenised(raw, tokenizer)
         return document, len(config.starts(len(document.tokens)))
 
-    return drawn(candidates(), config.windows, read_windows)
+    return drawn(candidates(), config.to_draw, read_windows)
 
 
 def _long_enough(config: PerplexityConfig) -> Iterator[RawDocument]:

@@ -2,8 +2,8 @@
 
 import dataclasses
 import gzip
-import itertools
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -83,19 +83,22 @@ def starts_of(config: PerplexityConfig, length: int) -> list[int]:
 
 @pytest.mark.parametrize("changes", [{}, {"place": "middle"}, {"place": "sliding"}, {"place": "sliding", "stride": 7}])
 def test_windows_and_contexts(config, model, home, changes):
-    """A window ends what the decoder reads; its contexts end where it starts, or where the next document's does."""
+    """A window ends what the decoder reads; its contexts end where it starts, or where that of the next document of its
+    folder does, after the last the first."""
     config, texts = dataclasses.replace(config, **changes), texts_of(home)
     assert len(texts) > 4
     starts = {name: starts_of(config, len(ids)) for name, ids in texts.items()}
     windows = [ids[start : start + 9] for name, ids in texts.items() for start in starts[name]]
     others = []
-    for (_, own), (name, places) in itertools.pairwise([*starts.items(), next(iter(starts.items()))]):
-        others += [(texts[name], places[min(number, len(places) - 1)]) for number in range(len(own))]
+    for name, own in starts.items():
+        folder = [other for other in texts if other.split("/")[0] == name.split("/")[0]]
+        other = folder[(folder.index(name) + 1) % len(folder)]
+        others += [(texts[other], starts[other][min(n, len(starts[other]) - 1)]) for n in range(len(own))]
     owns = [(ids, start) for name, ids in texts.items() for start in starts[name]]
     for chunks in 0, 1, 4:
         for kind, ends in ("previous", owns), ("other", others):
             contexts = [[ids[end - 6 * n : end - 6 * n + 6] for n in range(chunks, 0, -1)] for ids, end in ends]
-            assert spans(config, kind, chunks, model) == list(zip(windows, contexts, strict=True))
+            assert sorted(spans(config, kind, chunks, model)) == sorted(zip(windows, contexts, strict=True))
     assert all(prompt.scores is None for prompt, _ in model.asked)
 
 
@@ -131,7 +134,7 @@ def test_records(config, model, home):
 def test_raw_documents_are_those_of_the_dataset(config, model, home, tmp_path):
     """From one file, from lines, packed or not, or from files in folders: the texts, and so the questions, are one."""
     texts = texts_of(home)
-    asked = spans(config, "other", 4, model)
+    asked = {kind: sorted(spans(config, kind, 4, model)) for kind in ("previous", "other")}
     for name in texts:
         path = tmp_path / "files" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -143,8 +146,10 @@ def test_raw_documents_are_those_of_the_dataset(config, model, home, tmp_path):
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress("\n".join([short, *lines]).encode()))
     for data in "files", "[1].jsonl", "b.jsonl.gz":
         raw = dataclasses.replace(config, data=tmp_path / data)
-        assert spans(raw, "other", 4, model) == asked
-    records = list(measure(dataclasses.replace(config, data=tmp_path / "files"), "previous", 1, model))
+        assert sorted(spans(raw, "previous", 4, model)) == asked["previous"]
+    files = dataclasses.replace(config, data=tmp_path / "files")
+    assert sorted(spans(files, "other", 4, model)) == asked["other"]
+    records = list(measure(files, "previous", 1, model))
     assert [record["id"] for record in records] == [record["id"] for record in measure(config, "previous", 1, model)]
     assert {record["domain"] for record in records} == {"folder0", "folder1"}
 
@@ -161,12 +166,40 @@ def test_drawn_windows(config, model, home, data):
         assert ids == ids_of(dataclasses.replace(config, seed=seed), model, chunks=0)
     assert len({tuple(ids) for ids in draws.values()}) > 8
     assert len({name for ids in draws.values() for name in ids}) > len(every) * 0.6
-    sliding = dataclasses.replace(config, place="sliding", windows=0)
-    documents = [name.rpartition(":")[0] for name in ids_of(sliding, model)]
-    most = max(map(documents.count, documents)) + 2  # more than a document has, and not all of the next
-    drawn_ones = [name.rpartition(":")[0] for name in ids_of(dataclasses.replace(sliding, windows=most), model)]
-    assert sorted(name.split("/")[0] for name in drawn_ones) == ["folder0"] * most + ["folder1"] * most
-    assert any(drawn_ones.count(name) < documents.count(name) for name in drawn_ones)
+
+
+@pytest.mark.parametrize("data", ["documents", "in"])
+def test_drawn_windows_that_slide(config, model, home, data):
+    """Of many documents, of each few, which reach from its beginning to its end."""
+    config = dataclasses.replace(config, data=home / data, split="train", place="sliding", stride=1, chunks=(1, 0))
+    every = [name.rpartition(":")[::2] for name in ids_of(config, model, chunks=1)]
+    lasts = {document: int(start) for document, start in every}  # they come in order
+    for windows, most in (10, 1), (36, 2):
+        ids = ids_of(dataclasses.replace(config, windows=windows), model, chunks=1)
+        found = [name.rpartition(":")[::2] for name in ids]
+        assert set(found) <= set(every)
+        domains = [document.split("/")[0] for document, _ in found]
+        documents = Counter(document for document, _ in found)
+        room = {d: most * sum(name.startswith(d) for name in lasts) for d in ("folder0", "folder1")}
+        assert Counter(domains) == {d: min(windows, room[d]) for d in room}
+        assert max(documents.values()) == most
+    for document in documents:
+        first, second = [int(start) for name, start in found if name == document]
+        assert first == 6
+        assert abs(second - (6 + lasts[document]) / 2) <= 1
+
+
+def test_the_other_document(config, model, tmp_path):
+    """Of the same domain, also where one window is drawn; where a domain has but one, another domain's."""
+    for name, word in ("a/1", "x"), ("b/1", "def "), ("a/2", "x"), ("b/2", "def "), ("c/1", "return "):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.txt").write_text(word * 60)
+    for windows, count in (0, 5), (1, 3):
+        asked = spans(dataclasses.replace(config, data=tmp_path, windows=windows), "other", 1, model)
+        alike = [bool({*window} & {*context}) for window, (context,) in asked]
+        assert sorted(alike) == [False] + [True] * (count - 1)
+    one = dataclasses.replace(config, data=tmp_path / "a", windows=1)
+    assert len(spans(one, "other", 1, model)) == 1
 
 
 def ids_of(config: PerplexityConfig, model: Asked, chunks: int = 4) -> list[str]:
