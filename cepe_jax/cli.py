@@ -95,7 +95,7 @@ def _check(config_class, values: dict, root, group: str) -> None:
         if value is None and type(None) not in typing.get_args(kind):
             raise ValueError(f"{setting} has no value: give one, or leave it out")
         # Of a group that may be left out, and of groups that the user names, the group.
-        group_class = next(filter(dataclasses.is_dataclass, (kind, *typing.get_args(kind))), None)
+        group_class = _group_class(kind)
         if group_class is not None and value is not None:
             groups = {setting: value}
             if _by_name(kind) and isinstance(value, dict):
@@ -104,7 +104,7 @@ def _check(config_class, values: dict, root, group: str) -> None:
                 if not isinstance(one, dict):
                     raise ValueError(f"{name} is {one!r}: it is a group of settings, give them by name")
                 _check(group_class, one, root, f"{name}.")
-        elif typing.get_origin(kind) is tuple and not isinstance(value, list):
+        elif typing.get_origin(kind) is tuple and not _is_list(value):
             raise ValueError(f"{setting} is {value!r}: give a list, [a, b]")
         elif _is_text(kind):
             if not isinstance(value, str | None):
@@ -124,9 +124,14 @@ def _kind(config_class, dotted: str):
         if _by_name(config_class):
             config_class = typing.get_args(config_class)[1]
             continue
-        field = getattr(config_class, "__dataclass_fields__", {}).get(name)
+        field = getattr(_group_class(config_class), "__dataclass_fields__", {}).get(name)
         config_class = field and field.type
     return config_class
+
+
+def _group_class(kind):
+    """The dataclass of a group of settings, or of what may be one; None for what is no group."""
+    return next(filter(dataclasses.is_dataclass, (kind, *typing.get_args(kind))), None)
 
 
 def _by_name(kind) -> bool:
@@ -141,6 +146,11 @@ def _with_underscores(config_class, dotted: str) -> str:
         names.append(name if _by_name(config_class) else name.replace("-", "_"))
         config_class = _kind(config_class, names[-1])
     return ".".join(names)
+
+
+def _is_list(value) -> bool:
+    """Whether it is a list of single values, as all lists among settings are."""
+    return isinstance(value, list) and not any(isinstance(item, list | dict) for item in value)
 
 
 def _is_text(kind) -> bool:

@@ -25,6 +25,12 @@ class Inner:
 
 
 @dataclass(frozen=True)
+class Words:
+    before: str = "a"
+    behind_it: str = "b"
+
+
+@dataclass(frozen=True)
 class Settings:
     out: Path
     text: str = "none"
@@ -39,6 +45,7 @@ class Settings:
     note: str | None = None
     mix: dict[str, float] = field(default_factory=dict)
     runs: dict[str, Inner] = field(default_factory=dict)
+    words: Words | None = None
 
 
 @pytest.fixture
@@ -113,6 +120,12 @@ def test_groups_that_the_user_names(call):
     assert call("--out=o", text=text).runs == {"a-b": Inner(0.25, 7), "c": Inner()}
     changed = call("--out=o", "--runs.a-b.steps=8", "--runs.d-e.rate", "1", text=text).runs
     assert changed == {"a-b": Inner(0.25, 8), "c": Inner(), "d-e": Inner(1.0)}
+
+
+def test_text_in_a_group_that_may_be_left_out(call):
+    assert call("--out=o").words is None
+    assert call("--out=o", "--words.before=Passage: {x}", "--words.behind-it=no").words == Words("Passage: {x}", "no")
+    assert call("--out=o", "--words.before={x}", text="words: {behind_it: c}").words == Words("{x}", "c")
 
 
 def test_groups_that_are_like_another(call):
@@ -228,6 +241,8 @@ def test_unknown_on_the_command_line_names_the_nearest(call, wrong, said):
         ("--names", "--names: write settings as --setting=value"),
         ("--sizes=a", "sizes is ['a']"),
         ("--sizes=[a]", "sizes is ['a']"),
+        ("--sizes={a: 1}", "sizes is [{'a': 1}]: give a list, [a, b]"),
+        ("--sizes=[[1]]", "sizes is [[1]]: give a list, [a, b]"),
         ("--dry_run=1", "dry_run is 1"),
         ("--dry-runs", "unknown setting dry-runs: did you mean dry_run?"),
         ("--inner={rate: 1, rate: 2}", "rate is given twice"),
