@@ -14,7 +14,7 @@ from cepe_jax.model.llama import Llama
 
 @dataclass(frozen=True, eq=False)
 class CepeReader:
-    """The encoder reads each context as one chunk, anew for every call; the decoder reads the ids and the memory."""
+    """The encoder reads each context by itself, anew for every call; the decoder reads the ids and the memory."""
 
     model: Cepe = field(repr=False)
     tokenizer: Tokenizer
@@ -41,17 +41,28 @@ class CepeReader:
 
     def _memory(self, prompts: Sequence[Prompt]) -> Memory:
         """Of each prompt's contexts; of one row where all prompts have the same ones."""
-        if len({tuple(map(tuple, prompt.contexts)) for prompt in prompts}) == 1:
-            prompts = prompts[:1]
-        contexts = [context for prompt in prompts for context in prompt.contexts]
-        if not contexts:
+        read = [_chunks(prompt) for prompt in prompts]
+        if read.count(read[0]) == len(read):
+            read = read[:1]
+        chunks = [chunk for of_row in read for chunk in of_row]
+        if not chunks:
             return None, None
-        known = encode(self.model, contexts, {}, power_of_two(max(map(len, contexts))))
+        known = encode(self.model, chunks, {}, power_of_two(max(map(len, chunks))))
         rows, first = [], 0
-        for prompt in prompts:
-            rows.append(known.select(range(first, first + len(prompt.contexts))))
-            first += len(prompt.contexts)
+        for of_row in read:
+            rows.append(known.select(range(first, first + len(of_row))))
+            first += len(of_row)
         return stacked(rows)
+
+
+def _chunks(prompt: Prompt) -> list[tuple[int, ...]]:
+    """What the encoder reads at once, each: a context, or what it is cut into."""
+    chunks = []
+    for context in map(tuple, prompt.contexts):
+        whole = max(len(context), 1)  # an empty one stays, to be refused
+        length = prompt.chunk_length or whole
+        chunks += [context[at : at + length] for at in range(0, whole, length)]
+    return chunks
 
 
 @dataclass(frozen=True, eq=False)

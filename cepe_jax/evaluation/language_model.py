@@ -16,6 +16,7 @@ class Prompt:
     ids: Sequence[int]  # what the decoder reads, BOS included where there is to be one
     contexts: Sequence[Sequence[int]] = ()  # what stands before, in order, without BOS
     scores: Sequence[float] | None = None  # of retrieved contexts, the higher the better
+    chunk_length: int | None = None  # tokens of a context that an encoder reads at once: it cuts longer ones
 
 
 class LanguageModel(Protocol):

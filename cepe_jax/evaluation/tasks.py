@@ -41,7 +41,7 @@ class TaskConfig:
     passages: int = 10  # that the decoder reads (qa)
     window: int = 2048  # tokens that the decoder reads, with what it writes or chooses (document, synthetic)
     overflow: Cut = "truncate_left"  # how what the decoder does not read is cut off, for the encoder
-    chunk_length: int = 256  # tokens of a context at most: a longer one is cut
+    chunk_length: int = 256  # tokens of a context that the encoder reads at once: it cuts a longer one
     kind: synthetic.Kind = "single"  # what is to be found (synthetic)
     haystack: Path | None = None  # a text file (synthetic); None: sentences made up
     max_new_tokens: int | None = None  # None, here and below: as the family or the layout has it
@@ -180,9 +180,7 @@ def _prompt(
             parts = prompts.icl(record, template, shown, config.demonstrations)
         _, ids, after = _fitted(parts.text, record, config, tokenizer)
         contexts, scores = [tokenizer.encode(context) for context in parts.contexts], parts.scores
-    starts = [(i, at) for i, context in enumerate(contexts) for at in range(0, len(context), config.chunk_length)]
-    pieces = [contexts[i][at : at + config.chunk_length] for i, at in starts]
-    return Prompt(ids, pieces, [scores[i] for i, _ in starts] if scores else None), after
+    return Prompt(ids, contexts, scores, config.chunk_length), after
 
 
 def _shown(config: TaskConfig, in_encoder: int, record: Record, groups: Groups, seed: int) -> Sequence[Demonstration]:

@@ -114,6 +114,19 @@ def test_one_memory_for_prompts_of_the_same_contexts(encoder_reads, cepe_logits)
     assert expected[1:] != [greedy(cepe_logits(prompt.contexts), prompt.ids, 9) for prompt in PROMPTS][1:]
 
 
+def test_cepe_cuts_long_contexts(encoder_reads, cepe_logits):
+    """As long as the prompt says, whatever a prompt beside it says."""
+    ids, contexts = PROMPTS[0].ids, PROMPTS[0].contexts
+    cut = [contexts[0][:3], contexts[0][3:], contexts[1]]
+    prompt = Prompt(ids, contexts, chunk_length=3)
+    check_scores(encoder_reads.score(prompt, CONTINUATIONS), cepe_logits(cut), ids)
+    found = [np.asarray(x) for x in encoder_reads._memory([prompt, PROMPTS[0], prompt])][0]
+    whole, _ = encoder_reads._memory([PROMPTS[0]])
+    np.testing.assert_allclose(found[1], np.asarray(whole)[0], atol=1e-5)
+    np.testing.assert_array_equal(found[0], found[2])
+    assert not np.allclose(found[0], found[1], atol=1e-3)
+
+
 def test_a_plain_decoder(decoder_reads, plain_logits):
     """Contexts stand before the prompt and after its BOS."""
     texts = [[BOS, 91, 92, 93, 94, 95, 200, 201, 11, 23, 59, 40, 7], [BOS, 17, 18, 19, 300, 12], [64, 65, 66]]
