@@ -1,5 +1,6 @@
 """How a task is put to a model: the words around a record, how much is generated, and by which metrics it counts."""
 
+import dataclasses
 import string
 from dataclasses import dataclass
 
@@ -37,6 +38,19 @@ class Template:
         """The demonstration with its contexts."""
         asked = self.asked(demonstration.question) + self.answer.format(answer=demonstration.answer)
         return BETWEEN.join([*map(self.read, demonstration.contexts), asked])
+
+
+@dataclass(frozen=True)
+class Words:
+    """Parts of a template; the others stay as they are."""
+
+    instruction: str | None = None
+    context: str | None = None
+    question: str | None = None
+    answer: str | None = None
+
+    def put_into(self, template: Template) -> Template:
+        return dataclasses.replace(template, **{name: text for name, text in vars(self).items() if text is not None})
 
 
 @dataclass(frozen=True)

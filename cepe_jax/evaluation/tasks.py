@@ -13,7 +13,7 @@ from cepe_jax.evaluation import prompts, synthetic
 from cepe_jax.evaluation.language_model import LanguageModel, Prompt, generate
 from cepe_jax.evaluation.layouts import LAYOUTS, Layout, load, plain
 from cepe_jax.evaluation.metrics import METRICS, accuracies
-from cepe_jax.evaluation.protocols import Protocol, Template
+from cepe_jax.evaluation.protocols import Protocol, Words
 from cepe_jax.evaluation.records import Demonstration, Record
 from cepe_jax.evaluation.selection import Groups, chosen, draw, groups_of
 from cepe_jax.inference.overflow import Overflow, begun, fit, fit_continued
@@ -21,6 +21,15 @@ from cepe_jax.progress import track
 
 Family = Literal["qa", "icl", "document", "synthetic"]
 Cut = Literal["truncate_left", "passages"]
+# Of a setting that not all families read, those that do.
+READ_BY: dict[str, tuple[Family, ...]] = {
+    **dict.fromkeys(("data", "layout"), ("qa", "icl", "document")),
+    **dict.fromkeys(("window", "overflow"), ("document", "synthetic")),
+    **dict.fromkeys(("kind", "haystack"), ("synthetic",)),
+    **dict.fromkeys(("max_new_tokens", "metrics"), ("qa", "document", "synthetic")),
+    "demonstrations": ("qa", "icl"),
+    "passages": ("qa",),
+}
 
 
 @dataclass(frozen=True)
@@ -46,12 +55,17 @@ class TaskConfig:
     haystack: Path | None = None  # a text file (synthetic); None: sentences made up
     max_new_tokens: int | None = None  # None, here and below: as the family or the layout has it
     metrics: tuple[str, ...] | None = None
-    template: Template | None = None  # the whole of it: words that it leaves out are those of the class
+    template: Words = Words()
 
     def __post_init__(self):
         for name, choices in ("family", Family), ("overflow", Cut), ("kind", synthetic.Kind):
             if (value := getattr(self, name)) not in get_args(choices):
                 raise ValueError(f"{name} is {value!r}: choose {', '.join(get_args(choices))}")
+        for name, families in READ_BY.items():
+            if self.family not in families and getattr(self, name) != getattr(TaskConfig, name):
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!s}, and the {self.family} family does not read it: leave it out"
+                )
         if not self.axis or min(self.axis) < 0 or len(set(self.axis)) < len(self.axis):
             raise ValueError(f"axis is {list(self.axis)}: give different numbers, 0 or more")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
@@ -73,6 +87,7 @@ class TaskConfig:
         for name in self.metrics or ():
             if name not in METRICS:
                 raise ValueError(f"unknown metric {name}: choose of {', '.join(METRICS)}")
+        self.template.put_into(self.origin.protocol.template)  # ValueError for words without their place
 
     @property
     def origin(self) -> Layout:
@@ -81,9 +96,9 @@ class TaskConfig:
     @property
     def protocol(self) -> Protocol:
         """The task's, with what is said here."""
-        names = ("max_new_tokens", "metrics", "template")
+        protocol, names = self.origin.protocol, ("max_new_tokens", "metrics")
         said = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        return dataclasses.replace(self.origin.protocol, **said)
+        return dataclasses.replace(protocol, template=self.template.put_into(protocol.template), **said)
 
 
 def measure(config: TaskConfig, axis: int, model: LanguageModel) -> Iterator[dict]:
@@ -101,13 +116,10 @@ def measure(config: TaskConfig, axis: int, model: LanguageModel) -> Iterator[dic
     for seed, record in track(rounds, f"{config.family}, {axis}"):
         prompt, continuations = _prompt(config, axis, record, groups, seed, tokenizer)
         begun_at = time.monotonic()
-        if record.choices:
-            scores = model.score(prompt, continuations)
-            said = {"choices": record.choices, "log_probs": [score.total for score in scores]}
-            said["lengths"] = [len(continuation) for continuation in continuations]
-        else:
-            (text,) = generate(model, [prompt], protocol.max_new_tokens, protocol.stop)
-            said = {"prediction": text}
+        try:
+            said = _said(model, record, prompt, continuations, protocol)
+        except ValueError as error:
+            raise ValueError(f"record {record.id}: {error}") from error
         seconds = time.monotonic() - begun_at
         if config.family == "icl":
             if record.choices not in of_domain:
@@ -181,6 +193,17 @@ def _prompt(
         _, ids, after = _fitted(parts.text, record, config, tokenizer)
         contexts, scores = [tokenizer.encode(context) for context in parts.contexts], parts.scores
     return Prompt(ids, contexts, scores, config.chunk_length), after
+
+
+def _said(
+    model: LanguageModel, record: Record, prompt: Prompt, continuations: list[list[int]], protocol: Protocol
+) -> dict:
+    """Of what the model says, what a result of `measure` keeps."""
+    if not record.choices:
+        (text,) = generate(model, [prompt], protocol.max_new_tokens, protocol.stop)
+        return {"prediction": text}
+    log_probs = [score.total for score in model.score(prompt, continuations)]
+    return {"choices": record.choices, "log_probs": log_probs, "lengths": list(map(len, continuations))}
 
 
 def _shown(config: TaskConfig, in_encoder: int, record: Record, groups: Groups, seed: int) -> Sequence[Demonstration]:

@@ -219,8 +219,8 @@ def test_all_layouts_are_tested_and_can_be_asked(tmp_path):
             write(home / f"{split}.jsonl", lines)
         if name in ICL and ICL[name][1]:
             (home / "labels.txt").write_text(ICL[name][1])
-        options = {"passages": 1, "demonstrations": 0 if LAYOUTS[name].family == "document" else 1}
-        config = TaskConfig(LAYOUTS[name].family, (0,), home, layout=name, **options)
+        options = {"qa": {"passages": 1, "demonstrations": 1}, "icl": {"demonstrations": 1}, "document": {}}
+        config = TaskConfig(LAYOUTS[name].family, (0,), home, layout=name, **options[LAYOUTS[name].family])
         model = Scripted(lambda prompt: "x", lambda prompt, continuation: 0.0)
         assert len(list(measure(config, 0, model))) == len(lines)
 

@@ -1,11 +1,12 @@
 """Tasks, as a model meets them: what is asked, and how what it says counts. The model is scripted."""
 
 import json
+from pathlib import Path
 
 import pytest
 from scripted import BOS, Letters, Scripted, whole_text
 
-from cepe_jax.evaluation.protocols import Template
+from cepe_jax.evaluation.protocols import Template, Words
 from cepe_jax.evaluation.tasks import TaskConfig, measure, values
 
 
@@ -116,7 +117,7 @@ def test_own_demonstrations_and_words(tmp_path):
     shown = [{"question": "1+1", "answer": "2", "contexts": ["sums", "more"]}, {"question": "3+3", "answer": "6"}]
     record = {"question": "{2}+2", "answers": ["4"], "contexts": ["a {b}"], "demonstrations": shown}
     write(tmp_path / "a.jsonl", [record])
-    template = Template("Add.", "({context})", "{question} =", " {answer}.")
+    template = Words("Add.", "({context})", "{question} =", " {answer}.")
     model = Scripted(lambda prompt: " 4.\n")
     config = TaskConfig("qa", (0,), tmp_path / "a.jsonl", passages=1, template=template, metrics=("f1",))
     (result,) = measure(config, 0, model)
@@ -131,6 +132,16 @@ def test_own_demonstrations_and_words(tmp_path):
     [
         ({"family": "rag"}, "family is 'rag': choose qa, icl"),
         ({"kind": "two"}, "kind is 'two': choose single"),
+        ({"window": 7}, "window is 7, and the qa family does not read it: leave it out"),
+        ({"overflow": "passages"}, "overflow is passages, and the qa family"),
+        ({"kind": "multi_key"}, "kind is multi_key, and the qa family"),
+        ({"family": "document", "passages": 3}, "passages is 3, and the document family"),
+        ({"family": "document", "demonstrations": 0}, "demonstrations is 0, and the document family"),
+        ({"family": "icl", "max_new_tokens": 9}, "max_new_tokens is 9, and the icl family"),
+        ({"family": "icl", "metrics": ("f1",)}, r"metrics is .*, and the icl family"),
+        ({"family": "synthetic", "data": Path("x.jsonl")}, "data is x.jsonl, and the synthetic family"),
+        ({"family": "synthetic", "layout": "nq"}, "layout is nq, and the synthetic family"),
+        ({"template": Words(question="?")}, "template.question is '.': give a text with {question} in it, once"),
         ({"overflow": "error"}, "overflow is 'error': choose truncate_left, passages"),
         ({"axis": ()}, r"axis is \[\]"),
         ({"axis": (5, 5)}, r"axis is \[5, 5\]: give different numbers"),
@@ -153,6 +164,21 @@ def test_template_faults():
             Template(**{name: "no place"})
     with pytest.raises(ValueError, match=r"template.question is '{question} \{' .*write a brace of the text twice"):
         Template(question="{question} {")
+
+
+def test_words_that_are_not_given_stay():
+    template = TaskConfig("icl", (0,), layout="banking77", template=Words("Label it.", answer=" -> {answer}")).protocol
+    assert template.template == Template("Label it.", "{context}", "Query: {question}\nIntent:", " -> {answer}")
+    template = TaskConfig("qa", (0,), template=Words(question="{question}")).protocol.template
+    assert template == Template("", "Passage: {context}", "{question}", " {answer}")
+
+
+def test_what_a_model_refuses_names_the_record(qa):
+    def says(prompt):
+        raise ValueError("too long")
+
+    with pytest.raises(ValueError, match=r"^record q\d+: too long$"):
+        list(measure(TaskConfig("qa", (0,), qa, passages=1), 0, Scripted(says)))
 
 
 def test_data_faults(qa, tmp_path):
@@ -238,7 +264,7 @@ def document_task(tmp_path, axis, options={}, **fields):  # noqa: B006 (never ch
     write(tmp_path / "a.jsonl", [{"question": "Which?", "answers": ["w7"], "contexts": [WORDS]} | fields])
     given = {"family": "document", "axis": axis, "data": tmp_path / "a.jsonl", "window": 200, "chunk_length": 64}
     return TaskConfig(
-        **given | {"max_new_tokens": 20, "template": Template("Look it up.", question="{question}")} | options
+        **given | {"max_new_tokens": 20, "template": Words("Look it up.", question="{question}")} | options
     )
 
 
