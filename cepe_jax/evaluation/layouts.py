@@ -4,6 +4,7 @@ A row of LAYOUTS is one of them. Its data is a directory with `test.jsonl`, and 
 drawn (or `.jsonl.gz`); for the sets that TFDS prepares without TensorFlow, TFDS's `data_dir` will do.
 """
 
+import contextlib
 import json
 import re
 from collections.abc import Callable, Iterable
@@ -21,7 +22,7 @@ from cepe_jax.progress import track
 Mapping = Callable[[dict, tuple[str, ...]], dict]  # a published line and the names of its labels -> a record's fields
 KINDS = {str: "a text", list: "a list", int: "a whole number", float: "a number"}
 HEADING = re.compile(r"^(Question and Possible Answers|Question|Query|Summary):\s*")
-OPTION = re.compile(r"^\s*\(([A-Z])\)\s*(.*?)\s*$", re.MULTILINE)
+OPTION = re.compile(r"^[ \t]*\(([A-Z])\)[ \t]*(.*?)[ \t\r]*$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,14 @@ def _get(line: dict, name: str, *kinds: type):
     return value
 
 
+def _written(line: dict, name: str, *kinds: type):
+    """The field's value, which may be written as a text."""
+    value = _get(line, name, str, *kinds)
+    with contextlib.suppress(json.JSONDecodeError):  # a text of something else is refused as it stands
+        value = json.loads(value) if isinstance(value, str) else value
+    return _get({name: value}, name, *kinds)
+
+
 def _passage(context: dict) -> str:
     text = _get(context, "text", str)
     return f"{context['title']}\n{text}" if context.get("title") else text
@@ -64,13 +73,12 @@ def retrieved(line: dict, _: tuple[str, ...]) -> dict:
     """DPR's layout, which Contriever's retrieval writes: question, answers, and ctxs with title, text and score."""
     question, contexts = _get(line, "question", str), _get(line, "ctxs", list)
     name = next((name for name in ("answers", "answer", "possible_answers") if name in line), "answers")
-    answers = _get(line, name, list, str)
-    if isinstance(answers, str):  # PopQA's list is written as a text
-        answers = json.loads(answers) if name == "possible_answers" else [answers]
+    answers = _written(line, name, list) if name == "possible_answers" else _get(line, name, list, str)
+    answers = [answers] if isinstance(answers, str) else answers
     answers = [answer for answer in answers if answer != ""]  # which some lists of aliases hold
     fields = {"question": question, "answers": answers, "contexts": [_passage(context) for context in contexts]}
     if all("score" in context for context in contexts):
-        fields["scores"] = [float(_get(context, "score", int, float, str)) for context in contexts]
+        fields["scores"] = [float(_written(context, "score", float, int)) for context in contexts]
     return fields | ({"id": line["id"]} if "id" in line else {})
 
 
@@ -95,7 +103,7 @@ def classified(label: str, *text: str) -> Mapping:
 
 
 def zero_scrolls(line: dict, _: tuple[str, ...]) -> dict:
-    """`input` holds document and query, and says where; a query with options becomes a choice of letters."""
+    """`input` holds document and query, and says where."""
     text, output = _get(line, "input", str), line.get("output")
     if not isinstance(output, str):
         raise ValueError("output is not told, as in the test split: take the validation split")
@@ -103,12 +111,19 @@ def zero_scrolls(line: dict, _: tuple[str, ...]) -> dict:
         text[_get(line, f"{part}_start_index", int) : _get(line, f"{part}_end_index", int)].strip()
         for part in ("document", "query")
     )
-    fields = {"id": _get(line, "id", str), "question": HEADING.sub("", query), "contexts": [document]}
-    if not (options := OPTION.findall(query)):
-        return fields | {"answers": [output]}
-    right = [
-        letter for letter, said in options if output.strip() in (letter, f"({letter})", said, f"({letter}) {said}")
-    ]
+    question = HEADING.sub("", query)
+    return {"id": _get(line, "id", str), "question": question, "contexts": [document], "answers": [output]}
+
+
+def quality(line: dict, names: tuple[str, ...]) -> dict:
+    """As `zero_scrolls`; the query's options become a choice of letters."""
+    fields = zero_scrolls(line, names)
+    options, output = OPTION.findall(fields["question"]), line["output"].strip()
+    right = [letter for letter, said in options if output in (letter, f"({letter})", said, f"({letter}) {said}")]
+    if not right:
+        raise ValueError(
+            f"output is {json.dumps(output)[:60]}: this layout has one of the query's options (A) ... there"
+        )
     return fields | {"answers": right, "choices": [letter for letter, _ in options]}
 
 
@@ -142,9 +157,9 @@ def _classes(
     return Layout("icl", protocol, classified(label, text), source, "train", label, names, prepared)
 
 
-def _document(name: str, protocol: Protocol) -> Layout:
+def _document(name: str, protocol: Protocol, mapping: Mapping = zero_scrolls) -> Layout:
     source = f"{name}/validation.jsonl of the tasks page of ZeroSCROLLS as test.jsonl: its test split has no answers"
-    return Layout("document", protocol, zero_scrolls, source)
+    return Layout("document", protocol, mapping, source)
 
 
 def _answered(instruction: str, question: str = "Question: {question}\nAnswer:") -> Protocol:
@@ -195,7 +210,9 @@ LAYOUTS = {
     "clinic150": _classes('"clinc_oos", "plus"', "text intent", "Utterance Intent", prepared=CLINC),
     "narrative_qa": _document("narrative_qa", _answered(IN_A_PHRASE)),
     "qasper": _document("qasper", _answered(OF_A_PAPER)),
-    "quality": _document("quality", _answered("Choose the right answer to the question about the story above.")),
+    "quality": _document(
+        "quality", _answered("Choose the right answer to the question about the story above."), quality
+    ),
     "gov_report": _document("gov_report", _summed_up("Sum up the report above on one page.")),
     "summ_screen_fd": _document("summ_screen_fd", _summed_up("Sum up the episode above in one paragraph.")),
     "qmsum": _document(
@@ -267,9 +284,15 @@ def _from_files(path: Path, layout: Layout) -> _Data:
 def _names_in(data: _Data) -> tuple[str, ...]:
     """The labels that stand in the data, in the order of the alphabet."""
     place, numbered = data.splits["train" if "train" in data.splits else "test"]
-    found = {str(line.get(data.label)): line.get(data.label) for _, line in numbered()}
-    if not all(isinstance(name, str) for name in found.values()):
-        raise FileNotFoundError(
-            f"{place.parent / 'labels.txt'}: no such file, and {data.label} is a number: give the names, a line each"
-        )
+    found = set()
+    for number, line in numbered():
+        try:
+            name = _get(line, data.label, int, str)
+        except ValueError as error:
+            raise ValueError(f"{place}:{number}: {error}") from None
+        if isinstance(name, int):
+            raise FileNotFoundError(
+                f"{place.parent / 'labels.txt'}: no such file, and {data.label} is a number: give names, a line each"
+            )
+        found.add(name)
     return tuple(sorted(found))

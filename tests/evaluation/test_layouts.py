@@ -207,6 +207,21 @@ def test_quality(tmp_path):
     assert records[0].question == "Why?\n (A) One.\n (B) Two\n (C) Three\n (D) Four (all)"
 
 
+def test_options(tmp_path):
+    """An option without words takes none of the next one's; and only QuALITY has options."""
+    empty = "Question and Possible Answers:\nWhy?\n (A)\n (B) Two"
+    write(tmp_path / "test.jsonl", [scrolls("Read.", "Text.", empty, "Two")])
+    (record,), _ = load(tmp_path, LAYOUTS["quality"], shows=False)
+    assert (record.answers, record.choices) == (("B",), ("A", "B"))
+    write(tmp_path / "test.jsonl", [scrolls("Read.", "Text.", "Query:\nWhat of\n(A) that?", "It was so.")])
+    (record,), _ = load(tmp_path, LAYOUTS["qmsum"], shows=False)
+    assert (record.answers, record.choices) == (("It was so.",), ())
+    for query, said in (OPTIONS, "Five"), ("Question:\nWhy?", "Two"):
+        write(tmp_path / "test.jsonl", [scrolls("Read.", "Text.", query, said)])
+        with pytest.raises(ValueError, match=f'test.jsonl:1: output is "{said}": this layout has one of the query'):
+            load(tmp_path, LAYOUTS["quality"], shows=False)
+
+
 def test_all_layouts_are_tested_and_can_be_asked(tmp_path):
     """Every row through `measure`: its words, its choices and its metrics fit its family."""
     files = QA | {name: lines for name, (lines, *_) in (ICL | ZERO_SCROLLS).items()}
@@ -233,10 +248,24 @@ def test_faults(tmp_path):
         write(tmp_path / "test.jsonl", [line])
         with pytest.raises(ValueError, match="test.jsonl:1: (question|text) is null: this layout has a text there"):
             load(tmp_path, LAYOUTS["nq"], shows=False)
+    asked = {"question": "q", "ctxs": []}
+    for wrong, said in ("5", "5"), ("oops", '"oops"'):
+        write(tmp_path / "test.jsonl", [asked | {"possible_answers": wrong}])
+        with pytest.raises(ValueError, match=f"test.jsonl:1: possible_answers is {said}: this layout has a list there"):
+            load(tmp_path, LAYOUTS["popqa"], shows=False)
+    write(tmp_path / "test.jsonl", [asked | {"answers": ["a"], "ctxs": [passage("T", "x", "abc")]}])
+    with pytest.raises(ValueError, match='test.jsonl:1: score is "abc": this layout has a number'):
+        load(tmp_path, LAYOUTS["nq"], shows=False)
+    for name, line, label in ("banking77", [1], "label"), ("clinic150", [1], "intent"), ("nlu_intent", {}, "label"):
+        write(tmp_path / "test.jsonl", [line])
+        with pytest.raises(
+            ValueError, match=f"test.jsonl:1: {label} is null: this layout has a whole number or a text"
+        ):
+            load(tmp_path, LAYOUTS[name], shows=False)
     write(tmp_path / "test.jsonl", [{"text": "q", "label": 4}])
     with pytest.raises(ValueError, match="test.jsonl:1: label is 4 and there are 4 labels"):
         load(tmp_path, LAYOUTS["ag_news"], shows=False)
-    with pytest.raises(FileNotFoundError, match="labels.txt: no such file, and label is a number: give the names"):
+    with pytest.raises(FileNotFoundError, match="labels.txt: no such file, and label is a number: give names"):
         load(tmp_path, LAYOUTS["banking77"], shows=False)
     write(tmp_path / "test.jsonl", [scrolls("Read.", "Text.", "Question:\nWho?", None)])
     with pytest.raises(ValueError, match="test.jsonl:1: output is not told, as in the test split: take the validation"):
