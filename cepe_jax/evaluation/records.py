@@ -129,11 +129,6 @@ def lines(path: Path) -> Iterator[tuple[int, dict]]:
         raise ValueError(f"{path}:{number}: not JSON ({error}): give an object a line") from None
 
 
-def read(path: Path) -> Iterator[Record]:
-    """The records of a file."""
-    return parsed(path, lines(path))
-
-
 def parsed(
     place: Path, numbered: Iterable[tuple[int, dict]], mapping: Callable[[dict], dict] = lambda line: line
 ) -> Iterator[Record]:

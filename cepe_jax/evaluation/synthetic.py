@@ -6,13 +6,13 @@ often; the words of a text that come most often. Unlike RULER's, prompts have no
 
 import itertools
 import random
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from cepe_jax.data.sources import decoded
+from cepe_jax.evaluation.metrics import SENTENCE_ENDS
 from cepe_jax.evaluation.records import Record
 from cepe_jax.evaluation.selection import generator
 
@@ -27,7 +27,6 @@ REPEATS, SHORT_REPEATS, SHORT = (30, 3), (6, 1), 4096  # how often these and oth
 FREQUENT = 3  # words of frequent_words that are asked for: of the ranks 2 to 4, behind the word DOTS
 DOTS = "...."
 GOLDEN = (5**0.5 - 1) / 2  # its multiples, modulo 1, are spread evenly, however many there are
-SENTENCE_ENDS = re.compile(r"(?<=[.!?])\s+")
 NAMES = (
     "amber,azure,black,bronze,brown,copper,coral,crimson,golden,green,grey,ivory,jade,olive,purple,red",
     "anchor,basket,bridge,candle,castle,feather,garden,hammer,ladder,lantern,mirror,orchard,pillow,river",

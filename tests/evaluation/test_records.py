@@ -2,11 +2,12 @@
 
 import gzip
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from cepe_jax.evaluation.records import Demonstration, Record, read
+from cepe_jax.evaluation.records import Demonstration, Record, lines, parsed
 
 FULL = {
     "id": 7,
@@ -18,6 +19,10 @@ FULL = {
     "demonstrations": [{"question": "Q", "answer": "A", "contexts": ["c"]}, {"question": "R", "answer": "B"}],
 }
 LEAST = {"question": "", "answers": ["x"]}
+
+
+def read(path: Path) -> Iterator[Record]:
+    return parsed(path, lines(path))
 
 
 def written(path: Path, *lines) -> Path:
