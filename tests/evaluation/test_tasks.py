@@ -171,6 +171,7 @@ def test_words_that_are_not_given_stay():
     assert template.template == Template("Label it.", "{context}", "Query: {question}\nIntent:", " -> {answer}")
     template = TaskConfig("qa", (0,), template=Words(question="{question}")).protocol.template
     assert template == Template("", "Passage: {context}", "{question}", " {answer}")
+    assert TaskConfig("document", (0,), template=Words("")).protocol.template == Template("")
 
 
 def test_what_a_model_refuses_names_the_record(qa):
