@@ -5,6 +5,7 @@ digest of the records. Where a cell failed, `cells/NAME.failed` says why until i
 """
 
 import dataclasses
+import glob
 import hashlib
 import json
 import platform
@@ -17,14 +18,29 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
+from cepe_jax.data.records import INDEX
 from cepe_jax.directories import refuse_another_run, staged_path
 from cepe_jax.evaluation.models import ModelConfig
 from cepe_jax.evaluation.perplexity import PerplexityConfig
 from cepe_jax.evaluation.tasks import TaskConfig
 from cepe_jax.weights.files import read_json
 
-SCHEMA = 1  # of the files of a cell and of results.json
+SCHEMA = 2  # of the files of a cell and of results.json
 REQUIRED = "id", "read", "seconds"  # in every record: its name, the tokens that were read for it, and in what time
+FACTS = {
+    "identity",
+    "sha256",
+    "tokenizer",
+    "weights",
+    "data_digest",
+    "mesh",
+    "device",
+    "jax",
+    "python",
+    "commit",
+    "date",
+}
+FACTS |= {"seconds", "peak_memory"}  # of every cell; without one of these it is none
 
 
 @dataclass(frozen=True)
@@ -45,13 +61,15 @@ class Cell:
     def identity(self) -> dict:
         """The settings that the records depend on, by their dotted names.
 
-        Of the axis that is its longest value: there is room for it in every window, and demonstrations for it in every
-        draw. Metrics are of what is recorded.
+        Of the axis that is its longest value where there is room for it in every window, or where there are
+        demonstrations for it in every draw; else nothing. Metrics are of what is recorded.
         """
         axis, unread = ("chunks", "kinds") if self.family == "perplexity" else ("axis", "metrics")
         data = plain(self.data_config)
-        data[axis] = max(data[axis])
         del data[unread]
+        longest = max(data.pop(axis))
+        if self.family == "perplexity" or data["family"] == "icl":
+            data[axis] = longest
         settings = {"model": plain(self.model_config), "data": data}
         return {"schema": SCHEMA, "family": self.family} | dict(_dotted(settings))
 
@@ -82,8 +100,6 @@ def write(out: Path, cell: Cell, records: Iterable[dict], *facts: dict) -> None:
     ValueError, and nothing is there, for records that are no result.
     """
     path, ids, digest = cell.path(out, "jsonl"), set(), hashlib.sha256()
-    for left in path.parent.glob(f".{path.name}.*"):  # of a process that was killed
-        left.unlink()
     staged = staged_path(path)
     try:
         with open(staged, "wb") as file:
@@ -117,7 +133,7 @@ def write_json(path: Path, value: dict) -> None:
 
 
 def read(out: Path, cell: Cell) -> tuple[dict, list[dict]]:
-    """The facts and the records of a finished cell; Missing for one that is not, or that is damaged.
+    """The facts and the records of a finished cell; Missing for one that is not, or whose files are no result.
 
     ValueError for one of the same name that was run with other settings.
     """
@@ -129,7 +145,11 @@ def read(out: Path, cell: Cell) -> tuple[dict, list[dict]]:
         facts = json.loads(path.read_text())
     except ValueError:
         raise Missing(f"{path} is damaged: run it again") from None
+    if not isinstance(facts, dict) or not isinstance(facts.get("identity"), dict):
+        raise Missing(f"{path} lacks identity: run it again")
     refuse_another_run(path, facts["identity"], cell.identity)
+    if lacking := FACTS - facts.keys():
+        raise Missing(f"{path} lacks {', '.join(sorted(lacking))}: run it again")
     content = records.read_bytes() if records.exists() else b""
     if hashlib.sha256(content).hexdigest() != facts["sha256"]:
         raise Missing(f"{records} is not what was measured: run it again")
@@ -159,6 +179,33 @@ def weights_at(path: Path) -> str | None:
     """The digest that stands beside the weights in our format; None of others, for it would take reading them all."""
     hashes = path / "hash.json"
     return read_json(hashes)["all"] if hashes.exists() else None
+
+
+def places(config: PerplexityConfig | TaskConfig) -> list[Path]:
+    """Where what is asked about is read from; none where it is made up."""
+    given = [config.data] if isinstance(config, PerplexityConfig) else [config.data, config.haystack]
+    return [path for path in given if path is not None]
+
+
+def data_at(config: PerplexityConfig | TaskConfig, out: Path) -> str | None:
+    """A digest of what is asked about: of a dataset that of its index, which has those of its records; of other files
+    that of their names, sizes and times, but of what is below `out`. None where a place is missing.
+    """
+    digest = hashlib.sha256()
+    for place in places(config):
+        if not place.exists():
+            return None
+        if (place / INDEX).exists():
+            digest.update((place / INDEX).read_bytes())
+            continue
+        # As `data.sources.plan`, into folders that are links.
+        inside = glob.glob("**", root_dir=place, recursive=True, include_hidden=True) if place.is_dir() else [""]
+        for name in sorted(inside):
+            path = place / name
+            if path.is_file() and not path.resolve().is_relative_to(out.resolve()):
+                facts = path.stat()
+                digest.update(f"{name!a} {facts.st_size} {facts.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
 
 
 def _version(package: str) -> str | None:

@@ -1,5 +1,6 @@
 """Running a grid: a process for each model on each set of data, and what goes wrong stays in its cell."""
 
+import fcntl
 import multiprocessing
 import signal
 import sys
@@ -7,8 +8,9 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
+from pathlib import Path
 
 from cepe_jax import progress
 from cepe_jax.data.units import end_with_parent
@@ -21,6 +23,7 @@ from cepe_jax.evaluation.models import load_model
 from cepe_jax.evaluation.report import ReportConfig, report
 from cepe_jax.inference.terminal import on_devices
 from cepe_jax.training.logs import forget_peak_memory, peak_memory
+from cepe_jax.weights.files import read_json
 
 # What a process says of its work: what happened ("loaded", "begun", "record", "done", "failed"; last, "ended"), the
 # cell, and of a failure the message and the traceback.
@@ -41,10 +44,59 @@ def run_sweep(config: SweepConfig) -> None:
     """Every cell that had no result has been run, and the report is in `config.out`. ValueError where cells failed.
 
     The same command goes on where it was stopped. ValueError, before anything is run, where a cell was finished with
-    other settings.
+    other settings, weights or data, where the report would lose a model or data that are there, where a path is
+    missing, or where another command runs in `config.out`.
     """
-    groups = [[cell for cell in group if not _finished(config, cell)] for group in config.cells()]
-    (config.out / "cells").mkdir(parents=True, exist_ok=True)
+    with _held(config.out):
+        _run(config, _left(config))
+
+
+@contextmanager
+def _held(out: Path) -> Iterator[None]:
+    """The block has the directory for itself, without what killed processes left there."""
+    (out / "cells").mkdir(parents=True, exist_ok=True)
+    with open(out / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{out} is in use by another command: wait for its end, or use another --out") from None
+        for left in (out / "cells").glob(".*"):
+            left.unlink()
+        yield
+
+
+def _left(config: SweepConfig) -> list[list[Cell]]:
+    """The cells without a result, of each model on each data."""
+    before, now = config.out / "sweep.json", store.plain(config)
+    kept = read_json(before) if before.exists() else {}
+    groups = "models", "perplexity", "tasks"
+    if lost := [f"{group}.{name}" for group in groups for name in kept.get(group, {}) if name not in now[group]]:
+        raise ValueError(
+            f"{config.out} has {', '.join(lost)}, which this command lacks, and its report would lose them: name them "
+            f"too, or use another --out"
+        )
+    digests = {name: store.data_at(data, config.out) for name, data in (config.perplexity | config.tasks).items()}
+    left = [[cell for cell in group if not _finished(config, cell, digests[cell.data])] for group in config.cells()]
+    left = [group for group in left if group]
+    for group in left:
+        _check_places(group[0])
+    return left
+
+
+def _check_places(cell: Cell) -> None:
+    """FileNotFoundError or ValueError where something is not there that the cell needs."""
+    model, data = cell.model_config, cell.data_config
+    source = f": put there {data.origin.source}" if cell.family == "tasks" and data.data else ""
+    of_model = [model.path, *([model.tokenizer] if model.tokenizer else [])]
+    for path, mend in [(path, "") for path in of_model] + [(path, source) for path in store.places(data)]:
+        if not path.exists():
+            raise FileNotFoundError(f"{path}: no such file or directory{mend}")
+        if path.is_file() and not path.stat().st_size:
+            raise ValueError(f"{path} is empty{mend}")
+
+
+def _run(config: SweepConfig, groups: list[list[Cell]]) -> None:
+    """The cells have been run, and the report is written. ValueError where some failed."""
     store.write_json(config.out / "sweep.json", store.plain(config))
     for cell in (cell for group in groups for cell in group):
         cell.path(config.out, "failed").unlink(missing_ok=True)
@@ -53,7 +105,7 @@ def run_sweep(config: SweepConfig) -> None:
 
     def said() -> Iterator[Message]:
         nonlocal where
-        for group in filter(None, groups):
+        for group in groups:
             records = 0
             for message in run_group(config, group, partial(_in_process, config)):
                 event, cell, text, trace = message
@@ -77,8 +129,8 @@ def run_sweep(config: SweepConfig) -> None:
         )
 
 
-def _finished(config: SweepConfig, cell: Cell) -> bool:
-    """ValueError where the model at the same path is another by now."""
+def _finished(config: SweepConfig, cell: Cell, data: str | None) -> bool:
+    """ValueError where the model or the data at the same path are others by now."""
     try:
         facts, _ = store.read(config.out, cell)
     except Missing:
@@ -87,6 +139,9 @@ def _finished(config: SweepConfig, cell: Cell) -> bool:
         raise ValueError(
             f"{cell.model_config.path} has other weights than when {cell.name} was measured: use another --out"
         )
+    if data is not None and data != facts["data_digest"]:
+        where = " or ".join(map(str, store.places(cell.data_config)))
+        raise ValueError(f"{where} has changed since {cell.name} was measured: use another --out")
     return True
 
 
@@ -115,11 +170,7 @@ def run_group(
                 current = next(iter(left), "")
             yield message
         if left:
-            died = (
-                f"its process ended, {text}, "
-                + ("" if loaded else "while it loaded the model, ")
-                + ("perhaps for want of memory")
-            )
+            died = f"its process ended{'' if loaded else ' while it loaded the model'}, {text}"
             for cell in [current] if loaded else list(left):
                 store.write_failure(config.out, left.pop(cell), died, "")
                 yield "failed", cell, died, ""
@@ -137,11 +188,15 @@ def _in_process(config: SweepConfig, group: list[Cell]) -> Iterator[Message]:
             while True:
                 yield receiver.recv()
         process.join()
-        code = process.exitcode
-        yield "ended", "", f"killed by {signal.Signals(-code).name}" if code < 0 else f"with status {code}", ""
+        yield "ended", "", _end(process.exitcode), ""
     finally:
         process.kill()
         process.join()
+
+
+def _end(code: int) -> str:
+    """How a process ended."""
+    return f"killed by {signal.Signals(-code).name}, perhaps for want of memory" if code < 0 else f"with status {code}"
 
 
 def _worker(config: SweepConfig, group: list[Cell], sender) -> None:
@@ -153,8 +208,9 @@ def _worker(config: SweepConfig, group: list[Cell], sender) -> None:
 
 def measure_group(config: SweepConfig, group: list[Cell], say: Callable[[str, str, str, str], None]) -> None:
     """Measures the cells of a model on its data, one after another, and says how it goes."""
-    with on_devices(config.mesh):
+    with ExitStack() as devices:
         try:
+            devices.enter_context(on_devices(config.mesh))
             model, facts = load_model(group[0].model_config), store.provenance()
         except Exception as error:
             for cell in group:
@@ -162,6 +218,10 @@ def measure_group(config: SweepConfig, group: list[Cell], say: Callable[[str, st
             return
         facts["tokenizer"] = model.tokenizer.fingerprint()
         facts["weights"] = store.weights_at(group[0].model_config.path)
+        facts["data_digest"] = store.data_at(group[0].data_config, config.out)
+        facts["mesh"] = store.plain(config.mesh)
+        if group[0].family == "tasks":
+            facts["protocol"] = store.plain(group[0].data_config.protocol)
         say("loaded", group[0].name, "", "")
         for cell in group:
             say("begun", cell.name, "", "")

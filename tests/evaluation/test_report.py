@@ -21,6 +21,7 @@ DOCUMENTS = [
     f"{domain}/{number}" for domain, count in (("book", 5), ("arxiv", 4), ("web", 1)) for number in range(count)
 ]
 FACTS = {"device": "1 x cpu", "jax": "0", "python": "3", "commit": None, "date": "2000-01-01"}
+FACTS |= {"weights": None, "data_digest": None, "mesh": {}, "seconds": 1.0}
 
 
 @pytest.fixture
@@ -76,7 +77,7 @@ def nll(config) -> dict[str, dict[str, float]]:
 def cells(config, nll) -> dict[str, dict]:
     report(ReportConfig(config.out))
     written = json.loads((config.out / "results.json").read_text())
-    assert written["schema"] == 1
+    assert written["schema"] == 2
     return {cell["name"]: cell for cell in written["cells"]}
 
 

@@ -1,9 +1,11 @@
 """Grids that are stopped, that fail, that change: what is run, what is kept, what is refused."""
 
 import dataclasses
+import fcntl
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,13 +16,16 @@ from asked import Asked
 from sequences import make_tokenizer
 
 from cepe_jax.data.tokenizer import Tokenizer
+from cepe_jax.evaluation import cells as store
 from cepe_jax.evaluation import perplexity, sweep, tasks
+from cepe_jax.evaluation.cells import Cell
 from cepe_jax.evaluation.grid import PerplexityRun, SweepConfig, TaskRun
 from cepe_jax.evaluation.models import ModelConfig
 from cepe_jax.evaluation.perplexity import PerplexityConfig
 from cepe_jax.evaluation.report import ReportConfig, report
 from cepe_jax.evaluation.sweep import measure_group, run_perplexity, run_sweep
 from cepe_jax.evaluation.tasks import TaskConfig
+from cepe_jax.inference.terminal import Devices
 from cepe_jax.weights.huggingface import load
 
 
@@ -64,7 +69,7 @@ class Runs:
 
 
 @pytest.fixture
-def runs(texts, monkeypatch) -> Runs:
+def runs(texts, tmp_path, monkeypatch) -> Runs:
     """Processes are none: the parent does what they would do, and `Died` ends one. Models answer by a formula."""
     runs = Runs()
 
@@ -74,7 +79,7 @@ def runs(texts, monkeypatch) -> Runs:
         try:
             measure_group(config, group, lambda *message: said.append(message))
         except Died:
-            code = "killed by SIGKILL"
+            code = sweep._end(-signal.SIGKILL)
         yield from [*said, ("ended", "", code, "")]
 
     def load_model(config: ModelConfig) -> Asked:
@@ -91,6 +96,9 @@ def runs(texts, monkeypatch) -> Runs:
             yield record
 
     real = perplexity.measure
+    monkeypatch.chdir(tmp_path)
+    for name in "abc":
+        (tmp_path / name).mkdir()
     monkeypatch.setattr(sweep, "_in_process", in_process)
     monkeypatch.setattr(sweep, "load_model", load_model)
     monkeypatch.setattr(perplexity, "measure", measure)
@@ -121,12 +129,13 @@ def test_a_grid(config, runs):
     assert set(files) == {f"{name}.{suffix}" for name in NAMES for suffix in ("json", "jsonl")}
     for name in NAMES:
         facts, records = json.loads(files[f"{name}.json"]), files[f"{name}.jsonl"].splitlines()
-        assert (facts["schema"], facts["name"], facts["records"], len(records)) == (1, name, 6, 6)
+        assert (facts["schema"], facts["name"], facts["records"], len(records)) == (2, name, 6, 6)
         assert facts["identity"]["data.seed"] == 0
         assert facts["device"] == "1 x cpu"
         assert facts["seconds"] > 0
         assert 1e7 < facts["peak_memory"] < 1e11
         assert {"jax", "python", "commit", "date", "tokenizer", "packages"} <= facts.keys()
+        assert facts["mesh"] == {"tensor": 1, "context": 0}
     assert [cell["name"] for cell in results(config)["cells"]] == NAMES
     assert results(config)["failures"] == []
     assert results(config)["config"]["perplexity"]["text"]["chunks"] == [2, 0, 1]
@@ -141,6 +150,14 @@ def test_peak_memory_is_that_of_the_cell(config, runs):
     peaks = [json.loads((config.out / "cells" / f"{name}.json").read_text())["peak_memory"] for name in NAMES[:3]]
     assert peaks[1] > peaks[0] + 2e8
     assert peaks[1] > peaks[2] + 2e8
+
+
+def test_only_draws_depend_on_the_axis(config):
+    def identity(axis: tuple[int, ...], **task) -> dict:
+        return Cell("tasks", "m", "d", "", 0, ModelConfig(Path("a")), TaskConfig(axis=axis, **task)).identity
+
+    assert identity((0, 5), family="qa") == identity((0, 5, 50), family="qa")
+    assert identity((0, 5), family="icl") != identity((0, 5, 50), family="icl")
 
 
 def test_what_is_finished_is_not_run_again(config, runs):
@@ -217,10 +234,105 @@ def test_a_model_that_does_not_load(config, runs):
     assert {failure["message"] for failure in results(config)["failures"]} == {"no weights"}
     runs.on_load = lambda config: raising(Died())()
     runs.groups.clear()
-    with pytest.raises(ValueError, match="while it loaded the model"):
+    with pytest.raises(ValueError, match="its process ended while it loaded the model, killed by SIGKILL, perhaps"):
         run_sweep(config)
     assert runs.groups == [NAMES[:5]]
     assert len(results(config)["cells"]) == 5
+
+
+def test_a_mesh_that_cannot_be_made(config, runs):
+    """Is what failed, in its own words; a process that ended by itself did not lack memory."""
+    with pytest.raises(ValueError, match=r"10 of 10 cells failed, .*none\.0: (?!its process).*3"):
+        run_sweep(dataclasses.replace(config, mesh=Devices(tensor=3)))
+    assert runs.loaded == []
+    assert sweep._end(1) == "with status 1"
+
+
+def test_nothing_vanishes_from_the_report(config, runs):
+    """A command that lacks a model or data of the same --out is refused before anything runs."""
+    run_sweep(config)
+    before, page = written(config), (config.out / "report.md").read_text()
+    runs.groups.clear()
+    for changes, lost in [
+        ({"models": {"first": config.models["first"]}}, r"out has models\.second, which this command lacks"),
+        ({"perplexity": {"more": config.perplexity["text"]}}, r"out has perplexity\.text, which .* another --out"),
+    ]:
+        with pytest.raises(ValueError, match=lost):
+            run_sweep(dataclasses.replace(config, **changes))
+    assert (written(config), runs.groups, (config.out / "report.md").read_text()) == (before, [], page)
+
+
+def test_one_command_at_a_time(config, runs):
+    config.out.mkdir()
+    with open(config.out / ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match="out is in use by another command: wait for its end, or use another"):
+            run_sweep(config)
+    assert not runs.groups
+    run_sweep(config)
+
+
+def test_what_is_not_there(config, runs, tmp_path):
+    """Is said before the first process."""
+    (tmp_path / "empty.txt").touch()
+
+    def asked(data: Path) -> dict:
+        return {"perplexity": {"text": dataclasses.replace(config.perplexity["text"], data=data)}}
+
+    def tasked(**changes) -> dict:
+        return {"tasks": {"nq": TaskConfig("synthetic", (9,), samples=1, **changes)}}
+
+    for changes, error, said in [
+        ({"models": {"x": ModelConfig(Path("absent"))}}, FileNotFoundError, "^absent: no such file or directory$"),
+        ({"models": {"x": ModelConfig(Path("a"), tokenizer=Path("tok"))}}, FileNotFoundError, "^tok: no such file"),
+        (asked(Path("absent")), FileNotFoundError, "^absent: no such file or directory$"),
+        (asked(Path("empty.txt")), ValueError, "^empty.txt is empty$"),
+        (tasked(haystack=Path("hay.txt")), FileNotFoundError, "^hay.txt: no such file or directory"),
+        ({"tasks": {"nq": TaskConfig("qa", (1,), Path("nq"))}}, FileNotFoundError, "^nq: no such file .*: put there "),
+    ]:
+        with pytest.raises(error, match=said):
+            run_sweep(dataclasses.replace(config, **changes))
+    assert not runs.groups
+
+
+def test_other_data_at_the_same_place_are_refused(config, runs, tmp_path):
+    """By name, size or time of any file, but of those that a sweep itself writes there."""
+    (tmp_path / "data").mkdir()
+    for path in config.perplexity["text"].data.glob("*.txt"):
+        shutil.copy(path, tmp_path / "data")
+    text = dataclasses.replace(config.perplexity["text"], data=tmp_path / "data")
+    config = dataclasses.replace(config, perplexity={"text": text})
+    run_sweep(config)
+    run_sweep(config)
+    assert len(runs.groups) == 2
+    some = tmp_path / "data" / "3.txt"
+    times = some.stat().st_atime_ns, some.stat().st_mtime_ns
+    os.utime(some, ns=(times[0], times[1] + 10**9))
+    with pytest.raises(
+        ValueError, match=r"data has changed since first\.text\.none\.0 was measured: use another --out"
+    ):
+        run_sweep(config)
+    os.utime(some, ns=times)
+    run_sweep(config)
+    (tmp_path / "data" / "more").mkdir()
+    before = store.data_at(text, tmp_path / "data" / "more")
+    (tmp_path / "data" / "more" / "more.txt").write_text("a")
+    assert store.data_at(text, tmp_path / "data" / "more") == before
+    with pytest.raises(ValueError, match="data has changed"):
+        run_sweep(config)
+    assert len(runs.groups) == 2
+
+
+def test_a_dataset_is_known_by_its_index(config, tmp_path):
+    """Other times alone, of a copy, are no change."""
+    (tmp_path / "dataset.json").write_text('{"splits": 1}')
+    data = dataclasses.replace(config.perplexity["text"], data=tmp_path)
+    before = store.data_at(data, config.out)
+    os.utime(tmp_path / "dataset.json", ns=(0, 0))
+    assert store.data_at(data, config.out) == before
+    (tmp_path / "dataset.json").write_text('{"splits": 2}')
+    assert store.data_at(data, config.out) != before
+    assert store.data_at(dataclasses.replace(data, data=tmp_path / "absent"), config.out) is None
 
 
 def test_other_settings_are_refused(config, runs):
@@ -262,7 +374,9 @@ def test_other_weights_at_the_same_place_are_refused(config, runs, tmp_path):
     assert len(runs.groups) == 1
 
 
-@pytest.mark.parametrize("damage", ["records gone", "a record less", "facts cut", "facts gone", "another number"])
+@pytest.mark.parametrize(
+    "damage", ["records gone", "a record less", "facts cut", "facts gone", "another number", "{}", "a fact less"]
+)
 def test_damaged_cells_are_run_again(config, runs, damage):
     """And no report has them before."""
     run_sweep(config)
@@ -278,6 +392,10 @@ def test_damaged_cells_are_run_again(config, runs, damage):
             facts.write_bytes(facts.read_bytes()[:50])
         case "facts gone":
             facts.unlink()
+        case "{}":
+            facts.write_text("{}")
+        case "a fact less":
+            facts.write_text(facts.read_text().replace('"tokenizer"', '"tokens"'))
         case "another number":
             records.write_bytes(records.read_bytes().replace(b'"scored": 3', b'"scored": 4', 1))
     report(ReportConfig(config.out))
@@ -325,6 +443,7 @@ def test_tasks(config, runs, monkeypatch):
             yield record | {"prediction": "yes" if number < axis else "no yes"}
 
     monkeypatch.setattr(tasks, "measure", measure)
+    Path("x.jsonl").write_text("{}")
     task = TaskConfig("qa", (2, 1), Path("x.jsonl"))
     config = dataclasses.replace(config, perplexity={}, tasks={"nq": task}, models={"m-1": ModelConfig(Path("a"))})
     run_sweep(config)
@@ -337,6 +456,9 @@ def test_tasks(config, runs, monkeypatch):
     assert asked == [1, 2]
     assert [cell["metrics"].keys() for cell in results(config)["cells"]] == [{"substring_match"}] * 2
     assert [cell["metrics"]["substring_match"]["mean"] for cell in results(config)["cells"]] == [1, 1]
+    assert cells[0]["protocol"]["max_new_tokens"] == 25
+    run_sweep(dataclasses.replace(config, tasks={"nq": dataclasses.replace(task, axis=(1, 5))}))
+    assert asked == [1, 2, 5]  # a longer axis changes no question
 
 
 @pytest.mark.parametrize(
