@@ -127,9 +127,17 @@ def write(out: Path, cell: Cell, records: Iterable[dict], *facts: dict) -> None:
 
 def write_json(path: Path, value: dict) -> None:
     """`value` is at `path`, whole, or what was there before."""
+    write_text(path, json.dumps(value, indent=1))
+
+
+def write_text(path: Path, text: str) -> None:
+    """`text` is at `path`, whole, or what was there before."""
     staged = staged_path(path)
-    staged.write_text(json.dumps(value, indent=1))
-    staged.rename(path)
+    try:
+        staged.write_text(text)
+        staged.rename(path)
+    finally:
+        staged.unlink(missing_ok=True)
 
 
 def read(out: Path, cell: Cell) -> tuple[dict, list[dict]]:

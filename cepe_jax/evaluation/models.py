@@ -52,6 +52,8 @@ def load_model(config: ModelConfig) -> LanguageModel:
     decoder = model.decoder if isinstance(model, Cepe) else model
     if config.rope != "trained":
         window = _scale(decoder, config, window)
+    if config.reads != "streaming" and window is not None and (config.window or 0) > window:
+        raise ValueError(f"window is {config.window}: give at most {window}, the positions that {config.path} has")
     window = window if config.window is None else config.window
     rest = text.tokenizer, text.stop_ids
     match config.reads:

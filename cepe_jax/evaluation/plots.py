@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from cepe_jax.directories import staged_path
 from cepe_jax.evaluation.results import LOWER_IS_BETTER, Result, Results
 
 ERRORS = 2  # standard errors that a bar is long, up and down
@@ -12,8 +13,8 @@ def plot(results: Results, data: str, path: Path) -> None:
     was measured.
 
     Metrics stand against the axis of the data, or for perplexity against the tokens of context, and cost against the
-    tokens that were read. Bars are of the gain over no context, where that was measured: the errors that tell the
-    points of a line apart; else of the mean.
+    tokens that were given to read. Bars are of the gain over no context, where that was measured: the errors that tell
+    the points of a line apart; else of the mean.
     """
     import matplotlib
 
@@ -35,7 +36,8 @@ def plot(results: Results, data: str, path: Path) -> None:
             means, errors = zip(*estimates, strict=True)
             panel.errorbar(list(map(_place, points)), means, yerr=errors, marker="o", capsize=3, label=label)
         read = [point.read for point in points]
-        panels[-2].plot(read, [point.tokens_per_second for point in points], marker="o", label=label)
+        speeds = [float("nan") if point.tokens_per_second is None else point.tokens_per_second for point in points]
+        panels[-2].plot(read, speeds, marker="o", label=label)
         panels[-1].plot(read, [point.facts["peak_memory"] / 2**30 for point in points], marker="o", label=label)
     axis = "tokens of context" if some.cell.family == "perplexity" else "the axis' value"
     for panel, metric in zip(panels, metrics, strict=False):
@@ -47,13 +49,18 @@ def plot(results: Results, data: str, path: Path) -> None:
         panel.set(xlabel=axis, title=f"{metric}, {unit}")
     read = sorted({point.read for row in rows.values() for point in row.values()})
     for panel, title in zip(panels[-2:], ("tokens a second", "peak memory, GiB"), strict=True):
-        panel.set(xlabel="tokens read", title=title, xscale="log")
+        panel.set(xlabel="tokens given to read", title=title, xscale="log")
         panel.set_ylim(bottom=0)
         panel.set_xticks(read, [f"{length:,.0f}" for length in read], rotation=45)
         panel.minorticks_off()
     panels[0].legend(frameon=False)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    staged = staged_path(path)
+    try:
+        figure.savefig(staged, dpi=120, format="png")
+        staged.rename(path)
+    finally:
+        staged.unlink(missing_ok=True)
+        pyplot.close(figure)
 
 
 def _place(result: Result) -> int:

@@ -24,7 +24,7 @@ def report(config: ReportConfig) -> str:
     for name in results.data:
         plot(results, name, config.out / f"{name}.png")
     page = markdown(results)
-    (config.out / "report.md").write_text(page)
+    store.write_text(config.out / "report.md", page)
     store.write_json(config.out / "results.json", _as_json(results))
     return page
 

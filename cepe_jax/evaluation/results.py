@@ -83,9 +83,12 @@ class Result:
         return paired(*(values[metric] for values in pair), self.groups)
 
     @property
-    def tokens_per_second(self) -> float:
-        """Of all tokens that were given to read. The median, for the first record waits for its compilation."""
-        return float(np.median([record["read"] / max(record["seconds"], 1e-9) for record in self.records]))
+    def tokens_per_second(self) -> float | None:
+        """Of all tokens that were given to read, the median of all records but the first, which waits for compilation;
+        None where there is no other.
+        """
+        rest = [record["read"] / max(record["seconds"], 1e-9) for record in self.records[1:]]
+        return float(np.median(rest)) if rest else None
 
     @property
     def read(self) -> float:

@@ -69,7 +69,11 @@ def _of_data(results: Results, data: str) -> Iterator[str]:
             lines = list(_table(of_domain, axis, metric, domain=domain))
             yield from _titled(f"{metric} by domain", lines) if domain == domains[0] else lines[2:]
     yield from _titled("Tokens a second, and peak memory", _costs(rows, axis))
-    yield from ["", "Tokens are those given to read, also where a model's window holds fewer; medians of all records."]
+    yield ""
+    yield (
+        "Tokens are those given to read, also where a model's window holds fewer; medians of all records but the "
+        "first, which waits for compilation."
+    )
     yield from ["", f"![{data}]({data}.png)"]
 
 
@@ -95,11 +99,13 @@ def _costs(rows: Rows, axis: list[int]) -> Iterator[str]:
     names = _names(rows)
     yield from _head(names, axis)
     for (model, kind), row in rows.items():
-        cells = [
-            f"{row[value].tokens_per_second:,.0f}, {gib(row[value].facts['peak_memory'])}" if value in row else NOTHING
-            for value in axis
-        ]
+        cells = [_cost(row[value]) if value in row else NOTHING for value in axis]
         yield f"| {' | '.join([model, kind][: len(names)] + cells)} |"
+
+
+def _cost(result: Result) -> str:
+    speed = NOTHING if result.tokens_per_second is None else f"{result.tokens_per_second:,.0f}"
+    return f"{speed}, {gib(result.facts['peak_memory'])}"
 
 
 def _names(rows: Rows | Estimates) -> list[str]:

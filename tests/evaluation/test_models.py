@@ -1,5 +1,6 @@
 """Every reader behind the seam: against the uncached model over what it is said to read."""
 
+import dataclasses
 import json
 from collections.abc import Callable, Sequence
 
@@ -146,7 +147,7 @@ def test_a_decoder_reads_the_end_of_a_long_text(decoder_reads, plain_logits, hom
     check_scores(without, plain_logits, text[-room:])
     (row,) = rows_of(decoder_reads, [Prompt(ids, [context])], 9)
     assert row == greedy(plain_logits, [BOS, *text[-(WINDOW - 8 - 1) :]], 9)
-    full = load_model(ModelConfig(home, "decoder", window=len(text) + new - 1))
+    full = dataclasses.replace(decoder_reads, window=len(text) + new - 1)
     check_scores(full.score(Prompt(ids, [context]), CONTINUATIONS), plain_logits, text)
 
 
@@ -207,6 +208,17 @@ def test_bad_input(home, encoder_reads, decoder_reads, tmp_path):
         with pytest.raises(ValueError, match=message.replace("(", r"\(")) as caught:
             call()
         assert "\n" not in str(caught.value)
+
+
+def test_windows_above_the_positions(home):
+    """Are refused where positions are those of the text; rope scaling gives more, and StreamingLLM needs none."""
+    for reads in "encoder", "decoder", "replug":
+        with pytest.raises(ValueError, match=f"window is 49: give at most 48, the positions that .*{home.name} has"):
+            load_model(ModelConfig(home, reads, window=WINDOW + 1))
+    with pytest.raises(ValueError, match="window is 97: give at most 96"):
+        load_model(ModelConfig(home, "decoder", window=2 * WINDOW + 1, rope="linear", factor=2.0))
+    assert load_model(ModelConfig(home, "decoder", window=2 * WINDOW, rope="linear", factor=2.0)).window == 2 * WINDOW
+    assert load_model(ModelConfig(home, "streaming", window=WINDOW + 1)).model.window == WINDOW + 1
 
 
 def test_directories_that_cannot_be_read_so(home, weights, tmp_path):

@@ -138,9 +138,40 @@ def test_cost(cells, nll):
     for number, (name, cell) in enumerate(cells.items()):
         count, chunks = len(nll[name]), int(name[-1])
         read = 8 + 16 * chunks + np.arange(count)
-        assert cell["tokens_per_second"] == pytest.approx(np.median(read / (0.01 * (1 + np.arange(count) % 5))))
+        assert cell["tokens_per_second"] == pytest.approx(np.median((read / (0.01 * (1 + np.arange(count) % 5)))[1:]))
         assert cell["read"] == np.median(read)
         assert cell["peak_memory"] == (number + 1 + (number >= 5)) << 28  # one cell has no result
+
+
+@pytest.mark.parametrize("name", ["report.md", "text.png", "results.json"])
+def test_a_report_that_is_stopped_leaves_the_one_before(config, nll, monkeypatch, name):
+    """Whole, and nothing beside it."""
+    report(ReportConfig(config.out))
+    before = {path.name: path.read_bytes() for path in config.out.iterdir() if path.is_file()}
+
+    def rename(path: Path, target: Path, real=Path.rename) -> None:
+        assert path.stat().st_size > 100
+        if target.name == name:
+            raise KeyboardInterrupt
+        real(path, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(KeyboardInterrupt):
+        report(ReportConfig(config.out))
+    assert {path.name: path.read_bytes() for path in config.out.iterdir() if path.is_file()} == before
+
+
+def test_the_speed_of_one_record_is_not_told(config, nll):
+    """It waited for compilation."""
+    for path in (config.out / "cells").iterdir():
+        path.unlink()
+    cell = config.cells()[0][0]
+    record = {"id": "a:0", "document": "a", "domain": "d", "nll": 2.0, "read": 8, "seconds": 60.0}
+    store.write(config.out, cell, iter([record]), FACTS | {"tokenizer": "x"}, {"peak_memory": 1 << 30})
+    page = report(ReportConfig(config.out))
+    assert rows_of(page, "Tokens a second, and peak memory")[1] == ["cepe", "previous", "-, 1.00 GiB"]
+    (found,) = json.loads((config.out / "results.json").read_text())["cells"]
+    assert found["tokens_per_second"] is None
 
 
 def rows_of(page: str, title: str) -> list[list[str]]:

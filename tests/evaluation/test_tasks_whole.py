@@ -16,7 +16,7 @@ WINDOW = 256  # tokens: more than the tiny model's own, for whole questions
 
 @pytest.fixture(scope="module")
 def model(home):
-    return load_model(ModelConfig(home, window=WINDOW))
+    return dataclasses.replace(load_model(ModelConfig(home)), window=WINDOW)
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,8 @@ def test_synthetic(home, model):
     """A decoder that reads all of it is asked the same."""
     config = TaskConfig("synthetic", (400,), samples=1, window=200, chunk_length=64, max_new_tokens=4)
     ours = ask(config, model, 400)
-    theirs = ask(config, load_model(ModelConfig(home, reads="decoder", window=400)), 400)
+    plain = dataclasses.replace(load_model(ModelConfig(home, reads="decoder")), window=400)
+    theirs = ask(config, plain, 400)
     assert (ours["id"], ours["read"], ours["answers"]) == (theirs["id"], theirs["read"], theirs["answers"])
     assert 400 - 40 < ours["read"] + 4 <= 400
     (record,) = synthetic.records("single", 400, 1, 42, (), lambda record: 3 * len(record.contexts[0]) // 4)
