@@ -3,14 +3,12 @@
 import functools
 import glob
 import hashlib
-import heapq
 import math
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal
 
 import numpy as np
 
@@ -23,12 +21,11 @@ from cepe_jax.data.retrieval import NAME as RETRIEVED
 from cepe_jax.data.sources import RawDocument, plan, read
 from cepe_jax.data.tokenizer import Tokenizer
 from cepe_jax.evaluation.language_model import LanguageModel, Prompt
+from cepe_jax.evaluation.selection import drawn
 
 Kind = Literal["previous", "other", "retrieved"]  # the text before the window; another document's; passages found
 NONE = "none"  # the kind of no context at all
 DOCUMENTS = 16  # that drawn windows which slide are of at least, where the domain has as many: no book takes them all
-Item = TypeVar("Item")
-Key = TypeVar("Key")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,31 +243,6 @@ def _numbers(records: Records, config: PerplexityConfig, most: int, windows_in: 
     draws = np.random.default_rng(config.seed).random(len(records))
     candidates = ((domain, draws[number], (number, count)) for number, domain, count in table)
     return drawn(candidates, most, lambda item: item)
-
-
-def drawn(
-    candidates: Iterable[tuple[str, float, Key]], most: int, read: Callable[[Key], tuple[Item, int]]
-) -> list[Item]:
-    """Of each domain the items with the lowest draws, until they have `most` windows; all in the order of the draws.
-
-    A candidate is a domain, a draw, and a key whose item and number of windows `read` gives. It is asked of those
-    alone that may be among the lowest so far, and no others are held.
-    """
-    heaps: dict[str, list[tuple[float, int, int, Item]]] = {}  # the highest draw first
-    totals: Counter[str] = Counter()
-    for number, (domain, draw, key) in enumerate(candidates):
-        heap = heaps.setdefault(domain, [])
-        if totals[domain] >= most and draw > -heap[0][0]:
-            continue
-        item, count = read(key)
-        if not count:
-            continue
-        heapq.heappush(heap, (-draw, number, count, item))
-        totals[domain] += count
-        while totals[domain] - heap[0][2] >= most:
-            totals[domain] -= heapq.heappop(heap)[2]
-    entries = sorted((entry for heap in heaps.values() for entry in heap), reverse=True)
-    return [item for *_, item in entries]
 
 
 def _raw_documents(config: PerplexityConfig, tokenizer: Tokenizer) -> Iterable[Document]:

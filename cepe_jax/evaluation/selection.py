@@ -1,11 +1,15 @@
-"""Which records are asked and which demonstrations are shown: functions of a seed and a record's id."""
+"""Which records and documents are asked and which demonstrations are shown: functions of a seed and of their names."""
 
+import heapq
 import random
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
 
 from cepe_jax.evaluation.records import Demonstration, Record
 
+Item = TypeVar("Item")
+Key = TypeVar("Key")
 Groups = list[list[Demonstration]]  # those with one answer together
 
 
@@ -58,3 +62,28 @@ def draw(groups: Groups, count: int, record: Record, seed: int) -> list[Demonstr
             asked.add(found.question)
             drawn.append(found)
     return drawn
+
+
+def drawn(
+    candidates: Iterable[tuple[str, float, Key]], most: int, read: Callable[[Key], tuple[Item, int]]
+) -> list[Item]:
+    """Of each domain the items with the lowest draws, until they have `most` windows; all in the order of the draws.
+
+    A candidate is a domain, a draw, and a key whose item and number of windows `read` gives. It is asked of those
+    alone that may be among the lowest so far, and no others are held.
+    """
+    heaps: dict[str, list[tuple[float, int, int, Item]]] = {}  # the highest draw first
+    totals: Counter[str] = Counter()
+    for number, (domain, draw, key) in enumerate(candidates):
+        heap = heaps.setdefault(domain, [])
+        if totals[domain] >= most and draw > -heap[0][0]:
+            continue
+        item, count = read(key)
+        if not count:
+            continue
+        heapq.heappush(heap, (-draw, number, count, item))
+        totals[domain] += count
+        while totals[domain] - heap[0][2] >= most:
+            totals[domain] -= heapq.heappop(heap)[2]
+    entries = sorted((entry for heap in heaps.values() for entry in heap), reverse=True)
+    return [item for *_, item in entries]

@@ -15,7 +15,8 @@ from cepe_jax.data.corpus import Corpus, PrepareConfig, prepare
 from cepe_jax.data.retrieval import features_of
 from cepe_jax.data.tokenizer import Tokenizer
 from cepe_jax.evaluation import perplexity
-from cepe_jax.evaluation.perplexity import PerplexityConfig, drawn, measure
+from cepe_jax.evaluation.perplexity import PerplexityConfig, measure
+from cepe_jax.evaluation.selection import drawn
 
 WORDS = ["def ", "x", "\n", "    ", "``` ", "return ", "🙂"]
 
