@@ -44,11 +44,12 @@ def run_sweep(config: SweepConfig) -> None:
     """Every cell that had no result has been run, and the report is in `config.out`. ValueError where cells failed.
 
     The same command goes on where it was stopped. ValueError, before anything is run, where a cell was finished with
-    other settings, weights or data, where the report would lose a model or data that are there, where a path is
-    missing, or where another command runs in `config.out`.
+    other settings, weights or data, where the report would lose a model or data that are there, where no cell has
+    all that it needs, or where another command runs in `config.out`.
     """
     with _held(config.out):
-        _run(config, _left(config))
+        groups = _left(config)
+        _run(config, groups, _lacking(groups))
 
 
 @contextmanager
@@ -77,10 +78,23 @@ def _left(config: SweepConfig) -> list[list[Cell]]:
         )
     digests = {name: store.data_at(data, config.out) for name, data in (config.perplexity | config.tasks).items()}
     left = [[cell for cell in group if not _finished(config, cell, digests[cell.data])] for group in config.cells()]
-    left = [group for group in left if group]
-    for group in left:
-        _check_places(group[0])
-    return left
+    return [group for group in left if group]
+
+
+def _lacking(groups: list[list[Cell]]) -> list[str]:
+    """What is not there that each group needs, "" where all is. Where no group has all, the first reason is raised."""
+    reasons: list[str] = []
+    first: Exception | None = None
+    for group in groups:
+        try:
+            _check_places(group[0])
+            reasons.append("")
+        except (ValueError, OSError) as error:
+            first = first or error
+            reasons.append(str(error))
+    if first and all(reasons):
+        raise first
+    return reasons
 
 
 def _check_places(cell: Cell) -> None:
@@ -95,8 +109,8 @@ def _check_places(cell: Cell) -> None:
             raise ValueError(f"{path} is empty{mend}")
 
 
-def _run(config: SweepConfig, groups: list[list[Cell]]) -> None:
-    """The cells have been run, and the report is written. ValueError where some failed."""
+def _run(config: SweepConfig, groups: list[list[Cell]], lacking: list[str]) -> None:
+    """The cells of groups that lack nothing have been run, and the report is written. ValueError where some failed."""
     store.write_json(config.out / "sweep.json", store.plain(config))
     for cell in (cell for group in groups for cell in group):
         cell.path(config.out, "failed").unlink(missing_ok=True)
@@ -105,9 +119,10 @@ def _run(config: SweepConfig, groups: list[list[Cell]]) -> None:
 
     def said() -> Iterator[Message]:
         nonlocal where
-        for group in groups:
+        for group, reason in zip(groups, lacking, strict=True):
             records = 0
-            for message in run_group(config, group, partial(_in_process, config)):
+            run = partial(_in_process, config)
+            for message in _refused(config, group, reason) if reason else run_group(config, group, run):
                 event, cell, text, trace = message
                 records = records + 1 if event == "record" else 0
                 where = f"{cell}, {records} records" if records else cell
@@ -127,6 +142,13 @@ def _run(config: SweepConfig, groups: list[list[Cell]]) -> None:
             f"{len(failures)} of {total} cells failed, first {first}: {message}; {config.out}/report.md lists "
             f"them, and the same command runs them again"
         )
+
+
+def _refused(config: SweepConfig, group: list[Cell], reason: str) -> Iterator[Message]:
+    """What `run_group` says of cells that all fail for this reason."""
+    for cell in group:
+        store.write_failure(config.out, cell, reason, "")
+        yield "failed", cell.name, reason, ""
 
 
 def _finished(config: SweepConfig, cell: Cell, data: str | None) -> bool:

@@ -280,19 +280,33 @@ def test_what_is_not_there(config, runs, tmp_path):
         return {"perplexity": {"text": dataclasses.replace(config.perplexity["text"], data=data)}}
 
     def tasked(**changes) -> dict:
-        return {"tasks": {"nq": TaskConfig("synthetic", (9,), samples=1, **changes)}}
+        return {"perplexity": {}, "tasks": {"nq": TaskConfig("synthetic", (9,), samples=1, **changes)}}
 
+    missing = {"perplexity": {}, "tasks": {"nq": TaskConfig("qa", (1,), Path("nq"))}}
     for changes, error, said in [
         ({"models": {"x": ModelConfig(Path("absent"))}}, FileNotFoundError, "^absent: no such file or directory$"),
         ({"models": {"x": ModelConfig(Path("a"), tokenizer=Path("tok"))}}, FileNotFoundError, "^tok: no such file"),
         (asked(Path("absent")), FileNotFoundError, "^absent: no such file or directory$"),
         (asked(Path("empty.txt")), ValueError, "^empty.txt is empty$"),
         (tasked(haystack=Path("hay.txt")), FileNotFoundError, "^hay.txt: no such file or directory"),
-        ({"tasks": {"nq": TaskConfig("qa", (1,), Path("nq"))}}, FileNotFoundError, "^nq: no such file .*: put there "),
+        (missing, FileNotFoundError, "^nq: no such file .*: put there "),
     ]:
         with pytest.raises(error, match=said):
             run_sweep(dataclasses.replace(config, **changes))
     assert not runs.groups
+
+
+def test_one_set_that_is_not_there(config, runs):
+    """Its cells have failed, without a process; the others run."""
+    config = dataclasses.replace(config, tasks={"nq": TaskConfig("qa", (1, 2), Path("nq"))})
+    with pytest.raises(ValueError, match=r"cells failed, first first\.nq\.1: nq: no such file .*: put there "):
+        run_sweep(config)
+    assert not any(".nq." in cell for group in runs.groups for cell in group)
+    found = results(config)
+    assert {failure["name"] for failure in found["failures"]} == {
+        f"{model}.nq.{value}" for model in config.models for value in (1, 2)
+    }
+    assert len(found["cells"]) == len([cell for group in runs.groups for cell in group]) > 0
 
 
 def test_other_data_at_the_same_place_are_refused(config, runs, tmp_path):
