@@ -11,11 +11,11 @@ from cepe_jax.cli import run_command
 from cepe_jax.evaluation.grid import PerplexityRun, SweepConfig, TaskRun
 from cepe_jax.evaluation.harness import HarnessConfig, run_harness
 from cepe_jax.evaluation.report import ReportConfig, report
-from cepe_jax.evaluation.sweep import run_perplexity, run_sweep, run_task
+from cepe_jax.evaluation.sweep import run_one, run_sweep
 
 COMMANDS = {
-    "perplexity": (PerplexityRun, run_perplexity),
-    "tasks": (TaskRun, run_task),
+    "perplexity": (PerplexityRun, run_one),
+    "tasks": (TaskRun, run_one),
     "sweep": (SweepConfig, run_sweep),
     "harness": (HarnessConfig, run_harness),
     "report": (ReportConfig, lambda config: print(report(config))),

@@ -30,13 +30,8 @@ from cepe_jax.weights.files import read_json
 Message = tuple[str, str, str, str]
 
 
-def run_perplexity(config: PerplexityRun) -> None:
+def run_one(config: PerplexityRun | TaskRun) -> None:
     """What `run_sweep` does, for one model and one set of data."""
-    run_sweep(config.sweep())
-
-
-def run_task(config: TaskRun) -> None:
-    """What `run_sweep` does, for one model and one task."""
     run_sweep(config.sweep())
 
 

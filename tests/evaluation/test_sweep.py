@@ -23,7 +23,7 @@ from cepe_jax.evaluation.grid import PerplexityRun, SweepConfig, TaskRun
 from cepe_jax.evaluation.models import ModelConfig
 from cepe_jax.evaluation.perplexity import PerplexityConfig
 from cepe_jax.evaluation.report import ReportConfig, report
-from cepe_jax.evaluation.sweep import measure_group, run_perplexity, run_sweep
+from cepe_jax.evaluation.sweep import measure_group, run_one, run_sweep
 from cepe_jax.evaluation.tasks import TaskConfig
 from cepe_jax.inference.terminal import Devices
 from cepe_jax.weights.huggingface import load
@@ -517,7 +517,7 @@ def test_a_real_process_that_is_killed(home, texts, tmp_path, forward, monkeypat
     with pytest.raises(
         ValueError, match="1 of 2 cells failed, .*none.0: its process ended, killed by SIGKILL, perhaps"
     ):
-        run_perplexity(run)
+        run_one(run)
     assert started == [[0, 2], [2]]
     assert not multiprocessing.active_children()
     assert {path.split(".")[-2:][0] for path in written(run) if ".json" in path and path[0] != "."} == {"2"}
