@@ -10,8 +10,8 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from texts import CHATML, CHATML_TOKENS, WINDOW, byte_level
-from tiny import DECODER, ENCODER, make_cepe, make_decoder, make_encoder
+from support.models import DECODER, ENCODER, make_cepe, make_decoder, make_encoder
+from support.tokenizers import CHATML, CHATML_TOKENS, WINDOW, byte_level
 
 from cepe_jax.model.cepe import Cepe
 from cepe_jax.model.encoder import Encoder

@@ -1,89 +1,9 @@
-"""CEPE (Yen, Gao, Chen, ACL 2024) in fp64 numpy: the statement of the method, and the oracle of the model.
-
-There is no mask in it: a padding token is left out, with the positions of the others unchanged in a chunk (they count
-from the chunk's start) and counted from the first real token in the decoder.
-"""
+"""The model against the method in fp64 numpy."""
 
 import numpy as np
 import pytest
-from tiny import float64, relative_error
-
-
-def layer(weights, index):
-    """Layer `index` of a nested dict of stacks."""
-    return {k: layer(v, index) if isinstance(v, dict) else v[index] for k, v in weights.items()}
-
-
-def rms_norm(x_TD, weights, eps):
-    """Zhang and Sennrich 2019: x / sqrt(mean(x^2) + eps) * scale."""
-    return x_TD / np.sqrt((x_TD**2).mean(-1, keepdims=True) + eps) * weights["scale"]
-
-
-def rotate(x_TNH, positions_T, theta):
-    """RoFormer, eq. 34, on pairs (i, i + H/2): pair i turns by position * theta^(-2i / H)."""
-    out, half = x_TNH.copy(), x_TNH.shape[-1] // 2
-    for i in range(half):
-        cos, sin = (f(positions_T * theta ** (-i / half))[:, None] for f in (np.cos, np.sin))
-        a, b = x_TNH[..., i], x_TNH[..., i + half]
-        out[..., i], out[..., i + half] = a * cos - b * sin, b * cos + a * sin
-    return out
-
-
-def attention(q_TNH, k_SKH, v_SKH, o_NHD, causal):
-    """Vaswani et al. 2017, eq. 1; GQA (Ainslie et al. 2023): each kv head serves N / K query heads in turn."""
-    T, N, H = q_TNH.shape
-    out_TD = np.zeros((T, o_NHD.shape[-1]))
-    for t in range(T):
-        stop = t + 1 if causal else len(k_SKH)
-        for n in range(N if stop else 0):
-            head = n // (N // k_SKH.shape[1])
-            weights = np.exp(k_SKH[:stop, head] @ q_TNH[t, n] / np.sqrt(H))
-            out_TD[t] += weights / weights.sum() @ v_SKH[:stop, head] @ o_NHD[n]
-    return out_TD
-
-
-def heads(x_TD, w_DNH):
-    return np.einsum("td,dnh->tnh", x_TD, w_DNH)
-
-
-def block(x_TD, w, config, positions_T, causal, cross=None, memory_ME=None):
-    """A Llama block; with `cross`, the memory is read between self-attention and MLP (CEPE, figure 1)."""
-    a, eps, theta = w["attention"], config.norm_eps, config.rope.theta
-    y_TD = rms_norm(x_TD, w["attention_norm"], eps)
-    q_TNH, k_TKH = (rotate(heads(y_TD, a[name]), positions_T, theta) for name in "qk")
-    x_TD = x_TD + attention(q_TNH, k_TKH, heads(y_TD, a["v"]), a["o"], causal)
-    if cross is not None:  # no positions, no causal mask; its norm has the decoder's eps
-        q_TNH = heads(rms_norm(x_TD, cross["norm"], eps), cross["q"])
-        k_MKH, v_MKH = heads(memory_ME, cross["k"]), heads(memory_ME, cross["v"])
-        x_TD = x_TD + attention(q_TNH, k_MKH, v_MKH, cross["o"], causal=False)
-    y_TD = rms_norm(x_TD, w["mlp_norm"], eps)
-    gate_TF = y_TD @ w["mlp"]["gate"]  # SwiGLU (Shazeer 2020): silu(x W_gate) * (x W_up) W_down
-    return x_TD + (gate_TF / (1 + np.exp(-gate_TF)) * (y_TD @ w["mlp"]["up"])) @ w["mlp"]["down"]
-
-
-def encode(w, config, ids_L, keep_L):
-    """One chunk, read by itself and in both directions: what its real tokens leave after the final norm."""
-    (positions,) = keep_L.nonzero()
-    x_LE = w["embed"][ids_L[positions]]
-    for i in range(config.num_layers):
-        x_LE = block(x_LE, layer(w["layers"], i), config, positions, causal=False)
-    return rms_norm(x_LE, w["norm"], config.norm_eps)
-
-
-def method(w, config, ids_T, context_CL, keep_CL):
-    """Logits of one row of real tokens. The memory is all chunks' hidden states, side by side."""
-    chunks = [encode(w["encoder"], config.encoder, *chunk) for chunk in zip(context_CL, keep_CL, strict=True)]
-    memory_ME = np.concatenate([np.zeros((0, config.encoder.width)), *chunks])
-    x_TD = w["decoder"]["embed"][ids_T]
-    first_spliced = config.decoder.num_layers - config.num_cross_layers  # cross-attention sits in the last layers
-    for i in range(config.decoder.num_layers):
-        cross = layer(w["cross"], i - first_spliced) if i >= first_spliced else None
-        w_i = layer(w["decoder"]["layers"], i)
-        x_TD = block(x_TD, w_i, config.decoder, np.arange(len(ids_T)), True, cross, memory_ME)
-    return rms_norm(x_TD, w["decoder"]["norm"], config.decoder.norm_eps) @ w["decoder"]["head"].T
-
-
-NONE = np.zeros((2, 0, 5), int)
+from support.models import float64, relative_error
+from support.oracles import NONE, method
 
 
 @pytest.mark.parametrize("case", ["all real", "holes, padding and an absent chunk", "no context", "all masked"])

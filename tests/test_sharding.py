@@ -23,7 +23,7 @@ import pytest
 from flax import nnx
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
 from jax.sharding import NamedSharding, PartitionSpec
-from tiny import DECODER, ENCODER, make_cepe, make_encoder, relative_error, with_config
+from support.models import DECODER, ENCODER, make_cepe, make_encoder, relative_error, with_config
 
 from cepe_jax.config import DECODERS, ENCODERS, CepeConfig
 from cepe_jax.data.examples import IGNORE

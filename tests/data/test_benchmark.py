@@ -4,7 +4,7 @@ import json
 
 import pytest
 import sentencepiece
-import sequences
+from support import datasets
 
 from cepe_jax.data.benchmark import DataBenchmarkConfig, bare_loops, benchmark, demanded
 from cepe_jax.data.examples import ExampleConfig
@@ -19,7 +19,7 @@ def test_what_a_pod_asks_for():
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    return sequences.make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+    return datasets.make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 def test_the_bare_loops_do_the_same_work(tokenizer):

@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-import sequences
+from support import datasets
 
 from cepe_jax.data.examples import ExampleConfig
 from cepe_jax.data.loader import batches, examples, open_mix
@@ -32,7 +32,7 @@ def data_at(path: Path):
 def path(tmp_path_factory) -> Path:
     home = tmp_path_factory.mktemp("data")
     tokens = [100 * (i + 1) + np.arange(9) for i in range(20)]
-    return sequences.write_sequences(home / "a", tokens, 8, sequences.make_tokenizer(home))
+    return datasets.write_sequences(home / "a", tokens, 8, datasets.make_tokenizer(home))
 
 
 @pytest.mark.parametrize(

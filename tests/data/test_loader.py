@@ -7,7 +7,7 @@ from itertools import islice
 
 import numpy as np
 import pytest
-import sequences
+from support import datasets
 
 from cepe_jax.data.builder import array
 from cepe_jax.data.examples import IGNORE, ExampleConfig
@@ -26,16 +26,16 @@ def sequence(number: int, length: int = LENGTH + 1) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    return sequences.make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+    return datasets.make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture(scope="module")
 def home(tokenizer, tmp_path_factory):
     """Two datasets, `a` of sequences 0 ... 9 and `b` of 10 ... 14; the last of `b` ends with its document."""
     home = tmp_path_factory.mktemp("data")
-    sequences.write_sequences(home / "a", [sequence(i) for i in range(10)], LENGTH, tokenizer)
+    datasets.write_sequences(home / "a", [sequence(i) for i in range(10)], LENGTH, tokenizer)
     last = [sequence(i) for i in range(10, 14)] + [sequence(14, LENGTH)]
-    sequences.write_sequences(home / "b", last, LENGTH, tokenizer, shards=3)
+    datasets.write_sequences(home / "b", last, LENGTH, tokenizer, shards=3)
     return home
 
 
@@ -259,12 +259,12 @@ def teacher_of(number: int) -> dict:
 
 @pytest.fixture(scope="module")
 def joined(home, tokenizer):
-    facts = {"joins": sequences.joins(home / "a"), "query_tokens": 5, "passage_length": 4}
+    facts = {"joins": datasets.joins(home / "a"), "query_tokens": 5, "passage_length": 4}
     shards = [[passages_of(i) for i in range(7)], [passages_of(i) for i in range(7, 10)]]
-    sequences.write(home / "retrieved", "retrieved", RETRIEVED, shards, tokenizer, **facts)
+    datasets.write(home / "retrieved", "retrieved", RETRIEVED, shards, tokenizer, **facts)
     taught = [[teacher_of(i) for i in range(10)]]
-    facts = {"joins": sequences.joins(home / "a"), "window": 12, "context": 12}
-    sequences.write(home / "teacher", "teacher", TAUGHT, taught, tokenizer, **facts)
+    facts = {"joins": datasets.joins(home / "a"), "window": 12, "context": 12}
+    datasets.write(home / "teacher", "teacher", TAUGHT, taught, tokenizer, **facts)
     return home
 
 
@@ -301,7 +301,7 @@ def test_joined_records_go_through_processes(joined):
 
 
 def test_a_foreign_context_needs_another_document(home, tokenizer, tmp_path):
-    sequences.write_sequences(tmp_path / "one", [sequence(0)], LENGTH, tokenizer, shards=1)
+    datasets.write_sequences(tmp_path / "one", [sequence(0)], LENGTH, tokenizer, shards=1)
     with pytest.raises(ValueError, match="foreign_rate needs sequences of several documents"):
         rows(mixture(tmp_path, "cepe", mix={"one": 1}, foreign_rate=1.0), 1)
 
@@ -328,9 +328,9 @@ def test_a_teacher_is_joined_by_index(joined):
 def test_datasets_that_do_not_join(joined, tokenizer, tmp_path):
     """The base has other records, or more of them; or the teacher's are not of the window's length."""
     for name, others in (("other", range(5, 15)), ("more", range(11))):
-        sequences.write_sequences(tmp_path / name, [sequence(i) for i in others], LENGTH, tokenizer)
-        facts = {"joins": sequences.joins(joined / "a") | {"path": f"../{name}"}}
-        path = sequences.write(
+        datasets.write_sequences(tmp_path / name, [sequence(i) for i in others], LENGTH, tokenizer)
+        facts = {"joins": datasets.joins(joined / "a") | {"path": f"../{name}"}}
+        path = datasets.write(
             tmp_path / f"teacher_of_{name}", "teacher", TAUGHT, [[teacher_of(0)] * 10], tokenizer, **facts
         )
         with pytest.raises(
@@ -352,12 +352,12 @@ def test_what_cannot_be_read(home, tokenizer, tmp_path):
     with pytest.raises(FileNotFoundError, match="absent: no dataset"):
         mixture(home, "lm", mix={"absent": 1})
     record = {"tokens": sequence(0), "name": "0", "domain": "d"}
-    documents = sequences.write(tmp_path / "docs", "documents", sequences.SEQUENCE, [[record]], tokenizer)
+    documents = datasets.write(tmp_path / "docs", "documents", datasets.SEQUENCE, [[record]], tokenizer)
     with pytest.raises(ValueError, match="docs holds documents: sample sequences from it first"):
         Sequences(documents, "lm", CONFIG)
     (tmp_path / "other").mkdir()
-    other = sequences.train(["abcdefgh " * 9, "hgfedcba " * 9], 290, tmp_path / "other" / "tokenizer.model")
-    sequences.write_sequences(tmp_path / "b", [sequence(0)], LENGTH, other, shards=1)
+    other = datasets.train(["abcdefgh " * 9, "hgfedcba " * 9], 290, tmp_path / "other" / "tokenizer.model")
+    datasets.write_sequences(tmp_path / "b", [sequence(0)], LENGTH, other, shards=1)
     (tmp_path / "a").symlink_to(home / "a")
     with pytest.raises(ValueError, match="a, b were tokenised with different tokenizers"):
         open_mix(tmp_path, {"a": 1, "b": 1}, "lm", CONFIG)

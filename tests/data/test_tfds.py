@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from prepared import prepare
+from support.tfds import prepare
 
 from cepe_jax.data.tfds import label_names, rows, versions
 

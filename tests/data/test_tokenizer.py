@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import sentencepiece as library
 import tokenizers
-from texts import as_llama_2, byte_level, to_tokenizers
+from support.tokenizers import as_llama_2, byte_level, to_tokenizers
 
 from cepe_jax.data import tokenizer as tokenizer_module
 from cepe_jax.data import tokenizer_training

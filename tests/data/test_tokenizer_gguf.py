@@ -5,7 +5,7 @@ import json
 import pytest
 import tokenizers
 from sentencepiece import sentencepiece_model_pb2
-from texts import CHATML, CHATML_TOKENS, TEXTS, as_llama_2
+from support.tokenizers import CHATML, CHATML_TOKENS, TEXTS, as_llama_2
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from cepe_jax.data.tokenizer import Tokenizer

@@ -5,38 +5,13 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from support.units import UNITS, Note
 
 from cepe_jax.data.builder import Builder
 from cepe_jax.data.units import JobConfig, run_units
-
-UNITS = [(name,) for name in "abcdefg"]
-
-
-@dataclass(frozen=True)
-class Note:
-    """Work that notes its unit in a file, and ends badly at one of them while that unit's `switch` is there."""
-
-    log: Path
-    ends: str = ""  # the exception, or "kill" or "wait"
-    at: str = "c"
-
-    def __call__(self, number: int, name: str):
-        with open(self.log, "a") as log:
-            log.write(f"{number}{name} ")
-        yield 0.5, 10
-        if name == self.at and self.ends:
-            if self.ends == "kill":
-                os.kill(os.getpid(), signal.SIGKILL)
-            while self.ends == "wait":
-                time.sleep(0.05)
-                yield 0.0, 0
-            raise {"ValueError": ValueError, "KeyError": KeyError}[self.ends](f"unit {name} is bad")
-        yield 0.5, 1
-        return {"upper": name.upper(), "pid": os.getpid()}
 
 
 @pytest.fixture
@@ -140,7 +115,7 @@ PROGRAM = """
 import signal
 import sys
 from pathlib import Path
-from test_units import UNITS, Note
+from support.units import UNITS, Note
 from cepe_jax.cli import run
 from cepe_jax.data.builder import Builder
 from cepe_jax.data.units import JobConfig, run_units
@@ -165,7 +140,7 @@ def test_no_process_is_left(tmp_path, end):
     """Ctrl-C, which all processes hear, is one line; and workers end with a parent that could not tell them."""
     script = tmp_path / "job.py"
     script.write_text(PROGRAM)
-    environment = os.environ | {"PYTHONPATH": f"{Path(__file__).parent}:{Path(__file__).parents[2]}"}
+    environment = os.environ | {"PYTHONPATH": f"{Path(__file__).parents[1]}:{Path(__file__).parents[2]}"}
     command = [sys.executable, script, tmp_path / "out"]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True

@@ -10,8 +10,8 @@ import types
 import numpy as np
 import pytest
 import yaml
-from scripted import BOS, Letters, Scripted, whole_text
-from texts import LLAMA_2, as_llama_2
+from support.fakes import BOS, Letters, Scripted, whole_text
+from support.tokenizers import LLAMA_2, as_llama_2
 
 import cepe_jax
 from cepe_jax.data.tokenizer import Tokenizer

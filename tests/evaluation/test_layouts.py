@@ -5,8 +5,8 @@ import re
 
 import numpy as np
 import pytest
-from prepared import prepare
-from scripted import Scripted
+from support.fakes import Scripted
+from support.tfds import prepare
 
 from cepe_jax.evaluation.layouts import LAYOUTS, load
 from cepe_jax.evaluation.records import Record

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 import pytest
-from texts import WINDOW
+from support.tokenizers import WINDOW
 
 from cepe_jax.evaluation.language_model import LanguageModel, Prompt, generate
 from cepe_jax.evaluation.models import ModelConfig, load_model

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from asked import Asked
-from sequences import joins, make_tokenizer, write, write_sequences
+from support.datasets import joins, make_tokenizer, write, write_sequences
+from support.fakes import Asked
 
 from cepe_jax.data.corpus import Corpus, PrepareConfig, prepare
 from cepe_jax.data.retrieval import features_of

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny import relative_error
+from support.models import relative_error
 
 from cepe_jax.evaluation import replug as module
 from cepe_jax.evaluation.language_model import Prompt

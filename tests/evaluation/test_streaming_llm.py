@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 import pytest
-from test_method import heads, layer, rms_norm, rotate
-from tiny import DECODER, float64, relative_error
+from support.models import DECODER, float64, relative_error
+from support.oracles import heads, layer, rms_norm, rotate
 
 from cepe_jax.evaluation.language_model import Prompt
 from cepe_jax.evaluation.models import ModelConfig, load_model

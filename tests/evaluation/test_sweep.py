@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from asked import Asked
-from sequences import make_tokenizer
+from support.datasets import make_tokenizer
+from support.fakes import Asked
 
 from cepe_jax.data.tokenizer import Tokenizer
 from cepe_jax.evaluation import cells as store

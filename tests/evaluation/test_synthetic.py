@@ -6,7 +6,7 @@ from collections import Counter
 from typing import get_args
 
 import pytest
-from scripted import Letters, Scripted, whole_text
+from support.fakes import Letters, Scripted, whole_text
 
 from cepe_jax.evaluation.synthetic import Kind, records, sentences_of
 from cepe_jax.evaluation.tasks import TaskConfig, measure, values

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from scripted import BOS, Letters, Scripted, whole_text
+from support.fakes import BOS, Letters, Scripted, whole_text
 
 from cepe_jax.evaluation.protocols import Template, Words
 from cepe_jax.evaluation.tasks import TaskConfig, measure, values

@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from texts import CHUNK, LLAMA_2, as_llama_2
+from support.tokenizers import CHUNK, LLAMA_2, as_llama_2
 
 import cepe_jax
 from cepe_jax.data.tokenizer import Tokenizer

@@ -4,8 +4,8 @@ import dataclasses
 import itertools
 
 import pytest
-from recomputed import draw
-from texts import CHUNK, WINDOW
+from support.oracles import draw
+from support.tokenizers import CHUNK, WINDOW
 
 from cepe_jax.inference import session
 from cepe_jax.inference.generate import Draws, Sampling

@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from recomputed import recompute
 from safetensors.numpy import save_file
-from tiny import ENCODER, make_cepe, relative_error, with_config, with_leaf
+from support.models import ENCODER, make_cepe, relative_error, with_config, with_leaf
+from support.oracles import recompute
 
 from cepe_jax.inference import context as module
 from cepe_jax.inference.context import ContextCache, encode, encode_chunks, free_bytes, identity_of, stacked

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
-from recomputed import recompute
-from tiny import DECODER, ENCODER
+from support.models import DECODER, ENCODER
+from support.oracles import recompute
 
 from cepe_jax.inference import generate as module
 from cepe_jax.inference.context import encode_chunks

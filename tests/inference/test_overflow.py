@@ -4,7 +4,7 @@ import random
 from types import SimpleNamespace
 
 import pytest
-from texts import TEXTS
+from support.tokenizers import TEXTS
 
 from cepe_jax.data.tokenizer_training import train
 from cepe_jax.inference.overflow import by_passages, fit, fit_continued, passages_of, truncate_left

@@ -6,7 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 import pytest
-from tiny import DECODER, ENCODER
+from support.models import DECODER, ENCODER
 
 from cepe_jax.inference.generate import Draws, Sampling, next_token
 from cepe_jax.model.cache import KVCache

@@ -6,7 +6,7 @@ from functools import partial
 
 import numpy as np
 import pytest
-from tiny import DECODER, ENCODER
+from support.models import DECODER, ENCODER
 
 from cepe_jax.inference import generate as generate_module
 from cepe_jax.inference import scoring as module

@@ -5,8 +5,8 @@ import weakref
 
 import numpy as np
 import pytest
-from recomputed import draw
-from texts import CHUNK, WINDOW, chunks_of
+from support.oracles import draw
+from support.tokenizers import CHUNK, WINDOW, chunks_of
 
 from cepe_jax.inference import session as module
 from cepe_jax.inference.context import ContextCache, Passage, encode

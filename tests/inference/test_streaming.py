@@ -3,7 +3,7 @@
 import random
 
 import pytest
-from texts import TEXTS, as_llama_2, byte_level, to_tokenizers
+from support.tokenizers import TEXTS, as_llama_2, byte_level, to_tokenizers
 
 from cepe_jax.data.tokenizer import Tokenizer
 from cepe_jax.data.tokenizer_training import train

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import tokenizers
-from texts import CHATML, CHATML_TOKENS, LLAMA_2, LLAMA_3, LLAMA_3_TOKENS, ZEPHYR, as_llama_2, byte_level
+from support.tokenizers import CHATML, CHATML_TOKENS, LLAMA_2, LLAMA_3, LLAMA_3_TOKENS, ZEPHYR, as_llama_2, byte_level
 
 from cepe_jax.data.tokenizer import Tokenizer
 from cepe_jax.inference.template import Template

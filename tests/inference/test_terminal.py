@@ -11,7 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from texts import CHUNK
+from support.tokenizers import CHUNK
 
 from cepe_jax.data.tokenizer import Tokenizer
 from cepe_jax.inference import context, session, terminal

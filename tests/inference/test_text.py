@@ -6,9 +6,9 @@ import shutil
 
 import numpy as np
 import pytest
-from recomputed import draw
-from texts import CHUNK, WINDOW, byte_level, chunks_of
-from tiny import make_decoder, make_encoder
+from support.models import make_decoder, make_encoder
+from support.oracles import draw
+from support.tokenizers import CHUNK, WINDOW, byte_level, chunks_of
 
 import cepe_jax
 from cepe_jax.inference import context as context_module

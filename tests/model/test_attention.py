@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import relative_error
+from support.models import relative_error
 
 from cepe_jax.model import attention
 from cepe_jax.model.attention import Mask, attend, attend_partial, merge

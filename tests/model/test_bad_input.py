@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from tiny import DECODER, ENCODER
+from support.models import DECODER, ENCODER
 
 from cepe_jax.config import CepeConfig, RopeConfig
 from cepe_jax.model.cepe import Cepe

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import DECODER, relative_error, with_config
+from support.models import DECODER, relative_error, with_config
 
 from cepe_jax.model.cache import KVCache
 from cepe_jax.model.cepe import Cepe, flat_mask

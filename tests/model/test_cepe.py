@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import (
+from support.models import (
     DECODER,
     ENCODER,
     NUM_CROSS_LAYERS,

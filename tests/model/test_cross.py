@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
-from tiny import DECODER, ENCODER, relative_error
+from support.models import DECODER, ENCODER, relative_error
 
 from cepe_jax.cost import ReadFlops, read_flops
 from cepe_jax.model import cross
@@ -195,7 +195,7 @@ def test_memory_of_prefill_does_not_grow_with_the_context(cepe, monkeypatch):
 
 @pytest.fixture(scope="module")
 def split() -> dict:
-    tests = str(Path(__file__).parents[1])  # for tiny.py
+    tests = str(Path(__file__).parents[1])  # for support
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([tests, os.environ.get("PYTHONPATH", "")]),
         "JAX_PLATFORMS": "cpu",
@@ -229,7 +229,7 @@ def test_chunks_are_encoded_without_communication(split):
 
 def main() -> None:
     """Prints what splitting the memory over 8 devices gives."""
-    from tiny import make_cepe
+    from support.models import make_cepe
 
     kernels = splash_attention_kernel
     kernels.make_splash_mha = partial(kernels.make_splash_mha, interpret=True)

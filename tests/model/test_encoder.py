@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from tiny import ENCODER, float64, make_encoder, relative_error, with_config, with_leaf
+from support.models import ENCODER, float64, make_encoder, relative_error, with_config, with_leaf
 
 from cepe_jax.model.encoder import Encoder
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import DECODER, make_decoder, relative_error, with_config
+from support.models import DECODER, make_decoder, relative_error, with_config
 
 from cepe_jax.model.layers import at, in_chunks
 from cepe_jax.training.hlo import arrays

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import DECODER, make_decoder, relative_error, with_config, with_leaf
+from support.models import DECODER, make_decoder, relative_error, with_config, with_leaf
 
 DISTINCT = np.arange(7)[None]
 

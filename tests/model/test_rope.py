@@ -5,7 +5,7 @@ import math
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import relative_error
+from support.models import relative_error
 
 from cepe_jax.config import RopeConfig
 from cepe_jax.model.rope import inverse_frequencies, rope_table, rotate

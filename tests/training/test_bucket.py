@@ -7,9 +7,9 @@ from typing import ClassVar
 import fsspec
 import numpy as np
 import pytest
-import tiny
 from etils import epath
 from fsspec.implementations.memory import MemoryFileSystem
+from support import models
 
 from cepe_jax import cli
 from cepe_jax.directories import new_directory
@@ -66,8 +66,8 @@ def test_a_run_in_a_bucket_needs_its_library(monkeypatch):
 
 
 def test_a_model_is_there_once_its_config_is(tmp_path):
-    save(tiny.make_decoder(), RUN / "model")
-    save(tiny.make_decoder(), tmp_path / "model")
+    save(models.make_decoder(), RUN / "model")
+    save(models.make_decoder(), tmp_path / "model")
     assert Bucket.closed[-1].endswith("run/model/config.json")
     copied = tmp_path / "copied"
     copied.mkdir()
@@ -76,7 +76,7 @@ def test_a_model_is_there_once_its_config_is(tmp_path):
     Directory(copied).verify()
     assert (copied / "hash.json").read_bytes() == (tmp_path / "model/hash.json").read_bytes()
     with pytest.raises(ValueError, match="gs://bucket/run/model exists"):
-        save(tiny.make_decoder(), RUN / "model")
+        save(models.make_decoder(), RUN / "model")
 
 
 def test_a_model_that_was_cut_off_is_written_anew():

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_method import NONE, method
-from tiny import DECODER, float64, make_cepe
+from support.models import DECODER, float64, make_cepe
+from support.oracles import NONE, method
 
 from cepe_jax.data.examples import IGNORE
 from cepe_jax.model.cepe import assemble, split

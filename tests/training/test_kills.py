@@ -14,8 +14,8 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-import sequences
-from tiny import DECODER, ENCODER, filled
+from support import datasets
+from support.models import DECODER, ENCODER, filled
 
 from cepe_jax.cli import FAULT, STOPPED
 from cepe_jax.model.cepe import Cepe, cross_from_self_attention
@@ -33,9 +33,9 @@ class Home:
 
     def __init__(self, path: Path):
         self.path = path
-        tokenizer = sequences.make_tokenizer(path)
+        tokenizer = datasets.make_tokenizer(path)
         rng = np.random.default_rng(0)
-        data = sequences.write_sequences(path / "data", list(rng.integers(3, 290, (40, 17))), 16, tokenizer)
+        data = datasets.write_sequences(path / "data", list(rng.integers(3, 290, (40, 17))), 16, tokenizer)
         sizes = {"vocab_size": tokenizer.vocab_size + 1}
 
         def make():

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiny import DECODER, make_decoder
+from support.models import DECODER, make_decoder
 
 from cepe_jax.data.examples import IGNORE
 from cepe_jax.model.cepe import assemble, parts_of, split

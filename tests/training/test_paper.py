@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_stages import SIZES, bits, make_data
+from support.datasets import make_data
+from support.models import SIZES, bits
 
 from cepe_jax.cli import decode, read_yaml
 from cepe_jax.config import DECODERS, ENCODERS

@@ -19,8 +19,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-import sequences
-import tiny
+from support import datasets, models
 
 from cepe_jax.cli import STOPPED
 from cepe_jax.data.examples import ExampleConfig
@@ -48,16 +47,16 @@ EXAMPLES = ExampleConfig(window=8, num_chunks=2, chunk_length=4)
 def home(tmp_path_factory) -> Path:
     """data/ and model/, a tiny CEPE, and the run of one process with one device, whole/."""
     home = tmp_path_factory.mktemp("processes")
-    tokenizer = sequences.make_tokenizer(home)
+    tokenizer = datasets.make_tokenizer(home)
     rng = np.random.default_rng(0)
     tokens = [rng.integers(0, tokenizer.vocab_size, 17).astype(np.uint16) for _ in range(40)]
-    sequences.write_sequences(home / "data", tokens, 16, tokenizer)
-    decoder_config = dataclasses.replace(tiny.DECODER, vocab_size=tokenizer.vocab_size)
-    encoder_config = dataclasses.replace(tiny.ENCODER, vocab_size=tokenizer.vocab_size + 1, mlm_head=False)
+    datasets.write_sequences(home / "data", tokens, 16, tokenizer)
+    decoder_config = dataclasses.replace(models.DECODER, vocab_size=tokenizer.vocab_size)
+    encoder_config = dataclasses.replace(models.ENCODER, vocab_size=tokenizer.vocab_size + 1, mlm_head=False)
     key = jax.random.key(0)
-    decoder = tiny.filled(lambda: Llama(decoder_config, key=key), seed=1)
-    encoder = tiny.filled(lambda: Encoder(encoder_config, key=key), seed=2)
-    cross = tiny.filled(lambda: cross_from_self_attention(decoder, encoder_config, 2, "normal", key=key), seed=3)
+    decoder = models.filled(lambda: Llama(decoder_config, key=key), seed=1)
+    encoder = models.filled(lambda: Encoder(encoder_config, key=key), seed=2)
+    cross = models.filled(lambda: cross_from_self_attention(decoder, encoder_config, 2, "normal", key=key), seed=3)
     save(Cepe(decoder, encoder, cross), home / "model")
     start = {"cepe": str(home / "model"), "train": ("cross",), "examples": EXAMPLES, "optimizer": OPTIMIZER}
     start |= {"save_every": 2, "log_every": 1}
@@ -128,8 +127,8 @@ def assert_equals_whole(home: Path, out: Path) -> None:
     np.testing.assert_allclose(values, wanted, rtol=1e-5)
     ours, wanted = (jax.tree.leaves(load(home_of / "model")) for home_of in (out, home / "whole"))
     begun = jax.tree.leaves(load(home / "model"))
-    assert max(tiny.relative_error(a, b) for a, b in zip(ours, wanted, strict=True)) < 1e-5
-    assert sum(tiny.relative_error(a, c) > 1e-3 for a, c in zip(ours, begun, strict=True)) == 5  # cross-attention
+    assert max(models.relative_error(a, b) for a, b in zip(ours, wanted, strict=True)) < 1e-5
+    assert sum(models.relative_error(a, c) > 1e-3 for a, c in zip(ours, begun, strict=True)) == 5  # cross-attention
 
 
 def resumed_at(process: Process) -> int:

@@ -3,15 +3,14 @@
 import dataclasses
 import json
 import shutil
-import sysconfig
 from pathlib import Path
 
 import jax
-import numpy as np
 import pytest
+from support.datasets import make_data
+from support.models import SIZES, bits
 
 from cepe_jax.config import DECODERS, ENCODERS
-from cepe_jax.data.corpus import PrepareConfig, prepare
 from cepe_jax.data.examples import ExampleConfig
 from cepe_jax.data.loader import batches
 from cepe_jax.data.records import Records
@@ -26,7 +25,6 @@ from cepe_jax.training.stages import run_stage
 from cepe_jax.training.trainer import OptimizerConfig
 from cepe_jax.weights.huggingface import load
 
-SIZES = {"width": 16, "num_heads": 2, "num_kv_heads": 1, "head_dim": 8, "mlp_width": 24}
 EXAMPLES = {
     "lm": ExampleConfig(window=16),
     "mlm": ExampleConfig(window=8),
@@ -38,18 +36,6 @@ EXAMPLES = {
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return make_data(tmp_path_factory.mktemp("data"), 400)
-
-
-def make_data(home: Path, vocab_size: int) -> Path:
-    """Sequences of 32 tokens of a package's files: windows of each, and packed ones."""
-    library = Path(sysconfig.get_path("stdlib")) / "json"
-    fractions = {"test_fraction": 0.3, "retrieval_fraction": 0.0}
-    prepare(
-        PrepareConfig(input=library, out=home / "docs", patterns=("*.py",), vocab_size=vocab_size, seed=1, **fractions)
-    )
-    for kind in ("filtered", "packed"):
-        sample(SampleConfig(data=home / "docs", out=home / kind, kind=kind, length=32, workers=1))
-    return home
 
 
 @pytest.fixture(scope="module")
@@ -70,10 +56,6 @@ def runs(data, tmp_path_factory):
             mix = {"filtered": 1.0, "packed": 2.0} if stage == "cepe" else {"filtered": 1.0}
             run_stage(TrainConfig(stage, data, root / stage, 3, 4, mix=mix, examples=EXAMPLES[stage], **start))
     return root
-
-
-def bits(part) -> list[bytes]:
-    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(part)]
 
 
 def test_each_stage_trains_what_it_should(runs):

@@ -8,7 +8,8 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from test_stages import SIZES, make_data
+from support.datasets import make_data
+from support.models import SIZES
 
 from cepe_jax.config import DECODERS, ENCODERS
 from cepe_jax.data.examples import ExampleConfig

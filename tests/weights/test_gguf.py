@@ -7,7 +7,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from tiny import DECODER, float64, make_decoder
+from support.models import DECODER, float64, make_decoder
 
 from cepe_jax.config import RopeConfig
 from cepe_jax.data.tokenizer import Tokenizer

@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from tiny import relative_error
+from support.models import relative_error
 
 from cepe_jax.config import DECODERS
 from cepe_jax.data import tokenizer_gguf

@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from tiny import relative_error
+from support.models import relative_error
 
 from cepe_jax.model.rope import inverse_frequencies
 from cepe_jax.weights.directory import facts_at

@@ -36,6 +36,7 @@ ENCODER = EncoderConfig(
     mlm_head=True,
 )
 NUM_CROSS_LAYERS = 2
+SIZES = {"width": 16, "num_heads": 2, "num_kv_heads": 1, "head_dim": 8, "mlp_width": 24}  # of presets that are trained
 
 
 def filled(make, seed: int):
@@ -101,3 +102,7 @@ def relative_error(ours, wanted) -> float:
 def float64(module) -> dict:
     """The module's weights by name, nested, in fp64 numpy."""
     return jax.tree.map(lambda a: np.asarray(a, np.float64), nnx.to_pure_dict(nnx.state(module)))
+
+
+def bits(part) -> list[bytes]:
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(part)]

@@ -1,11 +1,14 @@
-"""Datasets written by hand, for tests of what reads them: their tokens are what the test says."""
+"""Datasets written by hand, whose tokens are what the test says, and a small real one."""
 
+import sysconfig
 from pathlib import Path
 
 import numpy as np
 
 from cepe_jax.data.builder import Builder, ShardWriter, array, text
+from cepe_jax.data.corpus import PrepareConfig, prepare
 from cepe_jax.data.records import Records, shard_path
+from cepe_jax.data.sampling import SampleConfig, sample
 from cepe_jax.data.tokenizer import Tokenizer
 from cepe_jax.data.tokenizer_training import train
 
@@ -47,3 +50,15 @@ def joins(base: Path) -> dict:
     """What the index of a dataset says that was made for `base`, beside it."""
     records = Records(base, "train")
     return {"path": f"../{base.name}", "split": "train", "digest": records.digest}
+
+
+def make_data(home: Path, vocab_size: int) -> Path:
+    """Sequences of 32 tokens of a package's files: windows of each, and packed ones."""
+    library = Path(sysconfig.get_path("stdlib")) / "json"
+    fractions = {"test_fraction": 0.3, "retrieval_fraction": 0.0}
+    prepare(
+        PrepareConfig(input=library, out=home / "docs", patterns=("*.py",), vocab_size=vocab_size, seed=1, **fractions)
+    )
+    for kind in ("filtered", "packed"):
+        sample(SampleConfig(data=home / "docs", out=home / kind, kind=kind, length=32, workers=1))
+    return home
