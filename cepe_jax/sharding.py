@@ -63,6 +63,12 @@ def num_shards(logical: str) -> int:
     return math.prod(sizes[axis] for axis in split_axes(logical))
 
 
+def rows_of_a_device(rows: int) -> int:
+    """How many of a batch's rows a device computes: its share, or all of them if the devices cannot share them."""
+    shards = num_shards("batch")
+    return rows if rows % shards else rows // shards
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """`x`, placed after the table while tracing under a mesh; the same array otherwise."""
     mesh = jax.sharding.get_abstract_mesh()

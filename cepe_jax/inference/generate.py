@@ -20,6 +20,7 @@ from cepe_jax.config import DecoderConfig
 from cepe_jax.model.cache import KVCache
 from cepe_jax.model.cepe import Cepe
 from cepe_jax.model.llama import Llama
+from cepe_jax.sharding import rows_of_a_device
 
 Array = jax.Array
 Item = TypeVar("Item")
@@ -153,7 +154,7 @@ def piece_length(config: DecoderConfig, cache: KVCache, rows: int, length: int) 
 
     Kernels store no scores, so they read all. They read no cache: what follows on others is read by XLA.
     """
-    keys = length if cache.empty else cache.slots
+    rows, keys = rows_of_a_device(rows), length if cache.empty else cache.slots
     if (config.attention != "xla" and cache.empty) or rows * length * keys <= PAIRS:
         return length
     most = 1 << (PAIRS // (rows * cache.slots)).bit_length() >> 1  # a power of two

@@ -202,8 +202,68 @@ def _splash_kernel(causal: bool, num_heads: int, T: int, S: int, residuals: bool
 
 
 def _cudnn(causal: bool, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, valid_BS: jax.Array | None = None):
-    """cuDNN's flash attention of one shard. It takes holes in the keys as (B, 1, T, S), one for all heads."""
+    """cuDNN's flash attention of one shard. Lengths are filled up to even ones, as its derivative wants them."""
+    T, S = q_BTNH.shape[1], k_BSKH.shape[1]
+    if S % 2 and valid_BS is None and not causal:  # a causal mask hides the filled key from all real queries
+        valid_BS = jnp.ones((q_BTNH.shape[0], S), bool)
+    q_BTNH, k_BSKH, v_BSKH, valid_BS = (
+        x if x is None else jnp.pad(x, [(0, 0), (0, x.shape[1] % 2)] + [(0, 0)] * (x.ndim - 2))
+        for x in (q_BTNH, k_BSKH, v_BSKH, valid_BS)
+    )
+    return _cudnn_even(causal, q_BTNH, k_BSKH, v_BSKH, valid_BS)[:, :T]
+
+
+def _fold_mapped_axes(function):
+    """`function` of arrays that lead with rows; the axes that `jax.vmap` maps over become rows as well."""
+    folded = jax.custom_batching.custom_vmap(function)
+
+    @folded.def_vmap
+    def rule(size: int, mapped, *inputs):
+        def fold(x, is_mapped):
+            x = x if is_mapped else jnp.broadcast_to(x, (size, *x.shape))
+            return x.reshape(-1, *x.shape[2:])
+
+        outputs = folded(*jax.tree.map(fold, inputs, tuple(mapped)))
+        return jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]), outputs), jax.tree.map(lambda _: True, outputs)
+
+    return folded
+
+
+# JAX maps cuDNN's attention over an axis only if a mask is given for each head, N times as large as the one we have. A
+# function that folds mapped axes has no derivative, so both passes fold by themselves.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _cudnn_even(causal: bool, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, valid_BS: jax.Array | None):
+    return _fold_mapped_axes(lambda *inputs: _cudnn_vjp(causal, *inputs)[0])(q_BTNH, k_BSKH, v_BSKH, valid_BS)
+
+
+def _cudnn_vjp(causal: bool, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, valid_BS: jax.Array | None):
+    """The attention, what `_cudnn_even` keeps for its derivative, and the derivative as a function of what is kept."""
     seen = None
     if valid_BS is not None:
         seen = jnp.broadcast_to(valid_BS[:, None, None], (len(valid_BS), 1, q_BTNH.shape[1], valid_BS.shape[1]))
-    return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=seen, is_causal=causal, implementation="cudnn")
+    attention = functools.partial(jax.nn.dot_product_attention, mask=seen, is_causal=causal, implementation="cudnn")
+    out_BTNH, pullback = jax.vjp(attention, q_BTNH, k_BSKH, v_BSKH)
+    leaves, structure = jax.tree.flatten(pullback)
+    made = [index for index, x in enumerate(leaves) if x is out_BTNH or x.ndim == 3]  # and the log-sum-exp (B, N, T)
+
+    def derivative(kept: list[jax.Array]):
+        of_kept = dict(zip(made, kept, strict=True))
+        return jax.tree.unflatten(structure, [of_kept.get(index, x) for index, x in enumerate(leaves)])
+
+    return out_BTNH, [leaves[index] for index in made], derivative
+
+
+def _cudnn_forward(causal: bool, *inputs):
+    out_BTNH, kept = _fold_mapped_axes(lambda *inputs: _cudnn_vjp(causal, *inputs)[:2])(*inputs)
+    return out_BTNH, (inputs, kept)
+
+
+def _cudnn_backward(causal: bool, residuals, cotangent_BTNH: jax.Array):
+    def backward(inputs, kept, cotangent_BTNH):
+        # Of this forward pass nothing is used except its structure: the compiler leaves it out.
+        return _cudnn_vjp(causal, *inputs)[2](kept)(cotangent_BTNH)
+
+    return *_fold_mapped_axes(backward)(*residuals, cotangent_BTNH), None
+
+
+_cudnn_even.defvjp(_cudnn_forward, _cudnn_backward)

@@ -21,7 +21,7 @@ from cepe_jax.model.attention import (
     splash_partial,
 )
 from cepe_jax.model.layers import RMSNorm, project
-from cepe_jax.sharding import on_shards, split_axes
+from cepe_jax.sharding import on_shards, rows_of_a_device, split_axes
 
 Array = jax.Array
 
@@ -76,7 +76,7 @@ class CrossAttention(nnx.Module):
 
         whole = {
             "xla": False,
-            "cudnn": PAIRS["cudnn"] >= B * T * M,
+            "cudnn": PAIRS["cudnn"] >= rows_of_a_device(B) * T * M,
             "splash": differentiable or M <= KERNEL_BLOCK,
         }[backend]
         if whole and not split_axes("memory"):
@@ -87,13 +87,14 @@ class CrossAttention(nnx.Module):
         def part(q_BTNH: Array, memory_BME: Array, mask_BM: Array | None, k: Array, v: Array) -> Partial:
             def block(memory_BME: Array, mask_BM: Array | None) -> Partial:
                 if backend == "splash":
-                    return splash_partial(q_BTNH, *kv(memory_BME, k, v), mask_BM)
+                    valid_BM = jnp.ones(memory_BME.shape[:2], bool) if mask_BM is None else mask_BM
+                    return splash_partial(q_BTNH, *kv(memory_BME, k, v), valid_BM)
                 return attend_partial(q_BTNH, *kv(memory_BME, k, v), Mask(valid_BS=mask_BM))
 
             limit = KERNEL_BLOCK if backend == "splash" else PAIRS["xla"] // (q_BTNH.shape[0] * T)
             return _in_blocks(block, (memory_BME, mask_BM), limit)
 
-        return self._over_the_memory(part, q_BTNH, memory_BME, mask_BM, kernel=backend == "splash")
+        return self._over_the_memory(part, q_BTNH, memory_BME, mask_BM)
 
     def absorbed(self, q_BTNH: Array, memory_BME: Array, mask_BM: Array | None) -> Array:
         """From the memory itself, the one key and value of all heads; by XLA, whatever the back end."""
@@ -118,28 +119,23 @@ class CrossAttention(nnx.Module):
         return self._over_the_memory(part, q_BTNH, memory_BME, mask_BM)
 
     def _over_the_memory(
-        self,
-        part: Callable[..., Partial],
-        q_BTNH: Array,
-        memory_BME: Array,
-        mask_BM: Array | None,
-        kernel: bool = False,
+        self, part: Callable[..., Partial], q_BTNH: Array, memory_BME: Array, mask_BM: Array | None
     ) -> Array:
-        """`part` of the whole memory, or of each device's share of it, merged."""
-        k, v = self.k[...], self.v[...]
+        """`part` of the whole memory, or of each device's share of it, merged.
+
+        Every device computes the rows and heads that it holds, from weights that are gathered once and not by block.
+        """
         axes = split_axes("memory")
-        if not axes and not kernel:
-            return merge(part(q_BTNH, memory_BME, mask_BM, k, v))
-        if mask_BM is None:
-            mask_BM = jnp.ones(memory_BME.shape[:2], bool)
         rows = "batch" if memory_BME.shape[0] == q_BTNH.shape[0] else None
         heads, weight = ("batch", "length", "heads", "head_dim"), (None, "kv_heads", "head_dim")
-        of_devices = on_shards(
-            lambda *inputs: merge(combine_over(axes, part(*inputs)) if axes else part(*inputs)),
-            (heads, (rows, "memory", None), (rows, "memory"), weight, weight),
-            heads,
-        )
-        return of_devices(q_BTNH, memory_BME, mask_BM, k, v)
+        masks = () if mask_BM is None else (mask_BM,)
+
+        def of_a_device(q_BTNH: Array, memory_BME: Array, k: Array, v: Array, *masks: Array) -> Array:
+            read = part(q_BTNH, memory_BME, *masks or (None,), k, v)
+            return merge(combine_over(axes, read) if axes else read)
+
+        in_axes = heads, (rows, "memory", None), weight, weight, *[(rows, "memory") for _ in masks]
+        return on_shards(of_a_device, in_axes, heads)(q_BTNH, memory_BME, self.k[...], self.v[...], *masks)
 
 
 def _in_blocks(

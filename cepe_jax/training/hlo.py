@@ -38,8 +38,16 @@ def collectives(program: str) -> dict[str, dict[str, int]]:
         times[name] += factor
         for what in computations[name].values():
             loop = re.search(r"condition=%?([\w.\-]+)", what)
+            known = re.search(
+                r'"known_trip_count":\{"n":"(\d+)"\}', what
+            )  # the GPU's compiler hides the rest in fusions
             for called in re.findall(r"[\w.\-]+", " ".join(map(" ".join, _CALLED.findall(what)))):
-                visit(called, factor * (_trips(computations[loop[1]], computations[called]) if loop else 1))
+                if not loop:
+                    visit(called, factor)
+                elif known:
+                    visit(called, factor * int(known[1]))
+                else:
+                    visit(called, factor * _trips(computations[loop[1]], computations[called]))
 
     visit(entry, 1)
     found: dict[tuple[str, str], list[tuple[int, int]]] = defaultdict(list)  # (kind, channel) -> (times, bytes)

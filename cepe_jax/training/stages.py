@@ -193,7 +193,8 @@ def run_stage(config: TrainConfig) -> Path | None:
     mesh = make_mesh(**dataclasses.asdict(sizes))
     devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     print(f"{devices}, mesh {dict(mesh.shape)}, processes: {jax.process_count()}, attention: {backend}")
-    shardings_of(abstract_parts(sizes_of(config, tokenizer.vocab_size)), mesh)  # refused before anything is loaded
+    runs_as = at_run_time(sizes_of(config, tokenizer.vocab_size), config, backend)
+    shardings_of(abstract_parts(runs_as), mesh)  # refused before anything is loaded
     if config.dry_run:
         print(json.dumps(resolved, indent=1))
         tell_ahead(config, sources, weights, tokenizer.vocab_size, devices)

@@ -14,6 +14,7 @@ from cepe_jax.inference import generate as module
 from cepe_jax.inference.context import encode_chunks
 from cepe_jax.inference.generate import Draws, Sampling, bucket, generate, next_token, stream
 from cepe_jax.model.cepe import Cepe, flat_mask
+from cepe_jax.sharding import MESH_AXES
 from cepe_jax.weights.huggingface import load
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -158,6 +159,9 @@ def test_how_much_is_read_at_once(attention, empty, rows, length, piece):
     config = dataclasses.replace(DECODER, attention=attention)
     cache = SimpleNamespace(slots=8192, empty=empty)
     assert module.piece_length(config, cache, rows, length) == piece
+    mesh = jax.sharding.AbstractMesh((2, 4, 1, 1), MESH_AXES)
+    with jax.sharding.use_abstract_mesh(mesh):  # 8 times the rows on 8 devices are as many on each
+        assert module.piece_length(config, cache, 8 * rows, length) == piece
 
 
 def test_the_context_matters(cepe, context, hot):

@@ -161,3 +161,72 @@ def test_splash_equals_xla(interpreted, queries, keys, causal, holes):
     assert relative_error(out, wanted_out) < 1e-5
     for ours, theirs in zip(grads, wanted, strict=True):
         assert relative_error(ours, theirs) < 1e-5
+
+
+@pytest.fixture
+def flash(monkeypatch):
+    """cuDNN's attention as FlashAttention-2 defines it: what it refuses, and a derivative of output and log-sum-exp."""
+
+    def scores_of(q, k, seen):
+        k = jnp.repeat(k, q.shape[2] // k.shape[2], axis=2)
+        return jnp.where(seen, jnp.einsum("btnh,bsnh->bnts", q, k) * q.shape[3] ** -0.5, -1e30)
+
+    @jax.custom_vjp
+    def attention(q, k, v, seen):
+        return forward(q, k, v, seen)[0]
+
+    def forward(q, k, v, seen):
+        scores = scores_of(q, k, seen)
+        lse = jax.nn.logsumexp(scores, axis=-1)
+        weights = jnp.exp(scores - lse[..., None])
+        out = jnp.einsum("bnts,bsnh->btnh", weights, jnp.repeat(v, q.shape[2] // v.shape[2], axis=2))
+        return out, (q, k, v, seen, lse, out)
+
+    def backward(residuals, d_out):
+        q, k, v, seen, lse, out = residuals
+        repeats = q.shape[2] // k.shape[2]
+        weights = jnp.exp(scores_of(q, k, seen) - lse[..., None])
+        d_weights = jnp.einsum("btnh,bsnh->bnts", d_out, jnp.repeat(v, repeats, axis=2))
+        d_scores = weights * (d_weights - (d_out * out).sum(-1).swapaxes(1, 2)[..., None]) * q.shape[3] ** -0.5
+        dq = jnp.einsum("bnts,bsnh->btnh", d_scores, jnp.repeat(k, repeats, axis=2))
+        dk, dv = jnp.einsum("bnts,btnh->bsnh", d_scores, q), jnp.einsum("bnts,btnh->bsnh", weights, d_out)
+        dk, dv = (x.reshape(*x.shape[:2], k.shape[2], repeats, -1).sum(3) for x in (dk, dv))
+        return dq, dk, dv, None
+
+    attention.defvjp(forward, backward)
+
+    def dot_product_attention(q, k, v, mask, is_causal, implementation):
+        assert implementation == "cudnn"
+        (rows, queries, _, _), keys = q.shape, k.shape[1]
+        assert queries % 2 == keys % 2 == 0
+        seen = jnp.tril(jnp.ones((1, 1, queries, keys), bool)) if is_causal else jnp.ones((1, 1, queries, keys), bool)
+        if mask is not None:
+            assert mask.shape == (rows, 1, queries, keys)
+            seen = seen & mask
+        return attention(q, k, v, seen)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", dot_product_attention)
+
+
+@pytest.mark.parametrize(("causal", "queries", "keys"), [(True, 5, 5), (False, 3, 7), (False, 4, 6)])
+@pytest.mark.parametrize("holes", [False, True])
+def test_cudnn_equals_xla_under_vmap(flash, causal, queries, keys, holes):
+    """Values and gradients: the mapped axis becomes rows, odd lengths are filled, rows without a key are zero."""
+    rng = np.random.default_rng(0)
+    q, k, v, g = (
+        rng.standard_normal((3, B, *shape)).astype(np.float32)
+        for shape in ((queries, N, H), (keys, K, H), (keys, K, H), (queries, N, H))
+    )
+    valid = rng.random((3, B, keys)) < 0.6
+    valid[0, 0] = False
+
+    def of(backend):
+        def loss(q, k, v, valid):
+            mapped = jax.vmap(lambda q, k, v, valid: attend(q, k, v, Mask(causal, valid), backend), (1, 1, 1, 1))
+            out = mapped(*(x.swapaxes(0, 1) for x in (q, k, v)), valid if valid is None else valid.swapaxes(0, 1))
+            return (out * g).sum(), out
+
+        return jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(q, k, v, valid if holes else None)
+
+    for ours, wanted in zip(jax.tree.leaves(of("cudnn")), jax.tree.leaves(of("xla")), strict=True):
+        assert relative_error(ours, wanted) < 1e-5

@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from support.models import DECODER, ENCODER, relative_error
 
 from cepe_jax.cost import ReadFlops, read_flops
@@ -32,10 +34,10 @@ B, T, M, D, E, H = 2, 3, 300, 20, 16, 6
 FORMS = "materialised", "absorbed"
 
 
-def layer(N: int, K: int, seed: int = 0, width: int = E) -> CrossAttention:
+def layer(N: int, K: int, seed: int = 0, width: int = E, head_dim: int = H) -> CrossAttention:
     """One layer of cross-attention, in fp64 numpy."""
     rng = np.random.default_rng(seed)
-    shapes = (D, N, H), (width, K, H), (width, K, H), (N, H, D)
+    shapes = (D, N, head_dim), (width, K, head_dim), (width, K, head_dim), (N, head_dim, D)
     weights = [nnx.Param(rng.standard_normal(shape) * shape[0] ** -0.5) for shape in shapes]
     norm = RMSNorm((D,), 1e-5, ("embed",))
     norm.scale = nnx.Param(rng.standard_normal(D))
@@ -227,9 +229,27 @@ def test_chunks_are_encoded_without_communication(split):
     assert split["memory"] == ["None", "context"]
 
 
+def test_gpus_encode_the_chunks_they_hold(split):
+    """cuDNN's rows of a device: 1 of 1 row, 2 of 16 chunks; each with its own mask."""
+    assert split["encode for GPUs"] == ["2x6x4x8xbf16", "2x1x6x6xbf16"]
+
+
+def test_cudnn_is_chosen_by_rows_of_a_device(split):
+    """With 2 of 16 rows on each of 8 devices cuDNN's mask fits; with half the pairs allowed it does not."""
+    assert split["calls of cuDNN"] == [1, 0]
+
+
+def test_weights_cross_the_network_before_blocks(split):
+    """Keys' and values' weights, cut over 8 devices, are gathered once for 8 blocks; so are sums of their gradients."""
+    weights = {"number": 2, "bytes": 2 * E * 2 * 8 * 4}
+    assert split["forward"]["all-gather"] == split["gradient"]["all-gather"] == weights
+    assert split["gradient"]["all-reduce"]["number"] <= 4
+
+
 def main() -> None:
     """Prints what splitting the memory over 8 devices gives."""
-    from support.models import make_cepe
+    from jax._src.cudnn import fused_attention_stablehlo
+    from support.models import make_cepe, with_config
 
     kernels = splash_attention_kernel
     kernels.make_splash_mha = partial(kernels.make_splash_mha, interpret=True)
@@ -267,7 +287,39 @@ def main() -> None:
         found["encode"] = re.findall(kinds, encode.as_text())
         found["encode error"] = relative_error(memory, alone)
         found["memory"] = [str(axes) for axes in memory.sharding.spec]
+        fused_attention_stablehlo.check_cudnn_version = lambda: 92501
+        cepe.encoder = with_config(cepe.encoder, attention="cudnn", dtype="bfloat16")
+        lowered = jax.jit(Cepe.encode).trace(cepe, context, real).lower(lowering_platforms=("cuda",)).as_text()
+        found["encode for GPUs"] = [kernels_of(lowered)[0][0], kernels_of(lowered)[0][-1]]
+    mesh, rows = make_mesh(fsdp=8), 16
+    with jax.set_mesh(mesh):
+        x, (_, memory, mask) = np.ones((rows, T, D)), inputs(rows, memory=1024)
+        weights, given = cast(layer(4, 2, head_dim=8), jnp.float32), (*cast((x, memory), jnp.float32), mask)
+        for name in "kv":  # as a layer of a stack is cut
+            setattr(
+                weights, name, nnx.Param(jax.device_put(getattr(weights, name)[...], NamedSharding(mesh, P("fsdp"))))
+            )
+
+        def loss(weights, *given):
+            given = [constrain(x, "batch", *[None] * (x.ndim - 1)) for x in given]
+            return reading(weights, "materialised")(*given, "xla").sum()
+
+        cross.PAIRS["xla"] = rows // 8 * T * 128  # 8 blocks
+        for name, function in (("forward", loss), ("gradient", jax.value_and_grad(loss))):
+            found[name] = collectives(jax.jit(function).lower(weights, *given).compile().as_text())
+        found["calls of cuDNN"] = []
+        for pairs in (rows // 8 * T * 1024, rows // 8 * T * 1024 // 2):
+            cross.PAIRS["cudnn"] = pairs
+            read = jax.jit(lambda weights, *given: reading(weights, "materialised")(*given, "cudnn"))
+            lowered = read.trace(weights, *cast(given[:2], jnp.bfloat16), mask).lower(lowering_platforms=("cuda",))
+            found["calls of cuDNN"].append(len(kernels_of(lowered.as_text())))
     print(json.dumps(found))
+
+
+def kernels_of(lowered: str) -> list[list[str]]:
+    """The shapes of the operands of each call of cuDNN."""
+    calls = re.findall(r"custom_call @__cudnn.* : \((.*?)\) ->", lowered)
+    return [re.findall(r"tensor<(.*?)>", call) for call in calls]
 
 
 if __name__ == "__main__":

@@ -104,3 +104,15 @@ ENTRY %main (x: f32[8]) -> f32[8] {
 }
 """
     assert collectives(program) == {"all-reduce": {"number": 3, "bytes": 32 + 32 + 8}}
+
+
+def test_loops_of_gpus_say_how_often_they_run():
+    """Their conditions are fusions, which hide the counter."""
+    program = PROGRAM.replace(
+        "condition=%layers_condition, body=%layers_body",
+        'condition=%fused, body=%layers_body, backend_config={"known_trip_count":{"n":"5"},"dynamic_variable":{}}',
+    )
+    counted = collectives(
+        program + "\n%fused (p: s32[]) -> pred[] {\n  ROOT %fusion = pred[] fusion(%p), calls=%sum.1\n}\n"
+    )
+    assert counted["all-gather"] == {"number": 5, "bytes": 5 * 2 * 16 * 2}

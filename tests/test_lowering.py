@@ -1,0 +1,84 @@
+"""Every step, lowered for GPUs and TPUs that are not at hand: what their back ends refuse, they refuse while tracing.
+
+A lowering of a tiny preset takes about a second. XLA's own compilers come after it and are not asked.
+"""
+
+import dataclasses
+import re
+from collections import Counter
+
+import jax
+import pytest
+from jax._src.cudnn import fused_attention_stablehlo as cudnn_attention
+
+from cepe_jax.config import DECODERS, ENCODERS
+from cepe_jax.data.examples import ExampleConfig
+from cepe_jax.inference.aot import STEPS
+from cepe_jax.sharding import make_mesh
+from cepe_jax.training.aot import train_step, without_files
+from cepe_jax.training.objectives import DistillConfig
+from cepe_jax.training.settings import TrainConfig, at_run_time, backend_of, sizes_of
+
+EVEN = ExampleConfig(window=256, num_chunks=2, chunk_length=128)
+ODD = ExampleConfig(window=111, num_chunks=3, chunk_length=37)
+TRAIN = "lm", "mlm", "warmup", "cepe", "ceped"
+
+
+@pytest.fixture(autouse=True)
+def cudnn_is_there(monkeypatch):
+    """JAX asks cuDNN for its version while it traces, and traces nothing without one."""
+    monkeypatch.setattr(cudnn_attention, "check_cudnn_version", lambda: 92501)
+
+
+def lower(step: str, platform: str, examples: ExampleConfig = EVEN, kv_heads: int = 6, **settings) -> str:
+    """The program of a stage's step, or of a step of inference, in bfloat16."""
+    distill = DistillConfig(top_k=8) if step == "ceped" else None
+    config = {"stage": step if step in TRAIN else "cepe", "batch_size": 2, "steps": 2, "dtype": "bfloat16"}
+    config |= {"examples": examples, "distill": distill} | settings
+    starts = {"lm": ["decoder"], "mlm": ["encoder"]}.get(step, ["decoder", "encoder"])
+    with pytest.MonkeyPatch.context() as patch:
+        for presets in (DECODERS, ENCODERS):
+            patch.setitem(presets, "tiny", dataclasses.replace(presets["tiny"], num_kv_heads=kv_heads))
+        config = TrainConfig(**without_files(config | dict.fromkeys(starts, "tiny")))
+        kind = {"cuda": "gpu"}.get(platform, platform)
+        sizes = at_run_time(sizes_of(config), config, backend_of(config, kind))
+    with jax.set_mesh(make_mesh()):
+        made = STEPS.get(step, train_step)(config, sizes)
+        return made.function.trace(*made.arguments).lower(lowering_platforms=(platform,)).as_text()
+
+
+# Calls of a step's program without a mask and with one: forward, backward. A scan's body stands once in a program; a
+# backward pass of cuDNN's traces a forward pass beside itself, which the compiler leaves out.
+CUDNN = {
+    "lm": [2, 1, 0, 0],
+    "mlm": [2, 1, 0, 0],
+    "warmup": [2, 1, 4, 2],  # the decoder; the encoder and the memory's reader
+    "cepe": [2, 1, 4, 2],
+    "ceped": [3, 1, 4, 2],  # and the teacher
+    "encode": [0, 0, 1, 0],
+    "prefill": [0, 0, 2, 0],
+    "decode": [0, 0, 0, 0],  # XLA reads the cache, and the memory with absorbed projections
+}
+SPLASH = {"lm": 3, "mlm": 3, "warmup": 9, "cepe": 9, "ceped": 10, "encode": 1, "prefill": 2, "decode": 0}
+
+
+def cudnn_calls(program: str) -> list[int]:
+    calls = Counter(re.findall(r"__cudnn\$fmha(\w+)\(", program))
+    return [calls[f"{mask}Softmax{way}"] for mask in ("", "ScaleBias") for way in ("", "Backward")]
+
+
+@pytest.mark.parametrize("step", CUDNN)
+def test_steps_lower_for_gpus(step):
+    assert cudnn_calls(lower(step, "cuda")) == CUDNN[step]
+
+
+@pytest.mark.parametrize("step", CUDNN)
+def test_odd_lengths_lower_for_gpus(step):
+    """Grouped heads too. An odd chunk without a mask gets one: its filled key is masked."""
+    wanted = [0, 0, 2, 1] if step == "mlm" else CUDNN[step]
+    assert cudnn_calls(lower(step, "cuda", ODD, kv_heads=2)) == wanted
+
+
+@pytest.mark.parametrize(("step", "examples", "kv_heads"), [*((step, EVEN, 6) for step in SPLASH), ("cepe", ODD, 2)])
+def test_steps_lower_for_tpus(step, examples, kv_heads):
+    assert lower(step, "tpu", examples, kv_heads).count("tpu_custom_call") == SPLASH[step]
