@@ -14,7 +14,7 @@ import numpy as np
 
 from cepe_jax.config import RopeConfig
 from cepe_jax.data import tokenizer_gguf
-from cepe_jax.data.tokenizer import NAMES
+from cepe_jax.data.tokenizer import file_in
 from cepe_jax.model.rope import inverse_frequencies
 from cepe_jax.weights.directory import check_names, copy_assets
 from cepe_jax.weights.hf_config import LLAMA, ROPE_FIELDS, facts_of, from_hf
@@ -124,7 +124,7 @@ class Gguf:
         kind, cuts = found.get("model"), found.get("pre")
         if tokenizer_gguf.is_known(kind, cuts):
             tokenizer_gguf.write(found, self.metadata.get("tokenizer.chat_template"), to, str(self.path))
-        elif any((self.path.parent / name).exists() for name in NAMES):
+        elif file_in(self.path.parent) is not None:
             copy_assets(self.path.parent, to)
         else:
             mend = "put the model's own tokenizer.json beside it"
