@@ -46,7 +46,9 @@ class Template:
         """The conversation as one text, up to where the model's next answer begins."""
         messages = [message | {"content": self.tokenizer.escaped(message["content"], escape)} for message in messages]
         try:
-            return self._program.render(messages=messages, add_generation_prompt=True, **self._tokens)
+            return self._program.render(
+                messages=messages, tools=None, documents=None, add_generation_prompt=True, **self._tokens
+            )
         except Exception as error:  # of the template's own making, whatever it is: it is a program
             raise ValueError(f"{self.where}: the chat template refuses the conversation: {error}") from None
 

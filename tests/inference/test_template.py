@@ -155,6 +155,14 @@ def test_template_marks_turns_with_added_tokens(tmp_path):
     assert [i for i in ids if i >= 330] == [330, 331, 330, 331, 330]
 
 
+def test_tools_and_documents_are_none(tmp_path):
+    """As transformers passes them to a template: not undefined."""
+    _, tokens, settings = KINDS["chatml"]
+    tokenizer = home_of(tmp_path, "{{ tools is none }} {{ documents is none }}", tokens, settings)
+    theirs = pytest.importorskip("transformers").PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    assert Template(tokenizer).render([ASK]) == theirs.apply_chat_template([ASK], tokenize=False) == "True True"
+
+
 def test_where_a_template_stands(tmp_path):
     """chat_template.jinja wins; of named ones the default."""
     _, tokens, settings = KINDS["chatml"]
