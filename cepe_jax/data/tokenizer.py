@@ -421,8 +421,8 @@ class _HuggingFace:
 
         lacking = _without_padding(lacking, self.tokenizer.get_vocab_size(with_added_tokens=True))
         for name, token in sorted(lacking.items(), key=lambda item: item[1]["id"]):
-            options = {"normalized": not token["special"]} | {key: token[key] for key in OPTIONS if key in token}
-            self.tokenizer.add_tokens([tokenizers.AddedToken(name, special=token["special"], **options)])
+            options = {key: token[key] for key in OPTIONS if key in token}
+            self.tokenizer.add_tokens([tokenizers.AddedToken(name, **options)])
             if (i := self.tokenizer.token_to_id(name)) != token["id"]:
                 ids = f"the files beside it call {token['id']}, and here {i} is the next id"
                 raise ValueError(f"{path} has no token {name}, which {ids}: put the tokenizer.json saved with it there")

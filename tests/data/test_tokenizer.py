@@ -247,7 +247,7 @@ def test_either_file_of_equals_is_the_directory_s(llama_2, tmp_path):
     both_files(llama_2, tmp_path)
     named = Tokenizer(tmp_path / "tokenizer.json")
     named.check_is_of(tmp_path)
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<unk>"}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<0x0A>"}))
     with pytest.raises(ValueError, match=r"tokenizer\.json .*tokenizer\.model"):
         named.check_is_of(tmp_path)
 
@@ -263,9 +263,9 @@ def test_tiktoken_vocabulary_gives_way_to_tokenizer_json(hugging_face, tmp_path)
         Tokenizer(tmp_path / "tokenizer.model")
 
 
-def name_beside(home: Path, where: str, added: dict[str, int], **settings) -> None:
-    """Name the added tokens in one of the two files that may do it; those in angle brackets and bars are special."""
-    special = [name for name in added if name.startswith("<|")]
+def name_beside(home: Path, where: str, added: dict[str, int], special: str = "<|", **settings) -> None:
+    """Name the added tokens in one of the two files that may do it; those that begin with `special` are so."""
+    special = [name for name in added if name.startswith(special)]
     settings |= {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "<|im_end|>"}
     if where == "added_tokens.json":
         (home / where).write_text(json.dumps(added))
@@ -338,12 +338,13 @@ def test_copy_knows_the_added_tokens(llama_2, tmp_path, where):
     copy.mkdir()
     shutil.copy(llama_2, source)
     prints = {Tokenizer(source).fingerprint()}
-    for added in (ADDED, {**ADDED, "<tool>": 333}, {**ADDED, "<|tool|>": 333}):
-        name_beside(source, where, added)
+    more = {**ADDED, "<tool>": 333}
+    for added, special, legacy in ((ADDED, "<|", True), (more, "<|", True), (more, "<", True), (more, "<", False)):
+        name_beside(source, where, added, special, legacy=legacy)
         copy_tokenizer(Tokenizer(source), copy, tmp_path)
         assert Tokenizer(copy).fingerprint() == Tokenizer(source).fingerprint()
         prints.add(Tokenizer(copy).fingerprint())
-    assert len(prints) == 4
+    assert len(prints) == 5
 
 
 @pytest.mark.parametrize(("where", "content"), [("added_tokens.json", '{"<a>": "330"}'), ("added_tokens.json", "[]")])
