@@ -15,11 +15,10 @@ from pathlib import Path
 import numpy as np
 
 from cepe_jax.data.records import INDEX, TFDS_FILES, check_shard, lengths_path, read_index, shard_path
-from cepe_jax.data.tokenizer import NAMES as TOKENIZER_NAMES
-from cepe_jax.data.tokenizer import Tokenizer
+from cepe_jax.data.tokenizer import BESIDE, NAMES, Tokenizer
 from cepe_jax.directories import refuse_another_run, staged_path
 
-TOKENIZER_FILES = *TOKENIZER_NAMES, "tokenizer_config.json"
+TOKENIZER_FILES = *NAMES, *BESIDE
 
 
 def array(dtype, *shape: int | None):
@@ -228,9 +227,9 @@ def report(name: str, splits: dict) -> str:
 
 def copy_tokenizer(tokenizer: Tokenizer, out: Path, staging: Path) -> None:
     """The tokenizer's files in `out`, called what a directory's tokenizer is called; each of them whole."""
-    settings = tokenizer.path.with_name("tokenizer_config.json")  # names the special tokens of a tokenizer.json
     name = "tokenizer.json" if tokenizer.path.suffix == ".json" else "tokenizer.model"
-    for source, target in ((settings, out / settings.name), (tokenizer.path, out / name)):
+    beside = [(tokenizer.path.with_name(other), out / other) for other in BESIDE]
+    for source, target in (*beside, (tokenizer.path, out / name)):
         if source.exists():
             staged = staged_path(staging / target.name)
             shutil.copy(source, staged)

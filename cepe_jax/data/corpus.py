@@ -11,7 +11,7 @@ from cepe_jax.data.builder import Builder, ShardWriter, array, text, token_dtype
 from cepe_jax.data.examples import Document
 from cepe_jax.data.records import Records, read_index, shard_path
 from cepe_jax.data.sources import Extent, holds_lines, plan, read
-from cepe_jax.data.tokenizer import NAMES, Tokenizer
+from cepe_jax.data.tokenizer import Tokenizer, file_in
 from cepe_jax.data.tokenizer_training import train, training_pieces
 from cepe_jax.data.units import JobConfig, Work, run_units
 
@@ -119,7 +119,7 @@ def prepare(config: PrepareConfig) -> None:
         if read_index(config.out)["sources"] != sources:
             raise ValueError(f"{config.out} is finished, of other files than {config.input} holds: give another --out")
         return
-    if not given and not any((config.out / name).exists() for name in NAMES):
+    if not given and file_in(config.out) is None:
         try:
             train_tokenizer(config, units)
         except BaseException:

@@ -15,9 +15,10 @@ SENTENCE_ENDS = re.compile(r"(?<=[.!?])\s+")
 
 
 def normalise(text: str) -> str:
-    """The text without case, punctuation and articles, its words apart by one space (DrQA, SQuAD).
+    """Return the text without case, punctuation and articles, its words apart by one space (DrQA, SQuAD).
 
-    What would vanish, such as the name "The The", does not: every prediction would contain it.
+    As in the official script of SQuAD only ASCII punctuation goes: dashes, curly quotes and accents stay as they are.
+    A text of which nothing would remain, such as the name "The The", keeps it: every prediction would contain it.
     """
     text = text.lower()
     words = text.translate(PUNCTUATION)

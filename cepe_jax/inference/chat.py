@@ -32,7 +32,7 @@ class Chat:
         context: ContextCache | None,
     ):
         self.messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
-        self._template, self._stop_ids = template, {*stop_ids, template.eos_id}
+        self._template, self._stop_ids = template, set(stop_ids)
         self._parts: list[tuple[str, list[int]]] = []  # the rendered conversation so far, piece by piece, and its ids
         self._answer: Generator[str, None, None] | None = None
         self.session = Session(model, window, self._head(), chunk_length, context)

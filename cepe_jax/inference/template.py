@@ -11,7 +11,7 @@ import jinja2
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from cepe_jax.data.tokenizer import Tokenizer, settings_beside
+from cepe_jax.data.tokenizer import Tokenizer, settings_beside, tokens_in
 
 Message = dict[str, str]  # role (system, user or assistant) and content
 PRIVATE_USE = range(0xE000, 0xF900)  # characters that no text should contain
@@ -35,13 +35,8 @@ class Template:
         names = {i: name for name, i in tokenizer.special.items()}
         self._tokens = {role: names[i] for role, i in ends.items()}
         for role in ("bos_token", "eos_token", "unk_token", "pad_token"):
-            if token := settings.get(role):
-                self._tokens[role] = token["content"] if isinstance(token, dict) else token
-
-    @property
-    def eos_id(self) -> int:
-        """What ends an answer: a chat model's settings may name another token than its tokenizer's."""
-        return self.tokenizer.special.get(self._tokens["eos_token"], self.tokenizer.eos_id)
+            if names := tokens_in(settings.get(role)):
+                self._tokens[role] = names[0]
 
     def escape_for(self, messages: list[Message]) -> str:
         """A character that is in none of the messages, to write special tokens' names with as text."""
@@ -51,7 +46,9 @@ class Template:
         """The conversation as one text, up to where the model's next answer begins."""
         messages = [message | {"content": self.tokenizer.escaped(message["content"], escape)} for message in messages]
         try:
-            return self._program.render(messages=messages, add_generation_prompt=True, **self._tokens)
+            return self._program.render(
+                messages=messages, tools=None, documents=None, add_generation_prompt=True, **self._tokens
+            )
         except Exception as error:  # of the template's own making, whatever it is: it is a program
             raise ValueError(f"{self.where}: the chat template refuses the conversation: {error}") from None
 

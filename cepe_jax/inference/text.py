@@ -219,10 +219,13 @@ def load(
 
 
 def _stop_ids(path: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The end of sequence, and what generation_config.json says ends a text too."""
+    """Return the end of sequence, and the ids that end a text by generation_config.json, or config.json without it."""
     where = path / "generation_config.json"
-    said = read_json(where).get("eos_token_id") if where.exists() else None
-    ends = said if isinstance(said, list) else [] if said is None else [said]
+    if where.exists():
+        setting = read_json(where).get("eos_token_id")
+    else:
+        where, setting = path / "config.json", facts_at(path).get("eos_token_id")
+    ends = setting if isinstance(setting, list) else [] if setting is None else [setting]
     if not all(isinstance(i, int) for i in ends):
-        raise ValueError(f"{where}: eos_token_id is {said!r}: give an id, or a list of ids")
+        raise ValueError(f"{where}: eos_token_id is {setting!r}: give an id, or a list of ids")
     return tuple(sorted({tokenizer.eos_id, *ends}))

@@ -18,7 +18,7 @@ from cepe_jax.config import DECODERS, ENCODERS, Backend, preset
 from cepe_jax.cost import peak_flops
 from cepe_jax.data.examples import TEACHER
 from cepe_jax.data.loader import Sequences, batches, examples, names_in, open_mix
-from cepe_jax.data.tokenizer import Tokenizer
+from cepe_jax.data.tokenizer import Tokenizer, file_in
 from cepe_jax.directories import as_of, is_remote, refuse_another_run
 from cepe_jax.distributed import first_says, is_first, joined, meet
 from cepe_jax.model.cepe import (
@@ -293,5 +293,4 @@ def tell_ahead(
 def tokenizer_home(config: TrainConfig) -> Path:
     """The directory whose tokenizer, chat template and generation settings go with the trained model."""
     candidates = [Path(path) for path in (config.cepe, config.decoder) if path]
-    with_tokenizer = (p for p in candidates if (p / "tokenizer.model").exists() or (p / "tokenizer.json").exists())
-    return next(with_tokenizer, config.data / next(iter(config.mix), ""))
+    return next(filter(file_in, candidates), config.data / next(iter(config.mix), ""))

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from cepe_jax.config import CepeConfig, DecoderConfig, EncoderConfig, RopeConfig
+from cepe_jax.data.tokenizer import BESIDE, NAMES
 from cepe_jax.directories import new_directory
 from cepe_jax.distributed import is_first, meet
 from cepe_jax.progress import track
@@ -22,16 +23,7 @@ FORMAT = "cepe_jax"
 GGUF = ".gguf"  # how a file in llama.cpp's format is called: all else that holds a model is a directory
 KINDS = {"llama": DecoderConfig, "encoder": EncoderConfig, "cepe": CepeConfig}
 RUN_TIME = ("dtype", "remat", "attention", "mlp_chunk")  # choices of a run, not facts about the weights
-ASSETS = (
-    "tokenizer.model",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-)
+ASSETS = *NAMES, *BESIDE, "chat_template.jinja", "chat_template.json", "generation_config.json"
 
 
 def is_ours(path: Path) -> bool:

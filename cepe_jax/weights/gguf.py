@@ -14,7 +14,7 @@ import numpy as np
 
 from cepe_jax.config import RopeConfig
 from cepe_jax.data import tokenizer_gguf
-from cepe_jax.data.tokenizer import NAMES
+from cepe_jax.data.tokenizer import file_in
 from cepe_jax.model.rope import inverse_frequencies
 from cepe_jax.weights.directory import check_names, copy_assets
 from cepe_jax.weights.hf_config import LLAMA, ROPE_FIELDS, facts_of, from_hf
@@ -50,7 +50,10 @@ HARMLESS = {
     "rope.scaling.yarn_beta_slow": RopeConfig.beta_slow,
 }
 NOTES = {"tensor_data_layout", "rope.scaling.finetuned"}  # change nothing
-FACTS = "bos_token_id", "eos_token_id"  # after `tokenizer.ggml.`, and in config.json
+# What ends a text for llama.cpp: ids after `tokenizer.ggml.`, and tokens of these names, which many files name nowhere.
+ENDS = "eos_token_id", "eot_token_id", "eom_token_id"
+END_NAMES = {"</s>", "<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>"}
+END_NAMES |= {"<end_of_turn>", "<end_of_utterance>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]"}
 
 # Torch's key: the tensor's name; of a layer after `model.layers.N.` and `blk.N.`.
 KEYS = {
@@ -124,7 +127,7 @@ class Gguf:
         kind, cuts = found.get("model"), found.get("pre")
         if tokenizer_gguf.is_known(kind, cuts):
             tokenizer_gguf.write(found, self.metadata.get("tokenizer.chat_template"), to, str(self.path))
-        elif any((self.path.parent / name).exists() for name in NAMES):
+        elif file_in(self.path.parent) is not None:
             copy_assets(self.path.parent, to)
         else:
             mend = "put the model's own tokenizer.json beside it"
@@ -145,7 +148,12 @@ class Gguf:
         if unknown := set(own) - {*REQUIRED, *OPTIONAL, *ROPE, *WIDTHS, *HARMLESS, *NOTES}:
             raise ValueError(f"{self.path}: llama.{min(unknown)} is unknown here, and may change the model")
         hf = {theirs: own[key] for key, theirs in (REQUIRED | OPTIONAL).items() if key in own}
-        hf |= {key: of_tokenizer[key] for key in FACTS if key in of_tokenizer}
+        if "bos_token_id" in of_tokenizer:
+            hf["bos_token_id"] = of_tokenizer["bos_token_id"]
+        ends = {of_tokenizer[key] for key in ENDS if key in of_tokenizer}
+        ends |= {i for i, name in enumerate(of_tokenizer.get("tokens", ())) if name in END_NAMES}
+        if ends:
+            hf["eos_token_id"] = min(ends) if len(ends) == 1 else sorted(ends)
         if "tokens" in of_tokenizer:
             hf.setdefault("vocab_size", len(of_tokenizer["tokens"]))
         rope = {"rope_theta": RopeConfig.theta, "rope_type": "none"}

@@ -4,6 +4,7 @@ import io
 import json
 import random
 import re
+import shutil
 import sysconfig
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from support.tokenizers import as_llama_2, byte_level, to_tokenizers
 
 from cepe_jax.data import tokenizer as tokenizer_module
 from cepe_jax.data import tokenizer_training
+from cepe_jax.data.builder import copy_tokenizer
 from cepe_jax.data.tokenizer import Tokenizer
 from cepe_jax.data.tokenizer_training import MAX_SENTENCE, train, training_pieces
 
@@ -112,8 +114,11 @@ def test_what_a_text_begins_with(tmp_path, kind, begins):
     assert theirs("It is")["input_ids"] == ours.begin + ours.encode("It is") + ends
 
 
-def test_a_text_begins_with_bos_where_nothing_says_otherwise(tmp_path):
-    assert Tokenizer(as_llama_2(tmp_path / "tokenizer.model")).begin == [1]
+@pytest.mark.parametrize("settings", [{}, {"add_bos_token": None}])
+def test_text_begins_with_bos_unless_switched_off(llama_2, tmp_path, settings):
+    shutil.copy(llama_2, tmp_path / "tokenizer.model")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert Tokenizer(tmp_path).begin == [1]
 
 
 def test_special_tokens_in_a_text_are_text(tokenizer):
@@ -199,10 +204,155 @@ def test_the_mask_id_is_one_more(tokenizer):
     assert tokenizer.mask_id == tokenizer.vocab_size
 
 
-def test_a_directory_prefers_the_model(home, sentencepiece, hugging_face):
-    assert (home / "tokenizer.json").exists()
-    assert Tokenizer(home).path == sentencepiece.path
-    assert Tokenizer(str(home / "tokenizer.json")).fingerprint() == hugging_face.fingerprint()
+@pytest.fixture(scope="module")
+def llama_2(tmp_path_factory) -> Path:
+    """A SentencePiece model of 330 pieces."""
+    return as_llama_2(tmp_path_factory.mktemp("llama 2") / "tokenizer.model")
+
+
+ADDED = {"[PAD]": 330, "<|im_start|>": 331, "<|im_end|>": 332}
+
+
+def both_files(llama_2: Path, home: Path, *added: str) -> tokenizers.Tokenizer:
+    """Put in `home` the model and the tokenizer.json made from it, which alone knows the added tokens."""
+    shutil.copy(llama_2, home / "tokenizer.model")
+    theirs = tokenizers.Tokenizer.from_file(str(to_tokenizers(llama_2, home / "tokenizer.json")))
+    theirs.add_special_tokens([tokenizers.AddedToken(name, normalized=False) for name in added])
+    theirs.save(str(home / "tokenizer.json"))
+    return theirs
+
+
+def test_directory_uses_the_file_that_knows_more(llama_2, tmp_path):
+    theirs = both_files(llama_2, tmp_path, *ADDED)
+    ours = Tokenizer(tmp_path)
+    assert (ours.path.name, ours.vocab_size) == ("tokenizer.json", 333)
+    text = "<|im_start|>user\nhi<|im_end|>"
+    assert ours.encode_special(text) == theirs.encode(text).ids
+    assert ours.encode_special(text)[0] == 331
+    with pytest.raises(ValueError, match=r"tokenizer\.model .*tokenizer\.json"):
+        Tokenizer(tmp_path / "tokenizer.model").check_is_of(tmp_path)
+
+
+@pytest.mark.parametrize("added", [(), ("<pad>",)])
+def test_directory_prefers_the_model_of_equals(llama_2, tmp_path, added):
+    """Padding does not count: directories that add it may have models without a row for it."""
+    both_files(llama_2, tmp_path, *added)
+    (tmp_path / "added_tokens.json").write_text(json.dumps(dict.fromkeys(added, 330)))
+    ours = Tokenizer(tmp_path)
+    assert (ours.path.name, ours.vocab_size) == ("tokenizer.model", 330)
+    assert ours.fingerprint() == Tokenizer(llama_2).fingerprint()
+
+
+def test_either_file_of_equals_is_the_directory_s(llama_2, tmp_path):
+    both_files(llama_2, tmp_path)
+    named = Tokenizer(tmp_path / "tokenizer.json")
+    named.check_is_of(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<0x0A>"}))
+    with pytest.raises(ValueError, match=r"tokenizer\.json .*tokenizer\.model"):
+        named.check_is_of(tmp_path)
+
+
+def test_tiktoken_vocabulary_gives_way_to_tokenizer_json(hugging_face, tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")
+    for path in (tmp_path, tmp_path / "tokenizer.model"):
+        with pytest.raises(ValueError, match=r"tokenizer\.model: .*tiktoken.*tokenizer\.json"):
+            Tokenizer(path)
+    shutil.copy(hugging_face.path, tmp_path)
+    assert Tokenizer(tmp_path).path.name == "tokenizer.json"
+    with pytest.raises(ValueError, match=f"tiktoken.* use {tmp_path}/tokenizer.json"):
+        Tokenizer(tmp_path / "tokenizer.model")
+
+
+def name_beside(home: Path, where: str, added: dict[str, int], special: str = "<|", **settings) -> None:
+    """Name the added tokens in one of the two files that may do it; those that begin with `special` are so."""
+    special = [name for name in added if name.startswith(special)]
+    settings |= {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "<|im_end|>"}
+    if where == "added_tokens.json":
+        (home / where).write_text(json.dumps(added))
+        (home / "special_tokens_map.json").write_text(json.dumps({"additional_special_tokens": special}))
+    else:
+        options = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False}
+        decoder = {i: {"content": name, "special": name in special, **options} for name, i in added.items()}
+        settings["added_tokens_decoder"] = decoder
+    (home / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+@pytest.mark.parametrize("where", ["added_tokens.json", "tokenizer_config.json"])
+def test_tokens_added_beside_a_sentencepiece_model(llama_2, tmp_path, where, legacy, monkeypatch):
+    """As transformers reads the directory; `legacy`: whether texts after a token begin with a space, as the first."""
+    monkeypatch.setattr(tokenizer_module, "PART", 1)
+    shutil.copy(llama_2, tmp_path / "tokenizer.model")
+    name_beside(tmp_path, where, {**ADDED, "<tool>": 333}, legacy=legacy)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    ours = Tokenizer(tmp_path)
+    theirs = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(tmp_path)
+    assert (ours.vocab_size, ours.eos_id) == (len(theirs), theirs.eos_token_id) == (334, 332)
+    texts = ["<|im_start|>user\nIt is<|im_end|>\n<|im_start|>x", "a<tool>b\n c\nd[PAD]", "<tool>", "It is"]
+    for text in texts + ["a<tool> b"] * (not legacy):  # with it the library leaves out a space before another
+        ids = theirs(text, add_special_tokens=False)["input_ids"]
+        assert ours.encode_special(text) == ids
+        if "<|" not in text:
+            assert ours.encode(text) == ids
+        assert ours.decode(ours.encode(text)) == text
+    assert not {331, 332} & set(ours.encode("<|im_start|>user<|im_end|>"))
+    assert ours.encode_special("<~|im_start|>a<~tool>b<tool>", "~")[-1] == 333
+    assert not {331, 333} & set(ours.encode_special("<~|im_start|>a<~tool>b", "~"))
+    text = "<|im_start|>user\n a b<tool>c"
+    assert ours.decode(ours.encode_special(text)) == text
+
+
+def test_added_tokens_keep_their_options(llama_2, tmp_path):
+    """White space beside, ids with a gap, a name instead of a piece, and tokens of nothing but white space."""
+    shutil.copy(llama_2, tmp_path / "tokenizer.model")
+    decoder = {
+        "340": {"content": "<go>", "special": True, "lstrip": True, "rstrip": True},
+        "9": {"content": "<old>", "special": True},
+        "335": {"content": "    ", "special": False},
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": decoder}))
+    ours, a = Tokenizer(tmp_path), Tokenizer(llama_2).encode("a")
+    assert ours.vocab_size == 341
+    assert ours.encode_special("a \n<go>  a<old>") == [*a, 340, *a, 9]
+    assert ours.encode("a    a") == [*a, 335, *a]
+    assert ours.decode([*a, 337, 9, *a, 335]) == "a<old>a    "
+
+
+def test_tokens_added_beside_tokenizer_json(tmp_path):
+    save_json(tmp_path / "tokenizer.json")
+    name_beside(tmp_path, "added_tokens.json", {"<tool>": 320, "<|im_end|>": 321, "<pad>": 322})
+    ours = Tokenizer(tmp_path)
+    assert (ours.vocab_size, ours.eos_id) == (322, 321)
+    assert ours.encode_special("a<tool>b<|im_end|>") == [*ours.encode("a"), 320, *ours.encode("b"), 321]
+    assert 320 in ours.encode("a<tool>")
+    assert 321 not in ours.encode("a<|im_end|>")
+    name_beside(tmp_path, "added_tokens.json", {"<tool>": 320, "<|im_end|>": 325})
+    with pytest.raises(ValueError, match=r"tokenizer\.json .*<\|im_end\|>.* 325.* 321"):
+        Tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("where", ["added_tokens.json", "tokenizer_config.json"])
+def test_copy_knows_the_added_tokens(llama_2, tmp_path, where):
+    source, copy = tmp_path / "source", tmp_path / "copy"
+    source.mkdir()
+    copy.mkdir()
+    shutil.copy(llama_2, source)
+    prints = {Tokenizer(source).fingerprint()}
+    more = {**ADDED, "<tool>": 333}
+    for added, special, legacy in ((ADDED, "<|", True), (more, "<|", True), (more, "<", True), (more, "<", False)):
+        name_beside(source, where, added, special, legacy=legacy)
+        copy_tokenizer(Tokenizer(source), copy, tmp_path)
+        assert Tokenizer(copy).fingerprint() == Tokenizer(source).fingerprint()
+        prints.add(Tokenizer(copy).fingerprint())
+    assert len(prints) == 5
+
+
+@pytest.mark.parametrize(("where", "content"), [("added_tokens.json", '{"<a>": "330"}'), ("added_tokens.json", "[]")])
+def test_bad_added_tokens(llama_2, tmp_path, where, content):
+    shutil.copy(llama_2, tmp_path)
+    (tmp_path / where).write_text(content)
+    with pytest.raises(ValueError, match=re.escape(where)):
+        Tokenizer(tmp_path)
 
 
 def test_fingerprints(home, sentencepiece, hugging_face):

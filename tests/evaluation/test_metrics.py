@@ -33,6 +33,7 @@ def test_normalise():
     assert normalise("  The  quick-brown\tFox, an\nU.S. a.") == "quickbrown fox us"
     assert normalise("theatre a") == "theatre"
     assert normalise("The The") == "the the"
+    assert normalise("“The–end” − 5") == "“ –end” − 5"
 
 
 def test_text_matches_are_those_of_squad():

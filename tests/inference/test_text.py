@@ -245,6 +245,11 @@ def test_load(home, text_model, tmp_path):
         cepe_jax.load(bare)
     loaded = cepe_jax.load(bare, tokenizer=home)
     assert (loaded.stop_ids, loaded.identity) == ((1,), text_model.identity)
+    config = json.loads((bare / "config.json").read_text())
+    for ends, stop_ids in ((2, (1, 2)), ([2, 3], (1, 2, 3)), (None, (1,))):
+        config["huggingface"]["eos_token_id"] = ends
+        (bare / "config.json").write_text(json.dumps(config))
+        assert cepe_jax.load(bare, tokenizer=home).stop_ids == stop_ids
     (bare / "generation_config.json").write_text(json.dumps({"eos_token_id": "</s>"}))
     with pytest.raises(ValueError, match="generation_config.json: eos_token_id is '</s>'"):
         cepe_jax.load(bare, tokenizer=home)

@@ -12,6 +12,7 @@ from support.models import DECODER, float64, make_decoder
 from cepe_jax.config import RopeConfig
 from cepe_jax.data.tokenizer import Tokenizer
 from cepe_jax.weights.directory import Directory
+from cepe_jax.weights.gguf import Gguf
 from cepe_jax.weights.huggingface import load, read_config, to_jax
 from cepe_jax.weights.tensors import tensors_of
 
@@ -146,6 +147,21 @@ def test_converted_directory(decoder, tensors, tmp_path):
     assert '"chat_template": "{{ messages }}"' in (tmp_path / "ours" / "tokenizer_config.json").read_text()
     to_jax(path, tmp_path / "half", "bfloat16")
     assert Directory(tmp_path / "half").read("decoder.head").dtype.name == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("metadata", "ends"),
+    [
+        ({"eot": 5}, [2, 5]),
+        ({"eot": 2}, 2),
+        ({"eot": 6, "eom": 5}, [2, 5, 6]),
+        ({"eos": 4}, [2, 4]),  # </s> by its name
+        ({"tokens": [*TOKENS[:6], "<|eot_id|>", *TOKENS[7:]], "eom": 3}, [2, 3, 6]),
+    ],
+)
+def test_ends_of_a_text_are_llama_cpps(tensors, tmp_path, metadata, ends):
+    metadata = {f"tokenizer.ggml.{key}{'' if key == 'tokens' else '_token_id'}": v for key, v in metadata.items()}
+    assert Gguf(save(tmp_path / "x.gguf", tensors, metadata_of(DECODER) | metadata)).facts["eos_token_id"] == ends
 
 
 def test_what_metadata_may_leave_out(decoder, tensors, tmp_path):

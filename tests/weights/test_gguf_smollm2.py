@@ -47,7 +47,7 @@ def test_config_and_size(ours):
     model = Directory(ours)
     assert model.config == DECODERS["smollm2_135m"]
     assert sum(np.prod(stored.shape) for stored in model.files.tensors.values()) == 134_515_008
-    assert model.facts == {"max_position_embeddings": 8192, "bos_token_id": 1, "eos_token_id": 2}
+    assert model.facts == {"max_position_embeddings": 8192, "bos_token_id": 1, "eos_token_id": [0, 2]}
 
 
 def test_ids_are_those_of_llama_cpp(ours, tmp_path):
