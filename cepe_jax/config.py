@@ -80,8 +80,8 @@ class TransformerConfig:
         _require(self.attention in get_args(Backend), f"attention {self.attention!r}: choose xla, splash or cudnn")
         _require(
             self.attention != "cudnn" or (self.head_dim % 8 == 0 and self.head_dim <= 128),
-            f"head_dim {self.head_dim}: cuDNN's attention takes multiples of 8 up to 128: choose attention xla, or dtype "
-            f"float32, which is computed by it",
+            f"head_dim {self.head_dim}: cuDNN's attention takes multiples of 8 up to 128: choose attention xla, or "
+            f"dtype float32, which is computed by it",
         )
         _require(self.mlp_chunk >= 0, f"mlp_chunk is {self.mlp_chunk}: give a number of positions, or 0 for all")
         _require(self.dtype in ("float32", "bfloat16"), f"dtype {self.dtype!r}: choose float32 or bfloat16")

@@ -38,9 +38,7 @@ def collectives(program: str) -> dict[str, dict[str, int]]:
         times[name] += factor
         for what in computations[name].values():
             loop = re.search(r"condition=%?([\w.\-]+)", what)
-            known = re.search(
-                r'"known_trip_count":\{"n":"(\d+)"\}', what
-            )  # the GPU's compiler hides the rest in fusions
+            known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', what)  # on GPUs the rest is in fusions
             for called in re.findall(r"[\w.\-]+", " ".join(map(" ".join, _CALLED.findall(what)))):
                 if not loop:
                     visit(called, factor)
