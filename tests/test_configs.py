@@ -1,4 +1,4 @@
-"""Every committed config and every command that we show parses, with the script that it names."""
+"""Every committed config and every command that we show parses, and those that train find the data made before them."""
 
 import ast
 import dataclasses
@@ -6,11 +6,16 @@ import importlib.util
 import re
 import shlex
 import sys
+from itertools import takewhile
 from pathlib import Path
 
+import numpy as np
 import pytest
+from support import datasets
+from support.models import make_cepe, make_decoder, make_encoder
 
 from cepe_jax.cli import decode, parse, read_yaml, take
+from cepe_jax.config import ENCODERS
 from cepe_jax.data.benchmark import DataBenchmarkConfig
 from cepe_jax.data.corpus import PrepareConfig
 from cepe_jax.data.retrieval import RetrieveConfig
@@ -23,7 +28,9 @@ from cepe_jax.inference.terminal import GenerateConfig
 from cepe_jax.training.aot import CompileConfig, without_files
 from cepe_jax.training.benchmark import MemoryConfig, TrainBenchmarkConfig
 from cepe_jax.training.settings import TrainConfig
-from cepe_jax.training.teacher import TeacherConfig
+from cepe_jax.training.stages import run_stage
+from cepe_jax.training.teacher import TeacherConfig, features_of
+from cepe_jax.weights.directory import save
 
 ROOT = Path(__file__).parents[1]
 CLASSES = {  # of a script, or of a script and its command
@@ -58,6 +65,7 @@ def shown_commands() -> dict[str, str]:
         blocks = re.findall(r"^ *```(?:bash|sh|shell|console)\n(.*?)^ *```", text, re.DOTALL | re.MULTILINE)
         lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
         found = [line[line.index("python scripts/") :] for line in lines if "python scripts/" in line]  # after srun too
+        found += [words.replace(",", " ") for words in re.findall(r"command: \[(python, .*?)\]", text, re.DOTALL)]
         shown |= {f"{name}:{number} {line[:60]}": line for number, line in enumerate(found)}
     quickstart = (ROOT / "scripts" / "quickstart.sh").read_text().replace("\\\n", " ")
     for line in re.findall(r"^stage .*", quickstart, re.MULTILINE):
@@ -67,6 +75,8 @@ def shown_commands() -> dict[str, str]:
 
 
 COMMANDS = shown_commands()
+TRAINING = [where for where in COMMANDS if where.startswith("README.md:") and "scripts/train.py" in COMMANDS[where]]
+CARRIED = {"../bucket/data": "data", "/bucket/data": "data", "DIR": "data"}  # what was made at one place, at another
 
 
 @pytest.fixture
@@ -107,6 +117,62 @@ def parse_command(monkeypatch):
 @pytest.mark.parametrize("where", COMMANDS)
 def test_shown_commands_parse(parse_command, where):
     assert parse_command(COMMANDS[where])
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return datasets.make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="module")
+def model_configs(tmp_path_factory) -> dict[str, str]:
+    """The config.json of a tiny model by the setting that names it."""
+    home = tmp_path_factory.mktemp("models")
+    for name, make in (("decoder", make_decoder), ("encoder", make_encoder), ("cepe", make_cepe)):
+        save(make(), home / name)
+    return {path.name: (path / "config.json").read_text() for path in home.iterdir()}
+
+
+def write_dataset(home: Path, made: dict, place: str, tokenizer) -> None:
+    """Write at `home / place` a tiny dataset of the kind and sizes that the command made[place] gives it."""
+    config = made[place]
+    if isinstance(config, SampleConfig):
+        tokens = np.zeros((2, config.length + 1), np.int32)
+        datasets.write_sequences(home / place, list(tokens), config.length, tokenizer, shards=1)
+        return
+    write_dataset(home, made, str(config.data), tokenizer)
+    shapes = {"teacher_index": (config.window, config.top_k), "teacher_prob": (config.window, config.top_k + 1)}
+    record = {name: np.zeros(shape) for name, shape in shapes.items()}
+    facts = {name: getattr(config, name) for name in ("window", "context", "top_k")}
+    facts["joins"] = datasets.joins(home / config.data)
+    features = features_of(np.uint16, config.top_k)
+    datasets.write(home / place, "teacher", features, [[record] * 2], tokenizer, **facts)
+
+
+@pytest.mark.parametrize("where", TRAINING)
+def test_readme_training_commands_dry_run(
+    parse_command, tokenizer, model_configs, tmp_path, monkeypatch, capsys, where
+):
+    """The data are those that the commands before it make, of the same lengths, where `--data` and `mix` name them."""
+    made = {}
+    for name in takewhile(lambda name: name != where, COMMANDS):
+        if name.startswith("README.md:") and re.search(r"prepare_data.py (sample|teacher)", COMMANDS[name]):
+            config = parse_command(COMMANDS[name])
+            made[str(config.out)] = config
+    config = parse_command(COMMANDS[where])
+    data = CARRIED.get(str(config.data), str(config.data))
+    for name in config.mix or [""]:
+        write_dataset(tmp_path, made, str(Path(data) / name), tokenizer)
+    starts = {"decoder": config.decoder, "encoder": config.encoder, "cepe": config.cepe}
+    for kind, start in starts.items():
+        if start and start not in ENCODERS:
+            home = tmp_path / "models" / kind
+            home.mkdir(parents=True)
+            (home / "config.json").write_text(model_configs[kind])
+            starts[kind] = str(home)
+    run_stage(dataclasses.replace(config, **starts, data=tmp_path / data, out=tmp_path / "out", dry_run=True))
+    told = capsys.readouterr().out
+    assert all(re.search(rf"^{name}: .* times each of its \d+ examples$", told, re.MULTILINE) for name in config.mix)
 
 
 def test_the_shown_commands_are_found():

@@ -32,6 +32,11 @@ def check_shard(path: Path, size: int) -> None:
         raise ValueError(f"{path}: {found} bytes of a shard that has {size}: fetch it again, or prepare it again")
 
 
+def is_dataset(path: Path) -> bool:
+    """Whether a dataset is at `path`, be it one that is not finished."""
+    return (path / INDEX).exists() or (path / "units").exists()
+
+
 def read_index(path: Path) -> dict:
     """The facts of the dataset at `path`; FileNotFoundError where there is none, or none yet."""
     if not (path / TFDS_FILES[-1]).exists() or not (path / INDEX).exists():

@@ -349,8 +349,6 @@ def test_what_cannot_be_read(home, tokenizer, tmp_path):
     ):
         mixture(home, "cepe", window=42)
     assert len(Sequences(home / "a", "cepe", dataclasses.replace(CONFIG, window=38))) == 10
-    with pytest.raises(FileNotFoundError, match="absent: no dataset"):
-        mixture(home, "lm", mix={"absent": 1})
     record = {"tokens": sequence(0), "name": "0", "domain": "d"}
     documents = datasets.write(tmp_path / "docs", "documents", datasets.SEQUENCE, [[record]], tokenizer)
     with pytest.raises(ValueError, match="docs holds documents: sample sequences from it first"):
@@ -361,3 +359,19 @@ def test_what_cannot_be_read(home, tokenizer, tmp_path):
     (tmp_path / "a").symlink_to(home / "a")
     with pytest.raises(ValueError, match="a, b were tokenised with different tokenizers"):
         open_mix(tmp_path, {"a": 1, "b": 1}, "lm", CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("below", "mix", "path", "mend"),
+    [
+        ("a", {"packed": 1}, "a/packed", r"a is a dataset itself, which --mix=\{\} reads"),
+        ("", {"a": 1, "packed": 1}, "packed", r"\(a, b.*\).*prepare_data.py"),
+        ("nowhere", {"packed": 1}, "nowhere/packed", "mix names packed .*prepare_data.py"),
+        ("", {}, "", r"\(a, b.*\).*mix"),
+        ("nowhere", {}, "nowhere", "no dataset: .*prepare_data.py"),
+    ],
+)
+def test_missing_datasets_name_mix_and_mend(home, below, mix, path, mend):
+    with pytest.raises(FileNotFoundError, match=mend) as refused:
+        open_mix(home / below, mix, "lm", CONFIG)
+    assert str(refused.value).startswith(f"{home / path}: ")
