@@ -4,10 +4,11 @@ State is stored as plain dicts, readable without our classes. Orbax checks neith
 directories, and nnx merges by order, so names, shapes, dtypes and a digest of every array are checked here.
 """
 
+import asyncio
 import contextlib
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 
 import jax
@@ -20,6 +21,29 @@ from cepe_jax.directories import as_of, is_remote, refuse_another_run
 
 # Orbax raises what goes wrong with a save, and logs it before, four times and with pages of traces.
 logging.getLogger("absl").addFilter(lambda record: not record.exc_info or "orbax" not in record.pathname)
+
+
+def _run_to_the_end(run_sync: Callable) -> Callable:
+    """Orbax's `run_sync`, whose event loop stays open until all tasks in it have ended, also where one has failed.
+
+    Orbax closes the loop at the first failure; each array that is still written or read then prints a trace.
+    """
+
+    async def ended(coroutine: Coroutine):
+        try:
+            return await coroutine
+        except BaseException:
+            if remaining := asyncio.all_tasks() - {asyncio.current_task()}:
+                await asyncio.wait(remaining)
+            raise
+
+    return lambda coroutine: run_sync(ended(coroutine))
+
+
+with contextlib.suppress(ImportError):  # a version that has it elsewhere prints the traces, and works
+    from orbax.checkpoint._src import asyncio_utils
+
+    asyncio_utils.run_sync = _run_to_the_end(asyncio_utils.run_sync)
 
 # What damaged files end in, and what in messages of these kinds says that it was not the files.
 DAMAGE = (ValueError, LookupError, EOFError, FileNotFoundError, NotADirectoryError, IsADirectoryError)

@@ -3,6 +3,7 @@
 import contextlib
 import resource
 import shutil
+import sys
 from pathlib import Path
 
 import jax
@@ -178,19 +179,29 @@ def test_another_models_is_refused(home, like, differs):
     assert refusal(home, like) == f"4: is of another model, {differs}"
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of a thread of Orbax
 @pytest.mark.parametrize("noticed_by", ["save", "close"])
-def test_a_full_disk(home, noticed_by):
-    """As a limit of the size of files: an error in one line, no hang, and the last whole checkpoint stays."""
+def test_full_disk_is_one_line(home, monkeypatch, capfd, noticed_by):
+    """A limit of the size of files stands for the disk. The last whole checkpoint stays, and with room the run goes on.
+
+    Nothing else is printed: of several arrays that are written at once all fail, the last after the error is raised.
+    """
+    unraisable = []
+    monkeypatch.setattr(sys, "unraisablehook", unraisable.append)
+    state = {f"a{number}": STATE["a"] + number for number in range(6)}
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     checkpoints = Checkpoints(home, {"run": 1})
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
-        checkpoints.save(6, STATE)
+        checkpoints.save(6, state)
         with pytest.raises(OSError, match=f"^{home}: a checkpoint was not written .*: the one of step 4 is whole$"):
-            checkpoints.save(8, STATE) if noticed_by == "save" else checkpoints.close()
+            checkpoints.save(8, state) if noticed_by == "save" else checkpoints.close()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     checkpoints.close()
+    assert not unraisable
+    assert capfd.readouterr().err == ""
     assert sorted(path.name for path in home.iterdir() if path.name.isdecimal()) == ["2", "4"]
-    assert restore(home)[0] == 4
+    with contextlib.closing(Checkpoints(home, {"run": 1})) as checkpoints:
+        assert checkpoints.restore(STATE)[0] == 4
+        checkpoints.save(6, STATE)
+    assert restore(home)[0] == 6
