@@ -13,10 +13,23 @@ from cepe_jax.model.cross import CrossAttention
 from cepe_jax.model.encoder import Encoder
 from cepe_jax.model.layers import RMSNorm, normal
 from cepe_jax.model.llama import Llama
-from cepe_jax.sharding import constrain, split_axes
+from cepe_jax.sharding import constrain, is_variable, split_axes
 
 Array = jax.Array
 CrossInit = Literal["copy", "zero", "normal"]
+
+
+class Frozen(nnx.Variable):
+    """A weight that does not train. It is no nnx.Param, so what selects these leaves it out."""
+
+
+def held_as(kind: type[nnx.Variable], module):
+    """The module with every Variable of this kind, over the same arrays."""
+
+    def held(leaf: nnx.Variable) -> nnx.Variable:
+        return leaf if type(leaf) is kind else kind.from_metadata(leaf.get_raw_value(), leaf.get_metadata())
+
+    return jax.tree.map(held, module, is_leaf=is_variable)
 
 
 def cross_from_self_attention(decoder: Llama, encoder: EncoderConfig, num_layers: int, init: CrossInit, *, key: Array):
@@ -32,7 +45,8 @@ def cross_from_self_attention(decoder: Llama, encoder: EncoderConfig, num_layers
     if not 0 < num_layers <= decoder.config.num_layers:
         raise ValueError(f"num_layers {num_layers} is not between 1 and the decoder's {decoder.config.num_layers}")
     # Copies: what trains is donated, and must not share a buffer with what is frozen.
-    last = jax.tree.map(lambda a: jnp.array(a[-num_layers:], jnp.float32, copy=True), decoder.layers)
+    layers = held_as(nnx.Param, decoder.layers)
+    last = jax.tree.map(lambda a: jnp.array(a[-num_layers:], jnp.float32, copy=True), layers)
     attention = last.attention
     norm = RMSNorm((num_layers, D), decoder.config.norm_eps, ("layer", "embed"))
     norm.scale = last.mlp_norm.scale
@@ -70,7 +84,8 @@ def encoder_from_decoder(decoder: Llama, config: EncoderConfig, *, key: Array) -
             f"{ours.num_layers} and {ours.vocab_size}: give it fewer layers, and ids for the decoder's and the mask"
         )
     encoder = Encoder(config, key=key)
-    encoder.layers = jax.tree.map(lambda a: jnp.array(a[: config.num_layers], jnp.float32, copy=True), decoder.layers)
+    layers = held_as(nnx.Param, decoder.layers)
+    encoder.layers = jax.tree.map(lambda a: jnp.array(a[: config.num_layers], jnp.float32, copy=True), layers)
     rows = decoder.embed[...].astype(jnp.float32)
     extra = jnp.broadcast_to(rows.mean(axis=0), (config.vocab_size - ours.vocab_size, ours.width))
     encoder.embed = encoder.embed.replace(jnp.concatenate([rows, extra]))
@@ -78,8 +93,12 @@ def encoder_from_decoder(decoder: Llama, config: EncoderConfig, *, key: Array) -
 
 
 class Cepe(nnx.Module):
-    def __init__(self, decoder: Llama, encoder: Encoder, cross: CrossAttention):
+    """A decoder whose weights are `Frozen`, and the encoder and cross-attention that train."""
+
+    def __init__(self, decoder: Llama, encoder: Encoder, cross: CrossAttention, frozen: tuple[str, ...] = ("decoder",)):
         self.decoder, self.encoder, self.cross = decoder, encoder, cross
+        for name in frozen:
+            setattr(self, name, held_as(Frozen, getattr(self, name)))
 
     @property
     def config(self) -> CepeConfig:
@@ -157,13 +176,17 @@ def parts_of(model: Cepe | Llama | Encoder) -> Parts:
 
 
 def assemble(parts: Parts) -> Cepe | Llama | Encoder:
-    """The model of these parts; the inverse of `parts_of`."""
-    return Cepe(**parts) if "cross" in parts else next(iter(parts.values()))
+    """The model of these parts, what is frozen in them and what trains; the inverse of `parts_of`."""
+    return Cepe(**parts, frozen=()) if "cross" in parts else next(iter(parts.values()))
 
 
 def split(model: Cepe | Llama | Encoder, train: tuple[str, ...]) -> tuple[Parts, Parts]:
-    """(trainable, frozen): every leaf is in exactly one. `jax.grad` over the first is the whole gradient mask."""
+    """(trainable, frozen): every leaf is in exactly one, as an nnx.Param or as `Frozen`.
+
+    `jax.grad` over the first is the whole gradient mask.
+    """
     parts = parts_of(model)
     if unknown := set(train) - set(parts):
         raise ValueError(f"cannot train {', '.join(sorted(unknown))}: this model has {', '.join(parts)}")
-    return {n: p for n, p in parts.items() if n in train}, {n: p for n, p in parts.items() if n not in train}
+    trainable = {name: held_as(nnx.Param, part) for name, part in parts.items() if name in train}
+    return trainable, {name: held_as(Frozen, part) for name, part in parts.items() if name not in train}

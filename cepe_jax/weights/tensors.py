@@ -41,7 +41,7 @@ def abstract_parts(config: Config) -> Parts:
             case CepeConfig():
                 decoder = Llama(config.decoder, key=key)
                 cross = _cross(decoder, config.encoder.width, config.num_cross_layers)
-                return {"cross": cross, "decoder": decoder, "encoder": Encoder(config.encoder, key=key)}
+                return parts_of(Cepe(decoder, Encoder(config.encoder, key=key), cross))
 
     return jax.eval_shape(make)
 
@@ -109,10 +109,7 @@ def build(config: Config, dtype: Literal["float32", "bfloat16"], read: Read, mas
         raise ValueError(f"no part {', '.join(sorted(unknown))} to keep in float32: this model has {', '.join(parts)}")
     mesh = jax.sharding.get_mesh()
     treedef = jax.tree.structure(parts, is_leaf=is_variable)
-    if mesh.empty:
-        shardings = [jnp.zeros(()).sharding] * treedef.num_leaves
-    else:
-        shardings = jax.tree.leaves(shardings_of(parts, mesh))
+    shardings = [None] * treedef.num_leaves if mesh.empty else jax.tree.leaves(shardings_of(parts, mesh))
     filled = []
     leaves = list(zip(_leaves(parts), shardings, strict=True))
     for (names, leaf), sharding in track(leaves, "loading weights"):
@@ -136,6 +133,8 @@ def _fill(names: list[str], leaf: nnx.Variable, sharding, dtype: str, read: Read
             slabs[bounds] = out
         return slabs[bounds]
 
+    if sharding is None:  # not committed to a device: beside what is made later, jit would compile anew for it
+        return jnp.asarray(slab((slice(None),) * len(leaf.shape)))
     return jax.make_array_from_callback(leaf.shape, sharding, slab)
 
 

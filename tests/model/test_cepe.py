@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from support.models import (
     DECODER,
     ENCODER,
@@ -14,12 +15,15 @@ from support.models import (
     with_config,
 )
 
+from cepe_jax.config import EncoderConfig
 from cepe_jax.model.cepe import (
     Cepe,
+    Frozen,
     assemble,
     cross_from_self_attention,
     encoder_from_decoder,
     flat_mask,
+    held_as,
     parts_of,
     split,
 )
@@ -189,8 +193,31 @@ def test_every_leaf_is_in_exactly_one_half(cepe, train):
     assert sorted(halves) == sorted(id(leaf) for leaf in jax.tree.leaves(cepe))
     assert set(trainable) == set(train)
     whole = assemble(trainable | frozen)
-    assert jax.tree.structure(whole) == jax.tree.structure(cepe)
-    assert [id(leaf) for leaf in jax.tree.leaves(whole)] == [id(leaf) for leaf in jax.tree.leaves(cepe)]
+    paths, again = jax.tree_util.tree_leaves_with_path(cepe), jax.tree_util.tree_leaves_with_path(whole)
+    assert [(path, id(leaf)) for path, leaf in again] == [(path, id(leaf)) for path, leaf in paths]
+    assert (parts_in(whole, nnx.Param), parts_in(whole, Frozen)) == (set(train), set(frozen))
+
+
+def parts_in(module, kind=nnx.Variable) -> set[str]:
+    """The parts of a model, or of a state, that have Variables of this kind."""
+    return {path[0] for path in nnx.to_flat_state(nnx.state(module, kind)).paths}
+
+
+def test_params_are_what_trains(cepe, tokens_BT, context_BCL):
+    """The decoder of any Cepe is frozen, one that is built from Params too; neither it nor its starts is changed."""
+    decoder = held_as(nnx.Param, cepe.decoder)
+    built = Cepe(decoder, cepe.encoder, cepe.cross)
+    for model in (cepe, built, assemble(parts_of(cepe))):
+        assert (parts_in(model, nnx.Param), parts_in(model, Frozen)) == ({"encoder", "cross"}, {"decoder"})
+    assert not parts_in(decoder, Frozen)
+    for start in (
+        lambda key: cross_from_self_attention(cepe.decoder, ENCODER, 2, "zero", key=key),
+        lambda key: encoder_from_decoder(cepe.decoder, as_wide_as_decoder(), key=key),
+    ):
+        assert not parts_in(jax.eval_shape(start, jax.random.key(0)), Frozen)
+    with nnx.set_graph_mode(True), nnx.set_graph_updates(True):
+        gradient = nnx.eval_shape(nnx.grad(lambda model: (model(tokens_BT, context_BCL) ** 2).mean()), cepe)
+    assert {path[0] for path in nnx.to_flat_state(gradient).paths} == {"encoder", "cross"}
 
 
 def test_parts_of_a_lone_model(decoder, encoder):
@@ -259,10 +286,14 @@ def test_frozen_stack_is_not_copied(remat):
     assert compiled.memory_analysis().temp_size_in_bytes < stack / 4
 
 
+def as_wide_as_decoder() -> EncoderConfig:
+    sizes = {name: getattr(DECODER, name) for name in ("width", "num_heads", "num_kv_heads", "head_dim", "mlp_width")}
+    return dataclasses.replace(ENCODER, **sizes)
+
+
 def test_an_encoder_starts_from_the_decoder(decoder):
     """Its embedding and first layers, the mask's row their mean; everything its own and in float32."""
-    sizes = {name: getattr(DECODER, name) for name in ("width", "num_heads", "num_kv_heads", "head_dim", "mlp_width")}
-    config = dataclasses.replace(ENCODER, **sizes)
+    config = as_wide_as_decoder()
     narrow = jax.tree.map(lambda a: a.astype(jnp.bfloat16), decoder)
     encoder = encoder_from_decoder(narrow, config, key=jax.random.key(0))
     assert {leaf.dtype for leaf in jax.tree.leaves(encoder)} == {jnp.dtype("float32")}
