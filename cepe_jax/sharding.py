@@ -40,6 +40,11 @@ def make_mesh(
     return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
 
 
+def abstract_mesh(data: int = 1, fsdp: int = 1, context: int = 1, tensor: int = 1) -> jax.sharding.AbstractMesh:
+    """A mesh of these sizes without its devices, which may be elsewhere."""
+    return jax.sharding.AbstractMesh((data, fsdp, context, tensor), MESH_AXES)
+
+
 def partition_spec(axes: tuple[str | None, ...], usable=MESH_AXES) -> PartitionSpec:
     """The PartitionSpec of an array with these logical axes, over the mesh axes in `usable`."""
     used: set[str] = set()
@@ -111,7 +116,7 @@ def is_variable(x) -> bool:
     return isinstance(x, nnx.Variable)
 
 
-def shardings_of(tree, mesh: jax.sharding.Mesh):
+def shardings_of(tree, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh):
     """A tree like `tree` with a NamedSharding for each Variable (from its `axes`), replicated for other leaves.
 
     ValueError where an axis of one does not divide by the devices it is split over.

@@ -15,7 +15,7 @@ from support import datasets
 from support.models import make_cepe, make_decoder, make_encoder
 
 from cepe_jax.cli import decode, parse, read_yaml, take
-from cepe_jax.config import ENCODERS
+from cepe_jax.config import DECODERS, ENCODERS
 from cepe_jax.data.benchmark import DataBenchmarkConfig
 from cepe_jax.data.corpus import PrepareConfig
 from cepe_jax.data.retrieval import RetrieveConfig
@@ -165,7 +165,7 @@ def test_readme_training_commands_dry_run(
         write_dataset(tmp_path, made, str(Path(data) / name), tokenizer)
     starts = {"decoder": config.decoder, "encoder": config.encoder, "cepe": config.cepe}
     for kind, start in starts.items():
-        if start and start not in ENCODERS:
+        if start and start not in DECODERS | ENCODERS:
             home = tmp_path / "models" / kind
             home.mkdir(parents=True)
             (home / "config.json").write_text(model_configs[kind])

@@ -19,7 +19,7 @@ from cepe_jax.data.examples import (
     taught,
     window_at,
 )
-from cepe_jax.data.records import Records, is_dataset
+from cepe_jax.data.records import NoDataset, Records, is_dataset
 from cepe_jax.data.retrieval import NAME as RETRIEVED
 from cepe_jax.data.sampling import documents_in
 
@@ -239,15 +239,15 @@ def open_mix(
 
 
 def check_mix(data: Path, mix: dict[str, float]) -> None:
-    """Raise FileNotFoundError, with the mend, unless `mix` names datasets below `data`, or without it `data` is one."""
+    """Raise NoDataset, with the mend, unless `mix` names datasets below `data`, or without it `data` is one."""
     absent = [name for name in mix or [""] if not is_dataset(data / name)]
     if not absent:
         return
     below = ", ".join(sorted(path.name for path in data.iterdir() if is_dataset(path))) if data.is_dir() else ""
     make = "make it with scripts/prepare_data.py"
     if not mix:
-        raise FileNotFoundError(f"{data}: no dataset: {f'give one below it ({below}), or mix' if below else make}")
+        raise NoDataset(f"{data}: no dataset: {f'give one below it ({below}), or mix' if below else make}")
     mend = f"name in mix what is there ({below}), or {make}" if below else make
     if is_dataset(data):
         mend = f"{data} is a dataset itself, which --mix={{}} reads"
-    raise FileNotFoundError(f"{data / absent[0]}: no dataset, and mix names {absent[0]} below data={data}: {mend}")
+    raise NoDataset(f"{data / absent[0]}: no dataset, and mix names {absent[0]} below data={data}: {mend}")

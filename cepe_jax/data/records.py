@@ -32,16 +32,20 @@ def check_shard(path: Path, size: int) -> None:
         raise ValueError(f"{path}: {found} bytes of a shard that has {size}: fetch it again, or prepare it again")
 
 
+class NoDataset(FileNotFoundError):
+    """There is no dataset, or it is not finished."""
+
+
 def is_dataset(path: Path) -> bool:
     """Whether a dataset is at `path`, be it one that is not finished."""
     return (path / INDEX).exists() or (path / "units").exists()
 
 
 def read_index(path: Path) -> dict:
-    """The facts of the dataset at `path`; FileNotFoundError where there is none, or none yet."""
+    """The facts of the dataset at `path`; NoDataset where there is none, or none yet."""
     if not (path / TFDS_FILES[-1]).exists() or not (path / INDEX).exists():
         state = "not finished: run the command that writes it again" if (path / "units").exists() else "no dataset"
-        raise FileNotFoundError(f"{path}: {state}: datasets are made with scripts/prepare_data.py")
+        raise NoDataset(f"{path}: {state}: datasets are made with scripts/prepare_data.py")
     try:
         return json.loads((path / INDEX).read_text())
     except ValueError as error:

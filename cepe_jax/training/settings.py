@@ -36,6 +36,11 @@ class MeshConfig:
         if min(self.data, self.tensor) < 1 or self.fsdp < 0:
             raise ValueError(f"{self}: give numbers of devices above 0")
 
+    def over(self, devices: int) -> "MeshConfig":
+        """This mesh with its `fsdp` given, so that it takes all of the devices where it may."""
+        fsdp = self.fsdp or max(devices // (self.data * self.tensor), 1)
+        return dataclasses.replace(self, fsdp=fsdp)
+
 
 @dataclass(frozen=True)
 class RematConfig:
@@ -112,9 +117,7 @@ def run_of(config: TrainConfig) -> Run:
 
 def mesh_of(config: TrainConfig, devices: int) -> MeshConfig:
     """The mesh over all devices; ValueError where they do not divide, or the batch does not over them."""
-    mesh = config.mesh
-    if mesh.fsdp == 0:
-        mesh = dataclasses.replace(mesh, fsdp=max(devices // (mesh.data * mesh.tensor), 1))
+    mesh = config.mesh.over(devices)
     micro_batches(config, mesh.data * mesh.fsdp)
     return mesh
 
@@ -136,23 +139,27 @@ def backend_of(config: TrainConfig, platform: str) -> Backend:
 
 
 def sizes_of(config: TrainConfig, vocab_size: int | None = None) -> Config:
-    """The config of the stage's model, nothing loaded. `vocab_size`: the tokenizer's; a preset's own when not given."""
+    """The config of the stage's model, nothing loaded.
 
-    def part(name: str, presets: dict, mask: int):
+    `vocab_size` is the tokenizer's. Without it a preset of a decoder has its own, and one of an encoder its decoder's.
+    """
+
+    def part(name: str, presets: dict, vocab_size: int | None):
         start = getattr(config, name)
         if Path(start).is_dir():
             return read_config(start)
         sizes = preset(presets, start)
-        return sizes if vocab_size is None else dataclasses.replace(sizes, vocab_size=vocab_size + mask)
+        return sizes if vocab_size is None else dataclasses.replace(sizes, vocab_size=vocab_size)
 
-    match config.stage:
-        case "lm":
-            return part("decoder", DECODERS, 0)
-        case "mlm":
-            return dataclasses.replace(part("encoder", ENCODERS, 1), mlm_head=True)
     if config.cepe:
         return read_config(config.cepe)
-    decoder, encoder = part("decoder", DECODERS, 0), part("encoder", ENCODERS, 1)
+    decoder = part("decoder", DECODERS, vocab_size) if config.decoder else None
+    if config.stage == "lm":
+        return decoder
+    ids = vocab_size or (decoder and decoder.vocab_size)
+    encoder = part("encoder", ENCODERS, ids and ids + 1)
+    if config.stage == "mlm":
+        return dataclasses.replace(encoder, mlm_head=True)
     layers = config.num_cross_layers or decoder.num_layers
     return CepeConfig(decoder, dataclasses.replace(encoder, mlm_head=False), layers)
 
@@ -200,9 +207,12 @@ def objective_of(config: TrainConfig) -> NextToken | MaskedLM | Distill:
 
 
 def tokens_of_step(config: TrainConfig) -> int:
-    """What the decoder or encoder reads in a step, contexts too."""
+    """Tokens of the data that a step reads: windows, and the contexts before them.
+
+    A warm-up's context is its window once more, and not counted, as in the paper.
+    """
     examples = config.examples
-    return config.batch_size * (examples.window if config.stage in ("lm", "mlm") else examples.span)
+    return config.batch_size * (examples.span if config.stage in ("cepe", "ceped") else examples.window)
 
 
 def identity_of(resolved: dict) -> dict:

@@ -18,6 +18,7 @@ from cepe_jax.config import DECODERS, ENCODERS, Backend, preset
 from cepe_jax.cost import peak_flops
 from cepe_jax.data.examples import TEACHER
 from cepe_jax.data.loader import Sequences, batches, examples, names_in, open_mix
+from cepe_jax.data.records import NoDataset
 from cepe_jax.data.tokenizer import Tokenizer, file_in
 from cepe_jax.directories import as_of, is_remote, refuse_another_run
 from cepe_jax.distributed import first_says, is_first, joined, meet
@@ -32,7 +33,7 @@ from cepe_jax.model.cepe import (
 from cepe_jax.model.encoder import Encoder
 from cepe_jax.model.llama import Llama
 from cepe_jax.sharding import make_mesh, place_batch, rows_of, shardings_of
-from cepe_jax.training.forecast import forecast
+from cepe_jax.training.forecast import epochs, forecast
 from cepe_jax.training.heldout import HeldOut
 from cepe_jax.training.logs import StepFacts
 from cepe_jax.training.settings import (
@@ -162,7 +163,7 @@ def launch(config: TrainConfig) -> Path:
 
     SystemExit with status 75 where the run was asked to stop before its end.
     """
-    if is_remote(config.out) and find_spec("gcsfs") is None:
+    if is_remote(config.out) and not config.dry_run and find_spec("gcsfs") is None:
         raise ValueError(f"{config.out} is in a bucket: pip install gcsfs to write there")
     with joined(config.distributed, config.out / "compiled"):
         ended = run_stage(config)
@@ -172,8 +173,11 @@ def launch(config: TrainConfig) -> Path:
 def run_stage(config: TrainConfig) -> Path | None:
     """The directory `config.out/model`, trained; a run that was cut off goes on from its newest checkpoint.
 
-    None where the run was asked to stop before its end. A dry run tells what it would do and ends.
+    None where the run was asked to stop before its end. A dry run tells what it would take and ends.
     """
+    if config.dry_run:
+        tell_ahead(config)
+        return config.out
     model_dir, record = config.out / "model", config.out / "config.json"
     sources = open_mix(config.data, config.mix, config.stage, config.examples)
     tokenizer = sources[0].records.tokenizer
@@ -195,10 +199,6 @@ def run_stage(config: TrainConfig) -> Path | None:
     print(f"{devices}, mesh {dict(mesh.shape)}, processes: {jax.process_count()}, attention: {backend}")
     runs_as = at_run_time(sizes_of(config, tokenizer.vocab_size), config, backend)
     shardings_of(abstract_parts(runs_as), mesh)  # refused before anything is loaded
-    if config.dry_run:
-        print(json.dumps(resolved, indent=1))
-        tell_ahead(config, sources, weights, tokenizer.vocab_size, devices)
-        return config.out
     with jax.set_mesh(mesh):
         rows = rows_of(jax.process_index(), mesh, config.batch_size)
 
@@ -268,26 +268,33 @@ def held_out_examples(config: TrainConfig, tokenizer: Tokenizer):
     return examples([source], [1.0], config.stage, config.examples, config.seed)
 
 
-def tell_ahead(
-    config: TrainConfig, sources: Sequence[Sequences], weights: Sequence[float], vocab_size: int, devices: str
-) -> None:
-    """Prints what the run will be, from shapes alone."""
-    model = sizes_of(config, vocab_size)
-    counts = {name: sum(x.size for x in jax.tree.leaves(part)) for name, part in abstract_parts(model).items()}
-    trained = sum(count for name, count in counts.items() if name in trained_parts(config))
-    print(f"{config.stage}: {trained:,} parameters train, {sum(counts.values()) - trained:,} are frozen")
-    names = (source.joined or source.records for source in sources)
-    for line in forecast(
-        steps=config.steps,
-        batch_size=config.batch_size,
-        tokens=tokens_of_step(config),
-        flops=config.batch_size * flops_of(config, model, all(map(is_taught, sources))).train,
-        devices=devices,
-        peak_flops=peak_flops(jax.devices()),
-        examples={records.path.name: len(source) for records, source in zip(names, sources, strict=True)},
-        weights=weights,
-    ):
+def tell_ahead(config: TrainConfig) -> None:
+    """Print what the run will take: first what sizes alone say, then what the data add, last the resolved settings.
+
+    Data and devices need not be at hand. What else would refuse the run does so once its price is told.
+    """
+    sources, refusal = [], None
+    try:
+        sources = open_mix(config.data, config.mix, config.stage, config.examples)
+    except (ValueError, OSError) as error:
+        refusal = error
+    tokenizer = sources[0].records.tokenizer if sources else None
+    sizes = sizes_of(config, tokenizer and tokenizer.vocab_size)
+    for line in forecast(config, sizes, taught=bool(sources) and all(map(is_taught, sources))):
         print(line)
+    try:
+        if refusal is not None:
+            raise refusal
+        check_teacher(config, config.data, sources)
+        names = (source.joined or source.records for source in sources)
+        examples = {records.path.name: len(source) for records, source in zip(names, sources, strict=True)}
+        for line in epochs(config.steps, config.batch_size, examples, list(config.mix.values()) or [1.0]):
+            print(line)
+        if config.evaluation.data is not None:
+            held_out_examples(config, tokenizer)
+    except NoDataset as absent:
+        print(absent)
+    print(json.dumps(resolved_settings(config), indent=1))
 
 
 def tokenizer_home(config: TrainConfig) -> Path:

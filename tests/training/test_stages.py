@@ -195,13 +195,18 @@ def test_a_dry_run_tells_what_a_run_would_be(runs, data, tmp_path, capsys, monke
     said = capsys.readouterr().out
     parts = parts_of(load(runs / "cepe/model"))
     sizes = {name: sum(x.size for x in jax.tree.leaves(part)) for name, part in parts.items()}
-    assert f"cepe: {sizes['encoder'] + sizes['cross']:,} parameters train, {sizes['decoder']:,} are frozen" in said
-    assert "7 steps of 4 sequences and 128 tokens: 896 tokens" in said
-    assert '"learning_rate": 0.0003' in said
-    assert "1 x cpu, mesh {'data': 1, 'fsdp': 1, 'context': 1, 'tensor': 1}, processes: 1, attention: xla" in said
+    trains = sizes["encoder"] + sizes["cross"]
+    assert said.startswith(f"cepe: {trains:,} parameters train, {sizes['decoder']:,} are frozen, vocabulary of 400\n")
+    assert "7 steps of 4 sequences, 128 tokens in contexts and windows: 896 tokens" in said
+    assert json.loads(said[said.index("\n{") :])["optimizer"]["learning_rate"] == 3e-4
+    assert "1 x cpu, mesh {'data': 1, 'fsdp': 1, 'context': 1, 'tensor': 1}\n" in said
     examples = len(Records(data / "packed", "train"))
     assert f"packed: {7 * 4 * 0.75 / examples:.2f} times each of its {examples} examples" in said
     assert not (tmp_path / "out").exists()
+    longer = dataclasses.replace(config, examples=ExampleConfig(window=32), dry_run=True)
+    with pytest.raises(ValueError, match="32 tokens, and a cepe example has 4128"):
+        run_stage(longer)
+    assert "chip hours" in capsys.readouterr().out  # the price is told all the same
     monkeypatch.setattr(stages, "make_mesh", lambda **_: jax.sharding.AbstractMesh((1, 1, 1, 4), MESH_AXES))
     with pytest.raises(ValueError, match="cross.k: its 1 of kv_heads do not divide by mesh.tensor, which is 4"):
         run_stage(config)  # before anything is loaded, too
