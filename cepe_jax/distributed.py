@@ -81,11 +81,11 @@ def _connect(config: DistributedConfig) -> None:
     explicit = [config.coordinator, config.num_processes, config.process_id] if config.coordinator else []
 
     def give_up() -> None:
-        where = f"at {config.coordinator} " if explicit else ""
-        _leave(
-            f"the processes did not all meet {where}within {config.start_seconds} s: start every one, each with its "
-            f"own process id and all with one coordinator, which is process 0"
-        )
+        where, mend = "", "on a port of process 0 that is open to all: JAX_COORDINATOR_PORT names one"
+        if explicit:
+            where = f"at {config.coordinator} "
+            mend = "each with its own process id and all with one coordinator, which is process 0"
+        _leave(f"the processes did not all meet {where}within {config.start_seconds} s: start every one, {mend}")
 
     timer = threading.Timer(config.start_seconds, give_up)  # JAX would abort the process, with pages of traces
     timer.daemon = True

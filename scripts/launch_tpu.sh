@@ -10,6 +10,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 [ $# -ge 3 ] || { sed -n '4,5s/^# //p' scripts/launch_tpu.sh >&2 && exit 2; }
 tpu=$1 zone=$2
+port=${JAX_COORDINATOR_PORT:-8476}  # JAX takes 8482, which the firewall rule that comes with a v6e slice does not open
 command=$(printf ' %q' "${@:3}")
 
 on_all() { gcloud compute tpus tpu-vm ssh "$tpu" --zone="$zone" --worker=all --command="$1"; }
@@ -36,7 +37,7 @@ while true; do
     begun=$SECONDS
     # A worker whose connection broke may still run the command before this one: it ends once its peers are gone.
     # Each worker prints its status: gcloud's is at best the first failing worker's, and its own errors have 1 too.
-    on_all "cd cepe_jax && source .venv/bin/activate && flock -E 70 -w 600 ~/cepe_jax.lock$command
+    on_all "cd cepe_jax && source .venv/bin/activate && export JAX_COORDINATOR_PORT=$port && flock -E 70 -w 600 ~/cepe_jax.lock$command
 status=\$?; echo \"launch_tpu.sh: a worker ended with status \$status\"; exit \$status" | tee "$aside/said" && all=1 || all=
     statuses=" $(sed -n 's/.*launch_tpu.sh: a worker ended with status //p' "$aside/said" | sort -u | tr '\n' ' ')"
     case $statuses in

@@ -1,10 +1,12 @@
 """The launcher for Cloud TPU slices, with a gcloud that notes what it is asked: no worker, no network."""
 
+import inspect
 import os
 import subprocess
 from pathlib import Path
 
 import pytest
+from jax._src.clusters import ClusterEnv
 
 SCRIPT = Path(__file__).parents[1] / "scripts/launch_tpu.sh"
 # The command runs here once for each of the run's workers, with STATUS for it to end with; "-" cannot be reached.
@@ -76,6 +78,14 @@ def test_a_command_is_run_again_by_what_its_workers_say(tmp_path, runs, settings
     assert done.returncode == status, done.stderr
     assert len(calls) == 2 + len(runs.split(","))
     assert ("launch_tpu.sh: failed" in done.stderr) == (status == 1)
+
+
+@pytest.mark.parametrize(("settings", "port"), [({}, "8476"), ({"JAX_COORDINATOR_PORT": "8482"}, "8482")])
+def test_workers_meet_on_an_open_port(tmp_path, settings, port):
+    """The variable is JAX's: only its source says so."""
+    done, _ = launch(tmp_path, "pod", "zone-a", "printenv", "JAX_COORDINATOR_PORT", **settings)
+    assert done.stdout.splitlines()[::2] == [port] * 2
+    assert 'environ.get("JAX_COORDINATOR_PORT")' in inspect.getsource(ClusterEnv)
 
 
 def test_its_usage(tmp_path):
