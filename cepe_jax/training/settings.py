@@ -37,7 +37,7 @@ class MeshConfig:
             raise ValueError(f"{self}: give numbers of devices above 0")
 
     def over(self, devices: int) -> "MeshConfig":
-        """This mesh with its `fsdp` given, so that it takes all of the devices where it may."""
+        """This mesh with a number for `fsdp`: all that the other axes leave of `devices`, if it has none."""
         fsdp = self.fsdp or max(devices // (self.data * self.tensor), 1)
         return dataclasses.replace(self, fsdp=fsdp)
 

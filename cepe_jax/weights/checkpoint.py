@@ -40,7 +40,7 @@ def _run_to_the_end(run_sync: Callable) -> Callable:
     return lambda coroutine: run_sync(ended(coroutine))
 
 
-with contextlib.suppress(ImportError):  # a version that has it elsewhere prints the traces, and works
+with contextlib.suppress(ImportError, AttributeError):  # a version that has it elsewhere prints the traces, and works
     from orbax.checkpoint._src import asyncio_utils
 
     asyncio_utils.run_sync = _run_to_the_end(asyncio_utils.run_sync)
