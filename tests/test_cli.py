@@ -64,6 +64,7 @@ def call(monkeypatch, tmp_path):
 
 
 def one_line(error) -> str:
+    """As `run` prints it: messages of the YAML library have several lines."""
     message = " ".join(str(error.value).split())
     assert len(message) < 250
     return message
@@ -132,24 +133,24 @@ def test_groups_that_are_like_another(call):
     """What a group says itself wins over what it takes from another; and it still says each setting once."""
     text = "runs:\n  a: &a {rate: 0.25, steps: 7}\n  b: {<<: *a, steps: 9}\n"
     assert call("--out=o", text=text).runs == {"a": Inner(0.25, 7), "b": Inner(0.25, 9)}
-    with pytest.raises(ValueError, match="line 3: steps is given twice"):
+    with pytest.raises(ValueError, match="line 3: steps .*twice"):
         call("--out=o", text=text.replace("steps: 9", "steps: 9, steps: 9"))
 
 
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("runs: {a: {stepps: 1}}", "unknown setting runs.a.stepps: did you mean steps?"),
+        ("runs: {a: {stepps: 1}}", r"unknown .*runs\.a\.stepps: .*steps\?"),
         ("runs: {a: {steps: many}}", "runs.a.steps is 'many'"),
-        ("runs: {a: 3}", "runs.a is 3: it is a group"),
-        ("runs: {a: }", "runs.a is None: it is a group"),
-        ("runs: [1]", "runs is [1]: it is a group"),
-        ("runs: {a: {rate: -1}}", "rate is -1.0: give 0 or more"),
-        ("runs: {a: {}, a: {}}", "line 1: a is given twice"),
+        ("runs: {a: 3}", r"runs\.a is 3: .*group"),
+        ("runs: {a: }", r"runs\.a is None: .*group"),
+        ("runs: [1]", r"runs is \[1\]: .*group"),
+        ("runs: {a: {rate: -1}}", "rate is -1.0"),
+        ("runs: {a: {}, a: {}}", "line 1: a .*twice"),
     ],
 )
 def test_wrong_groups_that_the_user_names(call, text, said):
-    with pytest.raises(ValueError, match=re.escape(said)) as error:
+    with pytest.raises(ValueError, match=said) as error:
         call("--out=o", text=text)
     one_line(error)
 
@@ -184,42 +185,42 @@ def test_take_leaves_the_rest_as_it_was_written(monkeypatch):
 @pytest.mark.parametrize(
     ("text", "where"),
     [
-        ("count: 1\ntext: a\ncount: 2\n", "line 3: count is given twice, first on line 1"),
-        ("text: a\ninner:\n  rate: 1\n  steps: 2\n  rate: 1\n", "line 5: rate is given twice, first on line 3"),
-        ("inner: {steps: 1, rate: 2, steps: 1}\n", "line 1: steps is given twice, first on line 1"),
+        ("count: 1\ntext: a\ncount: 2\n", "line 3: count .*line 1"),
+        ("text: a\ninner:\n  rate: 1\n  steps: 2\n  rate: 1\n", "line 5: rate .*line 3"),
+        ("inner: {steps: 1, rate: 2, steps: 1}\n", "line 1: steps .*line 1"),
         ("text: a\n- b\n", "c.yaml"),
         ("text: [a\n", "c.yaml"),
-        ("- text\n", "list, not a mapping"),
-        ("false\n", "bool, not a mapping"),
-        ("text\n", "str, not a mapping"),
-        ("[a, b]: c\n", "no name of a setting"),
-        ("1: c\n", "no name of a setting"),
+        ("- text\n", "list, not .*mapping"),
+        ("false\n", "bool, not .*mapping"),
+        ("text\n", "str, not .*mapping"),
+        ("[a, b]: c\n", "no name .*setting"),
+        ("1: c\n", "no name .*setting"),
     ],
 )
 def test_strict_yaml(call, text, where):
     with pytest.raises(ValueError, match=r"c\.yaml") as error:
         call("--out=o", text=text)
-    assert where in one_line(error)
+    assert re.search(where, one_line(error))
 
 
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ("cuont: 1", "unknown setting cuont: did you mean count?"),
-        ("inner: {rat: 1}", "unknown setting inner.rat: did you mean rate?"),
-        ("inner.rate: 1", "unknown setting inner.rate"),
-        ("qqqqqqqq: 1", "unknown setting qqqqqqqq in Settings"),
+        ("cuont: 1", r"cuont: .*count\?"),
+        ("inner: {rat: 1}", r"inner\.rat: .*rate\?"),
+        ("inner.rate: 1", r"inner\.rate"),
+        ("qqqqqqqq: 1", "qqqqqqqq in Settings"),
     ],
 )
 def test_unknown_settings_name_the_nearest(call, wrong, said):
     with pytest.raises(ValueError, match="unknown setting") as error:
         call("--out=o", text=wrong)
-    assert said in one_line(error)
+    assert re.search(said, one_line(error))
 
 
 @pytest.mark.parametrize(("wrong", "said"), [("cuont", "count"), ("inner.step", "steps"), ("iner.steps", "inner")])
 def test_unknown_on_the_command_line_names_the_nearest(call, wrong, said):
-    with pytest.raises(ValueError, match=f"unknown setting .*did you mean {said}") as error:
+    with pytest.raises(ValueError, match=f"unknown setting .*: .*{said}") as error:
         call("--out=o", f"--{wrong}=1")
     assert wrong.split(".")[0] in one_line(error)
 
@@ -229,30 +230,30 @@ def test_unknown_on_the_command_line_names_the_nearest(call, wrong, said):
     [
         ("--count=many", "count is 'many'"),
         ("--count=1.5", "count is 1.5"),
-        ("--count=[1]", "count is [1]"),
-        ("--count=[1", "count=[1"),
-        ("--count=", "count has no value"),
+        ("--count=[1]", r"count is \[1\]"),
+        ("--count=[1", r"count=\[1"),
+        ("--count=", "count has no"),
         ("--inner.rate=fast", "inner.rate is 'fast'"),
-        ("--inner.rate=-1", "rate is -1.0: give 0 or more"),
-        ("--inner=3", "inner is 3: it is a group"),
-        ("--count.a=3", "count is {'a': 3}"),
-        ("--names=", "names has no value"),
-        ("--names=[a", "names=[a"),
-        ("--names", "--names: write settings as --setting=value"),
-        ("--sizes=a", "sizes is ['a']"),
-        ("--sizes=[a]", "sizes is ['a']"),
-        ("--sizes={a: 1}", "sizes is [{'a': 1}]: give a list, [a, b]"),
-        ("--sizes=[[1]]", "sizes is [[1]]: give a list, [a, b]"),
+        ("--inner.rate=-1", "rate is -1.0"),
+        ("--inner=3", "inner is 3: .*group"),
+        ("--count.a=3", r"count is \{'a': 3\}"),
+        ("--names=", "names has no"),
+        ("--names=[a", r"names=\[a"),
+        ("--names", "--names: .*--setting=value"),
+        ("--sizes=a", r"sizes is \['a'\]"),
+        ("--sizes=[a]", r"sizes is \['a'\]"),
+        ("--sizes={a: 1}", r"sizes is \[\{'a': 1\}\]: .*\[a, b\]"),
+        ("--sizes=[[1]]", r"sizes is \[\[1\]\]: .*\[a, b\]"),
         ("--dry_run=1", "dry_run is 1"),
-        ("--dry-runs", "unknown setting dry-runs: did you mean dry_run?"),
-        ("--inner={rate: 1, rate: 2}", "rate is given twice"),
+        ("--dry-runs", r"unknown .*dry-runs: .*dry_run\?"),
+        ("--inner={rate: 1, rate: 2}", "rate .*twice"),
         ("--kind=three", "kind is 'three'"),
-        ("out=o", "out: write settings as --setting=value"),
-        ("--text", "--text: write settings as --setting=value"),
+        ("out=o", "out: .*--setting=value"),
+        ("--text", "--text: .*--setting=value"),
     ],
 )
 def test_wrong_values_are_named(call, argument, said):
-    with pytest.raises(ValueError, match=re.escape(said)) as error:
+    with pytest.raises(ValueError, match=said) as error:
         call("--out=o", argument)
     one_line(error)
 
@@ -260,8 +261,8 @@ def test_wrong_values_are_named(call, argument, said):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("inner:\n", "inner has no value"),
-        ("text:\n", "text has no value"),
+        ("inner:\n", "inner has no"),
+        ("text:\n", "text has no"),
         ("names: ab\n", "names is 'ab'"),
         ("text: no\n", "text is False"),
     ],
@@ -272,7 +273,7 @@ def test_wrong_values_in_a_file_are_named(call, text, said):
 
 
 def test_a_setting_below_a_value(call):
-    with pytest.raises(ValueError, match=r"--text\.a: text is one value"):
+    with pytest.raises(ValueError, match=r"--text\.a: text .*one value"):
         call("--out=o", "--text=x", "--text.a=3")
 
 
@@ -327,7 +328,8 @@ def test_a_script_fails_with_one_line_and_status_1(tmp_path):
     command = [sys.executable, SCRIPTS / "prepare_data.py", f"--input={tmp_path / 'absent'}", f"--out={tmp_path / 'o'}"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1
-    assert done.stderr.splitlines() == [f"prepare_data.py: {tmp_path / 'absent'}: no such directory"]
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"prepare_data.py: {tmp_path / 'absent'}: no ")
     assert not done.stdout
     assert not (tmp_path / "o").exists()
 
@@ -355,11 +357,11 @@ def test_the_first_argument_names_the_command(command):
     assert command("--steps=5", default="second") == [("second", Inner(steps=5))]
 
 
-@pytest.mark.parametrize(("arguments", "said"), [(["third"], "third: give one of first, second"), ([], "no command: ")])
+@pytest.mark.parametrize(("arguments", "said"), [(["third"], "third: .*first, second"), ([], "no command: ")])
 def test_unknown_commands(command, arguments, said, capsys):
     with pytest.raises(SystemExit):
         command(*arguments)
-    assert capsys.readouterr().err.startswith(f"script.py: {said}")
+    assert re.match(f"script.py: {said}", capsys.readouterr().err)
 
 
 def test_help_names_the_commands(command, capsys):

@@ -4,6 +4,7 @@ import dataclasses
 import gzip
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers
+from support.refusals import one_line
 
 from cepe_jax.data import corpus as corpus_module
 from cepe_jax.data.builder import Builder, ShardWriter
@@ -105,12 +107,6 @@ class Encodings:
 @pytest.fixture
 def encodings(monkeypatch) -> Encodings:
     return Encodings(monkeypatch)
-
-
-def one_line(error) -> str:
-    message = str(error.value)
-    assert "\n" not in message
-    return message
 
 
 def test_every_token_is_accounted_for(config, texts):
@@ -294,12 +290,12 @@ def test_few_bad_documents_are_counted_and_said(config, capsys):
     with open(config.input / "a" / "1.jsonl", "ab") as file:
         file.write(b'{"txt": "a"}\n')
     (config.input / "c" / "5.txt").write_bytes(b"\xff")
-    faults = [
-        f"{config.input / 'a' / '1.jsonl'}:21: no text: give each line an object with a string `text`",
-        f"{config.input / 'c' / '5.txt'}: not UTF-8 at byte 0",
-    ]
+    places = [f"{config.input / 'a' / '1.jsonl'}:21: no text", f"{config.input / 'c' / '5.txt'}: not UTF-8 at byte 0"]
     prepare(dataclasses.replace(config, bad_share=2 / 37))
-    assert capsys.readouterr().out.splitlines() == [f"left out: {fault}" for fault in faults]
+    printed = capsys.readouterr().out.splitlines()
+    faults = [line.removeprefix("left out: ") for line in printed]
+    assert [fault[: len(place)] for fault, place in zip(faults, places, strict=True)] == places
+    assert printed == [f"left out: {fault}" for fault in faults]
     assert len(read_all(config.out)) == 35
     assert read_index(config.out)["counts"] == {"documents": 37, "skipped": 0, "bad": 2, "faults": faults}
 
@@ -308,9 +304,9 @@ def test_many_bad_documents_are_an_error(config, encodings):
     """It names one; nothing looks whole; and with a larger share it goes on and does nothing again."""
     with open(config.input / "a" / "1.jsonl", "ab") as file:
         file.write(b"[]\n")
-    with pytest.raises(ValueError, match=r"1 of 36 documents are bad, more than --bad_share=0.02 ") as error:
+    with pytest.raises(ValueError, match=r"\b1 of 36 .*--bad_share=0.02 ") as error:
         prepare(dataclasses.replace(config, bad_share=0.02))
-    assert f"the first at {config.input / 'a' / '1.jsonl'}:21: no text" in one_line(error)
+    assert f" {config.input / 'a' / '1.jsonl'}:21: no text" in one_line(error)
     with pytest.raises(FileNotFoundError, match="out: not finished"):
         Corpus(config.out, "train")
     assert encodings.count == 35
@@ -323,9 +319,7 @@ def test_nothing_but_bad_documents_ends_it_at_once(config, encodings, monkeypatc
     """Not after hours: such as when all lines call their text something else."""
     monkeypatch.setattr(corpus_module, "HOPELESS", 100)
     write_lines(config.input / "a" / "0.jsonl", [" "] * 300)
-    with pytest.raises(
-        ValueError, match="100 of 100 documents are bad, .* the first at .*0.jsonl:1: an empty document"
-    ):
+    with pytest.raises(ValueError, match="100 of 100 .*0.jsonl:1: .*empty"):
         prepare(dataclasses.replace(config, unit_bytes=1 << 20))
     assert encodings.count == 0
     prepare(elsewhere(config, "all", bad_share=1.0, unit_bytes=1 << 20))
@@ -337,7 +331,7 @@ def test_a_damaged_file_is_named_and_can_be_mended(config, encodings):
     path = config.input / "b" / "2.jsonl.gz"
     whole = path.read_bytes()
     path.write_bytes(whole[:-20])
-    with pytest.raises(ValueError, match="2.jsonl.gz: damaged or cut short .*: fetch it again"):
+    with pytest.raises(ValueError, match="2.jsonl.gz: damaged"):
         prepare(config)
     done = encodings.count
     path.write_bytes(whole)
@@ -447,7 +441,7 @@ def test_several_jobs_are_as_one(config, order, capsys):
         with pytest.raises(FileNotFoundError):
             Corpus(config.out, "train")
         prepare(dataclasses.replace(config, shard=f"{number}/2"))
-    assert "units are left to other jobs" in capsys.readouterr().out
+    assert re.search(rf"{config.out}: \d+ of \d+ units", capsys.readouterr().out)
     assert shards_of(config.out) == shards_of(config.out.with_name("whole"))
     for name in ("features.json", "dataset_info.json", "report.md", "dataset.json", "tokenizer.model"):
         assert (config.out / name).read_bytes() == (config.out.with_name("whole") / name).read_bytes()
@@ -479,7 +473,7 @@ def test_other_settings_are_refused(config, change, finished):
     prepare(config if finished else dataclasses.replace(config, shard="0/2"))
     before = {path: path.stat().st_mtime_ns for path in config.out.rglob("*")}
     (name,) = change
-    with pytest.raises(ValueError, match=f"out: is of another run, {name} is .* there and .* here: use another"):
+    with pytest.raises(ValueError, match=f"out: .*another run, {name} "):
         prepare(dataclasses.replace(config, **change))
     assert {path: path.stat().st_mtime_ns for path in config.out.rglob("*")} == before
 
@@ -488,7 +482,7 @@ def test_more_input_is_refused(config):
     """The number of units is in the names of shards."""
     prepare(dataclasses.replace(config, shard="0/2"))
     write_lines(config.input / "a" / "3.jsonl", map(text_of, range(60, 80)))
-    with pytest.raises(ValueError, match='is of another run, input is "5 units" there and "9 units" here'):
+    with pytest.raises(ValueError, match='another run, input .*"5 units".*"9 units"'):
         prepare(config)
 
 
@@ -498,10 +492,10 @@ def test_a_finished_dataset_is_left_alone(config, encodings, capsys):
     encodings.count = 0
     prepare(dataclasses.replace(config, workers=2, bad_share=0.5, shard="1/3"))
     assert encodings.count == 0
-    assert capsys.readouterr().out == f"{config.out} is finished: remove it to make it again\n"
+    assert re.fullmatch(f"{config.out} is finished.*\n", capsys.readouterr().out)
     assert {path: path.stat().st_mtime_ns for path in config.out.rglob("*")} == before
     (config.input / "one_more.txt").write_text("a small file that makes no other unit")
-    with pytest.raises(ValueError, match="is finished, of other files than .* holds: give another --out"):
+    with pytest.raises(ValueError, match="finished.*other files.*--out"):
         prepare(config)
 
 
@@ -516,7 +510,7 @@ def test_documents_in_linked_folders_are_read(config, tmp_path):
 
 
 def test_a_failed_tokenizer_leaves_room_for_another_run(config):
-    with pytest.raises(ValueError, match="cannot train 100000 pieces"):
+    with pytest.raises(ValueError, match=" 100000 pieces"):
         prepare(dataclasses.replace(config, tokenizer="", vocab_size=100_000))
     prepare(dataclasses.replace(config, tokenizer="", vocab_size=300))
     assert Corpus(config.out, "train").tokenizer.vocab_size == 300
@@ -539,7 +533,7 @@ def test_bad_documents_while_a_tokenizer_is_trained(config, monkeypatch):
     """The error is the documents', not SentencePiece's."""
     monkeypatch.setattr(corpus_module, "HOPELESS", 5)
     (config.input / "a.jsonl").write_text('{"content": "the wrong name"}\n' * 9)
-    with pytest.raises(ValueError, match=r"5 of 5 documents are bad, .* the first at .*a\.jsonl:1: no text"):
+    with pytest.raises(ValueError, match=r"\b5 of 5 .*a\.jsonl:1: no text"):
         prepare(dataclasses.replace(config, tokenizer="", patterns=("*.jsonl",)))
 
 
@@ -562,25 +556,25 @@ def refused(config, kind=ValueError, match="", **changes) -> None:
 
 def test_bad_configs(config, tmp_path):
     (tmp_path / "file").touch()
-    refused(config, match=r"no file matches \*\.rst: set --patterns", patterns=("*.rst",))
-    refused(config, FileNotFoundError, "absent: no such directory", input=tmp_path / "absent")
-    refused(config, FileNotFoundError, "file: no such directory", input=tmp_path / "file")
-    refused(config, FileNotFoundError, "absent: no such tokenizer", tokenizer=str(tmp_path / "absent"))
-    refused(config, match="out is the input", out=config.input)
-    refused(config, match="test_fraction is 0: there would be nothing to evaluate on", test_fraction=0.0)
-    refused(config, match="retrieval_fraction 0.7 leave nothing to train on", retrieval_fraction=0.7)
-    refused(config, match="test_fraction is 1.5: give a share", test_fraction=1.5)
-    refused(config, match="bad_share is -0.1: give a share", bad_share=-0.1)
+    refused(config, match=r"\*\.rst: .*--patterns", patterns=("*.rst",))
+    refused(config, FileNotFoundError, "absent: no .*directory", input=tmp_path / "absent")
+    refused(config, FileNotFoundError, "file: no .*directory", input=tmp_path / "file")
+    refused(config, FileNotFoundError, "absent: no .*tokenizer", tokenizer=str(tmp_path / "absent"))
+    refused(config, match="out .*input", out=config.input)
+    refused(config, match="test_fraction is 0: .*evaluate", test_fraction=0.0)
+    refused(config, match="retrieval_fraction 0.7 .*train", retrieval_fraction=0.7)
+    refused(config, match="test_fraction is 1.5", test_fraction=1.5)
+    refused(config, match="bad_share is -0.1", bad_share=-0.1)
     refused(config, match="unit_bytes is 0", unit_bytes=0)
-    refused(config, match="several jobs need one tokenizer", tokenizer="", shard="0/2")
-    with pytest.raises(ValueError, match="cannot train 100000 pieces") as error:
+    refused(config, match="several jobs.*--tokenizer", tokenizer="", shard="0/2")
+    with pytest.raises(ValueError, match=" 100000 pieces") as error:
         prepare(dataclasses.replace(config, tokenizer="", vocab_size=100_000))
     one_line(error)
 
 
 @pytest.mark.parametrize(("split", "fraction"), [("test", 1e-9), ("train", 1 - 0.2 - 1e-9)])
 def test_a_split_without_documents(config, split, fraction):
-    with pytest.raises(ValueError, match=f"no document fell into the {split} split: change --test_fraction"):
+    with pytest.raises(ValueError, match=f"no document .*{split} split.*--test_fraction"):
         prepare(dataclasses.replace(config, test_fraction=fraction))
     with pytest.raises(FileNotFoundError, match="not finished"):
         Corpus(config.out, "retrieval")
@@ -588,14 +582,14 @@ def test_a_split_without_documents(config, split, fraction):
 
 def test_a_corpus_is_of_documents(config, tmp_path, given):
     prepare(config)
-    with pytest.raises(ValueError, match="has no split valid: it has train, test, retrieval"):
+    with pytest.raises(ValueError, match="split valid: .*train, test, retrieval"):
         Corpus(config.out, "valid")
     builder = Builder(tmp_path / "other", {}, given)
     features = corpus_module.features_of(given)
     writer = ShardWriter(tmp_path / "other" / "pairs-train.array_record-00000-of-00001", features)
     writer.write({"tokens": np.zeros(2, np.uint16), "name": "", "domain": ""}, "", 2)
     builder.register("pairs", features, [{"splits": {"train": writer.close()}}], {"tokenizer": given.fingerprint()})
-    with pytest.raises(ValueError, match="holds pairs records: give a dataset of documents"):
+    with pytest.raises(ValueError, match="pairs records.*documents"):
         Corpus(tmp_path / "other", "train")
 
 

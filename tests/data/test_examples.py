@@ -63,9 +63,9 @@ def test_duplicate():
 
 def test_bad_windows():
     for start in (55, 60, 100):
-        with pytest.raises(ValueError, match=f"a window of 6 tokens at {start} does not fit a document of 60"):
+        with pytest.raises(ValueError, match=f" 6 tokens at {start} .* 60$"):
             previous_document(TOKENS, start, CONFIG)
-    with pytest.raises(ValueError, match="window of 6 is not its 3 chunks x 4"):
+    with pytest.raises(ValueError, match="window of 6 .* 3 chunks x 4"):
         duplicate(TOKENS, 0, CONFIG)
 
 
@@ -162,7 +162,7 @@ def test_more_passages_than_chunks_and_none():
     example = retrieved(empty | {"scores": np.zeros(0, np.float32)}, CONFIG)
     assert not example["context_mask"].any()
     assert (example["scores"] == -np.inf).all()
-    with pytest.raises(ValueError, match="a retrieved chunk has 4 tokens, chunk_length is 3"):
+    with pytest.raises(ValueError, match=" 4 tokens, chunk_length is 3"):
         retrieved(found(), dataclasses.replace(CONFIG, chunk_length=3))
 
 
@@ -173,7 +173,7 @@ def test_taught():
     assert example["teacher_index"].tolist() == record["teacher_index"].tolist()
     assert example["teacher_prob"].dtype == np.float16
     for wrong in ({"teacher_index": np.zeros((3, 2))}, {"teacher_prob": np.zeros((4, 2))}):
-        with pytest.raises(ValueError, match="make the teacher's dataset again"):
+        with pytest.raises(ValueError, match=r"teacher_index \[[34], 2\] .*teacher_prob \[4, [23]\]"):
             taught(record | wrong, CONFIG)
     with pytest.raises(ValueError, match="window's 3"):
         taught(record, dataclasses.replace(CONFIG, window=3))

@@ -281,13 +281,11 @@ def test_passages_are_joined_by_index(joined):
 
 def test_passages_that_leave_nothing_to_learn_or_do_not_fit(joined):
     """Every label would be inside the query; a passage would be longer than a chunk."""
-    with pytest.raises(
-        ValueError, match="found for 5 tokens, whose labels are ignored, and the window has 4: retrieve"
-    ):
+    with pytest.raises(ValueError, match=" 5 tokens.*window has 4: .*--query_tokens"):
         mixture(joined, "cepe", mix={"retrieved": 1}, window=4)
-    with pytest.raises(ValueError, match="its chunks have 4 tokens, chunk_length is 3: raise it"):
+    with pytest.raises(ValueError, match=" 4 tokens, chunk_length is 3"):
         mixture(joined, "cepe", mix={"retrieved": 1}, chunk_length=3)
-    with pytest.raises(ValueError, match="its chunks have 8 tokens, chunk_length is 7: raise it"):
+    with pytest.raises(ValueError, match=" 8 tokens, chunk_length is 7"):
         mixture(joined, "cepe", mix={"retrieved": 1}, chunk_length=7, neighbours="joint")
     assert mixture(joined, "cepe", mix={"retrieved": 1}, chunk_length=8, neighbours="joint")[0]["context"].shape == (
         3,
@@ -302,7 +300,7 @@ def test_joined_records_go_through_processes(joined):
 
 def test_a_foreign_context_needs_another_document(home, tokenizer, tmp_path):
     datasets.write_sequences(tmp_path / "one", [sequence(0)], LENGTH, tokenizer, shards=1)
-    with pytest.raises(ValueError, match="foreign_rate needs sequences of several documents"):
+    with pytest.raises(ValueError, match="foreign_rate .*several documents"):
         rows(mixture(tmp_path, "cepe", mix={"one": 1}, foreign_rate=1.0), 1)
 
 
@@ -333,31 +331,27 @@ def test_datasets_that_do_not_join(joined, tokenizer, tmp_path):
         path = datasets.write(
             tmp_path / f"teacher_of_{name}", "teacher", TAUGHT, [[teacher_of(0)] * 10], tokenizer, **facts
         )
-        with pytest.raises(
-            ValueError, match=rf"teacher_of_{name} does not join .*{name}: it has 10 records for others"
-        ):
+        with pytest.raises(ValueError, match=f"teacher_of_{name} .*join .*/{name}: .* 10 records .* {len(others)} "):
             Sequences(path, "cepe", CONFIG)
-    with pytest.raises(ValueError, match="its teacher's window has 12 tokens, here it has 10: change one"):
+    with pytest.raises(ValueError, match="teacher's window has 12 .* 10: "):
         mixture(joined, "ceped", mix={"teacher": 1}, window=10)
-    with pytest.raises(ValueError, match="its teacher's context has 12 tokens, here it has 8: change one"):
+    with pytest.raises(ValueError, match="teacher's context has 12 .* 8: "):
         mixture(joined, "ceped", mix={"teacher": 1}, num_chunks=2)
 
 
 def test_what_cannot_be_read(home, tokenizer, tmp_path):
-    with pytest.raises(
-        ValueError, match="a: its sequences have 50 tokens, and a cepe example has 54: sample longer ones"
-    ):
+    with pytest.raises(ValueError, match="a: .* 50 tokens.* cepe .* 54: "):
         mixture(home, "cepe", window=42)
     assert len(Sequences(home / "a", "cepe", dataclasses.replace(CONFIG, window=38))) == 10
     record = {"tokens": sequence(0), "name": "0", "domain": "d"}
     documents = datasets.write(tmp_path / "docs", "documents", datasets.SEQUENCE, [[record]], tokenizer)
-    with pytest.raises(ValueError, match="docs holds documents: sample sequences from it first"):
+    with pytest.raises(ValueError, match="docs holds documents.*sequences"):
         Sequences(documents, "lm", CONFIG)
     (tmp_path / "other").mkdir()
     other = datasets.train(["abcdefgh " * 9, "hgfedcba " * 9], 290, tmp_path / "other" / "tokenizer.model")
     datasets.write_sequences(tmp_path / "b", [sequence(0)], LENGTH, other, shards=1)
     (tmp_path / "a").symlink_to(home / "a")
-    with pytest.raises(ValueError, match="a, b were tokenised with different tokenizers"):
+    with pytest.raises(ValueError, match="a, b .*different tokenizers"):
         open_mix(tmp_path, {"a": 1, "b": 1}, "lm", CONFIG)
 
 

@@ -1,6 +1,7 @@
 """Datasets of records: TFDS reads what was written, facts are exact, and what is damaged is refused by name."""
 
 import pickle
+import re
 import resource
 import shutil
 import subprocess
@@ -238,26 +239,32 @@ def cut(path: Path, keep: int) -> None:
 
 
 DAMAGE = {
-    "a shard cut short": (lambda d: cut(shard(d), 60), "60 bytes of a shard that has"),
-    "a shard a byte short": (lambda d: cut(shard(d), shard(d).stat().st_size - 1), "bytes of a shard that has"),
-    "a shard that is empty": (lambda d: cut(shard(d), 0), "0 bytes of a shard"),
-    "a shard that grew": (lambda d: shard(d).write_bytes(shard(d).read_bytes() + b"\0"), "bytes of a shard that has"),
-    "a shard missing": (lambda d: shard(d).unlink(), "this shard of the dataset is missing"),
+    "a shard cut short": (lambda d: cut(shard(d), 60), r" 60 bytes .* \d+: "),
+    "a shard a byte short": (lambda d: cut(shard(d), shard(d).stat().st_size - 1), r" \d+ bytes .* \d+: "),
+    "a shard that is empty": (lambda d: cut(shard(d), 0), r" 0 bytes .* \d+: "),
+    "a shard that grew": (lambda d: shard(d).write_bytes(shard(d).read_bytes() + b"\0"), r" \d+ bytes .* \d+: "),
+    "a shard missing": (lambda d: shard(d).unlink(), "shard .*missing"),
     "zeros in a shard": (lambda d: shard(d).write_bytes(bytes(shard(d).stat().st_size)), "damaged"),
-    "no table of lengths": (lambda d: lengths_path(shard(d)).unlink(), "missing or damaged"),
-    "a table cut short": (lambda d: cut(lengths_path(shard(d)), 140), "missing or damaged"),
-    "a table that is empty": (lambda d: cut(lengths_path(shard(d)), 0), "missing or damaged"),
-    "another table": (lambda d: shutil.copy(lengths_path(shard(d, 2)), lengths_path(shard(d))), "is not of its shard"),
-    "another length": (lambda d: change_table(d, 0, 1), "is not of its shard, or damaged"),
-    "another domain": (lambda d: change_table(d, 0, 0), "is not of its shard, or damaged"),
-    "a table of another kind": (lambda d: np.save(lengths_path(shard(d)), np.zeros(3, int)), "is not of its shard"),
+    "no table of lengths": (lambda d: lengths_path(shard(d)).unlink(), r"\.lengths\.npy: missing"),
+    "a table cut short": (lambda d: cut(lengths_path(shard(d)), 140), r"\.lengths\.npy: missing"),
+    "a table that is empty": (lambda d: cut(lengths_path(shard(d)), 0), r"\.lengths\.npy: missing"),
+    "another table": (
+        lambda d: shutil.copy(lengths_path(shard(d, 2)), lengths_path(shard(d))),
+        r"\.lengths\.npy: .*its shard",
+    ),
+    "another length": (lambda d: change_table(d, 0, 1), r"\.lengths\.npy: .*its shard"),
+    "another domain": (lambda d: change_table(d, 0, 0), r"\.lengths\.npy: .*its shard"),
+    "a table of another kind": (
+        lambda d: np.save(lengths_path(shard(d)), np.zeros(3, int)),
+        r"\.lengths\.npy: .*its shard",
+    ),
     "the index cut short": (lambda d: cut(d / "dataset.json", 50), "dataset.json is damaged"),
-    "no index": (lambda d: (d / "dataset.json").unlink(), "not finished: run the command that writes it again"),
+    "no index": (lambda d: (d / "dataset.json").unlink(), "not finished"),
     "no metadata": (lambda d: (d / "dataset_info.json").unlink(), "not finished"),
-    "the metadata cut short": (lambda d: cut(d / "dataset_info.json", 50), "TFDS cannot read its metadata"),
-    "no features": (lambda d: (d / "features.json").unlink(), "TFDS cannot read its metadata"),
+    "the metadata cut short": (lambda d: cut(d / "dataset_info.json", 50), "TFDS .*metadata"),
+    "no features": (lambda d: (d / "features.json").unlink(), "TFDS .*metadata"),
     "no tokenizer": (lambda d: (d / "tokenizer.model").unlink(), "no tokenizer.model"),
-    "another tokenizer": (lambda d: train(TRAIN_TEXTS, 276, d / "tokenizer.model"), "is not the one it was tokenised"),
+    "another tokenizer": (lambda d: train(TRAIN_TEXTS, 276, d / "tokenizer.model"), "its tokenizer .*tokenised"),
 }
 
 
@@ -277,7 +284,7 @@ def test_damage_is_refused(dataset, damage):
     spoil, said = DAMAGE[damage]
     assert plain(Records(dataset, "train")) == expected("train")
     spoil(dataset)
-    assert said in refused(dataset)
+    assert re.search(said, refused(dataset))
 
 
 def test_a_flipped_byte_is_noticed_or_changes_nothing(dataset):
@@ -297,13 +304,13 @@ def test_a_flipped_byte_is_noticed_or_changes_nothing(dataset):
 
 
 def test_no_dataset(tmp_path, written):
-    with pytest.raises(ValueError, match="has no split valid: it has train, test, none"):
+    with pytest.raises(ValueError, match="split valid: .*train, test, none"):
         Records(written, "valid")
-    with pytest.raises(ValueError, match=f"{written}: its none split is empty"):
+    with pytest.raises(ValueError, match=f"{written}: .*none split .*empty"):
         Records(written, "none")
-    assert "no dataset: datasets are made with" in refused(tmp_path)
+    assert re.search(r"no dataset: .*scripts/prepare_data\.py", refused(tmp_path))
     Builder(tmp_path / "begun", {})
-    assert "not finished: run the command that writes it again" in refused(tmp_path / "begun")
+    assert "not finished" in refused(tmp_path / "begun")
 
 
 def test_a_dataset_goes_on_for_the_same_run_alone(tmp_path, tokenizer):
@@ -317,20 +324,20 @@ def test_a_dataset_goes_on_for_the_same_run_alone(tmp_path, tokenizer):
     assert begin().marked(0, ("a", 1)) == {"key": ["a", 1], "splits": {}}
     assert begin().marked(0, ("a", 2)) is None  # other input
     assert begin().marked(1, ("a", 1)) is None
-    with pytest.raises(ValueError, match="setting is 1 there and 2 here"):
+    with pytest.raises(ValueError, match="setting .* 1 .* 2 "):
         begin(2)
-    with pytest.raises(ValueError, match='more is null there and "x" here'):
+    with pytest.raises(ValueError, match='more .* null .* "x" '):
         begin(more="x")
     finished = write_dataset(tmp_path / "finished")
     assert Builder(finished, {"setting": 1}).finished
-    with pytest.raises(ValueError, match="setting is 1 there and 2 here"):
+    with pytest.raises(ValueError, match="setting .* 1 .* 2 "):
         Builder(finished, {"setting": 2})
 
 
 @pytest.mark.parametrize("name", ["mine.txt", ".hidden", "tokenizer.model", "dataset.json"])
 def test_what_is_there_is_not_touched(tmp_path, tokenizer, name):
     (tmp_path / name).write_text("mine")
-    with pytest.raises(ValueError, match=f"{tmp_path} exists and is no unfinished dataset"):
+    with pytest.raises(ValueError, match=f"{tmp_path} exists.*unfinished"):
         Builder(tmp_path, {}, tokenizer)
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(name, "mine")]
 
@@ -371,7 +378,7 @@ def test_a_mark_without_its_shard_is_not_registered(dataset):
     builder = Builder(dataset, {"setting": 1})
     (dataset / "dataset_info.json").unlink()
     cut(shard(dataset), 60)
-    with pytest.raises(ValueError, match="60 bytes of a shard"):
+    with pytest.raises(ValueError, match=" 60 bytes .*shard"):
         builder.register(NAME, FEATURES, [builder.marked(n, [n]) for n in range(3)], {})
     assert not builder.finished
 
@@ -429,5 +436,5 @@ def test_the_limit_of_open_files_is_raised_as_far_as_it_may(monkeypatch):
     assert not raised
     records.allow_open_files(1000)
     assert raised == [(resource.RLIMIT_NOFILE, (4096, 4096))]
-    with pytest.raises(ValueError, match="4000 shards, and 4096 files may be open: raise ulimit -Hn"):
+    with pytest.raises(ValueError, match="4000 .* 4096 .*ulimit -Hn"):
         records.allow_open_files(4000)

@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from support.refusals import one_line
 
 from cepe_jax.data import retrieval
 from cepe_jax.data.corpus import Corpus, PrepareConfig, prepare
@@ -372,23 +373,22 @@ def narrow(texts):
 def refused(config, **changes) -> str:
     with pytest.raises((ValueError, OSError)) as error:
         retrieve(dataclasses.replace(config, **changes))
-    assert "\n" not in str(error.value)
-    return str(error.value)
+    return one_line(error)
 
 
 def test_errors(config, home):
     documents = home / "documents"
-    assert f"{documents} holds documents: sample sequences" in refused(config, data=documents)
+    assert f"{documents} holds documents" in refused(config, data=documents)
     filtered = home / "filtered"
-    assert f"{filtered} holds filtered records: give a dataset of documents" in refused(config, passages=filtered)
-    assert "have different tokenizers: prepare both with one" in refused(config, passages=home / "other")
-    assert "retrieval split is empty" in refused(config, passages=home / "other", passage_split="retrieval")
-    assert "has no split dev" in refused(config, passage_split="dev")
+    assert f"{filtered} holds filtered" in refused(config, passages=filtered)
+    assert "different tokenizers" in refused(config, passages=home / "other")
+    assert "retrieval split" in refused(config, passages=home / "other", passage_split="retrieval")
+    assert "no split dev" in refused(config, passage_split="dev")
     for name in ("k", "passage_length", "query_tokens", "passage_tokens"):
-        assert f"{name} is 0: give a number above 0" in refused(config, **{name: 0})
+        assert f"{name} is 0" in refused(config, **{name: 0})
     for name in ("encode", ":encode", "module:"):
         assert f"encoder is {name}: give module:function" in refused(config, encoder=name)
-    assert "No module named 'nowhere'" in refused(config, encoder="nowhere:encode")
+    assert "named 'nowhere'" in refused(config, encoder="nowhere:encode")
     assert f"{__name__} has no encode" in refused(config, encoder=f"{__name__}:encode")
     assert not config.out.exists()
 
@@ -399,7 +399,7 @@ def test_errors(config, home):
         (flat, r"returned \(64,\) for 64 texts: return \(64, width\)"),
         (too_many, r"returned \(65, 3\) for 64 texts: return \(64, width\)"),
         (narrow, r"returned \(\d+, 1\) for (\d+) texts: return \(\1, 3\)"),
-        (infinite, "returned numbers that are not finite"),
+        (infinite, "returned .*not finite"),
     ],
 )
 def test_bad_encoders(config, encode, message):
@@ -413,16 +413,16 @@ def test_bad_encoders(config, encode, message):
 
 def test_a_changed_dataset_is_another_run(config, home):
     retrieve(dataclasses.replace(config, shard="0/2"))
-    assert "is of another run, data is" in refused(config, data=home / "packed")
-    assert "is of another run, passages is" in refused(config, passages=home / "otherwise")
-    assert "is of another run, passage_split is" in refused(config, passage_split="retrieval")
-    assert "is of another run, k is 5 there and 6 here" in refused(config, k=6)
+    assert "another run, data " in refused(config, data=home / "packed")
+    assert "another run, passages " in refused(config, passages=home / "otherwise")
+    assert "another run, passage_split " in refused(config, passage_split="retrieval")
+    assert re.search("another run, k .* 5 .* 6 ", refused(config, k=6))
 
 
 def test_passages_without_words(config):
     config = dataclasses.replace(config, passage_length=1)
     corpus = Corpus(config.passages, "train")
-    with pytest.raises(ValueError, match="no passage has a word"):
+    with pytest.raises(ValueError, match="no passage .*BM25 .*--passages"):
         BM25.build(config.out, (corpus.tokenizer.decode([i]) for i in (1, 2, 5)))
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import re
 from collections import Counter
 from fractions import Fraction
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from support.refusals import one_line
 
 from cepe_jax.data.builder import Builder, ShardWriter, array, text
 from cepe_jax.data.corpus import NAME
@@ -296,7 +298,7 @@ def test_a_finished_dataset_is_left_alone(config, capsys):
     sample(config)
     times = {path: path.stat().st_mtime_ns for path in config.out.rglob("*")}
     sample(config)
-    assert capsys.readouterr().out == f"{config.out} is finished: remove it to make it again\n"
+    assert re.fullmatch(f"{config.out} is finished.*\n", capsys.readouterr().out)
     assert {path: path.stat().st_mtime_ns for path in config.out.rglob("*")} == times
 
 
@@ -307,26 +309,26 @@ def test_a_finished_dataset_is_left_alone(config, capsys):
 def test_other_settings_are_refused(config, change, finished):
     sample(config if finished else dataclasses.replace(config, shard="0/2"))
     (name,) = change
-    with pytest.raises(ValueError, match=f"is of another run, {name} is .* there and .* here"):
+    with pytest.raises(ValueError, match=f"another run, {name} "):
         sample(dataclasses.replace(config, **change))
 
 
 def test_other_documents_are_refused(config, tmp_path):
     sample(dataclasses.replace(config, shard="0/2"))
     other = write_documents(tmp_path / "other", [SHARDS[0], SHARDS[2], SHARDS[1]])
-    with pytest.raises(ValueError, match="is of another run, data is"):
+    with pytest.raises(ValueError, match="another run, data "):
         sample(dataclasses.replace(config, data=other))
 
 
 REFUSED = {
-    "budget names d: the domains of .*data are a, b, c$": {"budget": {"d": 80}},
-    "budget of a is 104 tokens, and filtered sequences have 96: lower it": {"budget": {"a": 104}},
-    "budget of a is 113 tokens, and packed sequences have 88: lower it": {"budget": {"a": 113}, "kind": "packed"},
-    "budget of c is 8 tokens, and filtered sequences have 0": {"budget": {"c": 8}},
-    "no filtered sequence of 65 tokens: lower --length": {"length": 65},
-    "no packed sequence of 112 tokens: lower --length": {"length": 112, "kind": "packed"},
-    "no filtered sequence of 8 tokens": {"budget": {"c": 0}},
-    "has no split test: it has train": {"split": "test"},
+    r"budget .*\bd: .*data are a, b, c$": {"budget": {"d": 80}},
+    "budget of a .* 104 .* filtered .* 96: ": {"budget": {"a": 104}},
+    "budget of a .* 113 .* packed .* 88: ": {"budget": {"a": 113}, "kind": "packed"},
+    "budget of c .* 8 .* filtered .* 0: ": {"budget": {"c": 8}},
+    "filtered .* 65 tokens.*--length": {"length": 65},
+    "packed .* 112 tokens.*--length": {"length": 112, "kind": "packed"},
+    "no filtered .* 8 tokens": {"budget": {"c": 0}},
+    "split test: .*train": {"split": "test"},
 }
 
 
@@ -334,13 +336,13 @@ REFUSED = {
 def test_what_cannot_be_sampled(config, said):
     with pytest.raises(ValueError, match=said) as error:
         sample(dataclasses.replace(config, **REFUSED[said]))
-    assert "\n" not in str(error.value)
+    one_line(error)
     assert not config.out.exists()
 
 
 def test_sequences_are_not_sampled_from_sequences(config, tmp_path):
     sample(config)
-    with pytest.raises(ValueError, match="holds filtered records: sequences are sampled from documents"):
+    with pytest.raises(ValueError, match="holds filtered .*documents"):
         sample(dataclasses.replace(config, data=config.out, out=tmp_path / "more"))
 
 
@@ -349,8 +351,8 @@ def test_sequences_are_not_sampled_from_sequences(config, tmp_path):
     [
         ({"length": 0}, "length is 0"),
         ({"stride": -1}, "stride is -1"),
-        ({"stride": 2, "kind": "packed"}, "stride is 2: .* for filtered sequences alone"),
-        ({"budget": {"a": 7}}, "budget of a is 7: a sequence has 8 tokens"),
+        ({"stride": 2, "kind": "packed"}, "stride is 2: .*filtered"),
+        ({"budget": {"a": 7}}, "budget of a is 7: .* 8 tokens"),
         ({"budget": {"a": -8}}, "budget of a is -8"),
     ],
 )

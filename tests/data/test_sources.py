@@ -4,10 +4,12 @@ import gzip
 import itertools
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
 import pytest
+from support.refusals import one_line
 
 from cepe_jax.data.sources import Extent, RawDocument, plan, read
 
@@ -141,14 +143,14 @@ def test_a_plan_that_begins_with_an_empty_file(tmp_path):
 
 def test_no_plan(tmp_path):
     for pattern, said in (
-        ("*.rst", r"no file matches \*.rst: set --patterns"),
+        ("*.rst", r"\*.rst: .*--patterns"),
         ("/a/*", "pattern /a/.: give patterns"),
     ):
         with pytest.raises(ValueError, match=said):
             plan(tmp_path, (pattern,), (), 100, tmp_path / "out")
     (tmp_path / "file").touch()
     for root in (tmp_path / "absent", tmp_path / "file"):
-        with pytest.raises(FileNotFoundError, match=f"{root}: no such directory"):
+        with pytest.raises(FileNotFoundError, match=f"{root}: no .*directory"):
             plan(root, PATTERNS, (), 100, tmp_path / "out")
 
 
@@ -156,22 +158,21 @@ def test_no_plan(tmp_path):
 def test_names_that_no_record_holds(tmp_path, name):
     with open(os.fsencode(tmp_path) + b"/" + name, "wb"):
         pass
-    with pytest.raises(ValueError, match="its name is no line of UTF-8: rename it") as error:
+    with pytest.raises(ValueError, match="UTF-8.*rename") as error:
         plan(tmp_path, PATTERNS, (), 100, tmp_path / "out")
-    assert str(error.value).isascii()
-    assert "\n" not in str(error.value)
+    assert one_line(error).isascii()
 
 
 BAD = {
-    "{": "Expecting property name",
+    "{": "property name",
     '{"text": "a"} x': "Extra data",
-    '{"txt": "a"}': "no text: give each line an object with a string `text`",
+    '{"txt": "a"}': "no text",
     '{"text": 3}': "no text",
     '{"text": null}': "no text",
     '["text"]': "no text",
     '"text"': "no text",
-    '{"text": "\\ud83d"}': "half of a surrogate pair",
-    EMPTY: "an empty document",
+    '{"text": "\\ud83d"}': "surrogate",
+    EMPTY: "empty",
     "[" * 100_000: "recursion",
     "9" * 5000: "digits",
 }
@@ -196,7 +197,9 @@ def test_bad_lines_are_named(tmp_path, line, unit_bytes):
 def test_a_line_that_is_not_utf_8(tmp_path, pack):
     name = {bytes: "a.jsonl", gzip.compress: "a.jsonl.gz", zstd.compress: "a.jsonl.zst"}[pack]
     documents = read_content(tmp_path, pack(lines_of(["a"]) + b'{"text": "\xff"}\n'), name)
-    assert [document.fault for document in documents] == ["", f"{tmp_path / name}:2: not UTF-8 at byte 10 of the line"]
+    whole, bad = (document.fault for document in documents)
+    assert whole == ""
+    assert re.match(rf"{tmp_path / name}:2: not UTF-8 .* 10\b", bad)
 
 
 def test_lines_are_counted_once(tmp_path, monkeypatch):
@@ -216,17 +219,17 @@ def test_lines_are_counted_once(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("content", "text", "said"),
     [
-        (b"", "", "an empty document"),
-        (b" \n\t\r\n", " \n\t\r\n", "an empty document"),
-        (b"\xef\xbb\xbf", "", "an empty document"),
+        (b"", "", "empty"),
+        (b" \n\t\r\n", " \n\t\r\n", "empty"),
+        (b"\xef\xbb\xbf", "", "empty"),
         (b"abc\xff", None, "not UTF-8 at byte 3"),
         (b"\xef\xbb\xbfabc\xff", None, "not UTF-8 at byte 6"),
     ],
 )
 def test_bad_files(tmp_path, content, text, said):
-    assert read_content(tmp_path, content, "a.txt") == [
-        RawDocument("a.txt", tmp_path.name, text, f"{tmp_path / 'a.txt'}: {said}")
-    ]
+    (document,) = read_content(tmp_path, content, "a.txt")
+    assert document == RawDocument("a.txt", tmp_path.name, text, document.fault)
+    assert re.match(rf"{tmp_path / 'a.txt'}: .*{said}\b", document.fault)
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path):
@@ -245,7 +248,7 @@ def test_a_compressed_file_that_is_cut_short_or_another_is_refused(tmp_path, nam
     for content in spoilt:
         with pytest.raises(ValueError, match=f"{tmp_path / name}: damaged or ") as error:
             read_content(tmp_path, content, name)
-        assert "\n" not in str(error.value)
+        one_line(error)
 
 
 def test_the_domain_is_a_field(tmp_path):
@@ -255,11 +258,11 @@ def test_the_domain_is_a_field(tmp_path):
     content = "".join(json.dumps(line) + "\n" for line in [*lines, *bad]).encode()
     documents = read_content(tmp_path, content, domain_field="meta.source")
     assert [(document.domain, document.text) for document in documents[:2]] == [("web", "a"), ("bücher", "b")]
-    assert [document.fault for document in documents[2:]] == [
-        f"{tmp_path / 'a.jsonl'}:{number}: no meta.source, which names the domain" for number in range(3, 8)
+    assert [document.fault.split(",")[0] for document in documents[2:]] == [
+        f"{tmp_path / 'a.jsonl'}:{number}: no meta.source" for number in range(3, 8)
     ]
     (half,) = read_content(tmp_path, b'{"text": "a", "d": "\\ud83d"}', domain_field="d")
-    assert "half of a surrogate pair" in half.fault
+    assert "surrogate" in half.fault
 
 
 def test_the_domain_is_the_first_folder(tmp_path):

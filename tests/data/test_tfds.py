@@ -38,11 +38,11 @@ def test_versions(directory, tmp_path):
 
 
 def test_refusals(directory):
-    with pytest.raises(ValueError, match="1.0.0: has no split validation: it has .*test"):
+    with pytest.raises(ValueError, match="1.0.0: .*split validation: .*test"):
         list(rows(directory, "validation"))
     info = json.loads((directory / "dataset_info.json").read_text())
     (directory / "dataset_info.json").write_text(json.dumps(info | {"fileFormat": "tfrecord"}))
-    with pytest.raises(ValueError, match='1.0.0: prepare it anew, with file_format="array_record"'):
+    with pytest.raises(ValueError, match='1.0.0: .*file_format="array_record"'):
         list(rows(directory, "train"))
 
 

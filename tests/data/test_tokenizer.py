@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import sentencepiece as library
 import tokenizers
+from support.refusals import one_line
 from support.tokenizers import as_llama_2, byte_level, to_tokenizers
 
 from cepe_jax.data import tokenizer as tokenizer_module
@@ -159,7 +160,7 @@ def test_special_tokens_that_are_found_in_normalised_text(tmp_path):
 
 def test_half_a_character_is_refused(tokenizer):
     for encode in (tokenizer.encode, tokenizer.encode_special):
-        with pytest.raises(ValueError, match=r"holds '\\udcff' at 2, which is no character: read it as UTF-8"):
+        with pytest.raises(ValueError, match=r"'\\udcff' at 2, .*UTF-8"):
             encode("ab\udcff")
 
 
@@ -397,30 +398,30 @@ def test_fingerprint_ignores_what_a_model_file_notes(home, sentencepiece):
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("garbage.model", b"hello", "not a SentencePiece model"),
-        ("empty.model", b"", "not a SentencePiece model"),
-        ("garbage.json", b"hello", "not a tokenizer.json"),
-        ("empty.json", b"", "not a tokenizer.json"),
-        ("other.json", b"{}", "not a tokenizer.json"),
+        ("garbage.model", b"hello", "SentencePiece"),
+        ("empty.model", b"", "SentencePiece"),
+        ("garbage.json", b"hello", r"tokenizer\.json"),
+        ("empty.json", b"", r"tokenizer\.json"),
+        ("other.json", b"{}", r"tokenizer\.json"),
     ],
 )
 def test_bad_files(tmp_path, name, content, said):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=rf"{re.escape(name)}: {said}") as error:
+    with pytest.raises(ValueError, match=rf"{re.escape(name)}: not .*{said}") as error:
         Tokenizer(tmp_path / name)
-    assert "\n" not in str(error.value)
+    one_line(error)
 
 
 def test_a_truncated_model(tmp_path, sentencepiece):
     (tmp_path / "tokenizer.model").write_bytes(sentencepiece.path.read_bytes()[:2000])
-    with pytest.raises(ValueError, match="not a SentencePiece model"):
+    with pytest.raises(ValueError, match=r"tokenizer\.model: not .*SentencePiece"):
         Tokenizer(tmp_path)
 
 
 def test_missing_files(tmp_path):
-    with pytest.raises(FileNotFoundError, match="absent: no such tokenizer"):
+    with pytest.raises(FileNotFoundError, match="absent: no .*tokenizer"):
         Tokenizer(tmp_path / "absent")
-    with pytest.raises(FileNotFoundError, match="no tokenizer.model and no tokenizer.json"):
+    with pytest.raises(FileNotFoundError, match=r"no tokenizer\.model .*no tokenizer\.json"):
         Tokenizer(tmp_path)
 
 
@@ -432,9 +433,9 @@ def test_a_tokenizer_without_begin_or_end(tmp_path, special, said):
 
 @pytest.mark.parametrize("texts", [[], [""], ["ab"]])
 def test_too_little_text(tmp_path, texts):
-    with pytest.raises(ValueError, match="cannot train 420 pieces on these texts") as error:
+    with pytest.raises(ValueError, match=" 420 pieces") as error:
         train(texts, 420, tmp_path / "tokenizer.model")
-    assert "\n" not in str(error.value)
+    one_line(error)
     assert not (tmp_path / "tokenizer.model").exists()
 
 

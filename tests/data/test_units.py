@@ -1,6 +1,7 @@
 """Work in units: done once, by any number of processes and jobs, and errors that leave what is finished."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from support.refusals import one_line
 from support.units import UNITS, Note
 
 from cepe_jax.data.builder import Builder
@@ -59,7 +61,7 @@ def test_jobs_share_the_units(builder, capsys, order):
 
 def test_what_is_left_is_said(builder, capsys):
     assert run(builder, shard="1/4") is None
-    assert capsys.readouterr().out == f"{builder.out}: 5 of 7 units are left to other jobs\n"
+    assert re.fullmatch(f"{builder.out}: 5 of 7 units.*\n", capsys.readouterr().out)
 
 
 def test_a_unit_of_other_input_is_done_again(builder):
@@ -91,9 +93,9 @@ def test_processes(builder, capsys):
     assert "2c" not in finished
 
     (builder.units / "00006.json").unlink(missing_ok=True)  # two are left for two processes
-    with pytest.raises(ValueError, match="a worker process was killed, .*: run it again with fewer --workers") as error:
+    with pytest.raises(ValueError, match="killed.*--workers") as error:
         run(builder, "kill", workers=2)
-    assert "\n" not in str(error.value)
+    one_line(error)
     assert not finished - {"6g"} & set(log(builder))
     assert builder.marked(2, UNITS[2]) is None
 
@@ -165,7 +167,7 @@ def test_no_process_is_left(tmp_path, end):
 
 @pytest.mark.parametrize("shard", ["", "3", "1/1", "2/1", "-1/2", "0/0", "a/b", "1/2/3", "0 /2", "0/", "/2", "0.5/2"])
 def test_wrong_shards(shard):
-    with pytest.raises(ValueError, match="give i/n with 0 <= i < n, such as 0/4") as error:
+    with pytest.raises(ValueError, match="i/n .*0 <= i < n") as error:
         JobConfig(shard=shard)
     assert repr(shard) in str(error.value)
 

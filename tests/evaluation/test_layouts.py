@@ -71,7 +71,7 @@ def test_popqa_shows_its_other_questions(tmp_path):
     for prompt in model.asked:
         text = "".join(map(chr, prompt.ids))
         assert sorted(re.findall(r"q\d", text)) == ["q1", "q2", "q3"]
-    with pytest.raises(FileNotFoundError, match="no directory with train.jsonl, which gives demonstrations.*ctxs"):
+    with pytest.raises(FileNotFoundError, match="train.jsonl, .*demonstrations.*ctxs"):
         next(measure(TaskConfig("qa", (0,), tmp_path, layout="nq", passages=1), 0, model))
 
 
@@ -218,7 +218,7 @@ def test_options(tmp_path):
     assert (record.answers, record.choices) == (("It was so.",), ())
     for query, said in (OPTIONS, "Five"), ("Question:\nWhy?", "Two"):
         write(tmp_path / "test.jsonl", [scrolls("Read.", "Text.", query, said)])
-        with pytest.raises(ValueError, match=f'test.jsonl:1: output is "{said}": this layout has one of the query'):
+        with pytest.raises(ValueError, match=f'test.jsonl:1: output is "{said}": .*options'):
             load(tmp_path, LAYOUTS["quality"], shows=False)
 
 
@@ -242,37 +242,35 @@ def test_all_layouts_are_tested_and_can_be_asked(tmp_path):
 
 def test_faults(tmp_path):
     write(tmp_path / "test.jsonl", [{"question": "q", "answers": ["a"], "ctxs": [{"title": "T"}]}])
-    with pytest.raises(ValueError, match="test.jsonl:1: text is null: this layout has a text there"):
+    with pytest.raises(ValueError, match="test.jsonl:1: text is null"):
         load(tmp_path, LAYOUTS["nq"], shows=False)
     for line in 7, ["question"], {"question": "q", "answers": ["a"], "ctxs": ["T"]}:
         write(tmp_path / "test.jsonl", [line])
-        with pytest.raises(ValueError, match="test.jsonl:1: (question|text) is null: this layout has a text there"):
+        with pytest.raises(ValueError, match="test.jsonl:1: (question|text) is null"):
             load(tmp_path, LAYOUTS["nq"], shows=False)
     asked = {"question": "q", "ctxs": []}
     for wrong, said in ("5", "5"), ("oops", '"oops"'):
         write(tmp_path / "test.jsonl", [asked | {"possible_answers": wrong}])
-        with pytest.raises(ValueError, match=f"test.jsonl:1: possible_answers is {said}: this layout has a list there"):
+        with pytest.raises(ValueError, match=f"test.jsonl:1: possible_answers is {said}: .*list"):
             load(tmp_path, LAYOUTS["popqa"], shows=False)
     write(tmp_path / "test.jsonl", [asked | {"answers": ["a"], "ctxs": [passage("T", "x", "abc")]}])
-    with pytest.raises(ValueError, match='test.jsonl:1: score is "abc": this layout has a number'):
+    with pytest.raises(ValueError, match='test.jsonl:1: score is "abc": .*number'):
         load(tmp_path, LAYOUTS["nq"], shows=False)
     for name, line, label in ("banking77", [1], "label"), ("clinic150", [1], "intent"), ("nlu_intent", {}, "label"):
         write(tmp_path / "test.jsonl", [line])
-        with pytest.raises(
-            ValueError, match=f"test.jsonl:1: {label} is null: this layout has a whole number or a text"
-        ):
+        with pytest.raises(ValueError, match=f"test.jsonl:1: {label} is null: .*number .*text"):
             load(tmp_path, LAYOUTS[name], shows=False)
     write(tmp_path / "test.jsonl", [{"text": "q", "label": 4}])
-    with pytest.raises(ValueError, match="test.jsonl:1: label is 4 and there are 4 labels"):
+    with pytest.raises(ValueError, match="test.jsonl:1: label is 4 .* 4 labels"):
         load(tmp_path, LAYOUTS["ag_news"], shows=False)
-    with pytest.raises(FileNotFoundError, match="labels.txt: no such file, and label is a number: give names"):
+    with pytest.raises(FileNotFoundError, match="labels.txt: .*label .*number"):
         load(tmp_path, LAYOUTS["banking77"], shows=False)
     write(tmp_path / "test.jsonl", [scrolls("Read.", "Text.", "Question:\nWho?", None)])
-    with pytest.raises(ValueError, match="test.jsonl:1: output is not told, as in the test split: take the validation"):
+    with pytest.raises(ValueError, match="test.jsonl:1: output .*validation"):
         load(tmp_path, LAYOUTS["qasper"], shows=False)
-    with pytest.raises(ValueError, match="unknown layout sst: choose of nq, trivia_qa"):
+    with pytest.raises(ValueError, match="layout sst: .*nq, trivia_qa"):
         TaskConfig("icl", (0,), layout="sst")
-    with pytest.raises(ValueError, match="layout sst2 is of the icl family"):
+    with pytest.raises(ValueError, match="layout sst2 .* icl "):
         TaskConfig("qa", (0,), layout="sst2")
 
 
@@ -281,7 +279,7 @@ def test_no_data_says_what_to_put_where(tmp_path, name):
     with pytest.raises(FileNotFoundError) as raised:
         load(tmp_path / "here", LAYOUTS[name], shows=True)
     said = str(raised.value)
-    assert said.startswith(f"{tmp_path / 'here'}: no such file, and no directory with test.jsonl: put there ")
+    assert re.match(f"{tmp_path / 'here'}: .*test.jsonl: put there ", said)
     assert "\n" not in said
     assert {"qa": "ctxs", "icl": "load_dataset(", "document": "ZeroSCROLLS"}[LAYOUTS[name].family] in said
     if name == "sst2":

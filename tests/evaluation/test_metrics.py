@@ -75,7 +75,7 @@ def test_no_answers_and_nothing_said(name):
     assert METRICS[name](" \n", ["a", "The The"]) == 0
     assert METRICS[name]("anything goes", ["anything goes"]) == pytest.approx(1)
     for none in ([], "anything"):
-        with pytest.raises(ValueError, match="answers are .*: give a list of one text or more"):
+        with pytest.raises(ValueError, match="answers are .*list"):
             METRICS[name]("anything goes", none)
 
 
@@ -119,7 +119,7 @@ def test_accuracies():
     assert accuracies([False, True, False], log_probs, lengths, domain)["accuracy_normalised"] == 1
     assert accuracies([False, False, True], log_probs, lengths, domain)["accuracy_calibrated"] == 1
     assert set(accuracies([False, True], [-1, -2], [1, 1])) == {"accuracy", "accuracy_normalised"}
-    with pytest.raises(ValueError, match="none of the choices is right"):
+    with pytest.raises(ValueError, match="choices .*right"):
         accuracies([False, False], [-1, -2], [1, 1])
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 import pytest
+from support.refusals import one_line
 from support.tokenizers import WINDOW
 
 from cepe_jax.evaluation.language_model import LanguageModel, Prompt, generate
@@ -195,27 +196,27 @@ def test_scaled_positions(home, rope, factor):
 def test_bad_input(home, encoder_reads, decoder_reads, tmp_path):
     long = Prompt([BOS, *range(100, 147)])
     for call, message in [
-        (lambda: ModelConfig(home, "both"), "reads is 'both': choose encoder, decoder, streaming, replug"),
-        (lambda: ModelConfig(home, window=1), "window is 1: give 2 tokens or more"),
-        (lambda: ModelConfig(home, rope="ntk"), "rope is 'ntk': choose trained, linear, yarn"),
-        (lambda: ModelConfig(home, rope="linear"), "rope linear with factor 1.0: give linear or yarn a factor above"),
-        (lambda: ModelConfig(home, factor=2.0), "rope trained with factor 2.0: give linear or yarn a factor"),
-        (lambda: encoder_reads.stream([long], 2), "a prompt of 48 tokens and 2 after it exceed the window of 48: make"),
-        (lambda: encoder_reads.score(long, [[5, 6], [7]]), "a prompt of 48 tokens and 2 after it exceed the window"),
-        (lambda: decoder_reads.stream([long], 49), "49 tokens after the prompt leave nothing of the window of 48"),
-        (lambda: encoder_reads.stream([Prompt([BOS], [[]])], 2), "passage 0 has no tokens: leave it out"),
+        (lambda: ModelConfig(home, "both"), "reads is 'both': .*encoder, decoder, streaming, replug"),
+        (lambda: ModelConfig(home, window=1), "window is 1: .* 2 "),
+        (lambda: ModelConfig(home, rope="ntk"), "rope is 'ntk': .*trained, linear, yarn"),
+        (lambda: ModelConfig(home, rope="linear"), "rope linear .* 1.0: "),
+        (lambda: ModelConfig(home, factor=2.0), "rope trained .* 2.0: "),
+        (lambda: encoder_reads.stream([long], 2), " 48 tokens and 2 .*window of 48: "),
+        (lambda: encoder_reads.score(long, [[5, 6], [7]]), " 48 tokens and 2 .*window"),
+        (lambda: decoder_reads.stream([long], 49), "49 tokens .*window of 48"),
+        (lambda: encoder_reads.stream([Prompt([BOS], [[]])], 2), "passage 0 .*no tokens"),
     ]:
-        with pytest.raises(ValueError, match=message.replace("(", r"\(")) as caught:
+        with pytest.raises(ValueError, match=message) as caught:
             call()
-        assert "\n" not in str(caught.value)
+        one_line(caught)
 
 
 def test_windows_above_the_positions(home):
     """Are refused where positions are those of the text; rope scaling gives more, and StreamingLLM needs none."""
     for reads in "encoder", "decoder", "replug":
-        with pytest.raises(ValueError, match=f"window is 49: give at most 48, the positions that .*{home.name} has"):
+        with pytest.raises(ValueError, match=f"window is 49: .* 48, .*{home.name} "):
             load_model(ModelConfig(home, reads, window=WINDOW + 1))
-    with pytest.raises(ValueError, match="window is 97: give at most 96"):
+    with pytest.raises(ValueError, match="window is 97: .* 96"):
         load_model(ModelConfig(home, "decoder", window=2 * WINDOW + 1, rope="linear", factor=2.0))
     assert load_model(ModelConfig(home, "decoder", window=2 * WINDOW, rope="linear", factor=2.0)).window == 2 * WINDOW
     assert load_model(ModelConfig(home, "streaming", window=WINDOW + 1)).model.window == WINDOW + 1
@@ -223,11 +224,11 @@ def test_windows_above_the_positions(home):
 
 def test_directories_that_cannot_be_read_so(home, weights, tmp_path):
     save(weights.decoder, tmp_path / "plain", home)
-    with pytest.raises(ValueError, match="plain is a plain decoder, without an encoder: set reads to decoder"):
+    with pytest.raises(ValueError, match="plain .*encoder.*reads.*decoder"):
         load_model(ModelConfig(tmp_path / "plain"))
     for said, changes in [
-        ("lacks max_position_embeddings, which rope yarn scales", {"huggingface": {}}),
-        ("was trained with rope scaling linear: leave rope out", {"scaling": "linear", "factor": 2.0}),
+        ("max_position_embeddings, .*rope yarn", {"huggingface": {}}),
+        ("rope scaling linear", {"scaling": "linear", "factor": 2.0}),
     ]:
         written = json.loads((tmp_path / "plain" / "config.json").read_text())
         written |= {"huggingface": changes.pop("huggingface", written["huggingface"])}
@@ -235,5 +236,5 @@ def test_directories_that_cannot_be_read_so(home, weights, tmp_path):
         (tmp_path / "plain" / "config.json").write_text(json.dumps(written))
         with pytest.raises(ValueError, match=said):
             load_model(ModelConfig(tmp_path / "plain", "decoder", rope="yarn", factor=2.0))
-    with pytest.raises(ValueError, match="nothing says how many tokens .* keeps as StreamingLLM: give window"):
+    with pytest.raises(ValueError, match="tokens .*StreamingLLM: .*window"):
         load_model(ModelConfig(tmp_path / "plain", "streaming"))

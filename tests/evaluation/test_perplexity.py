@@ -295,27 +295,27 @@ def test_retrieved_passages(found, retrieved):
 
 def test_what_retrieval_did_not_give(found, retrieved):
     model = Asked(retrieved[3])
-    with pytest.raises(ValueError, match="3 passages were found for 0, and 4 are asked for: retrieve with a larger"):
+    with pytest.raises(ValueError, match=r"\b3 passages .* 0, and 4 .*--k"):
         next(measure(dataclasses.replace(found, chunks=(4,)), "retrieved", 4, model))
-    with pytest.raises(ValueError, match="found for the first 4 tokens, and tokens from 3 on are scored"):
+    with pytest.raises(ValueError, match=" 4 tokens, .* 3 .*scored"):
         next(measure(dataclasses.replace(found, scored=9), "retrieved", 1, model))
-    with pytest.raises(ValueError, match="has contexts of the kinds retrieved, and not previous"):
+    with pytest.raises(ValueError, match="kinds retrieved, .*previous"):
         next(measure(found, "previous", 1, model))
 
 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"chunks": (0, -1)}, r"chunks is \[0, -1\]: give different numbers, 0 for no context"),
+        ({"chunks": (0, -1)}, r"chunks is \[0, -1\]: .*different"),
         ({"chunks": (2, 2)}, r"chunks is \[2, 2\]"),
         ({"chunks": ()}, r"chunks is \[\]"),
         ({"chunk_length": 0}, "chunk_length is 0"),
-        ({"scored": 0}, "scored is 0: give 1 or more, and fewer than the window's 9"),
+        ({"scored": 0}, "scored is 0: .*window's 9"),
         ({"scored": 9}, "scored is 9"),
         ({"kinds": ()}, r"kinds is \[\]"),
         ({"kinds": ("other", "other")}, "kinds is"),
-        ({"kinds": ("retrieved", "other")}, "kinds is .*: give previous, other or both, or retrieved alone"),
-        ({"stride": 3}, "stride is 3: give a number of tokens, where place is sliding alone"),
+        ({"kinds": ("retrieved", "other")}, "kinds is .*: .*previous, other .*retrieved alone"),
+        ({"stride": 3}, "stride is 3: .*sliding"),
         ({"stride": -3, "place": "sliding"}, "stride is -3"),
         ({"windows": -1}, "windows is -1"),
     ],
@@ -329,19 +329,19 @@ def test_data_that_has_no_window(config, model, home, tmp_path):
     def first(**changes):
         return next(measure(dataclasses.replace(config, **changes), "previous", 1, model))
 
-    with pytest.raises(ValueError, match="no document has the 609 tokens of the longest context and the window: lower"):
+    with pytest.raises(ValueError, match=" 609 tokens .*lower"):
         first(chunks=(100,))
-    with pytest.raises(FileNotFoundError, match="absent: no such file or directory"):
+    with pytest.raises(FileNotFoundError, match="absent: no .*file"):
         first(data=tmp_path / "absent")
     (tmp_path / "one.txt").write_text("return " * 60)
-    with pytest.raises(ValueError, match=r"only one\.txt is long enough, and other needs two documents"):
+    with pytest.raises(ValueError, match=r"only one\.txt .*other .*two"):
         first(data=tmp_path / "one.txt")
     assert first(data=tmp_path / "one.txt", kinds=("previous",))["read"] == 15
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"txt": "b"}\n')
-    with pytest.raises(ValueError, match=r"bad\.jsonl:2: no text: give each line an object .* mend it, or take it out"):
+    with pytest.raises(ValueError, match=r"bad\.jsonl:2: no text.* mend"):
         first(data=tmp_path / "bad.jsonl")
     model.tokenizer = make_tokenizer(tmp_path)
-    with pytest.raises(ValueError, match="has other tokens than those of the model at"):
+    with pytest.raises(ValueError, match="other tokens .*model"):
         first()
 
 

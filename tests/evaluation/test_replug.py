@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.models import relative_error
+from support.refusals import one_line
 
 from cepe_jax.evaluation import replug as module
 from cepe_jax.evaluation.language_model import Prompt
@@ -118,12 +119,12 @@ def test_bad_input(home, reader):
     ids, contexts = PROMPT.ids, PROMPT.contexts
     long = Prompt([BOS, *range(4, 47)], [[5, 6]], [1.0])
     for call, message in [
-        (lambda: ModelConfig(home, "replug", temperature=0.0), "temperature is 0.0: give a number above 0"),
-        (lambda: reader.score(Prompt(ids, contexts), [[1]]), "and 0 came with 3 contexts: give one for each"),
-        (lambda: reader.stream([Prompt(ids, contexts, [1.0])], 4), "and 1 came with 3 contexts: give one for each"),
-        (lambda: reader.stream([long], 4), "have 46 tokens, and 4 after them exceed the window of 48: shorten"),
-        (lambda: reader.stream([PROMPT], 0), "0 tokens after the prompt: ask for 1 or more"),
+        (lambda: ModelConfig(home, "replug", temperature=0.0), "temperature is 0.0"),
+        (lambda: reader.score(Prompt(ids, contexts), [[1]]), " 0 came .* 3 contexts"),
+        (lambda: reader.stream([Prompt(ids, contexts, [1.0])], 4), " 1 came .* 3 contexts"),
+        (lambda: reader.stream([long], 4), " 46 tokens, and 4 .*window of 48: "),
+        (lambda: reader.stream([PROMPT], 0), "^0 tokens .* 1 "),
     ]:
         with pytest.raises(ValueError, match=message) as caught:
             call()
-        assert "\n" not in str(caught.value)
+        one_line(caught)

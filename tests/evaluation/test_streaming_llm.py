@@ -115,8 +115,8 @@ def test_behind_the_seam(home):
     log_probs = log_softmax(rolling(load(home).decoder, text))[-4:-1]
     np.testing.assert_allclose(found.log_probs, log_probs[range(3), continuation], atol=2e-5)
     for changes, said in [
-        ({"window": 4}, "sinks is 4 and the window 4: give 1 sink or more, and a larger window"),
-        ({"sinks": 0}, "sinks is 0 and the window 48: give 1 sink or more"),
+        ({"window": 4}, "sinks is 4 .*window 4: .*larger window"),
+        ({"sinks": 0}, "sinks is 0 .*window 48: .* 1 "),
     ]:
         with pytest.raises(ValueError, match=said):
             load_model(ModelConfig(home, "streaming", **changes))

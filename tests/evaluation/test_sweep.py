@@ -195,7 +195,7 @@ def test_a_grid_that_is_stopped_goes_on(config, runs, error):
 def test_a_cell_that_raises_stays_alone(config, runs, capsys):
     """It has no result, and is named; the others go on in the same process; the next run does it alone."""
     runs.at["a", "previous", 1] = raising(RuntimeError("RESOURCE_EXHAUSTED: no\n room"))
-    with pytest.raises(ValueError, match=r"1 of 10 cells failed, first first\.text\.previous\.1: RuntimeError: RES"):
+    with pytest.raises(ValueError, match=r"\b1 of 10 .* first\.text\.previous\.1: RuntimeError: RES"):
         run_sweep(config)
     assert len(runs.groups) == 2
     assert "first.text.previous.1 failed: RuntimeError: RESOURCE_EXHAUSTED: no room\n" in capsys.readouterr().err
@@ -217,12 +217,13 @@ def test_a_cell_that_raises_stays_alone(config, runs, capsys):
 def test_a_process_that_dies(config, runs):
     """Its cell has failed, and another process does the rest of the group."""
     runs.at["a", "other", 1] = raising(Died())
-    with pytest.raises(ValueError, match=r"1 of 10 cells failed, first first\.text\.other\.1: its process ended, kil"):
+    with pytest.raises(ValueError, match=r"\b1 of 10 .* first\.text\.other\.1: .*kil"):
         run_sweep(config)
     assert runs.groups == [NAMES[:5], NAMES[3:5], NAMES[5:]]
     (failure,) = results(config)["failures"]
     assert failure["name"] == "first.text.other.1"
-    assert failure["message"] == "its process ended, killed by SIGKILL, perhaps for want of memory"
+    assert "killed by SIGKILL" in failure["message"]
+    assert "loaded" not in failure["message"]
     assert not list(config.out.glob("cells/first.text.other.1.json*"))
 
 
@@ -234,7 +235,7 @@ def test_a_model_that_does_not_load(config, runs):
     assert {failure["message"] for failure in results(config)["failures"]} == {"no weights"}
     runs.on_load = lambda config: raising(Died())()
     runs.groups.clear()
-    with pytest.raises(ValueError, match="its process ended while it loaded the model, killed by SIGKILL, perhaps"):
+    with pytest.raises(ValueError, match="loaded .*killed by SIGKILL"):
         run_sweep(config)
     assert runs.groups == [NAMES[:5]]
     assert len(results(config)["cells"]) == 5
@@ -254,8 +255,8 @@ def test_nothing_vanishes_from_the_report(config, runs):
     before, page = written(config), (config.out / "report.md").read_text()
     runs.groups.clear()
     for changes, lost in [
-        ({"models": {"first": config.models["first"]}}, r"out has models\.second, which this command lacks"),
-        ({"perplexity": {"more": config.perplexity["text"]}}, r"out has perplexity\.text, which .* another --out"),
+        ({"models": {"first": config.models["first"]}}, r"out has models\.second, .*lacks"),
+        ({"perplexity": {"more": config.perplexity["text"]}}, r"out has perplexity\.text, .* --out"),
     ]:
         with pytest.raises(ValueError, match=lost):
             run_sweep(dataclasses.replace(config, **changes))
@@ -266,7 +267,7 @@ def test_one_command_at_a_time(config, runs):
     config.out.mkdir()
     with open(config.out / ".lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(ValueError, match="out is in use by another command: wait for its end, or use another"):
+        with pytest.raises(ValueError, match="out .*in use"):
             run_sweep(config)
     assert not runs.groups
     run_sweep(config)
@@ -284,12 +285,12 @@ def test_what_is_not_there(config, runs, tmp_path):
 
     missing = {"perplexity": {}, "tasks": {"nq": TaskConfig("qa", (1,), Path("nq"))}}
     for changes, error, said in [
-        ({"models": {"x": ModelConfig(Path("absent"))}}, FileNotFoundError, "^absent: no such file or directory$"),
-        ({"models": {"x": ModelConfig(Path("a"), tokenizer=Path("tok"))}}, FileNotFoundError, "^tok: no such file"),
-        (asked(Path("absent")), FileNotFoundError, "^absent: no such file or directory$"),
+        ({"models": {"x": ModelConfig(Path("absent"))}}, FileNotFoundError, "^absent: no .*file"),
+        ({"models": {"x": ModelConfig(Path("a"), tokenizer=Path("tok"))}}, FileNotFoundError, "^tok: no .*file"),
+        (asked(Path("absent")), FileNotFoundError, "^absent: no .*file"),
         (asked(Path("empty.txt")), ValueError, "^empty.txt is empty$"),
-        (tasked(haystack=Path("hay.txt")), FileNotFoundError, "^hay.txt: no such file or directory"),
-        (missing, FileNotFoundError, "^nq: no such file .*: put there "),
+        (tasked(haystack=Path("hay.txt")), FileNotFoundError, "^hay.txt: no .*file"),
+        (missing, FileNotFoundError, "^nq: no .*: put there "),
     ]:
         with pytest.raises(error, match=said):
             run_sweep(dataclasses.replace(config, **changes))
@@ -299,7 +300,7 @@ def test_what_is_not_there(config, runs, tmp_path):
 def test_one_set_that_is_not_there(config, runs):
     """Its cells have failed, without a process; the others run."""
     config = dataclasses.replace(config, tasks={"nq": TaskConfig("qa", (1, 2), Path("nq"))})
-    with pytest.raises(ValueError, match=r"cells failed, first first\.nq\.1: nq: no such file .*: put there "):
+    with pytest.raises(ValueError, match=r" first\.nq\.1: nq: no .*: put there "):
         run_sweep(config)
     assert not any(".nq." in cell for group in runs.groups for cell in group)
     found = results(config)
@@ -322,9 +323,7 @@ def test_other_data_at_the_same_place_are_refused(config, runs, tmp_path):
     some = tmp_path / "data" / "3.txt"
     times = some.stat().st_atime_ns, some.stat().st_mtime_ns
     os.utime(some, ns=(times[0], times[1] + 10**9))
-    with pytest.raises(
-        ValueError, match=r"data has changed since first\.text\.none\.0 was measured: use another --out"
-    ):
+    with pytest.raises(ValueError, match=r"data .*changed .*first\.text\.none\.0 .* --out"):
         run_sweep(config)
     os.utime(some, ns=times)
     run_sweep(config)
@@ -332,7 +331,7 @@ def test_other_data_at_the_same_place_are_refused(config, runs, tmp_path):
     before = store.data_at(text, tmp_path / "data" / "more")
     (tmp_path / "data" / "more" / "more.txt").write_text("a")
     assert store.data_at(text, tmp_path / "data" / "more") == before
-    with pytest.raises(ValueError, match="data has changed"):
+    with pytest.raises(ValueError, match="data .*changed"):
         run_sweep(config)
     assert len(runs.groups) == 2
 
@@ -360,14 +359,14 @@ def test_other_settings_are_refused(config, runs):
         return dataclasses.replace(config, perplexity={"text": data})
 
     for changes, said in [
-        ({"seed": 1}, r"first\.text\.none\.0\.json: is of another run, data\.seed is 0 there and 1 here: use another"),
-        ({"chunks": (0, 1, 3)}, r"data\.chunks is 2 there and 3 here"),
-        ({"scored": 2}, r"data\.scored is 3 there and 2 here"),
+        ({"seed": 1}, r"first\.text\.none\.0\.json: .*another run, data\.seed .* 0 .* 1 "),
+        ({"chunks": (0, 1, 3)}, r"data\.chunks .* 2 .* 3 "),
+        ({"scored": 2}, r"data\.scored .* 3 .* 2 "),
     ]:
         with pytest.raises(ValueError, match=said):
             run_sweep(changed(**changes))
     models = config.models | {"second": ModelConfig(Path("b"), window=9)}
-    with pytest.raises(ValueError, match=r"second\.text\.none\.0\.json: .* model\.window is null there and 9 here"):
+    with pytest.raises(ValueError, match=r"second\.text\.none\.0\.json: .* model\.window .* null .* 9 "):
         run_sweep(dataclasses.replace(config, models=models))
     assert (written(config), runs.groups) == (before, [])
     run_sweep(changed(chunks=(2,), kinds=("other",)))
@@ -383,7 +382,7 @@ def test_other_weights_at_the_same_place_are_refused(config, runs, tmp_path):
     run_sweep(config)
     assert len(runs.groups) == 1
     (tmp_path / "model" / "hash.json").write_text('{"all": "two"}')
-    with pytest.raises(ValueError, match=r"model has other weights than when first\.text\.none\.0 was measured"):
+    with pytest.raises(ValueError, match=r"model .*other weights .* first\.text\.none\.0 "):
         run_sweep(config)
     assert len(runs.groups) == 1
 
@@ -424,8 +423,8 @@ def test_damaged_cells_are_run_again(config, runs, damage):
 @pytest.mark.parametrize(
     ("records", "said"),
     [
-        ([], "has no record: its data is empty"),
-        ([{"id": "a", "read": 1, "seconds": 1}] * 2, "has two records of a: names must differ"),
+        ([], "no record: .*data"),
+        ([{"id": "a", "read": 1, "seconds": 1}] * 2, "two records .* a: "),
         ([{"id": "a"}], "lacks read, seconds"),
         ([{"id": "a", "read": 1, "seconds": float("nan")}], "not JSON compliant"),
     ],
@@ -478,11 +477,11 @@ def test_tasks(config, runs, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"models": {}}, "models, perplexity or tasks: give a model or more"),
+        ({"models": {}}, "models, perplexity or tasks"),
         ({"perplexity": {}}, "models, perplexity or tasks"),
-        ({"models": {"a.b": ModelConfig(Path("a"))}}, "'a.b' names a model or data: use letters, digits, _ and -"),
+        ({"models": {"a.b": ModelConfig(Path("a"))}}, "'a.b' names"),
         ({"models": {"a/b": ModelConfig(Path("a"))}}, "'a/b' names"),
-        ({"tasks": {"text": TaskConfig("qa", (1,))}}, "text: perplexity and tasks have it"),
+        ({"tasks": {"text": TaskConfig("qa", (1,))}}, "text: .*perplexity and tasks"),
     ],
 )
 def test_bad_grids(config, changes, said):
@@ -514,9 +513,7 @@ def test_a_real_process_that_is_killed(home, texts, tmp_path, forward, monkeypat
             yield message
 
     monkeypatch.setattr(sweep, "_in_process", killing)
-    with pytest.raises(
-        ValueError, match="1 of 2 cells failed, .*none.0: its process ended, killed by SIGKILL, perhaps"
-    ):
+    with pytest.raises(ValueError, match=r"\b1 of 2 .*none.0: .*killed by SIGKILL"):
         run_one(run)
     assert started == [[0, 2], [2]]
     assert not multiprocessing.active_children()

@@ -93,12 +93,12 @@ def test_haystack(tmp_path):
         assert text in around
         assert len(text) > 800
     (tmp_path / "b.txt").write_text(" ")
-    with pytest.raises(ValueError, match="b.txt: an empty document: give a haystack of text"):
+    with pytest.raises(ValueError, match="b.txt: .*empty .*haystack"):
         sentences_of(tmp_path / "b.txt")
 
 
 def test_too_short():
-    with pytest.raises(ValueError, match="record multi_query-0 has 1.. tokens without any haystack, and .* is 99"):
+    with pytest.raises(ValueError, match="multi_query-0 has 1.. tokens .* 99"):
         made("multi_query", 99)
 
 
@@ -133,5 +133,5 @@ def test_a_reader_of_all_finds_all(kind):
 
 
 def test_samples_are_needed():
-    with pytest.raises(ValueError, match="samples is not given"):
+    with pytest.raises(ValueError, match="samples .*not given"):
         next(measure(TaskConfig("synthetic", (500,)), 500, Scripted()))

@@ -104,12 +104,12 @@ def test_demonstrations_do_not_ask_the_same(tmp_path):
     list(measure(TaskConfig("qa", (0,), tmp_path, passages=1, demonstrations=3), 0, model))
     shown = text(model.asked[0].ids).split("Question: ")
     assert sorted(part.split("\n")[0] for part in shown[1:-1]) == ["T0?", "T2?", "T3?"]
-    with pytest.raises(ValueError, match="record 1: 4 demonstrations are asked for and 3 can be drawn"):
+    with pytest.raises(ValueError, match="record 1: 4 demonstrations .* 3 "):
         list(measure(TaskConfig("qa", (0,), tmp_path, passages=1, demonstrations=4), 0, model))
 
 
 def test_too_few_contexts(qa):
-    with pytest.raises(ValueError, match="has 4 contexts, and 3 for the decoder and 2 for the encoder"):
+    with pytest.raises(ValueError, match=" 4 contexts, and 3 .*decoder .*2 .*encoder"):
         next(measure(TaskConfig("qa", (2,), qa, passages=3), 2, Scripted()))
 
 
@@ -123,34 +123,34 @@ def test_own_demonstrations_and_words(tmp_path):
     (result,) = measure(config, 0, model)
     assert text(model.asked[0].ids) == "Add.\n\n(sums)\n\n1+1 = 2.\n\n3+3 = 6.\n\n(a {b})\n\n{2}+2 ="
     assert values(config, result) == {"f1": 1.0}
-    with pytest.raises(ValueError, match="record 1 has 2 demonstrations, and 3 for the decoder"):
+    with pytest.raises(ValueError, match="record 1 has 2 demonstrations, and 3 .*decoder"):
         next(measure(TaskConfig("qa", (0,), tmp_path / "a.jsonl", passages=1, demonstrations=3), 0, model))
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"family": "rag"}, "family is 'rag': choose qa, icl"),
+        ({"family": "rag"}, "family is 'rag': .*qa, icl"),
         ({"kind": "two"}, "kind is 'two': choose single"),
-        ({"window": 7}, "window is 7, and the qa family does not read it: leave it out"),
-        ({"overflow": "passages"}, "overflow is passages, and the qa family"),
-        ({"kind": "multi_key"}, "kind is multi_key, and the qa family"),
-        ({"family": "document", "passages": 3}, "passages is 3, and the document family"),
-        ({"family": "document", "demonstrations": 0}, "demonstrations is 0, and the document family"),
-        ({"family": "icl", "max_new_tokens": 9}, "max_new_tokens is 9, and the icl family"),
-        ({"family": "icl", "metrics": ("f1",)}, r"metrics is .*, and the icl family"),
-        ({"family": "synthetic", "data": Path("x.jsonl")}, "data is x.jsonl, and the synthetic family"),
-        ({"family": "synthetic", "layout": "nq"}, "layout is nq, and the synthetic family"),
-        ({"template": Words(question="?")}, "template.question is '.': give a text with {question} in it, once"),
+        ({"window": 7}, "window is 7, .* qa "),
+        ({"overflow": "passages"}, "overflow is passages, .* qa "),
+        ({"kind": "multi_key"}, "kind is multi_key, .* qa "),
+        ({"family": "document", "passages": 3}, "passages is 3, .* document "),
+        ({"family": "document", "demonstrations": 0}, "demonstrations is 0, .* document "),
+        ({"family": "icl", "max_new_tokens": 9}, "max_new_tokens is 9, .* icl "),
+        ({"family": "icl", "metrics": ("f1",)}, "metrics is .* icl "),
+        ({"family": "synthetic", "data": Path("x.jsonl")}, "data is x.jsonl, .* synthetic "),
+        ({"family": "synthetic", "layout": "nq"}, "layout is nq, .* synthetic "),
+        ({"template": Words(question="?")}, "template.question is '.': .*{question}"),
         ({"overflow": "error"}, "overflow is 'error': choose truncate_left, passages"),
         ({"axis": ()}, r"axis is \[\]"),
-        ({"axis": (5, 5)}, r"axis is \[5, 5\]: give different numbers"),
+        ({"axis": (5, 5)}, r"axis is \[5, 5\]: .*different"),
         ({"axis": (-1,)}, "0 or more"),
         ({"seeds": ()}, "seeds are"),
-        ({"samples": 0}, "samples is 0: give a number above 0"),
-        ({"passages": -1}, "passages is -1: give 0 or more"),
-        ({"metrics": ()}, r"metrics is \[\]: give one or more"),
-        ({"metrics": ("bleu",)}, "unknown metric bleu: choose of exact_match"),
+        ({"samples": 0}, "samples is 0: "),
+        ({"passages": -1}, "passages is -1: "),
+        ({"metrics": ()}, r"metrics is \[\]"),
+        ({"metrics": ("bleu",)}, "metric bleu: .*exact_match"),
     ],
 )
 def test_config_faults(options, message):
@@ -160,9 +160,9 @@ def test_config_faults(options, message):
 
 def test_template_faults():
     for name in ("question", "answer", "context"):
-        with pytest.raises(ValueError, match=f"template.{name} is 'no place'.*{{{name}}} in it, once"):
+        with pytest.raises(ValueError, match=f"template.{name} is 'no place'.*{{{name}}}"):
             Template(**{name: "no place"})
-    with pytest.raises(ValueError, match=r"template.question is '{question} \{' .*write a brace of the text twice"):
+    with pytest.raises(ValueError, match=r"template.question is '{question} \{' .*brace .*twice"):
         Template(question="{question} {")
 
 
@@ -183,13 +183,13 @@ def test_what_a_model_refuses_names_the_record(qa):
 
 
 def test_data_faults(qa, tmp_path):
-    with pytest.raises(ValueError, match="the qa family needs data"):
+    with pytest.raises(ValueError, match="qa .*data"):
         next(measure(TaskConfig("qa", (0,)), 0, Scripted()))
-    with pytest.raises(FileNotFoundError, match="nowhere: no such file, .*: put there records, one a line"):
+    with pytest.raises(FileNotFoundError, match="nowhere: no .*: put there "):
         next(measure(TaskConfig("qa", (0,), tmp_path / "nowhere"), 0, Scripted()))
-    with pytest.raises(ValueError, match="samples is 13 and there are 12 records"):
+    with pytest.raises(ValueError, match="samples is 13 .* 12 records"):
         next(measure(TaskConfig("qa", (0,), qa, samples=13), 0, Scripted()))
-    with pytest.raises(ValueError, match=r"1 is not on the axis \[0\]"):
+    with pytest.raises(ValueError, match=r"\b1 .*axis \[0\]"):
         next(measure(TaskConfig("qa", (0,), qa), 1, Scripted()))
 
 
@@ -254,7 +254,7 @@ def test_icl(icl):
 
 def test_icl_needs_choices(icl):
     write(icl / "test.jsonl", [{"question": "Q", "answers": ["yes"]}])
-    with pytest.raises(ValueError, match="record 1 has no choices: the icl family compares them"):
+    with pytest.raises(ValueError, match="record 1 .*choices: .* icl "):
         next(measure(TaskConfig("icl", (0,), icl), 0, icl_model()))
 
 
@@ -321,7 +321,7 @@ def test_choices_in_some_records_alone(tmp_path):
         {"question": "Or?", "answers": ["A"], "choices": ["A"]},
     ]
     write(config.data, rows)
-    with pytest.raises(ValueError, match="a.jsonl: some records have choices and some have not"):
+    with pytest.raises(ValueError, match="a.jsonl: .*choices .*not"):
         next(measure(config, 0, Scripted()))
 
 

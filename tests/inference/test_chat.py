@@ -184,7 +184,7 @@ def test_a_plain_decoder_ends_with_its_window(text_model):
     chat = plain.chat(SYSTEM)
     first = "".join(chat.say("x", max_new_tokens=3, sampling=HOT))
     before = state(chat)
-    with pytest.raises(ValueError, match=f"the window of this plain decoder {WINDOW}: begin anew"):
+    with pytest.raises(ValueError, match=f"conversation .*plain decoder {WINDOW}: "):
         list(chat.say("def f(x):\n" * 9))
     assert state(chat) == before
     given = []
@@ -231,9 +231,7 @@ def test_bad_input(text_model, home, tmp_path):
     with pytest.raises(ValueError, match="stop is 'x'"):
         chat.say("a", max_new_tokens=3, stop="x")
     assert chat.messages == []
-    with pytest.raises(
-        ValueError, match=f"the system prompt, .*, has .* tokens and {CHUNK + 1} more must fit .* {WINDOW}"
-    ):
+    with pytest.raises(ValueError, match=f"system prompt, .* {CHUNK + 1} more .* {WINDOW}"):
         text_model.chat("What is it? " * 20, chunk_length=CHUNK)
     with pytest.raises(ValueError, match="chunk_length is 0"):
         text_model.chat(chunk_length=0)

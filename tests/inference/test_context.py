@@ -242,7 +242,7 @@ def test_every_flipped_byte_is_seen(cache, identity, tmp_path):
     whole = path.read_bytes()
     for position in range(len(whole)):
         path.write_bytes(whole[:position] + bytes([whole[position] ^ 4]) + whole[position + 1 :])
-        with pytest.raises(ValueError, match=f"^{path} is (damaged|not a whole|no file)") as error:
+        with pytest.raises(ValueError, match=f"^{path} is (damaged|not .*whole|no file)") as error:
             ContextCache.load(path, identity)
         assert "\n" not in str(error.value)
     path.write_bytes(whole)
@@ -254,16 +254,16 @@ def test_truncated_files(cache, identity, tmp_path, kept):
     path = tmp_path / "contexts"
     cache.save(path)
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * kept)])
-    with pytest.raises(ValueError, match=f"^{path} is not a whole file of contexts .*: encode them anew$"):
+    with pytest.raises(ValueError, match=f"^{path} .*whole .*encode"):
         ContextCache.load(path, identity)
 
 
 def test_files_of_other_kinds(identity, tmp_path):
     save_file({"embed": np.zeros(3)}, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match=r"model.safetensors is no file of contexts: give one that was saved as such$"):
+    with pytest.raises(ValueError, match="model.safetensors is no file .*contexts"):
         ContextCache.load(tmp_path / "model.safetensors", identity)
     for path in (tmp_path / "absent", tmp_path):
-        with pytest.raises(FileNotFoundError, match=f"^{path}: no such file of contexts$"):
+        with pytest.raises(FileNotFoundError, match=f"^{path}: no .*contexts"):
             ContextCache.load(path, identity)
 
 
@@ -272,7 +272,7 @@ def test_foreign_contexts(cepe, cache, identity, tmp_path, key):
     """Refused wherever they come from, and what differs is named."""
     other = identity | {key: "another"}
     cache.save(tmp_path / "contexts")
-    said = rf"was encoded with another {key} \({identity[key]}, not another\): encode it anew"
+    said = rf".*another {key} \({identity[key]}, not another\).*"
     with pytest.raises(ValueError, match=f"^{tmp_path / 'contexts'} {said}$"):
         ContextCache.load(tmp_path / "contexts", other)
     with pytest.raises(ValueError, match=f"^the known context {said}$"):
@@ -323,9 +323,9 @@ def test_identity(cepe, identity, tmp_path):
 @pytest.mark.parametrize(
     ("passages", "said"),
     [
-        ([[1, 2], []], "passage 1 has no tokens: leave it out"),
-        ([[1, 2], [3, 65]], "passage 1 holds id 65, outside the vocabulary of 65: use its tokenizer"),
-        ([[1.5]], r"passage 0 is float64\[1\]: give integers"),
+        ([[1, 2], []], "passage 1 .*no tokens"),
+        ([[1, 2], [3, 65]], "passage 1 .* 65, .*vocabulary .* 65: "),
+        ([[1.5]], r"passage 0 .*float64\[1\]: .*integers"),
     ],
 )
 def test_bad_passages(cepe, identity, encoded, passages, said):
@@ -335,13 +335,13 @@ def test_bad_passages(cepe, identity, encoded, passages, said):
 
 
 def test_bad_calls(cepe, decoder, identity, cache):
-    with pytest.raises(ValueError, match="a context needs a CEPE model: this one is a plain decoder"):
+    with pytest.raises(ValueError, match="context .*CEPE .*plain decoder"):
         encode(decoder, PASSAGES, identity, CHUNK)
-    with pytest.raises(ValueError, match="chunk_length is 0: give a number above 0"):
+    with pytest.raises(ValueError, match="chunk_length is 0"):
         encode(cepe, PASSAGES, identity, 0)
     for call in (cache.select, cache.drop):
         for index in (5, -1):
-            with pytest.raises(ValueError, match=f"there is no passage {index}: the cache has 5, the first is 0"):
+            with pytest.raises(ValueError, match=f"no passage {index}: .* 5, .* 0"):
                 call([0, index])
 
 
@@ -349,15 +349,15 @@ def test_more_than_fits(cepe, cache, identity, encoded, monkeypatch):
     """Said before anything is encoded, with what would fit, and that does."""
     token = 16 * 4  # bytes
     monkeypatch.setattr(module, "free_bytes", lambda: 700 * token)
-    said = r"^1 x 701 tokens of context need 0.00 GiB on each device and 0.00 GiB are free: {} would fit; give fewer"
+    said = "^1 x 701 tokens .* 0.00 GiB .* 0.00 GiB .*: {} would fit"
     with pytest.raises(ValueError, match=said.format(128)):  # the host has three copies, and 233 is between two buckets
         encode(cepe, make_passages(701), identity, CHUNK)
     assert encoded == []
     fitting = encode(cepe, make_passages(128), identity, CHUNK)
     many = fitting.select([0] * 6)
-    with pytest.raises(ValueError, match="^1 x 768 tokens of context need .*: 256 would fit"):
+    with pytest.raises(ValueError, match="^1 x 768 tokens .*: 256 would fit"):
         many.arrays()
-    with pytest.raises(ValueError, match="^2 x 256 tokens of context need .*: 128 would fit"):
+    with pytest.raises(ValueError, match="^2 x 256 tokens .*: 128 would fit"):
         stacked([many.select([0, 1])] * 2)
     assert many.select([0, 1]).arrays()[0].shape == (1, 256, 16)
     monkeypatch.setattr(module, "free_bytes", lambda: 0)
@@ -400,7 +400,7 @@ def test_meshes():
         cut = bool({"tensor", "fsdp"} & mesh.keys())  # the weights are
         assert bool(result["collectives"]) == cut, f"{mesh} {result}"
         assert abs(result["score"]) < 1e-4
-    assert "divide by the 6 devices of mesh.context" in done.stderr
+    assert "6 devices of mesh.context" in done.stderr
 
 
 COLLECTIVES = "all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter"

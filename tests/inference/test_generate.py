@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from support.models import DECODER, ENCODER
 from support.oracles import recompute
+from support.refusals import one_line
 
 from cepe_jax.inference import generate as module
 from cepe_jax.inference.context import encode_chunks
@@ -156,7 +157,7 @@ def test_long_prompts_are_read_in_pieces(cepe, context, memory, forward, monkeyp
 )
 def test_how_much_is_read_at_once(attention, empty, rows, length, piece):
     """About 2 ** 22 pairs of a token and a slot of 8,192; all of a prompt where a kernel reads it."""
-    config = dataclasses.replace(DECODER, attention=attention)
+    config = dataclasses.replace(DECODER, attention=attention, head_dim=8)
     cache = SimpleNamespace(slots=8192, empty=empty)
     assert module.piece_length(config, cache, rows, length) == piece
     mesh = jax.sharding.AbstractMesh((2, 4, 1, 1), MESH_AXES)
@@ -251,24 +252,24 @@ def test_greedy_steps_do_not_sort(cepe, memory):
 
 
 BAD = {
-    "no prompt": ({"prompts": []}, "an empty prompt"),
-    "an empty prompt": ({"prompts": [[1], []]}, "an empty prompt: start it with"),
-    "id too large": ({"prompts": [[1], [DECODER.vocab_size]]}, "id 64, outside the vocabulary of 64"),
-    "id negative": ({"prompts": [[1], [-1]]}, "id -1, outside the vocabulary of 64"),
-    "no integers": ({"prompts": [[1], [1.5]]}, r"a prompt is float64\[1\]: give integers"),
-    "no new token": ({"max_new_tokens": 0}, "max_new_tokens is 0: give 1 or more"),
-    "window": ({"window": 5}, "2 tokens and 4 new ones exceed the window of 5 tokens: shorten.*overflow mode"),
-    "samplings": ({"sampling": [Sampling()] * 3}, "3 samplings for 2 prompts: give one, or one for each"),
+    "no prompt": ({"prompts": []}, "empty prompt"),
+    "an empty prompt": ({"prompts": [[1], []]}, "empty prompt: .*begin-of-sequence"),
+    "id too large": ({"prompts": [[1], [DECODER.vocab_size]]}, "id 64, .*vocabulary .* 64"),
+    "id negative": ({"prompts": [[1], [-1]]}, "id -1, .*vocabulary .* 64"),
+    "no integers": ({"prompts": [[1], [1.5]]}, r"prompt is float64\[1\]: .*integers"),
+    "no new token": ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+    "window": ({"window": 5}, "2 tokens and 4 .*window of 5 .*overflow mode"),
+    "samplings": ({"sampling": [Sampling()] * 3}, "3 samplings for 2 prompts"),
     "memory rows": ({"memory_BME": np.zeros((3, 3, 16))}, r"\[3, 3, 16\].* want \[.*2, M, 16\]"),
     "mask shape": (
         {"memory_BME": np.zeros((2, 3, 16)), "memory_mask_BM": np.ones((2, 4), bool)},
-        r"memory_mask_BM is bool\[2, 4\]: give booleans of shape \[2, 3\]",
+        r"memory_mask_BM is bool\[2, 4\]: .*\[2, 3\]",
     ),
     "mask dtype": (
         {"memory_BME": np.zeros((2, 3, 16)), "memory_mask_BM": np.ones((2, 3), int)},
         "memory_mask_BM is int",
     ),
-    "mask alone": ({"memory_mask_BM": np.ones((2, 3), bool)}, "came without its memory_BME"),
+    "mask alone": ({"memory_mask_BM": np.ones((2, 3), bool)}, "memory_mask_BM .*memory_BME"),
 }
 
 
@@ -277,7 +278,7 @@ def test_bad_input(cepe, case):
     changes, said = BAD[case]
     with pytest.raises(ValueError, match=said) as error:
         generate(cepe, **{"prompts": [[1, 2], [3]], "max_new_tokens": 4} | changes)
-    assert "\n" not in str(error.value)
+    one_line(error)
 
 
 def test_bad_input_is_seen_before_the_first_step(decoder):
@@ -287,7 +288,7 @@ def test_bad_input_is_seen_before_the_first_step(decoder):
 
 
 def test_a_context_for_a_plain_decoder(decoder):
-    with pytest.raises(ValueError, match="a context needs a CEPE model: this one is a plain decoder"):
+    with pytest.raises(ValueError, match="context .*CEPE .*plain decoder"):
         generate(decoder, [[1]], np.zeros((1, 3, 16)), max_new_tokens=2)
 
 

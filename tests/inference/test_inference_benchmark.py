@@ -35,7 +35,7 @@ def test_what_has_no_room_is_left_out_and_said(measured):
     report, page = measured
     left_out = {(row["way"], row["context"]) for row in report["rows"] if "left_out" in row}
     assert left_out == {("stored", 2000), ("full", 2000)}
-    assert page.count("left out: keys and values take") == 2
+    assert page.count("left out: keys") == 2
 
 
 def test_what_a_way_holds(measured):
@@ -63,7 +63,7 @@ def test_what_would_take_too_long_is_foreseen():
     assert seconds < 1
     speed = clock.speeds["reading"]
     assert speed == 100.0 / seconds
-    with pytest.raises(_LeftOut, match=r"reading would take 2 s"):
+    with pytest.raises(_LeftOut, match="reading .* 2 s"):
         clock("reading", 2 * speed, lambda: pytest.fail("it is not run"))
     assert clock("other", math.inf, lambda: 7)[0] == 7
 
@@ -71,10 +71,10 @@ def test_what_would_take_too_long_is_foreseen():
 @pytest.mark.parametrize(
     ("setting", "said"),
     [
-        ({"contexts": (8, 4)}, r"contexts is \[8, 4\]: give rising numbers"),
-        ({"contexts": ()}, r"contexts is \[\]: give rising"),
-        ({"new_tokens": 1}, "new_tokens is 1: give 2 or more"),
-        ({"chunk_length": 0}, "chunk_length is 0: give a number above 0"),
+        ({"contexts": (8, 4)}, r"contexts is \[8, 4\]: .*rising"),
+        ({"contexts": ()}, r"contexts is \[\]: .*rising"),
+        ({"new_tokens": 1}, "new_tokens is 1: .* 2 "),
+        ({"chunk_length": 0}, "chunk_length is 0"),
     ],
 )
 def test_bad_settings(setting, said):

@@ -43,7 +43,7 @@ def test_by_passages():
     assert by_passages("aa\n\nbb\n\ncc", LETTERS, 5) == (["aa\n\n", "bb\n\n"], LETTERS.encode("cc"))
     assert by_passages("aa\n\nbb\n\ncc", LETTERS, 10) == ([], LETTERS.encode("aa\n\nbb\n\ncc"))
     assert by_passages("", LETTERS, 10) == ([], [])
-    with pytest.raises(ValueError, match="the last passage has 5 tokens and the window leaves 4.*truncate_left"):
+    with pytest.raises(ValueError, match="last passage .* 5 .* 4 .*truncate_left"):
         by_passages("aa\n\nbbbbb", LETTERS, 4)
 
 
@@ -87,14 +87,14 @@ def test_continuations_beside_begin():
     assert fit_continued("abc", ["d", "efg"], LETTERS, 6, "truncate_left", 1) == (
         *([[97]], [-1, 98, 99], [[100], [101, 102, 103]]),
     )
-    with pytest.raises(ValueError, match="prompt and continuation 1 have 7 tokens and the window 6: shorten"):
+    with pytest.raises(ValueError, match="continuation 1 .* 7 .* 6: "):
         fit_continued("abc", ["d", "efg"], LETTERS, 6, "error", 1)
-    with pytest.raises(ValueError, match="continuation 1 is empty: leave it out"):
+    with pytest.raises(ValueError, match="continuation 1 .*empty"):
         fit_continued("abc", ["d", ""], LETTERS, 6, "error", 1)
 
 
 def test_no_room():
-    with pytest.raises(ValueError, match="99 new tokens and BOS leave nothing of the window's 100"):
+    with pytest.raises(ValueError, match="99 new tokens .*BOS .*window's 100"):
         fit("a", LETTERS, 100, 99, "truncate_left", 8)
     with pytest.raises(ValueError, match="chunk_length is 0"):
         fit("a", LETTERS, 100, 9, "truncate_left", 0)

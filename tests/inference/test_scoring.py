@@ -121,16 +121,16 @@ def test_logits_of_few_positions_exist_at_once(decoder):
 
 
 def test_a_context_for_a_plain_decoder(decoder):
-    with pytest.raises(ValueError, match="a context needs a CEPE model: this one is a plain decoder"):
+    with pytest.raises(ValueError, match="context .*CEPE .*plain decoder"):
         score(decoder, [1], [[2]], np.zeros((1, 3, 16)))
 
 
 @pytest.mark.parametrize(
     ("prompt", "continuations", "said"),
     [
-        ([], [[1]], "an empty prompt: start it with"),
-        ([1], [[1], []], "continuation 1 is empty: give one token or more"),
-        ([1], [[1], [64]], "continuation 1 holds id 64, outside the vocabulary of 64"),
+        ([], [[1]], "empty prompt: .*begin-of-sequence"),
+        ([1], [[1], []], "continuation 1 .*empty"),
+        ([1], [[1], [64]], "continuation 1 .* 64, .*vocabulary .* 64"),
     ],
 )
 def test_bad_scores(decoder, prompt, continuations, said):

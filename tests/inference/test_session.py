@@ -167,7 +167,7 @@ def test_an_interruption_leaves_it_whole(session, drawn, monkeypatch):
 
 def test_what_leaves_no_room(text_model, session):
     empty = ContextCache(text_model.identity)
-    with pytest.raises(ValueError, match=f"has 40 tokens and {CHUNK + 1} more must fit into the window of {WINDOW}"):
+    with pytest.raises(ValueError, match=f" 40 tokens and {CHUNK + 1} more .* {WINDOW}"):
         Session(text_model.model, WINDOW, 40, CHUNK, empty)
     assert Session(text_model.model, WINDOW, 39, CHUNK, empty)
     with pytest.raises(ValueError, match=f"has {WINDOW} tokens and 1 more"):
@@ -180,9 +180,7 @@ def test_a_plain_decoder_ends_with_its_window(text_model, drawn):
     session.replace(ids)
     assert session.next(HOT) == drawn(ids, 0)
     session.ids.append(9)
-    with pytest.raises(
-        ValueError, match=f"has {WINDOW} tokens and the window of this plain decoder {WINDOW}: begin anew"
-    ):
+    with pytest.raises(ValueError, match=f" {WINDOW} tokens .*plain decoder {WINDOW}: "):
         session.next(HOT)
     session.replace(ids[:9])
     assert session.next(HOT) == drawn(ids[:9], 1)

@@ -176,13 +176,13 @@ def test_where_a_template_stands(tmp_path):
 @pytest.mark.parametrize(
     ("template", "said"),
     [
-        (None, "has no chat template: copy chat_template.jinja or tokenizer_config.json"),
-        ([{"name": "tool_use", "template": "x"}], "chat templates tool_use, and no default"),
-        ("a\n{% if %}", "tokenizer_config.json: not a chat template, line 2"),
-        ("{{ messages[0].role + 1 }}", "the chat template refuses the conversation"),
-        ("{{ raise_exception('no system\nhere') }}", "the chat template refuses the conversation: no system"),
-        ("{{ messages.__class__.__mro__ }}", "refuses the conversation: .*unsafe"),
-        ("{{ messages.append(1) }}", "refuses the conversation: .*(unsafe|not safely)"),
+        (None, "no chat template: .*chat_template.jinja .*tokenizer_config.json"),
+        ([{"name": "tool_use", "template": "x"}], "tool_use, .*no default"),
+        ("a\n{% if %}", "tokenizer_config.json: .*template, line 2"),
+        ("{{ messages[0].role + 1 }}", "chat template .*conversation"),
+        ("{{ raise_exception('no system\nhere') }}", "chat template .*conversation: no system"),
+        ("{{ messages.__class__.__mro__ }}", "conversation: .*unsafe"),
+        ("{{ messages.append(1) }}", "conversation: .*(unsafe|not safely)"),
     ],
 )
 def test_bad_templates(tmp_path, template, said):

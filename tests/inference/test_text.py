@@ -184,7 +184,7 @@ def test_score_of_a_long_prompt(text_model, context, monkeypatch, mode):
         lambda: known.score(prompt, ["a"], overflow=mode),
         lambda: known.generate(prompt, overflow=mode),
     ):
-        with pytest.raises(ValueError, match="nothing says how many tokens the decoder reads at most: give window"):
+        with pytest.raises(ValueError, match="window, .*max_position_embeddings"):
             call()
 
 
@@ -229,7 +229,7 @@ def test_a_plain_decoder(tmp_path, home, write, plain):
         lambda: model.generate("def " * 60, max_new_tokens=9, overflow="truncate_left"),
         lambda: model.score("a", ["b"], ContextCache({})),
     ):
-        with pytest.raises(ValueError, match="a context needs a CEPE model: this one is a plain decoder"):
+        with pytest.raises(ValueError, match="context .*CEPE .*plain decoder"):
             call()
 
 
@@ -241,7 +241,7 @@ def test_load(home, text_model, tmp_path):
     bare = shutil.copytree(home, tmp_path / "bare")
     for name in ("tokenizer.json", "generation_config.json"):
         (bare / name).unlink()
-    with pytest.raises(FileNotFoundError, match="bare: no tokenizer.model and no tokenizer.json"):
+    with pytest.raises(FileNotFoundError, match=r"bare: no tokenizer\.model .*no tokenizer\.json"):
         cepe_jax.load(bare)
     loaded = cepe_jax.load(bare, tokenizer=home)
     assert (loaded.stop_ids, loaded.identity) == ((1,), text_model.identity)
@@ -259,20 +259,20 @@ def test_refused_directories(home, tmp_path):
     """Before a weight is read."""
     config = json.loads((home / "config.json").read_text())
     other = byte_level(tmp_path / "tokenizer.json", ("<s>", "</s>"), 330)
-    with pytest.raises(ValueError, match="is not the tokenizer of"):
+    with pytest.raises(ValueError, match="tokenizer of .*: use .*tokenizer.json"):
         cepe_jax.load(home, tokenizer=other)
     bare = tmp_path / "bare"
     bare.mkdir()
     for name, ids in (("decoder", 320), ("encoder", 325)):
         changed = {**config, name: {**config[name], "vocab_size": ids}}
         (bare / "config.json").write_text(json.dumps(changed))
-        with pytest.raises(ValueError, match=f"has 330 ids and the {name} of .*bare knows {ids}"):
+        with pytest.raises(ValueError, match=f" 330 ids .*{name} of .*bare .* {ids}: "):
             cepe_jax.load(bare, tokenizer=home)
     for window in (1, WINDOW + 1):
-        with pytest.raises(ValueError, match=f"window is {window}: give 2 or more, and at most {WINDOW}"):
+        with pytest.raises(ValueError, match=f"window is {window}: .* 2 .* {WINDOW}"):
             cepe_jax.load(home, window=window)
     save(make_encoder(), tmp_path / "encoder")
-    with pytest.raises(ValueError, match="is an encoder, which writes no text"):
+    with pytest.raises(ValueError, match="an encoder, .*CEPE"):
         cepe_jax.load(tmp_path / "encoder")
     with pytest.raises(ValueError, match="no config.json in"):
         cepe_jax.load(tmp_path / "absent")
@@ -281,20 +281,20 @@ def test_refused_directories(home, tmp_path):
 def test_bad_input(text_model, context):
     long = "def f(x):\n" * 20
     cases = {
-        "encode got one text: give a list": lambda: text_model.encode("a"),
-        "encode got one text: .* or of lists of ids": lambda: text_model.encode([5, 6]),
-        "passage 1 has no tokens": lambda: text_model.encode(["a", ""]),
+        "encode .*list of texts": lambda: text_model.encode("a"),
+        "encode .*lists of ids": lambda: text_model.encode([5, 6]),
+        "passage 1 .*no tokens": lambda: text_model.encode(["a", ""]),
         f"window of {WINDOW} tokens": lambda: text_model.generate(long, context, max_new_tokens=4),
-        "leave nothing of the window's": lambda: text_model.generate("a", max_new_tokens=50, overflow="passages"),
+        "50 new tokens.*window's": lambda: text_model.generate("a", max_new_tokens=50, overflow="passages"),
         "overflow 'left': choose": lambda: text_model.generate("a", max_new_tokens=5, overflow="left"),
         "max_new_tokens is 0": lambda: text_model.generate("a", max_new_tokens=0),
         "2 contexts for 1 prompts": lambda: text_model.generate("a", [context, context], max_new_tokens=5),
-        "the context was encoded with another encoder": lambda: text_model.generate(
+        "context .*another encoder": lambda: text_model.generate(
             "a", ContextCache({**text_model.identity, "encoder": "x"}), max_new_tokens=5
         ),
-        "stop is 'x': give a list": lambda: text_model.generate("a", stop="x", max_new_tokens=5),
-        "continuation 1 is empty: leave it out": lambda: text_model.score("a", ["b", ""]),
-        f"continuation 0 have .* tokens and the window {WINDOW}": lambda: text_model.score(long, ["a"]),
+        "stop is 'x'": lambda: text_model.generate("a", stop="x", max_new_tokens=5),
+        "continuation 1 .*empty": lambda: text_model.score("a", ["b", ""]),
+        f"continuation 0 .*window {WINDOW}": lambda: text_model.score(long, ["a"]),
     }
     for said, call in cases.items():
         with pytest.raises(ValueError, match=said):

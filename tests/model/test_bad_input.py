@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 from support.models import DECODER, ENCODER
+from support.refusals import one_line
 
 from cepe_jax.config import CepeConfig, RopeConfig
 from cepe_jax.model.cepe import Cepe
@@ -16,24 +17,24 @@ TOKENS, CONTEXT = np.zeros((2, 7), np.int32), np.zeros((2, 3, 5), np.int32)
 def refused(pattern: str, call, *args):
     with pytest.raises(ValueError, match=pattern) as caught:
         call(*args)
-    assert "\n" not in str(caught.value)
+    one_line(caught)
 
 
 @pytest.mark.parametrize(
     ("pattern", "args"),
     [
-        (r"tokens_BT holds id 64, outside the vocabulary of 64", (TOKENS + 64,)),
-        (r"tokens_BT holds id -1, outside the vocabulary of 64", (TOKENS - 1,)),
-        (r"tokens_BT is int32\[7\].*2 axes", (TOKENS[0],)),
-        (r"tokens_BT is float32\[2, 7\]: give integers", (TOKENS.astype(np.float32),)),
-        (r"context_BCL holds id 65, outside the vocabulary of 65", (TOKENS, CONTEXT + 65)),
-        (r"context_BCL is int32\[2, 5\].*3 axes", (TOKENS, CONTEXT[:, 0])),
-        (r"context_mask_BCL is bool\[2, 15\].*\[2, 3, 5\]", (TOKENS, CONTEXT, np.ones((2, 15), bool))),
-        (r"context_mask_BCL is int32\[2, 3, 5\].*booleans", (TOKENS, CONTEXT, CONTEXT)),
-        (r"token_mask_BT is bool\[2, 6\].*\[2, 7\]", (TOKENS, None, None, np.ones((2, 6), bool))),
-        (r"token_mask_BT is float32\[2, 7\].*booleans", (TOKENS, None, None, np.ones((2, 7), np.float32))),
-        (r"context_mask_BCL.*without.*context_BCL", (TOKENS, None, np.ones((2, 3, 5), bool))),
-        (r"memory_BME is \[3, 15, 16\].*\[2, M, 16\]", (TOKENS, np.zeros((3, 3, 5), np.int32))),
+        (r"tokens_BT.* 64\b.*vocabulary.* 64\b", (TOKENS + 64,)),
+        (r"tokens_BT.* -1\b.*vocabulary.* 64\b", (TOKENS - 1,)),
+        (r"tokens_BT.* int32\[7\].* 2 ", (TOKENS[0],)),
+        (r"tokens_BT.* float32\[2, 7\].*integers", (TOKENS.astype(np.float32),)),
+        (r"context_BCL.* 65\b.*vocabulary.* 65\b", (TOKENS, CONTEXT + 65)),
+        (r"context_BCL.* int32\[2, 5\].* 3 ", (TOKENS, CONTEXT[:, 0])),
+        (r"context_mask_BCL.* bool\[2, 15\].*\[2, 3, 5\]", (TOKENS, CONTEXT, np.ones((2, 15), bool))),
+        (r"context_mask_BCL.* int32\[2, 3, 5\].*booleans", (TOKENS, CONTEXT, CONTEXT)),
+        (r"token_mask_BT.* bool\[2, 6\].*\[2, 7\]", (TOKENS, None, None, np.ones((2, 6), bool))),
+        (r"token_mask_BT.* float32\[2, 7\].*booleans", (TOKENS, None, None, np.ones((2, 7), np.float32))),
+        (r"context_mask_BCL.*context_BCL", (TOKENS, None, np.ones((2, 3, 5), bool))),
+        (r"memory_BME.*\[3, 15, 16\].*\[2, M, 16\]", (TOKENS, np.zeros((3, 3, 5), np.int32))),
     ],
 )
 def test_calls(cepe, pattern, args):
@@ -44,15 +45,15 @@ def test_calls(cepe, pattern, args):
 
 def test_a_memory_of_the_wrong_shape(cepe):
     memory = np.zeros((2, 15, 16), np.float32)
-    refused(r"memory_mask_BM is bool\[2, 14\].*\[2, 15\]", cepe.decode, TOKENS, memory, np.ones((2, 14), bool))
-    refused(r"memory_BME is \[2, 15, 15\].*\[2, M, 16\]", cepe.decode, TOKENS, memory[..., :15])
-    refused(r"memory_BME is \[2, 16\].*\[2, M, 16\]", cepe.decode, TOKENS, memory[:, 0])
+    refused(r"memory_mask_BM.* bool\[2, 14\].*\[2, 15\]", cepe.decode, TOKENS, memory, np.ones((2, 14), bool))
+    refused(r"memory_BME.*\[2, 15, 15\].*\[2, M, 16\]", cepe.decode, TOKENS, memory[..., :15])
+    refused(r"memory_BME.*\[2, 16\].*\[2, M, 16\]", cepe.decode, TOKENS, memory[:, 0])
 
 
 def test_the_encoder_and_a_lone_decoder_check_too(encoder, decoder):
-    refused(r"tokens_BL holds id 65, outside the vocabulary of 65", encoder, TOKENS + 65)
-    refused(r"mask_BL is bool\[7\].*\[2, 7\]", encoder, TOKENS, np.ones(7, bool))
-    refused(r"tokens_BT holds id 64, outside the vocabulary of 64", decoder, TOKENS + 64)
+    refused(r"tokens_BL.* 65\b.*vocabulary.* 65\b", encoder, TOKENS + 65)
+    refused(r"mask_BL.* bool\[7\].*\[2, 7\]", encoder, TOKENS, np.ones(7, bool))
+    refused(r"tokens_BT.* 64\b.*vocabulary.* 64\b", decoder, TOKENS + 64)
 
 
 @pytest.mark.parametrize("wrong", [64, 1000, -1, -64, -100])
@@ -68,13 +69,13 @@ def test_an_id_outside_gives_nan_inside_a_trace(wrong, cepe, forward):
 @pytest.mark.parametrize(
     ("pattern", "changes"),
     [
-        (r"num_heads 5 is not a multiple of num_kv_heads 2", {"num_heads": 5}),
-        (r"head_dim 9 is odd", {"head_dim": 9}),
-        (r"width is 0", {"width": 0}),
-        (r"num_layers is -1", {"num_layers": -1}),
-        (r"'float16'.*float32 or bfloat16", {"dtype": "float16"}),
-        (r"remat 'some'.*none, dots or full", {"remat": "some"}),
-        (r"norm_eps is 0", {"norm_eps": 0.0}),
+        (r"num_heads 5\b.*num_kv_heads 2\b", {"num_heads": 5}),
+        (r"head_dim 9\b.*odd", {"head_dim": 9}),
+        (r"\bwidth.* 0\b", {"width": 0}),
+        (r"num_layers.* -1\b", {"num_layers": -1}),
+        (r"'float16'.*float32.*bfloat16", {"dtype": "float16"}),
+        (r"remat 'some'.*none.*dots.*full", {"remat": "some"}),
+        (r"norm_eps.* 0", {"norm_eps": 0.0}),
     ],
 )
 @pytest.mark.parametrize("config", [DECODER, ENCODER], ids=["decoder", "encoder"])
@@ -84,20 +85,20 @@ def test_configs(config, pattern, changes):
 
 @pytest.mark.parametrize("wrong", [0, 4])
 def test_more_cross_layers_than_layers(wrong):
-    refused(rf"num_cross_layers {wrong}.*3", CepeConfig, DECODER, ENCODER, wrong)
+    refused(rf"num_cross_layers {wrong}\b.* 3\b", CepeConfig, DECODER, ENCODER, wrong)
 
 
 @pytest.mark.parametrize(
     ("pattern", "fields"),
     [
-        (r"theta is 0", {"theta": 0.0}),
-        (r"factor is 2.*name the scaling", {"factor": 2.0}),
-        (r"factor is 0.5", {"scaling": "linear", "factor": 0.5}),
-        (r"yarn needs original_length", {"scaling": "yarn", "factor": 2.0}),
+        (r"theta.* 0", {"theta": 0.0}),
+        (r"factor.* 2.*scaling", {"factor": 2.0}),
+        (r"factor.* 0\.5", {"scaling": "linear", "factor": 0.5}),
+        (r"yarn.*original_length", {"scaling": "yarn", "factor": 2.0}),
         (r"high_freq_factor 1.*low_freq_factor 2", {
             "scaling": "llama3", "factor": 2.0, "original_length": 8, "low_freq_factor": 2.0, "high_freq_factor": 1.0,
         }),
-        (r"scaling 'dynamic'.*default, linear, yarn or llama3", {"scaling": "dynamic", "factor": 2.0}),
+        (r"scaling 'dynamic'.*default.*linear.*yarn.*llama3", {"scaling": "dynamic", "factor": 2.0}),
     ],
 )  # fmt: skip
 def test_rope_configs(pattern, fields):

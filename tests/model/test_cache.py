@@ -150,8 +150,8 @@ def test_only_the_last_layers_read_the_memory(reading, cepe, tokens_BT, memory):
 def test_a_full_cache_says_so(decoder):
     """Never are the last slots written over: known from the shapes alone, or from how many are used."""
     cache = KVCache.create(DECODER, 1, 4)
-    with pytest.raises(ValueError, match="5 tokens after 0 exceed the cache of 4 slots"):
+    with pytest.raises(ValueError, match=r"\b5 .* 0 .* 4 "):
         jax.eval_shape(decoder.decode, jnp.zeros((1, 5), int), None, cache)
     _, cache = decoder.decode(jnp.zeros((1, 3), int), None, cache)
-    with pytest.raises(ValueError, match="2 tokens after 3 exceed the cache of 4 slots"):
+    with pytest.raises(ValueError, match=r"\b2 .* 3 .* 4 "):
         decoder.decode(jnp.zeros((1, 2), int), None, cache)

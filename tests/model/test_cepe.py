@@ -174,7 +174,7 @@ def test_a_start_that_cannot_be(decoder):
     wide = dataclasses.replace(ENCODER, width=DECODER.width + 1)
     with pytest.raises(ValueError, match="25.*24"):
         cross_from_self_attention(decoder, wide, 2, "copy", key=jax.random.key(0))
-    with pytest.raises(ValueError, match="'copied'.*copy, zero or normal"):
+    with pytest.raises(ValueError, match="'copied'.*copy.*zero.*normal"):
         cross_from_self_attention(decoder, ENCODER, 2, "copied", key=jax.random.key(0))
     for num_layers in (0, 4):
         with pytest.raises(ValueError, match=f"{num_layers}.*3"):
@@ -228,7 +228,7 @@ def test_parts_of_a_lone_model(decoder, encoder):
 
 
 def test_an_unknown_part_is_refused(cepe, decoder):
-    with pytest.raises(ValueError, match="crossattention.*cross, decoder, encoder"):
+    with pytest.raises(ValueError, match="crossattention.* cross,.*decoder.*encoder"):
         split(cepe, ("encoder", "crossattention"))
     with pytest.raises(ValueError, match="encoder.*decoder"):
         split(decoder, ("encoder",))
@@ -305,9 +305,9 @@ def test_an_encoder_starts_from_the_decoder(decoder):
     np.testing.assert_array_equal(exact.embed[: DECODER.vocab_size], rows)
     np.testing.assert_allclose(exact.embed[DECODER.vocab_size :], rows.mean(0, keepdims=True), rtol=1e-5, atol=1e-7)
     for change, message in (
-        ({"head_dim": 8}, "head_dim 8 .* decoder's 10"),
-        ({"num_layers": 4}, "4 layers .* decoder of 3"),
-        ({"vocab_size": 63}, "63 ids .* 64"),
+        ({"head_dim": 8}, "head_dim 8 .* 10"),
+        ({"num_layers": 4}, " 4 .* 3 "),
+        ({"vocab_size": 63}, " 63 .* 64"),
     ):
         with pytest.raises(ValueError, match=message):
             encoder_from_decoder(decoder, dataclasses.replace(config, **change), key=jax.random.key(0))

@@ -106,5 +106,5 @@ def test_remat_changes_no_gradient(decoder, tokens_BT):
 
 
 def test_remat_with_a_typo_is_refused(decoder):
-    with pytest.raises(ValueError, match="remat 'fulll'.*none, dots or full"):
+    with pytest.raises(ValueError, match="remat 'fulll'.*none.*dots.*full"):
         with_config(decoder, remat="fulll")

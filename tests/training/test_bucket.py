@@ -55,13 +55,13 @@ def test_settings_keep_the_address():
     assert str(cli.decode(TrainConfig, values).out / "model") == "gs://bucket/run/model"
     assert cli.decode(TrainConfig, values | {"out": "a/b"}).out == Path("a/b")
     for name in ("data", "decoder"):
-        with pytest.raises(ValueError, match=rf"{name} is gs://b/d: mount the bucket \(gcsfuse\)"):
+        with pytest.raises(ValueError, match=rf"{name} is gs://b/d: .*\(gcsfuse\)"):
             cli.decode(TrainConfig, values | {name: "gs://b/d"})
 
 
 def test_a_run_in_a_bucket_needs_its_library(monkeypatch):
     monkeypatch.setattr(stages, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="gs://bucket/run is in a bucket: pip install gcsfs"):
+    with pytest.raises(ValueError, match="gs://bucket/run .*pip install gcsfs"):
         launch(TrainConfig("lm", Path("d"), RUN, 3, 4, decoder="tiny"))
 
 

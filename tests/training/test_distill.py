@@ -114,12 +114,12 @@ def test_no_logits_of_the_whole_window_are_stored():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"kl_weight": 0.0}, "kl_weight is 0.0: give a number above 0"),
+        ({"kl_weight": 0.0}, "kl_weight is 0.0: .*above 0"),
         ({"kl_weight": -2.0}, "kl_weight is -2.0"),
         ({"kl_weight": float("nan")}, "kl_weight is nan"),
         ({"nll_weight": 0.0}, "nll_weight is 0.0"),
         ({"top_k": 0}, "top_k is 0"),
-        ({"smooth": -1e-6}, "smooth is -1e-06: give 0 or more"),
+        ({"smooth": -1e-6}, "smooth is -1e-06: .* 0 "),
     ],
 )
 def test_bad_losses(changes, message):
@@ -128,5 +128,5 @@ def test_bad_losses(changes, message):
 
 
 def test_a_teacher_has_as_many_tokens_as_are_asked_for(cepe, batch):
-    with pytest.raises(ValueError, match="top_k 65 exceeds the teacher's vocabulary of 64"):
+    with pytest.raises(ValueError, match="top_k 65 .*vocabulary of 64"):
         teacher_top(cepe.decoder, batch["tokens"], 7, 65, 0)

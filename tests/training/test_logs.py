@@ -105,7 +105,7 @@ def test_a_log_is_whole_at_every_moment(tmp_path, monkeypatch):
 
 def test_a_line_that_is_no_entry_is_named(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2\n{"step": 3}\n')
-    with pytest.raises(ValueError, match=r"metrics.jsonl, line 2: is no JSON \(.*\): mend or remove the line$"):
+    with pytest.raises(ValueError, match="metrics.jsonl, line 2: .*JSON"):
         Log(tmp_path, 3, FACTS)
 
 

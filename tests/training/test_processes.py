@@ -142,7 +142,7 @@ def test_a_lost_process_ends_the_others_and_the_run_goes_on(home, tmp_path):
     assert ended([first, killed], seconds=90)[1] == -signal.SIGKILL
     if first.returncode != -signal.SIGABRT:  # the runtime may notice before a collective does
         assert first.returncode == LOST_STATUS, first.text()
-        lost = re.search(r"train.py: process 0: a peer was lost by step (\d): .* from step (\d) ", first.text())
+        lost = re.search(r"train.py: process 0: .*lost by step (\d): .* from step (\d) ", first.text())
         assert int(lost[1]) in (5, 6, 7)  # steps are dispatched before those before them are done
     [alone] = start(home, 1, settings(home, out))
     assert ended([alone]) == [0], alone.text()
@@ -176,7 +176,7 @@ def test_what_one_process_finds_damaged_ends_all(home, tmp_path):
     assert sorted({1, LOST_STATUS, -signal.SIGABRT} | set(status)) == [-signal.SIGABRT, 1, LOST_STATUS]
     assert 1 in status
     refusal = processes[status.index(1)].text()
-    assert re.search(r"train.py: \S*checkpoints/4: damaged \(.*: remove it .* the one before \(there is: 2\)", refusal)
+    assert re.search(r"train.py: \S*checkpoints/4: damaged \(.*: remove it .*\(there is: 2\)", refusal)
 
 
 @pytest.mark.slow
@@ -222,24 +222,24 @@ def test_each_process_with_its_own_directory_is_refused(home, tmp_path):
     status = ended(processes)
     assert status[1] == 1
     assert status[0] != 0
-    assert "config.json is missing in process 1: give an --out that all share" in processes[1].text()
+    assert re.search(r"config\.json .*process 1: .*--out", processes[1].text())
 
 
 def test_processes_that_do_not_come_are_not_waited_for(home, tmp_path):
     first, second = start(home, 2, settings(home, tmp_path / "out", **{"distributed.start_seconds": 3}))
     second.kill()
     assert ended([first], seconds=60) == [LOST_STATUS]
-    assert re.search(r"train.py: the processes did not all meet at localhost:\d+ within 3 s: ", first.text())
+    assert re.search(r"train.py: .* localhost:\d+ .* 3 s: ", first.text())
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"coordinator": "a:1", "num_processes": 2}, "give coordinator, num_processes and process_id, or none"),
-        ({"process_id": 0}, "give coordinator, num_processes and process_id, or none"),
-        ({"coordinator": "a", "num_processes": 2, "process_id": 0}, "coordinator is a: give host:port"),
-        ({"coordinator": "a:1", "num_processes": 2, "process_id": 2}, "process_id is 2: 2 processes count from 0"),
+        ({"coordinator": "a:1", "num_processes": 2}, "coordinator, num_processes and process_id"),
+        ({"process_id": 0}, "coordinator, num_processes and process_id"),
+        ({"coordinator": "a", "num_processes": 2, "process_id": 0}, "coordinator is a: .*host:port"),
+        ({"coordinator": "a:1", "num_processes": 2, "process_id": 2}, "process_id is 2: 2 processes"),
         ({"heartbeat_seconds": 0}, "heartbeat_seconds is 0"),
     ],
 )

@@ -87,9 +87,9 @@ def test_a_finished_stage_is_not_trained_again(runs, data, capsys):
     config = TrainConfig("cepe", data, runs / "cepe", 3, 4, **start)
     assert run_stage(config) == runs / "cepe/model"
     assert "is finished" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="is of another run, steps is 3 there and 4 here"):
+    with pytest.raises(ValueError, match="another run, steps .* 3 .* 4 "):
         run_stage(dataclasses.replace(config, steps=4))
-    with pytest.raises(ValueError, match="is of another run, mix is .*1.0.* there and .*2.0.* here"):
+    with pytest.raises(ValueError, match="another run, mix .*1.0.* there .*2.0.* here"):
         run_stage(dataclasses.replace(config, mix={"filtered": 2.0, "packed": 2.0}))
     assert run_stage(dataclasses.replace(config, workers=2)) == runs / "cepe/model"
 
@@ -144,7 +144,7 @@ def test_the_record_is_of_the_run_that_has_checkpoints(runs, data, tmp_path, mon
     run_stage(other)
     assert rate() == 1e-3
     shutil.rmtree(tmp_path / "out/model")
-    with pytest.raises(ValueError, match="is of another run, optimizer is"):
+    with pytest.raises(ValueError, match="another run, optimizer "):
         run_stage(config)
     assert rate() == 1e-3
     run_stage(dataclasses.replace(other, remat=RematConfig("full"), attention="xla", loss_chunk=4, mlp_chunk=4))
@@ -175,8 +175,8 @@ def test_evaluation_changes_nothing(runs, data, tmp_path):
     first, second = (line["eval_nll"] for line in lines("still") if "eval_nll" in line)
     assert first == second != lines("still")[0]["nll"]
     for changes, message in (
-        ({"batches": 1000}, "unseen has .* examples, and evaluation.batches of batch_size want 4000: lower batches"),
-        ({"split": "train"}, "unseen: has no split train: it has test"),
+        ({"batches": 1000}, r"unseen has \d+ .*evaluation.batches .* 4000: "),
+        ({"split": "train"}, "unseen: .*split train: .*test"),
     ):
         evaluation = dataclasses.replace(evaluated.evaluation, **changes)
         with pytest.raises(ValueError, match=message):
@@ -208,7 +208,7 @@ def test_a_dry_run_tells_what_a_run_would_be(runs, data, tmp_path, capsys, monke
         run_stage(longer)
     assert "chip hours" in capsys.readouterr().out  # the price is told all the same
     monkeypatch.setattr(stages, "make_mesh", lambda **_: jax.sharding.AbstractMesh((1, 1, 1, 4), MESH_AXES))
-    with pytest.raises(ValueError, match="cross.k: its 1 of kv_heads do not divide by mesh.tensor, which is 4"):
+    with pytest.raises(ValueError, match="cross.k: .* 1 .*kv_heads .*mesh.tensor, .* 4"):
         run_stage(config)  # before anything is loaded, too
 
 
@@ -218,12 +218,12 @@ def test_a_run_is_of_its_data(runs, data, tmp_path):
         sample(SampleConfig(data=data / "docs", out=tmp_path / kind, kind=kind, length=32, seed=5, stride=0, workers=1))
     mix = {"filtered": 1.0, "packed": 2.0}
     start = {"cepe": "moved", "micro_batch": 2, "loss_chunk": 5, "mix": mix, "examples": EXAMPLES["cepe"]}
-    with pytest.raises(ValueError, match="is of another run, dataset is"):
+    with pytest.raises(ValueError, match="another run, dataset "):
         run_stage(TrainConfig("cepe", tmp_path, runs / "cepe", 3, 4, **start))
 
 
 def test_a_start_that_is_neither_directory_nor_preset(data, tmp_path):
-    with pytest.raises(ValueError, match="llama2-7b is no directory and no preset: .* llama2_7b"):
+    with pytest.raises(ValueError, match="llama2-7b .*preset: .* llama2_7b"):
         run_stage(
             TrainConfig("lm", data / "packed", tmp_path / "out", 3, 4, decoder="llama2-7b", examples=EXAMPLES["lm"])
         )
@@ -239,12 +239,12 @@ def test_a_model_of_another_vocabulary_is_refused(runs, tmp_path):
         cepe=str(runs / "cepe/model"),
         examples=EXAMPLES["cepe"],
     )
-    with pytest.raises(ValueError, match="is not the tokenizer of .*: use .*tokenizer.model"):
+    with pytest.raises(ValueError, match="tokenizer of .*: use .*tokenizer.model"):
         run_stage(config)
     bare = tmp_path / "bare"
     shutil.copytree(runs / "cepe/model", bare)
     (bare / "tokenizer.model").unlink()
-    with pytest.raises(ValueError, match="decoder's vocabulary of 400 is below the 420 ids"):
+    with pytest.raises(ValueError, match="decoder's vocabulary .* 400 .* 420 ids"):
         run_stage(dataclasses.replace(config, cepe=str(bare)))
     assert not (tmp_path / "out").exists()
 
@@ -272,19 +272,19 @@ def test_in_bfloat16_the_frozen_part_is_narrow_and_what_trains_is_not(runs, data
     ("changes", "message"),
     [
         ({"micro_batch": -1}, "micro_batch is -1"),
-        ({"cepe": ""}, "stage cepe starts from cepe or decoder and encoder; given: none of them"),
-        ({"decoder": "a"}, "stage cepe starts from cepe or decoder and encoder; given: decoder and cepe"),
-        ({"stage": "lm"}, "stage lm starts from decoder; given: cepe"),
+        ({"cepe": ""}, "stage cepe .* cepe or decoder .*encoder; given: none"),
+        ({"decoder": "a"}, "stage cepe .* cepe or decoder .*encoder; given: decoder .*cepe"),
+        ({"stage": "lm"}, "stage lm .* decoder; given: cepe"),
         ({"steps": 0}, "steps is 0"),
         ({"train": ()}, "train is empty"),
-        ({"mix": {"a": 0.0}}, r"mix is \{'a': 0.0\}: give weights above 0"),
-        ({"workers": -1}, "workers is -1: give a number of processes"),
-        ({"num_cross_layers": 2}, "num_cross_layers is for a start from decoder and encoder"),
-        ({"distill": DistillConfig()}, "stage is cepe: distill is the loss of stage ceped, give both or neither"),
-        ({"stage": "ceped"}, "stage is ceped: distill is the loss of stage ceped"),
+        ({"mix": {"a": 0.0}}, r"mix is \{'a': 0.0\}: .*above 0"),
+        ({"workers": -1}, "workers is -1: .*processes"),
+        ({"num_cross_layers": 2}, "num_cross_layers .*decoder .*encoder"),
+        ({"distill": DistillConfig()}, "stage is cepe: distill .*stage ceped"),
+        ({"stage": "ceped"}, "stage is ceped: distill .*stage ceped"),
         (
             {"stage": "ceped", "distill": DistillConfig(), "examples": ExampleConfig(foreign_rate=0.1)},
-            "foreign_rate is not for stage ceped",
+            "foreign_rate .*stage ceped",
         ),
     ],
 )
@@ -295,7 +295,7 @@ def test_bad_configurations(changes, message):
 
 
 def test_a_mesh_of_no_devices_is_refused():
-    with pytest.raises(ValueError, match="data=0.*give numbers of devices above 0"):
+    with pytest.raises(ValueError, match="data=0.*devices"):
         MeshConfig(data=0)
 
 
@@ -324,7 +324,7 @@ def test_a_batch_falls_into_the_devices_micro_batches(changes, devices, fsdp, mi
     ("changes", "devices"), [({"micro_batch": 3}, 1), ({}, 3), ({"mesh": MeshConfig(data=32)}, 32)]
 )
 def test_a_batch_that_does_not_divide_is_refused(changes, devices):
-    with pytest.raises(ValueError, match=r"batch_size 16 is not a multiple of .* = (3|32): change one of them"):
+    with pytest.raises(ValueError, match=r"batch_size 16 .* = (3|32): "):
         settings.mesh_of(dataclasses.replace(CONFIG, **changes), devices)
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import re
 import shutil
 
 import jax
@@ -78,7 +77,7 @@ def test_the_dataset_is_what_the_decoder_expects(taught):
 def test_a_dataset_is_made_once_and_of_one_teacher(taught, capsys):
     teach(preparation(taught, batch_size=7))
     assert "is finished" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="is of another run, top_k is 6 there and 5 here"):
+    with pytest.raises(ValueError, match="another run, top_k .* 6 .* 5 "):
         teach(preparation(taught, top_k=5))
 
 
@@ -113,18 +112,18 @@ def test_both_teachers_teach_the_same(taught, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"stage": "cepe", "distill": None}, "holds a teacher's probabilities, and stage cepe reads none"),
-        ({"distill": DistillConfig(top_k=5)}, "taught has 6 tokens a position and distill.top_k is 5"),
-        ({"mix": {"taught": 1.0, "filtered": 1.0}}, "a part of mix holds a teacher's probabilities"),
-        ({"mix": {"retrieved": 1.0}}, "retrieved: its contexts are passages"),
-        ({"mix": {"filtered": 1.0}, "train": ("cross", "decoder")}, "the decoder is the teacher and cannot train"),
-        ({"mix": {"filtered": 1.0}, "decoder": "short"}, "short reads 31 tokens, and context and window have 32"),
-        ({"evaluation": "filtered", "train": ("cross", "decoder")}, "filtered: the decoder is the teacher and cannot"),
-        ({"evaluation": "filtered", "decoder": "short"}, "short reads 31 tokens, and context and window have 32"),
-        ({"evaluation": "retrieved"}, "retrieved: its contexts are passages"),
+        ({"stage": "cepe", "distill": None}, "teacher's probabilities, .*stage cepe"),
+        ({"distill": DistillConfig(top_k=5)}, "taught has 6 .*distill.top_k is 5"),
+        ({"mix": {"taught": 1.0, "filtered": 1.0}}, "mix .*teacher's probabilities"),
+        ({"mix": {"retrieved": 1.0}}, "retrieved: .*passages"),
+        ({"mix": {"filtered": 1.0}, "train": ("cross", "decoder")}, "decoder .*teacher .*train"),
+        ({"mix": {"filtered": 1.0}, "decoder": "short"}, "short reads 31 .* 32: "),
+        ({"evaluation": "filtered", "train": ("cross", "decoder")}, "filtered: .*decoder .*teacher"),
+        ({"evaluation": "filtered", "decoder": "short"}, "short reads 31 .* 32: "),
+        ({"evaluation": "retrieved"}, "retrieved: .*passages"),
         (
             {"stage": "cepe", "distill": None, "mix": {"filtered": 1.0}, "evaluation": "taught"},
-            "taught: holds a teacher's probabilities, and stage cepe reads none",
+            "taught: .*teacher's probabilities, .*stage cepe",
         ),
     ],
 )
@@ -145,12 +144,12 @@ def test_what_no_stage_learns_from(taught, tmp_path, changes, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"window": 21}, "no sequences of 33 tokens, context and window, for one example each: sample them with"),
-        ({"window": 8, "context": 8}, "no sequences of 16 tokens"),
-        ({"data": "docs"}, "docs: its records are no sequences"),
-        ({"model": "encoder"}, "encoder is an encoder: give the directory of a decoder"),
-        ({"top_k": 401}, "vocabulary of 400 is below 401, top_k or the ids"),
-        ({"top_k": 0}, "top_k is 0: give a number above 0"),
+        ({"window": 21}, "sequences of 33 tokens.*--length=33"),
+        ({"window": 8, "context": 8}, "sequences of 16 tokens.*--length=16"),
+        ({"data": "docs"}, "docs: .*no sequences"),
+        ({"model": "encoder"}, "encoder is .*encoder: .*decoder"),
+        ({"top_k": 401}, "vocabulary of 400 .* 401, top_k"),
+        ({"top_k": 0}, "top_k is 0"),
     ],
 )
 def test_what_cannot_be_taught(home, tmp_path, changes, message):
@@ -163,6 +162,5 @@ def test_what_cannot_be_taught(home, tmp_path, changes, message):
 def test_a_teacher_reads_its_window_alone(home, tmp_path):
     shutil.copytree(home / "decoder", tmp_path / "short")
     limited(tmp_path / "short", 31)
-    message = re.escape(f"{tmp_path}/short reads 31 tokens, and context and window have 32")
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"{tmp_path}/short reads 31 .* 32: "):
         teach(preparation(home, model=tmp_path / "short", out=tmp_path / "out"))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -83,7 +84,7 @@ def test_save_and_load(kind, tmp_path, request):
 
 def test_an_mlm_head_has_no_place_in_a_cepe_checkpoint(cepe, tmp_path):
     save(cepe, tmp_path / "ours")
-    with pytest.raises(ValueError, match=r"no place for encoder\.mlm_head\.bias"):
+    with pytest.raises(ValueError, match=r"PyTorch.* encoder\.mlm_head\.bias"):
         to_hf(tmp_path / "ours", tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
 
@@ -91,7 +92,7 @@ def test_an_mlm_head_has_no_place_in_a_cepe_checkpoint(cepe, tmp_path):
 def test_an_encoder_without_its_head_has_no_class(cepe_source, tmp_path):
     save(load(cepe_source.path).encoder, tmp_path / "ours")
     assert not load(tmp_path / "ours").config.mlm_head
-    with pytest.raises(ValueError, match="no class for an encoder without its MLM head"):
+    with pytest.raises(ValueError, match="PyTorch.*MLM head"):
         to_hf(tmp_path / "ours", tmp_path / "hf")
 
 
@@ -150,7 +151,7 @@ def test_never_half_written(convert, cepe_source, tmp_path, monkeypatch):
 
 def test_existing_target_is_kept(cepe_source, tmp_path):
     (tmp_path / "target").mkdir()
-    with pytest.raises(ValueError, match="target exists: remove it or give another name"):
+    with pytest.raises(ValueError, match="target exists"):
         to_jax(cepe_source.path, tmp_path / "target")
     assert not list((tmp_path / "target").iterdir())
 
@@ -160,16 +161,16 @@ def test_full_disk_is_one_line(cepe_source, tmp_path, monkeypatch):
         raise files.SafetensorError("I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr(files, "save_file", full)
-    with pytest.raises(ValueError, match=r"No space left on device .*: is the disk full"):
+    with pytest.raises(ValueError, match="No space left on device.*disk"):
         to_jax(cepe_source.path, tmp_path / "target")
     assert not (tmp_path / "target").exists()
 
 
 def test_wrong_direction(cepe_source, tmp_path):
-    with pytest.raises(ValueError, match="is not in our format"):
+    with pytest.raises(ValueError, match=r"format.*scripts/convert\.py to-jax"):
         to_hf(cepe_source.path, tmp_path / "target")
     to_jax(cepe_source.path, tmp_path / "ours")
-    with pytest.raises(ValueError, match="is already in our format"):
+    with pytest.raises(ValueError, match="already.*format"):
         to_jax(tmp_path / "ours", tmp_path / "target")
 
 
@@ -185,7 +186,7 @@ def test_flipped_bit_is_found(ours):
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
-    with pytest.raises(ValueError, match=r"encoder\.norm\.scale changed since it was written: copy it again"):
+    with pytest.raises(ValueError, match=r"encoder\.norm\.scale changed"):
         Directory(ours).verify()
 
 
@@ -199,18 +200,16 @@ def test_spoiled_directories_are_named(ours):
             load(ours)
         (ours / name).write_text(before)
 
-    spoil(
-        "config.json", lambda c: c["decoder"].update(mlp_width=95), r"mlp.down is \[96, 48\], by config.json \[95, 48\]"
-    )
-    spoil("config.json", lambda c: c["decoder"].update(surprise=1), "decoder: unknown key surprise")
-    spoil("config.json", lambda c: c["decoder"]["rope"].update(surprise=1), "rope: unknown key surprise")
-    spoil("config.json", lambda c: c["encoder"].pop("width"), "encoder lacks width")
-    spoil("config.json", lambda c: c.update(num_cross_layers=1), r"holds unknown cross\.1\.k")
+    spoil("config.json", lambda c: c["decoder"].update(mlp_width=95), r"mlp\.down .*\[96, 48\].*\[95, 48\]")
+    spoil("config.json", lambda c: c["decoder"].update(surprise=1), "decoder: unknown.* surprise")
+    spoil("config.json", lambda c: c["decoder"]["rope"].update(surprise=1), "rope: unknown.* surprise")
+    spoil("config.json", lambda c: c["encoder"].pop("width"), "encoder lacks.* width")
+    spoil("config.json", lambda c: c.update(num_cross_layers=1), r"unknown cross\.1\.k")
     spoil("config.json", lambda c: c.update(num_cross_layers=3), r"lacks cross\.2\.k")
     spoil("config.json", lambda c: c.update(kind="other"), "kind 'other'")
-    spoil("config.json", lambda c: c.update(kind="llama"), "it needs decoder alone")
-    spoil("hash.json", lambda c: c["tensors"]["cross.0.q"].update(dtype="bfloat16"), r"cross\.0\.q is not what hash")
-    spoil("hash.json", lambda c: c.pop("base"), "hash.json is not one of ours")
+    spoil("config.json", lambda c: c.update(kind="llama"), "kind llama .*needs decoder")
+    spoil("hash.json", lambda c: c["tensors"]["cross.0.q"].update(dtype="bfloat16"), r"cross\.0\.q .*hash\.json")
+    spoil("hash.json", lambda c: c.pop("base"), r"hash\.json .*ours")
     (ours / "hash.json").unlink()
     with pytest.raises(ValueError, match=r"no hash\.json"):
         load(ours)
@@ -221,7 +220,7 @@ def test_save_refuses_tensors_of_another_model(cepe_source, tmp_path):
     tensors = dict(tensors_of(model))
     for spoiled, message in (
         ({k: v for k, v in tensors.items() if k != "cross.0.q"}, r"lacks cross\.0\.q"),
-        (tensors | {"more": np.zeros(1)}, "holds unknown more"),
+        (tensors | {"more": np.zeros(1)}, "unknown more"),
         (tensors | {"cross.0.q": np.zeros((2, 2), np.float32)}, r"cross\.0\.q is \[2, 2\]"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -284,5 +283,5 @@ def test_script_errors_are_one_line(cepe_source, tmp_path):
     assert load(tmp_path / "ours", "bfloat16").decoder.embed.dtype == jnp.bfloat16
     done = convert("to-jax", cepe_source.path, tmp_path / "ours")
     assert done.returncode == 1
-    assert done.stderr == f"convert.py: {tmp_path}/ours exists: remove it or give another name\n"
+    assert re.fullmatch(f"convert.py: {tmp_path}/ours exists.*\n", done.stderr)
     assert convert("verify", tmp_path / "ours").returncode == 0

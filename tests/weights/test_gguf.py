@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 from support.models import DECODER, float64, make_decoder
+from support.refusals import one_line
 
 from cepe_jax.config import RopeConfig
 from cepe_jax.data.tokenizer import Tokenizer
@@ -178,7 +179,7 @@ def test_tokenizer_beside_the_file(tensors, tmp_path):
     metadata = metadata_of(DECODER)
     to_jax(save(tmp_path / "x.gguf", tensors, metadata), tmp_path / "known")
     other = save(tmp_path / "other.gguf", tensors, metadata | {"tokenizer.ggml.pre": "tekken"})
-    with pytest.raises(ValueError, match="its tokenizer, 'gpt2' with 'tekken', is of no kind .* put .*tokenizer.json"):
+    with pytest.raises(ValueError, match="'gpt2'.*'tekken'.*tokenizer.json"):
         to_jax(other, tmp_path / "ours")
     assert not (tmp_path / "ours").exists()
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -228,24 +229,23 @@ def test_rope(scaling, wanted, tensors, tmp_path):
 def refused(path, message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         load(path)
-    assert str(path) in str(caught.value)
-    assert "\n" not in str(caught.value)
+    assert str(path) in one_line(caught)
 
 
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
         ("llama.feed_forward_length", None, "lacks llama.feed_forward_length"),
-        ("llama.expert_count", 8, "llama.expert_count 8 is not computed here: only 0 is"),
-        ("llama.attention.sliding_window", 64, "llama.attention.sliding_window is unknown here"),
-        ("llama.rope.dimension_count", 4, "llama.rope.dimension_count 4 is not computed here: .* width, 10"),
-        ("llama.attention.value_length", 12, "llama.attention.value_length 12 is not computed here: .* width, 10"),
-        ("llama.rope.scaling.yarn_beta_fast", 16.0, "yarn_beta_fast 16.0 is not computed here: only 32.0 is"),
-        ("llama.rope.scaling.type", "longrope", "rope type 'longrope' is not computed here"),
+        ("llama.expert_count", 8, "llama.expert_count 8 .* 0 "),
+        ("llama.attention.sliding_window", 64, "llama.attention.sliding_window .*unknown"),
+        ("llama.rope.dimension_count", 4, r"llama.rope.dimension_count 4 .* 10\b"),
+        ("llama.attention.value_length", 12, r"llama.attention.value_length 12 .* 10\b"),
+        ("llama.rope.scaling.yarn_beta_fast", 16.0, "yarn_beta_fast 16.0 .* 32.0 "),
+        ("llama.rope.scaling.type", "longrope", "rope type 'longrope'"),
         ("llama.attention.head_count", [4, 4, 2], r"num_attention_heads is \[4, 4, 2\]"),
-        ("llama.block_count", 2, "holds unknown blk.2.attn_k.weight, .* and 6 more"),
-        ("llama.vocab_size", 65, r"output.weight is \[64, 24\], by its metadata \[65, 24\]|token_embd.weight is \[64"),
-        ("split.count", 3, "is one of 3 parts: llama-gguf-split --merge"),
+        ("llama.block_count", 2, "unknown blk.2.attn_k.weight, .* 6 more"),
+        ("llama.vocab_size", 65, r"(output|token_embd).weight .*\[64, 24\].*\[65, 24\]"),
+        ("split.count", 3, " 3 parts: llama-gguf-split --merge"),
     ],
 )
 def test_metadata_refused(key, value, message, tensors, tmp_path):
@@ -254,52 +254,52 @@ def test_metadata_refused(key, value, message, tensors, tmp_path):
 
 def test_other_architecture(tensors, tmp_path):
     path = save(tmp_path / "x.gguf", tensors, metadata_of(DECODER), architecture="qwen2")
-    refused(path, "architecture 'qwen2': only llama is read")
+    refused(path, "architecture 'qwen2'.* llama ")
 
 
 def test_missing_tensor(tensors, tmp_path):
     del tensors["blk.1.ffn_gate.weight"]
-    refused(save(tmp_path / "x.gguf", tensors, metadata_of(DECODER)), "lacks blk.1.ffn_gate.weight: its config")
+    refused(save(tmp_path / "x.gguf", tensors, metadata_of(DECODER)), "lacks blk.1.ffn_gate.weight")
 
 
 def test_extra_tensor(tensors, tmp_path):
     tensors["blk.1.attn_q.bias"] = np.zeros(40, np.float32)
-    refused(save(tmp_path / "x.gguf", tensors, metadata_of(DECODER)), "holds unknown blk.1.attn_q.bias: its config")
+    refused(save(tmp_path / "x.gguf", tensors, metadata_of(DECODER)), "unknown blk.1.attn_q.bias")
 
 
 def test_wrong_shape(tensors, tmp_path):
     tensors["blk.2.ffn_up.weight"] = np.ascontiguousarray(tensors["blk.2.ffn_up.weight"].T)
-    message = r"blk.2.ffn_up.weight is \[24, 40\], by its metadata \[40, 24\]"
+    message = r"blk.2.ffn_up.weight .*\[24, 40\].*\[40, 24\]"
     refused(save(tmp_path / "x.gguf", tensors, metadata_of(DECODER)), message)
 
 
 def test_rotary_divisors_that_are_not_llama_3s(tensors, tmp_path):
     tensors["rope_freqs.weight"] = divisors(DECODER.rope.theta, DECODER.head_dim, 8.0) * [1, 1, 1, 1.1, 1]
     tensors["rope_freqs.weight"] = tensors["rope_freqs.weight"].astype(np.float32)
-    refused(save(tmp_path / "x.gguf", tensors, metadata_of(DECODER)), "rope_freqs.weight is not computed here")
+    refused(save(tmp_path / "x.gguf", tensors, metadata_of(DECODER)), "rope_freqs.weight .*computed")
 
 
 def test_integers_are_no_weights(tensors, tmp_path):
     tensors["output.weight"] = tensors["output.weight"].astype(np.int32)
-    refused(save(tmp_path / "x.gguf", tensors, metadata_of(DECODER)), "output.weight is I32: the gguf library cannot")
+    refused(save(tmp_path / "x.gguf", tensors, metadata_of(DECODER)), "output.weight .*I32")
 
 
 @pytest.mark.parametrize("kept", [0, 3, 20, 200, 900, -1])
 def test_truncated_file(kept, tensors, tmp_path):
     path = save(tmp_path / "x.gguf", tensors, metadata_of(DECODER))
     path.write_bytes(path.read_bytes()[:kept])
-    refused(path, "is not a whole GGUF file .* download it again")
+    refused(path, "whole GGUF file.*download")
 
 
 def test_other_files(tensors, tmp_path):
     (tmp_path / "x.gguf").write_bytes(b"not " * 100)
-    refused(tmp_path / "x.gguf", "is not a whole GGUF file")
+    refused(tmp_path / "x.gguf", "whole GGUF file")
     refused(tmp_path / "y.gguf", "no file")
     big = save(tmp_path / "z.gguf", tensors, metadata_of(DECODER), endianess=gguf.GGUFEndian.BIG)
-    refused(big, "is a big-endian file")
+    refused(big, "big-endian")
 
 
 def test_without_the_library(tensors, tmp_path, monkeypatch):
     path = save(tmp_path / "x.gguf", tensors, metadata_of(DECODER))
     monkeypatch.setitem(sys.modules, "gguf", None)
-    refused(path, r"is a GGUF file: pip install gguf \(or cepe-jax\[gguf\]\)")
+    refused(path, r"pip install gguf \(or cepe-jax\[gguf\]\)")

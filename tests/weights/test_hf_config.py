@@ -113,8 +113,8 @@ REFUSED = [
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
     ({"quantization_config": {"bits": 4}}, "quantization_config"),
     ({"do_cross_attention": True}, "do_cross_attention True"),
-    ({"hidden_size": 50}, "hidden_size 50 is not a multiple of num_attention_heads 6"),
-    ({"num_key_value_heads": 4}, "num_heads 6 is not a multiple of num_kv_heads 4"),
+    ({"hidden_size": 50}, "hidden_size 50 .*num_attention_heads 6"),
+    ({"num_key_value_heads": 4}, "num_heads 6 .*num_kv_heads 4"),
     ({"hidden_size": ...}, "lacks hidden_size"),
     ({"hidden_size": "48"}, "hidden_size is '48'"),
     ({"num_hidden_layers": 0}, "num_layers is 0"),
@@ -124,7 +124,7 @@ REFUSED = [
     ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "lacks low_freq_factor"),
     ({"rope_scaling": {"rope_type": "yarn", "factor": 8.0, "mscale": 1.0}}, "mscale 1.0"),
     ({"rope_scaling": {"rope_type": "yarn", "factor": 8.0, "truncate": False}}, "truncate False"),
-    ({"rope_scaling": {"rope_type": "linear", "factor": 8.0, "surprise": 1}}, "unknown for rope type linear: surprise"),
+    ({"rope_scaling": {"rope_type": "linear", "factor": 8.0, "surprise": 1}}, "rope type linear: surprise"),
     ({"rope_theta": 1e4, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, "disagree"),
 ]
 
@@ -157,7 +157,7 @@ def test_refused_in_the_encoder_too(keys, message):
         ({"num_cross_attn_layers": 4}, "num_cross_layers 4"),
         ({"num_cross_attn_layers": ...}, "lacks num_cross_attn_layers"),
         ({"encoder_config": ...}, "lacks encoder_config"),
-        ({"encoder_hidden_size": 32}, "encoder_hidden_size 32 is not encoder_config's hidden_size 24"),
+        ({"encoder_hidden_size": 32}, "encoder_hidden_size 32 .*hidden_size 24"),
         ({"encoder_config": CEPE["encoder_config"] | {"is_decoder": True}}, "is_decoder True"),
     ],
 )

@@ -5,6 +5,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from support.refusals import one_line
 
 from cepe_jax.config import DECODERS, ENCODERS, CepeConfig
 from cepe_jax.model.cepe import cross_from_self_attention, parts_of
@@ -20,7 +21,7 @@ HEAD, EMBED = "lm_head.weight", "model.embed_tokens.weight"
 def refused(source, message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         load(source.path)
-    assert "\n" not in str(caught.value)
+    one_line(caught)
 
 
 def test_table_has_the_released_number_of_tensors():
@@ -72,7 +73,7 @@ def test_wrong_shape_names_both(llama_source):
     tensors = llama_source.tensors()
     tensors[GATE] = tensors[GATE][:, :60]
     llama_source.store(tensors)
-    refused(llama_source, rf"{GATE} is \[128, 60\], by config\.json \[128, 64\]")
+    refused(llama_source, rf"{GATE} .*\[128, 60\].*\[128, 64\]")
 
 
 def test_transposed_square_weights_cannot_hide_behind_shapes(llama_source):
@@ -85,7 +86,7 @@ def test_transposed_square_weights_cannot_hide_behind_shapes(llama_source):
 
 def test_dtype_that_is_not_read(llama_source):
     llama_source.store(llama_source.tensors() | {GATE: np.zeros((128, 64), np.int8)})
-    refused(llama_source, f"{GATE} is I8: only F32, BF16, F16")
+    refused(llama_source, f"{GATE} .*I8.*F32, BF16, F16")
 
 
 def test_float16_is_read(llama_source):
@@ -104,7 +105,7 @@ def test_rotary_buffers_of_old_checkpoints_are_passed_over(llama_source):
 
 def test_tied_head(llama_source):
     llama_source.configure(tie_word_embeddings=True)
-    refused(llama_source, "lm_head.weight and model.embed_tokens.weight are tied but differ")
+    refused(llama_source, "lm_head.weight .*model.embed_tokens.weight .*differ")
     tensors = llama_source.tensors()
     llama_source.store(tensors | {HEAD: tensors[EMBED]})
     aliased = load(llama_source.path)
@@ -134,7 +135,7 @@ def test_mlm_aliases(tmp_path, llama_source):
     llama_source.store(alone)
     jax.tree.map(np.testing.assert_array_equal, load(llama_source.path), model)
     llama_source.store(tensors | {"lm_head.bias": tensors["lm_bias"] + 1})
-    refused(llama_source, "lm_head.bias and lm_bias are tied but differ")
+    refused(llama_source, "lm_head.bias .*lm_bias .*differ")
 
 
 def test_cross_attention_in_a_layer_that_has_none(cepe_source):
@@ -158,14 +159,14 @@ def test_shards_equal_a_single_file(cepe_source):
 def test_missing_shard(cepe_source):
     cepe_source.shard(*halves(cepe_source.tensors()))
     (cepe_source.path / "shard-1.safetensors").unlink()
-    refused(cepe_source, r"names shard shard-1\.safetensors, which is missing: download it again")
+    refused(cepe_source, r"shard-1\.safetensors.*missing")
 
 
 def test_doubled_key(cepe_source):
     first, second = halves(cepe_source.tensors())
     key = next(iter(first))
     cepe_source.shard(first, second | {key: first[key]})
-    refused(cepe_source, f"{key} is in two shards, shard-1.safetensors and shard-0.safetensors")
+    refused(cepe_source, f"{key} .*two.*shard-1.safetensors.*shard-0.safetensors")
 
 
 def test_index_that_contradicts_its_shards(cepe_source):
@@ -174,12 +175,12 @@ def test_index_that_contradicts_its_shards(cepe_source):
     cepe_source.shard(first, second)
     weight_map = dict.fromkeys(first, "shard-0.safetensors") | dict.fromkeys(second, "shard-1.safetensors")
     cepe_source.index({k: v for k, v in weight_map.items() if k != key})
-    refused(cepe_source, f"holds {key}, which .* does not name")
+    refused(cepe_source, rf"shard-1\.safetensors holds {key}, .*index\.json")
     cepe_source.index(weight_map | {"extra": "shard-0.safetensors"})
-    refused(cepe_source, r"puts extra in shard-0\.safetensors, which lacks it")
+    refused(cepe_source, r"index\.json .*extra .*shard-0\.safetensors")
     path = cepe_source.path / "model.safetensors.index.json"
     path.write_text(path.read_text().replace('"extra"', f'"{key}"'))
-    refused(cepe_source, f"holds {key} twice")
+    refused(cepe_source, f"{key} twice")
     path.write_text("{}")
     refused(cepe_source, "no weight_map")
 
@@ -188,16 +189,16 @@ def test_index_that_contradicts_its_shards(cepe_source):
 def test_truncated_safetensors(llama_source, size):
     file = llama_source.path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:size])
-    refused(llama_source, r"model\.safetensors is not a whole safetensors file .*: download it again")
+    refused(llama_source, r"model\.safetensors .*whole.*download")
 
 
 def test_no_weights_no_config(llama_source):
     (llama_source.path / "model.safetensors").unlink()
-    refused(llama_source, "no weights in")
+    refused(llama_source, "no weights")
     (llama_source.path / "config.json").write_text('{"model_type": ')
-    refused(llama_source, "config.json is not JSON")
+    refused(llama_source, "config.json .*not JSON")
     (llama_source.path / "config.json").write_text("[]")
-    refused(llama_source, "config.json is not a JSON object")
+    refused(llama_source, "config.json .*JSON object")
     (llama_source.path / "config.json").unlink()
     refused(llama_source, "no config.json in")
     with pytest.raises(ValueError, match=r"no config\.json in"):
@@ -212,7 +213,7 @@ def test_unknown_dtype(llama_source):
 def test_torch_is_asked_for_by_name(llama_source, monkeypatch):
     (llama_source.path / "model.safetensors").rename(llama_source.path / "pytorch_model.bin")
     monkeypatch.setitem(sys.modules, "torch", None)
-    refused(llama_source, "pytorch_model.bin is a torch pickle: pip install torch")
+    refused(llama_source, "pytorch_model.bin .*pip install torch")
 
 
 class TestPickles:
@@ -241,17 +242,17 @@ class TestPickles:
         tensors, file = pickle
         torch.save(tensors, file)
         file.write_bytes(file.read_bytes()[:size])
-        refused(llama_source, r"pytorch_model\.bin is not a whole torch file of tensors .*: download it again")
+        refused(llama_source, r"pytorch_model\.bin .*whole.*download")
 
     def test_code_is_not_run(self, torch, llama_source, pickle):
         _, file = pickle
         torch.save({EMBED: Unpickled()}, file)
-        refused(llama_source, "not a whole torch file of tensors")
+        refused(llama_source, r"pytorch_model\.bin .*whole")
 
     def test_not_tensors(self, torch, llama_source, pickle):
         tensors, file = pickle
         torch.save({"model": tensors}, file)
-        refused(llama_source, "holds dict 'model', not a tensor")
+        refused(llama_source, "dict 'model'")
 
     def test_dtype_that_is_not_read(self, torch, llama_source, pickle):
         tensors, file = pickle
