@@ -212,6 +212,15 @@ def checked(model: Cepe | Llama, prompts: Sequence[Sequence[int]], memory_BME, m
     return decoder
 
 
+def check_fits(length: int, new: int, window: int | None) -> None:
+    """ValueError where a prompt of this length and the new tokens exceed the window; None is no bound."""
+    if window is not None and length + new > window:
+        raise ValueError(
+            f"a prompt of {length} tokens and {new} new ones exceed the window of {window} tokens: shorten the prompt, "
+            f"or let overflow truncate_left cut it"
+        )
+
+
 def stream(
     model: Cepe | Llama,
     prompts: Sequence[Sequence[int]],
@@ -234,11 +243,7 @@ def stream(
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}: give 1 or more")
     longest = max(len(prompt) for prompt in prompts)
-    if window is not None and longest + max_new_tokens > window:
-        raise ValueError(
-            f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the window of {window} tokens: shorten "
-            f"the prompt, or move its beginning into the context, as an overflow mode does"
-        )
+    check_fits(longest, max_new_tokens, window)
     shared = isinstance(sampling, Sampling)
     samplings = [sampling.for_row(row) for row in range(len(prompts))] if shared else sampling
     if len(samplings) != len(prompts):

@@ -1,4 +1,4 @@
-"""One long prompt in, contexts for the encoder and what the decoder reads out."""
+"""One long prompt in, contexts for the encoder and what the decoder reads out; a plain decoder drops the contexts."""
 
 import bisect
 import itertools
@@ -9,6 +9,7 @@ from typing import Literal, get_args
 
 from cepe_jax.checks import check_chunk_length
 from cepe_jax.data.tokenizer import Tokenizer
+from cepe_jax.inference.generate import check_fits
 
 Overflow = Literal["error", "truncate_left", "passages"]
 BLANK_LINES = re.compile(r"\n(?:[ \t\r]*\n)+")  # what ends a passage; the indent after it is the next one's
@@ -55,6 +56,12 @@ def check_window(window: int | None) -> None:
         )
 
 
+def check_encoder(overflow: Overflow, has_encoder: bool) -> None:
+    """ValueError where this mode gives an encoder something to read and there is none."""
+    if overflow == "passages" and not has_encoder:
+        raise ValueError("overflow is passages, which wants a CEPE model: for a plain decoder give truncate_left")
+
+
 def begun(text: str, tokenizer: Tokenizer) -> list[int]:
     """The ids of the text after what a text begins with; BOS where that is nothing at all: a decoder reads a token."""
     return [*tokenizer.begin, *tokenizer.encode(text)] or [tokenizer.bos_id]
@@ -63,12 +70,14 @@ def begun(text: str, tokenizer: Tokenizer) -> list[int]:
 def fit(
     prompt: str, tokenizer: Tokenizer, window: int | None, max_new_tokens: int, overflow: Overflow, chunk_length: int
 ) -> tuple[list[list[int]], list[int]]:
-    """(contexts, ids that the decoder reads): with the new tokens they fit into the window, unless `overflow` is error.
+    """(contexts, ids that the decoder reads): with the new tokens they fit into the window.
 
-    ValueError where nothing of the prompt would be left.
+    ValueError where they do not, or where nothing of the prompt would be left.
     """
     if not _moves(overflow, window, chunk_length):
-        return [], begun(prompt, tokenizer)
+        ids = begun(prompt, tokenizer)
+        check_fits(len(ids), max_new_tokens, window)
+        return [], ids
     room = _room_beside(max_new_tokens, window, tokenizer)
     if overflow == "truncate_left":
         contexts, ids = truncate_left(tokenizer.encode(prompt), room, chunk_length)
@@ -110,7 +119,7 @@ def fit_continued(
         if window is not None and len(before) + len(ids) > window:
             raise ValueError(
                 f"prompt and continuation {number} have {len(before) + len(ids)} tokens and the window {window}: "
-                f"shorten the prompt, or move its beginning into the context, as an overflow mode does"
+                f"shorten the prompt, or let overflow truncate_left cut it"
             )
     return contexts, before, after
 
