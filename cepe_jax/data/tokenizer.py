@@ -11,6 +11,8 @@ from typing import Any
 
 import sentencepiece
 
+from cepe_jax.directories import download_hint
+
 PART = 1 << 14  # characters that are encoded as one string where a cut changes nothing
 BYTE = "<0x{:02X}>"  # how a piece that is a byte is called
 NAMES = "tokenizer.model", "tokenizer.json"  # what a directory's tokenizer is called
@@ -39,7 +41,7 @@ class Tokenizer:
                 raise FileNotFoundError(f"{path}: no tokenizer.model and no tokenizer.json in this directory")
             path = own
         if not path.exists():
-            raise FileNotFoundError(f"{path}: no such tokenizer")
+            raise FileNotFoundError(f"{path}: no such tokenizer{download_hint(path)}")
         if path.suffix == ".gguf":
             raise ValueError(f"{path}: run scripts/convert.py to-jax on it, which writes its tokenizer too")
         self.path = path

@@ -12,6 +12,7 @@ import jax
 
 from cepe_jax.checks import check_chunk_length
 from cepe_jax.data.sources import decoded
+from cepe_jax.directories import in_one_line
 from cepe_jax.inference.chat import MAX_NEW_TOKENS, check_chat
 from cepe_jax.inference.context import ContextCache
 from cepe_jax.inference.generate import Sampling
@@ -75,8 +76,9 @@ def read_text(path: Path) -> str:
 def run_generate(config: GenerateConfig) -> None:
     """Writes what the model says of the prompt, or of each line of standard input, to standard output as it comes."""
     texts = [read_text(path) for path in config.context_file]
-    if config.contexts is not None and not (config.contexts.parent if texts else config.contexts).exists():
-        raise FileNotFoundError(f"{config.contexts}: no such file, and no context_file or no directory to make it")
+    kept = config.contexts
+    if kept is not None and (kept.is_dir() or not (kept.parent.is_dir() if texts else kept.exists())):
+        raise FileNotFoundError(f"{kept}: no such file, and no context_file or no directory to make it")
     facts = read_facts(config.model, config.tokenizer, config.window)
     _check(facts, config, has_context=bool(texts or config.contexts))
     with on_devices(config.mesh):
@@ -153,7 +155,7 @@ def _converse(model: TextModel, context: ContextCache | None, config: GenerateCo
                 print(flush=True)
             except ValueError as error:
                 print(flush=True)
-                _note(f"refused: {' '.join(str(error).split())}")
+                _note(f"refused: {in_one_line(error)}")
     except KeyboardInterrupt:
         print(file=sys.stderr)
 

@@ -222,9 +222,14 @@ def test_bad_files(tmp_path, content, said):
 
 
 def test_bad_places(tmp_path, home):
-    for contexts, files in ((tmp_path / "kept", ()), (tmp_path / "absent" / "kept", (home / "config.json",))):
-        with pytest.raises(FileNotFoundError, match="kept: no such file, and"):
-            run_generate(GenerateConfig(tmp_path / "absent", prompt="x", contexts=contexts, context_file=files))
+    """Seen before anything is loaded, files and directories that stand where the other should."""
+    (tmp_path / "file").touch()
+    (tmp_path / "dir").mkdir()
+    some = (home / "config.json",)
+    for contexts, files in (("kept", ()), ("absent/kept", some), ("file/kept", some), ("dir", some), ("dir", ())):
+        config = GenerateConfig(tmp_path / "absent", prompt="x", contexts=tmp_path / contexts, context_file=files)
+        with pytest.raises(FileNotFoundError, match=f"{contexts}: no such file, and"):
+            run_generate(config)
 
 
 @pytest.mark.parametrize(

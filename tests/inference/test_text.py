@@ -265,7 +265,7 @@ def test_load(home, text_model, tmp_path):
         cepe_jax.load(bare, tokenizer=home)
 
 
-def test_refused_directories(home, tmp_path):
+def test_refused_directories(home, tmp_path, monkeypatch):
     """Before a weight is read."""
     config = json.loads((home / "config.json").read_text())
     other = byte_level(tmp_path / "tokenizer.json", ("<s>", "</s>"), 330)
@@ -284,8 +284,13 @@ def test_refused_directories(home, tmp_path):
     save(make_encoder(), tmp_path / "encoder")
     with pytest.raises(ValueError, match="is an encoder, which writes no text"):
         cepe_jax.load(tmp_path / "encoder")
-    with pytest.raises(ValueError, match="no config.json in"):
+    with pytest.raises(ValueError, match="no config.json in .*: give a directory"):
         cepe_jax.load(tmp_path / "absent")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="meta/Llama-2: hf download meta/Llama-2 --local-dir Llama-2, "):
+        cepe_jax.load("meta/Llama-2")
+    with pytest.raises(ValueError, match="no config.json in bare/model: give a directory"):
+        cepe_jax.load("bare/model")  # bare is a directory, so it is no name of the hub's
 
 
 def test_bad_input(text_model, context):
