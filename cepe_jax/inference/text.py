@@ -209,6 +209,10 @@ class ModelFacts:
     def has_encoder(self) -> bool:
         return isinstance(self.config, CepeConfig)
 
+    @property
+    def decoder(self) -> DecoderConfig:
+        return self.config.decoder if isinstance(self.config, CepeConfig) else self.config
+
     def load(self, dtype: Literal["float32", "bfloat16"]) -> TextModel:
         return TextModel(huggingface.load(self.path, dtype), self.tokenizer, self.window, self.stop_ids)
 
@@ -223,11 +227,8 @@ def read_facts(
         raise ValueError(f"{path} is an encoder, which writes no text: give a CEPE model or a decoder")
     read = tokenizer if isinstance(tokenizer, Tokenizer) else Tokenizer(path if tokenizer is None else tokenizer)
     read.check_is_of(path)
-    parts = (
-        {"decoder": config.decoder, "encoder": config.encoder}
-        if isinstance(config, CepeConfig)
-        else {"decoder": config}
-    )
+    cepe = isinstance(config, CepeConfig)
+    parts = {"decoder": config.decoder, "encoder": config.encoder} if cepe else {"decoder": config}
     for name, part in parts.items():
         if read.vocab_size > part.vocab_size:
             raise ValueError(
