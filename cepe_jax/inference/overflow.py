@@ -15,6 +15,10 @@ Overflow = Literal["error", "truncate_left", "passages"]
 BLANK_LINES = re.compile(r"\n(?:[ \t\r]*\n)+")  # what ends a passage; the indent after it is the next one's
 
 
+class TooLong(ValueError):
+    """What is to follow a prompt leaves no room for it, or its last passage has none: no overflow mode makes it fit."""
+
+
 def truncate_left(ids: list[int], room: int, chunk_length: int) -> tuple[list[list[int]], list[int]]:
     """The last `room` ids, and before them what overflows, in contexts of `chunk_length`, the first one maybe shorter.
 
@@ -40,7 +44,7 @@ def by_passages(text: str, tokenizer: Tokenizer, room: int) -> tuple[list[str], 
 
     first = bisect.bisect_left(range(len(passages)), True, key=lambda first: len(rest(first)) <= room)
     if passages and first == len(passages):
-        raise ValueError(
+        raise TooLong(
             f"the last passage has {len(rest(first - 1))} tokens and the window leaves {room} for it: shorten it, or "
             f"cut anywhere, by overflow truncate_left"
         )
@@ -124,6 +128,33 @@ def fit_continued(
     return contexts, before, after
 
 
+def cut(
+    prompt: str, tokenizer: Tokenizer, window: int, max_new_tokens: int, chunk_length: int
+) -> tuple[list[list[int]], list[int], int]:
+    """Return (contexts, ids, new tokens) of what is TooLong for `fit`: by truncate_left, the new tokens as many as fit.
+
+    Of more new tokens than the window has room for there are as many as fit beside the prompt, at least half a window.
+    """
+    ids, most = tokenizer.encode(prompt), _room_beside(0, window, tokenizer)
+    new = max_new_tokens if max_new_tokens < most else max(most - max(len(ids), 1), most // 2)
+    contexts, ids = truncate_left(ids, _room_beside(new, window, tokenizer), chunk_length)
+    return contexts, [*tokenizer.begin, *ids] or [tokenizer.bos_id], new
+
+
+def cut_continued(
+    prompt: str, continuation: str, tokenizer: Tokenizer, window: int, chunk_length: int
+) -> tuple[list[list[int]], list[int], list[int]]:
+    """Return (contexts, ids, ids that follow) of what is TooLong for `fit_continued`: the window ends with the text.
+
+    Of a continuation that is longer than the window the last tokens follow, and one is read before them.
+    """
+    before, (after,) = _cut(prompt, [continuation], tokenizer)
+    begin = len(tokenizer.begin)
+    contexts, kept = truncate_left([*before[begin:], *after], _room_beside(0, window, tokenizer), chunk_length)
+    following = min(len(after), _room_beside(1, window, tokenizer))
+    return contexts, [*before[:begin], *kept[:-following]], kept[-following:]
+
+
 def _moves(overflow: Overflow, window: int | None, chunk_length: int) -> bool:
     """Whether this mode may give a part of the prompt to the encoder; ValueError where it cannot know which."""
     if overflow not in get_args(Overflow):
@@ -140,7 +171,7 @@ def _room_beside(new: int, window: int, tokenizer: Tokenizer) -> int:
     room = window - new - len(tokenizer.begin)
     if room < 1:
         bos = " and BOS" if tokenizer.begin else ""
-        raise ValueError(f"{new} new tokens{bos} leave nothing of the window's {window} for a prompt: ask for fewer")
+        raise TooLong(f"{new} new tokens{bos} leave nothing of the window's {window} for a prompt: ask for fewer")
     return room
 
 
