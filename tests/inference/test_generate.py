@@ -279,7 +279,7 @@ BAD = {
     "id negative": ({"prompts": [[1], [-1]]}, "id -1, outside the vocabulary of 64"),
     "no integers": ({"prompts": [[1], [1.5]]}, r"a prompt is float64\[1\]: give integers"),
     "no new token": ({"max_new_tokens": 0}, "max_new_tokens is 0: give 1 or more"),
-    "window": ({"window": 5}, "2 tokens and 4 new ones exceed the window of 5 tokens: shorten.*overflow mode"),
+    "window": ({"window": 5}, "2 tokens and 4 new ones exceed the window of 5 .* truncate_left"),
     "samplings": ({"sampling": [Sampling()] * 3}, "3 samplings for 2 prompts: give one, or one for each"),
     "memory rows": ({"memory_BME": np.zeros((3, 3, 16))}, r"\[3, 3, 16\].* want \[.*2, M, 16\]"),
     "mask shape": (
