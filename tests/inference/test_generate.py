@@ -178,7 +178,7 @@ def test_long_prompts_are_read_in_pieces(cepe, context, memory, forward, monkeyp
 )
 def test_how_much_is_read_at_once(attention, empty, rows, length, piece):
     """About 2 ** 22 pairs of a token and a slot of 8,192; all of a prompt where a kernel reads it."""
-    config = dataclasses.replace(DECODER, attention=attention)
+    config = dataclasses.replace(DECODER, attention=attention, head_dim=16)
     cache = SimpleNamespace(slots=8192, empty=empty)
     assert module.piece_length(config, cache, rows, length) == piece
     mesh = jax.sharding.AbstractMesh((2, 4, 1, 1), MESH_AXES)
