@@ -14,7 +14,7 @@ import draccus
 import yaml
 from etils import epath
 
-from cepe_jax.directories import is_remote
+from cepe_jax.directories import in_one_line, is_remote
 
 Config = TypeVar("Config")
 # A setting of this type may be in a bucket. pathlib's would make gs:/ of gs://.
@@ -258,7 +258,7 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except (ValueError, OSError) as error:
-        print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: {in_one_line(error)}", file=sys.stderr)
         sys.exit(status_of(error))
     except KeyboardInterrupt:
         sys.exit(f"{Path(sys.argv[0]).name}: interrupted")

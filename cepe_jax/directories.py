@@ -1,6 +1,7 @@
-"""Directories that are whole or absent, in a file system or a bucket (gs://), and runs that go on in one."""
+"""Directories that are whole or absent, in a file system or a bucket (gs://), runs that go on there, refused places."""
 
 import json
+import re
 import shutil
 import tempfile
 import uuid
@@ -9,6 +10,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from etils import epath
+
+# What to do about what a file system refuses.
+MENDS = {
+    FileNotFoundError: "no such file or directory: look at its name",
+    FileExistsError: "is there already, and no directory: give another name",
+    IsADirectoryError: "is a directory: give a file",
+    NotADirectoryError: "is no directory, or lies below a file: give another place",
+    PermissionError: "permission denied: give a place that you may read and write",
+}
 
 
 def staged_path(path: Path) -> Path:
@@ -19,6 +29,22 @@ def staged_path(path: Path) -> Path:
 def is_remote(path: Path | epath.Path | str) -> bool:
     """Whether this is a place in a bucket: objects are written whole, and directories have no rename."""
     return str(path).startswith("gs://")
+
+
+def in_one_line(error: BaseException) -> str:
+    """Return the error's message in one line; where a file system has refused a place, this and what to do about it."""
+    message = str(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        place = error.filename if error.filename2 is None else error.filename2  # where something is renamed to
+        message = f"{place}: {MENDS.get(type(error), error.strerror)}"
+    return " ".join(message.split())
+
+
+def download_hint(path: Path | epath.Path | str) -> str:
+    """Return ": hf download ..." for a place that is not there and looks like a name of Hugging Face's, else ""."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) or Path(path).parent.exists():
+        return ""
+    return f": hf download {path} --local-dir {Path(path).name}, then give {Path(path).name}"
 
 
 @contextmanager

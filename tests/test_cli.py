@@ -1,5 +1,6 @@
 """Settings from YAML and the command line: what wins, what is refused, and how it is said."""
 
+import errno
 import re
 import subprocess
 import sys
@@ -309,6 +310,36 @@ def test_run_says_bad_input_in_one_line(error, status, capsys):
         run(main)
     assert ended.value.code == status
     assert capsys.readouterr().err.endswith(": a b\n")
+
+
+PLACES = {
+    "nope": (lambda home: (home / "nope").read_text(), "nope: no such file"),
+    "a directory": (lambda home: (home / "dir").read_text(), "dir: is a directory: give a file"),
+    "below a file": (lambda home: (home / "file" / "x").mkdir(), "file/x: .* give another place"),
+    "a file's list": (lambda home: list((home / "file").iterdir()), "file: is no directory"),
+    "a file where it makes a directory": (lambda home: (home / "file").mkdir(exist_ok=True), "file: is there already"),
+    "renamed over a directory": (lambda home: (home / "file").rename(home / "dir"), "dir: is a directory: give a file"),
+}
+
+
+@pytest.mark.parametrize("case", PLACES)
+def test_run_names_a_refused_place_and_the_mend(case, tmp_path, capsys):
+    """And not a number of the system's, wherever the place comes from."""
+    use, said = PLACES[case]
+    (tmp_path / "dir").mkdir()
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as ended:
+        run(lambda: use(tmp_path))
+    assert ended.value.code == 1
+    assert re.fullmatch(f"[^\n]*: {tmp_path}/{said}[^\n]*\n", capsys.readouterr().err)
+
+
+def test_run_says_what_a_full_disk_says(capsys):
+    """It is no refusal: the same command may succeed."""
+    with pytest.raises(SystemExit) as ended:
+        run(lambda: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device", "a/b")))
+    assert ended.value.code == 70
+    assert capsys.readouterr().err.endswith(": a/b: No space left on device\n")
 
 
 def test_run_keeps_the_traceback_of_a_bug(capsys):

@@ -11,7 +11,10 @@ from typing import Any
 
 import sentencepiece
 
+from cepe_jax.directories import download_hint
+
 PART = 1 << 14  # characters that are encoded as one string where a cut changes nothing
+BYTE = "<0x{:02X}>"  # how a piece that is a byte is called
 NAMES = "tokenizer.model", "tokenizer.json"  # what a directory's tokenizer is called
 BESIDE = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"  # files that say more of its tokens
 PADDING = re.compile(r"\W+pad(ding)?\W+", re.IGNORECASE)  # names of tokens that no text contains
@@ -38,7 +41,7 @@ class Tokenizer:
                 raise FileNotFoundError(f"{path}: no tokenizer.model and no tokenizer.json in this directory")
             path = own
         if not path.exists():
-            raise FileNotFoundError(f"{path}: no such tokenizer")
+            raise FileNotFoundError(f"{path}: no such tokenizer{download_hint(path)}")
         if path.suffix == ".gguf":
             raise ValueError(f"{path}: run scripts/convert.py to-jax on it, which writes its tokenizer too")
         self.path = path
@@ -400,6 +403,9 @@ class _HuggingFace:
         beside = _added_beside(path)
         self._add(path, {name: token for name, token in beside.items() if self.tokenizer.token_to_id(name) is None})
         self.vocab_size = self.tokenizer.get_vocab_size(with_added_tokens=True)
+        falls_back = self.tokenizer.decoder is not None and self.tokenizer.decoder.decode([BYTE.format(65)]) == "A"
+        pieces = {self.tokenizer.token_to_id(BYTE.format(byte)): byte for byte in range(256 if falls_back else 0)}
+        self._bytes = {i: byte for i, byte in pieces.items() if i is not None}  # ids of pieces that are a byte
         usual = {"bos_token": ("<s>", "<|begin_of_text|>"), "eos_token": ("</s>", "<|end_of_text|>")}
         ends = _ends(path, usual, self.tokenizer.token_to_id)
         (_, self.bos_id), (_, self.eos_id) = ends
@@ -458,7 +464,21 @@ class _HuggingFace:
         return self._parser.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=False)
+        """Return the text. Each byte that is no part of a character is U+FFFD, as SentencePiece has it.
+
+        The library's decoder of bytes would write every byte beside it as U+FFFD too, those of whole characters.
+        """
+        if self._bytes.keys().isdisjoint(ids):
+            return self.tokenizer.decode(ids, skip_special_tokens=False)
+        names = []
+        for are_bytes, group in itertools.groupby(ids, key=self._bytes.__contains__):
+            if not are_bytes:
+                names += filter(None, map(self.tokenizer.id_to_token, group))
+                continue
+            for character in bytes(self._bytes[i] for i in group).decode("utf-8", "surrogateescape"):
+                torn = "\udc80" <= character <= "\udcff"
+                names += ["\ufffd"] if torn else [BYTE.format(byte) for byte in character.encode()]
+        return self.tokenizer.decoder.decode(names)
 
     def vocabulary(self) -> dict[str, int]:
         return self.tokenizer.get_vocab(with_added_tokens=True)

@@ -1,6 +1,6 @@
 """lm-evaluation-harness' requests, answered by any model behind the seam."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -11,7 +11,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from cepe_jax.evaluation.language_model import LanguageModel, Prompt, generate
 from cepe_jax.inference.chat import MAX_NEW_TOKENS
-from cepe_jax.inference.overflow import Overflow, fit, fit_continued, truncate_left
+from cepe_jax.inference.overflow import Overflow, TooLong, cut, cut_continued, fit, fit_continued, truncate_left
 from cepe_jax.inference.template import Message, Template
 from cepe_jax.progress import track
 
@@ -49,10 +49,20 @@ class _Rendered:
 class Adapter(LM):
     """`lm_eval.simple_evaluate(Adapter(model, Splitter(window=4096)), tasks=[...])`."""
 
-    def __init__(self, model: LanguageModel, splitter: Splitter, template: Template | None = None, batch: int = 1):
-        """`template`: of a chat model, where the harness is to apply one. `batch`: answers written at once."""
+    def __init__(
+        self,
+        model: LanguageModel,
+        splitter: Splitter,
+        template: Template | None = None,
+        batch: int = 1,
+        note: Callable[[Instance, str], None] = lambda request, why: None,
+    ):
+        """`template`: of a chat model, where the harness is to apply one. `batch`: answers written at once.
+
+        `note` hears of each request that no overflow mode makes fit, before it is cut and answered.
+        """
         super().__init__()
-        self.model, self.splitter, self.template, self.batch = model, splitter, template, batch
+        self.model, self.splitter, self.template, self.batch, self.note = model, splitter, template, batch, note
         self._reader = model.tokenizer if template is None else _Rendered(template)
 
     @property
@@ -77,10 +87,10 @@ class Adapter(LM):
         """
 
         def answered() -> Iterator[tuple[float, bool]]:
-            for context, asked in groupby(requests, key=lambda request: request.args[0]):
-                contexts, ids, rows = fit_continued(context, [r.args[1] for r in asked], self._reader, *self._limits)
-                for score in self.model.score(Prompt(ids, contexts), rows):
-                    yield score.total, score.greedy
+            for _, asked in groupby(requests, key=lambda request: request.args[0]):
+                for prompt, rows in self._continued(list(asked)):
+                    for score in self.model.score(prompt, rows):
+                        yield score.total, score.greedy
 
         return self._kept("loglikelihood", requests, answered())
 
@@ -102,17 +112,41 @@ class Adapter(LM):
             for _, same in groupby(requests, key=lambda request: request.args[1]):
                 alike = list(same)
                 for first in range(0, len(alike), self.batch):
-                    yield from self._written([r.args[0] for r in alike[first : first + self.batch]], alike[0].args[1])
+                    yield from self._written(alike[first : first + self.batch])
 
         return self._kept("generate_until", requests, answered())
 
-    def _written(self, texts: list[str], how: dict) -> list[str]:
+    def _continued(self, requests: list[Instance]) -> list[tuple[Prompt, list[list[int]]]]:
+        """Return prompts and what follows each, in order, for requests of one context."""
+        (context, _), (window, overflow, chunk_length) = requests[0].args, self._limits
+        try:
+            continuations = [request.args[1] for request in requests]
+            contexts, ids, rows = fit_continued(context, continuations, self._reader, window, overflow, chunk_length)
+        except TooLong as error:
+            if len(requests) > 1:
+                return [part for request in requests for part in self._continued([request])]
+            self.note(requests[0], str(error))
+            contexts, ids, row = cut_continued(*requests[0].args, self._reader, window, chunk_length)
+            rows = [row]
+        return [(Prompt(ids, contexts), rows)]
+
+    def _written(self, requests: list[Instance]) -> list[str]:
+        """Return the answers to requests that say alike how they are to be written."""
+        how, (window, overflow, chunk_length) = requests[0].args[1], self._limits
         settings = normalize_gen_kwargs(how, MAX_NEW_TOKENS)
         if settings["do_sample"]:
             raise ValueError(f"the task wants samples ({how}): only greedy answers are written, give do_sample false")
         new = settings["max_gen_toks"]
-        window, overflow, chunk_length = self._limits
-        split = [fit(text, self._reader, window, new, overflow, chunk_length) for text in texts]
+        if new == 0:
+            return [""] * len(requests)
+        try:
+            split = [fit(request.args[0], self._reader, window, new, overflow, chunk_length) for request in requests]
+        except TooLong as error:
+            if len(requests) > 1:
+                return [text for request in requests for text in self._written([request])]
+            self.note(requests[0], str(error))
+            contexts, ids, new = cut(requests[0].args[0], self._reader, window, new, chunk_length)
+            split = [(contexts, ids)]
         prompts = [Prompt(ids, contexts) for contexts, ids in split]
         return generate(self.model, prompts, new, [text for text in settings["until"] if text])
 

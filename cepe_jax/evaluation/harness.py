@@ -1,17 +1,28 @@
-"""Tasks of lm-evaluation-harness: results.json, and for each task the answers in samples_TASK.jsonl."""
+"""Tasks of lm-evaluation-harness: results.json, and for each task the answers in samples_TASK.jsonl.
+
+Requests that are longer than the window are cut and stand in cut.jsonl: no request ends the run.
+"""
 
 import json
+from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cepe_jax.checks import check_chunk_length
 from cepe_jax.directories import refuse_another_run, staged_path
 from cepe_jax.evaluation.cells import plain, provenance, weights_at
-from cepe_jax.evaluation.models import ModelConfig, load_model
+from cepe_jax.evaluation.models import ModelConfig, check_model, load_model
 from cepe_jax.inference.overflow import Overflow
 from cepe_jax.inference.template import Template
 from cepe_jax.inference.terminal import Devices, on_devices
 from cepe_jax.inference.text import CHUNK_LENGTH
+
+if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
+
+CUT = "cut.jsonl"  # in the directory of the results
 
 
 @dataclass(frozen=True)
@@ -45,10 +56,11 @@ class HarnessConfig:
 
 def run_harness(config: HarnessConfig) -> None:
     """The results in `config.out`, as files and as a table on standard output."""
+    _check(config)
     try:
         import lm_eval
     except ModuleNotFoundError as error:
-        raise ValueError(f"{error}: the harness is an extra, pip install '.[harness]'") from None
+        raise ValueError(f"{error}: the harness is an extra, pip install '.[harness]' in the checkout") from None
     from lm_eval.tasks import TaskManager
     from lm_eval.utils import make_table
 
@@ -64,8 +76,9 @@ def run_harness(config: HarnessConfig) -> None:
     with on_devices(config.mesh):
         model = load_model(config.model)
         template = Template(model.tokenizer) if config.chat else None
+        splitter = Splitter(config.window, config.overflow, config.chunk_length)
         found = lm_eval.simple_evaluate(
-            Adapter(model, Splitter(config.window, config.overflow, config.chunk_length), template, config.batch),
+            Adapter(model, splitter, template, config.batch, partial(_note_cut, config.out / CUT)),
             tasks=list(config.tasks),
             num_fewshot=config.num_fewshot,
             limit=config.limit,
@@ -76,9 +89,34 @@ def run_harness(config: HarnessConfig) -> None:
         )
     for task, samples in found.pop("samples").items():
         _write(config.out / f"samples_{task}.jsonl", "".join(f"{json.dumps(s, default=str)}\n" for s in samples))
-    found["cepe_jax"] = {"config": plain(config)} | provenance()
+    cuts = _cuts(config.out / CUT)
+    found["cepe_jax"] = {"config": plain(config), "cut": cuts} | provenance()
     _write(config.out / "results.json", json.dumps(found, indent=1, default=str))
     print(make_table(found))
+    for task, count in cuts.items():
+        print(f"{task}: {count} requests were cut to the window of {config.window}, see {config.out / CUT}")
+
+
+def _check(config: HarnessConfig) -> None:
+    """ValueError for what the model's config and the task folder rule out; no weight is read."""
+    _, window, _ = check_model(config.model)
+    if window is not None and config.window > window and config.model.reads != "streaming":
+        raise ValueError(f"window is {config.window} and {config.model.path} reads {window} tokens: lower one of them")
+    if config.task_folder is not None and not config.task_folder.is_dir():
+        raise NotADirectoryError(f"{config.task_folder}: no such directory of tasks")
+
+
+def _note_cut(path: Path, request: "Instance", why: str) -> None:
+    """A line at `path` says which request is cut, and why."""
+    cut = {"task": request.task_name, "document": request.doc_id, "request": request.idx, "why": why}
+    with open(path, "a") as file:
+        file.write(f"{json.dumps(cut)}\n")
+
+
+def _cuts(path: Path) -> dict[str, int]:
+    """Return how many requests of each task were cut, in this run and those that it goes on with."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return dict(Counter(json.loads(line)["task"] for line in dict.fromkeys(lines)))  # cut twice: stopped in between
 
 
 def _claim(config: HarnessConfig) -> None:

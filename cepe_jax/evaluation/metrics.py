@@ -73,7 +73,7 @@ def _rouge_scorer(kind: str):
     try:
         from rouge_score import rouge_scorer
     except ModuleNotFoundError as error:
-        raise ValueError(f"{kind} needs a library: pip install rouge-score (or cepe-jax[evaluation])") from error
+        raise ValueError(f"{kind} needs a library: pip install '.[evaluation]' in the checkout") from error
     return rouge_scorer.RougeScorer([kind], use_stemmer=True)
 
 

@@ -10,9 +10,7 @@ from cepe_jax.evaluation.baselines import CepeReader, DecoderReader
 from cepe_jax.evaluation.language_model import LanguageModel
 from cepe_jax.evaluation.replug import RePlug
 from cepe_jax.evaluation.streaming_llm import StreamingLlama
-from cepe_jax.inference.text import load
-from cepe_jax.model.cepe import Cepe
-from cepe_jax.model.llama import Llama
+from cepe_jax.inference.text import ModelFacts, read_facts
 
 Reads = Literal["encoder", "decoder", "streaming", "replug"]
 Rope = Literal["trained", "linear", "yarn"]
@@ -45,39 +43,48 @@ class ModelConfig:
             )
 
 
-def load_model(config: ModelConfig) -> LanguageModel:
-    """The model, ready to be asked. Under a mesh (`jax.set_mesh`) its weights are born sharded."""
-    text = load(config.path, config.dtype, config.tokenizer)
-    model, window = text.model, text.window
-    decoder = model.decoder if isinstance(model, Cepe) else model
+def check_model(config: ModelConfig) -> tuple[ModelFacts, int | None, RopeConfig]:
+    """Return its facts, the tokens that it reads at most, and its decoder's rotary positions; no weight is read.
+
+    ValueError where the model cannot be read in this way.
+    """
+    facts = read_facts(config.path, config.tokenizer)
+    rope, positions = facts.decoder.rope, facts.window
+    if config.reads == "encoder" and not facts.has_encoder:
+        raise ValueError(
+            f"{config.path} is a plain decoder, without an encoder: give --model.reads=decoder, in a sweep "
+            f"--models.NAME.reads=decoder"
+        )
     if config.rope != "trained":
-        window = _scale(decoder, config, window)
-    if config.reads != "streaming" and window is not None and (config.window or 0) > window:
-        raise ValueError(f"window is {config.window}: give at most {window}, the positions that {config.path} has")
-    window = window if config.window is None else config.window
+        if rope.scaling != "default":
+            raise ValueError(f"{config.path} was trained with rope scaling {rope.scaling}: leave rope out")
+        if positions is None:
+            raise ValueError(
+                f"{config.path}/config.json lacks max_position_embeddings, which rope {config.rope} scales"
+            )
+        rope = RopeConfig(rope.theta, config.rope, config.factor, positions if config.rope == "yarn" else 0)
+        positions = int(positions * config.factor)
+    if config.reads != "streaming" and positions is not None and (config.window or 0) > positions:
+        raise ValueError(f"window is {config.window}: give at most {positions}, the positions that {config.path} has")
+    window = positions if config.window is None else config.window
+    if config.reads == "streaming" and window is None:
+        raise ValueError(f"nothing says how many tokens {config.path} keeps as StreamingLLM: give window")
+    return facts, window, rope
+
+
+def load_model(config: ModelConfig) -> LanguageModel:
+    """Return the model, ready to be asked. Under a mesh (`jax.set_mesh`) its weights are born sharded."""
+    facts, window, rope = check_model(config)
+    text = facts.load(config.dtype)
+    decoder = text.model.decoder if facts.has_encoder else text.model
+    decoder.config = dataclasses.replace(decoder.config, rope=rope)
     rest = text.tokenizer, text.stop_ids
     match config.reads:
         case "encoder":
-            if not isinstance(model, Cepe):
-                raise ValueError(f"{config.path} is a plain decoder, without an encoder: set reads to decoder")
-            return CepeReader(model, *rest, window)
+            return CepeReader(text.model, *rest, window)
         case "decoder":
             return DecoderReader(decoder, *rest, window)
         case "streaming":
-            if window is None:
-                raise ValueError(f"nothing says how many tokens {config.path} keeps as StreamingLLM: give window")
             return DecoderReader(StreamingLlama(decoder, window, config.sinks), *rest, None)
         case "replug":
             return RePlug(decoder, *rest, window, config.temperature)
-
-
-def _scale(decoder: Llama, config: ModelConfig, positions: int | None) -> int:
-    """The decoder turns by the scaled positions from now on; returns how many it then has."""
-    rope = decoder.config.rope
-    if rope.scaling != "default":
-        raise ValueError(f"{config.path} was trained with rope scaling {rope.scaling}: leave rope out")
-    if positions is None:
-        raise ValueError(f"{config.path}/config.json lacks max_position_embeddings, which rope {config.rope} scales")
-    scaled = RopeConfig(rope.theta, config.rope, config.factor, positions if config.rope == "yarn" else 0)
-    decoder.config = dataclasses.replace(decoder.config, rope=scaled)
-    return int(positions * config.factor)

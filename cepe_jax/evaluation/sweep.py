@@ -9,17 +9,18 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 from cepe_jax import progress
 from cepe_jax.data.units import end_with_parent
+from cepe_jax.directories import download_hint, in_one_line
 from cepe_jax.evaluation import cells as store
 from cepe_jax.evaluation import perplexity, tasks
 from cepe_jax.evaluation.cells import Cell, Missing
 from cepe_jax.evaluation.grid import PerplexityRun, SweepConfig, TaskRun
 from cepe_jax.evaluation.language_model import LanguageModel
-from cepe_jax.evaluation.models import load_model
+from cepe_jax.evaluation.models import ModelConfig, check_model, load_model
 from cepe_jax.evaluation.report import ReportConfig, report
 from cepe_jax.inference.terminal import on_devices
 from cepe_jax.training.logs import forget_peak_memory, peak_memory
@@ -77,31 +78,37 @@ def _left(config: SweepConfig) -> list[list[Cell]]:
 
 
 def _lacking(groups: list[list[Cell]]) -> list[str]:
-    """What is not there that each group needs, "" where all is. Where no group has all, the first reason is raised."""
-    reasons: list[str] = []
-    first: Exception | None = None
-    for group in groups:
-        try:
-            _check_places(group[0])
-            reasons.append("")
-        except (ValueError, OSError) as error:
-            first = first or error
-            reasons.append(str(error))
-    if first and all(reasons):
-        raise first
-    return reasons
+    """Return what each group lacks, "" if nothing. ValueError that names all of it where no group has all it needs."""
+    model_faults = cache(_model_faults)
+    faults = [[*model_faults(group[0].model_config), *_data_faults(group[0])] for group in groups]
+    if groups and all(faults):
+        raise ValueError("; ".join(dict.fromkeys(fault for of_group in faults for fault in of_group)))
+    return ["; ".join(of_group) for of_group in faults]
 
 
-def _check_places(cell: Cell) -> None:
-    """FileNotFoundError or ValueError where something is not there that the cell needs."""
-    model, data = cell.model_config, cell.data_config
+def _model_faults(config: ModelConfig) -> list[str]:
+    """Return why the model cannot be read as its config says; no weight is read."""
+    places = [config.path, *([config.tokenizer] if config.tokenizer else [])]
+    if absent := [path for path in places if not path.exists()]:
+        return [f"{path}: no such file or directory{download_hint(path)}" for path in absent]
+    try:
+        check_model(config)
+    except (ValueError, OSError) as error:
+        return [in_one_line(error)]
+    return []
+
+
+def _data_faults(cell: Cell) -> list[str]:
+    """Return what of the cell's data is not there, or empty."""
+    data = cell.data_config
     source = f": put there {data.origin.source}" if cell.family == "tasks" and data.data else ""
-    of_model = [model.path, *([model.tokenizer] if model.tokenizer else [])]
-    for path, mend in [(path, "") for path in of_model] + [(path, source) for path in store.places(data)]:
+    faults = []
+    for path in store.places(data):
         if not path.exists():
-            raise FileNotFoundError(f"{path}: no such file or directory{mend}")
-        if path.is_file() and not path.stat().st_size:
-            raise ValueError(f"{path} is empty{mend}")
+            faults.append(f"{path}: no such file or directory{source}")
+        elif path.is_file() and not path.stat().st_size:
+            faults.append(f"{path} is empty{source}")
+    return faults
 
 
 def _run(config: SweepConfig, groups: list[list[Cell]], lacking: list[str]) -> None:
@@ -253,7 +260,7 @@ def measure_group(config: SweepConfig, group: list[Cell], say: Callable[[str, st
 def _told(error: Exception) -> tuple[str, str]:
     """An error in one line, and where it came from."""
     kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
-    return kind + " ".join(str(error).split()), traceback.format_exc()
+    return kind + in_one_line(error), traceback.format_exc()
 
 
 def _measure(config: SweepConfig, cell: Cell, model: LanguageModel, facts: dict, say) -> None:

@@ -5,13 +5,44 @@ from collections.abc import Generator, Sequence
 
 from cepe_jax.inference.context import ContextCache
 from cepe_jax.inference.generate import GREEDY, Sampling
-from cepe_jax.inference.session import Session
+from cepe_jax.inference.overflow import Overflow, check_window
+from cepe_jax.inference.session import Session, check_head
 from cepe_jax.inference.streaming import Detokenizer, StopStrings
 from cepe_jax.inference.template import Message, Template
 from cepe_jax.model.cepe import Cepe
 from cepe_jax.model.llama import Llama
 
 MAX_NEW_TOKENS = 256  # of an answer
+
+
+def _first(system: str | None) -> list[Message]:
+    return [] if system is None else [{"role": "system", "content": system}]
+
+
+def head_length(template: Template, system: str | None) -> int:
+    """Return how many tokens stand before whatever a user says first."""
+    messages = _first(system)
+    escape, ids = template.escape_for(messages), []
+    for text in "AB":
+        rendered = template.render([*messages, {"role": "user", "content": text}], escape)
+        ids.append(template.tokenizer.encode_special(rendered, escape))
+    return len(os.path.commonprefix(ids))
+
+
+def check_chat(
+    template: Template,
+    system: str | None,
+    window: int | None,
+    overflow: Overflow,
+    chunk_length: int,
+    has_encoder: bool,
+) -> None:
+    """ValueError where no conversation fits into the window."""
+    check_window(window)
+    if overflow == "passages":
+        raise ValueError("overflow is passages: a conversation is cut anywhere, give truncate_left")
+    moves = has_encoder or overflow == "truncate_left"
+    check_head(head_length(template, system), window, chunk_length if moves else 0)
 
 
 class Chat:
@@ -30,12 +61,13 @@ class Chat:
         chunk_length: int,
         system: str | None,
         context: ContextCache | None,
+        drops: bool,
     ):
-        self.messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+        self.messages = _first(system)
         self._template, self._stop_ids = template, set(stop_ids)
         self._parts: list[tuple[str, list[int]]] = []  # the rendered conversation so far, piece by piece, and its ids
         self._answer: Generator[str, None, None] | None = None
-        self.session = Session(model, window, self._head(), chunk_length, context)
+        self.session = Session(model, window, head_length(template, system), chunk_length, context, drops)
 
     @property
     def context(self) -> ContextCache | None:
@@ -59,18 +91,19 @@ class Chat:
     def _said(
         self, text: str, max_new_tokens: int, sampling: Sampling, stop: StopStrings
     ) -> Generator[str, None, None]:
-        message, before = {"role": "user", "content": text}, (self._parts, self.session.ids, self.session.context)
+        message, session = {"role": "user", "content": text}, self.session
+        before = self._parts, session.ids, session.context, session.moved
         escape = self._ask(message)
-        asked, given, refused = self.session.tokens, "", False
+        asked, given, refused = session.tokens, "", False
         new = Detokenizer(self._template.tokenizer, asked)
         ids: list[int] = []
         try:
             for _ in range(max_new_tokens):
-                token = self.session.next(sampling)
+                token = session.next(sampling)
                 if token in self._stop_ids:
                     break
                 ids.append(token)
-                self.session.ids.append(token)
+                session.ids.append(token)
                 given += (piece := stop.add(new.add(token)))
                 yield piece
                 if stop.found:
@@ -82,7 +115,7 @@ class Chat:
             raise
         finally:
             if refused:
-                self._parts, self.session.ids, self.session.context = before
+                self._parts, session.ids, session.context, session.moved = before
             else:
                 part = self._template.tokenizer.escaped(self._text(ids, asked), escape), ids
                 answer = {"role": "assistant", "content": given}
@@ -110,11 +143,3 @@ class Chat:
         self.session.replace([i for _, ids in kept for i in ids])
         self._parts = kept
         return escape
-
-    def _head(self) -> int:
-        """How many tokens stand before whatever a user says first."""
-        escape, ids = self._template.escape_for(self.messages), []
-        for text in "AB":
-            rendered = self._template.render([*self.messages, {"role": "user", "content": text}], escape)
-            ids.append(self._template.tokenizer.encode_special(rendered, escape))
-        return len(os.path.commonprefix(ids))

@@ -6,8 +6,9 @@ program, and no result depends on the padding.
 """
 
 import math
+import secrets
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple, TypeVar
 
@@ -35,17 +36,34 @@ class Sampling:
     temperature: float = 0.0
     top_k: int = 0  # the k most probable tokens; 0 = all
     top_p: float = 1.0  # of those, the fewest whose probabilities reach top_p
-    seed: int = 0
+    seed: int | None = None  # None: a fresh one is drawn for each text
 
     def __post_init__(self):
-        if not self.temperature >= 0:  # NaN too
-            raise ValueError(f"temperature is {self.temperature}: give 0 (greedy) or more")
-        if self.top_k < 0:
-            raise ValueError(f"top_k is {self.top_k}: give 0 (all tokens) or more")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p}: give a probability above 0, at most 1")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed is {self.seed}: give 0 to {2**32 - 1}")
+        # Programs compute with numbers of 32 bits.
+        if self.temperature != 0 and not 1e-30 <= self.temperature <= 1e30:  # NaN too
+            raise ValueError(f"temperature is {self.temperature}: give 0 (greedy), or 1e-30 to 1e30")
+        if not 0 <= self.top_k < 2**31:
+            raise ValueError(f"top_k is {self.top_k}: give 0 (all tokens) to {2**31 - 1}")
+        if not 1e-30 <= self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}: give a probability of 1e-30 to 1")
+        if self.seed is not None and not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed is {self.seed}: give 0 to {2**32 - 1}, or none")
+
+    def seeded(self) -> "Sampling":
+        """Return this sampling with a seed, which is drawn if it has none; greedy ones need none and get 0."""
+        if self.seed is not None:
+            return self
+        return replace(self, seed=secrets.randbits(32) if self.temperature > 0 else 0)
+
+    def for_row(self, row: int) -> "Sampling":
+        """Return the sampling of this row of a call that has one for all: other rows draw from other seeds.
+
+        The first row has this very seed. The others' are hashes of it and the row's number, so that calls with
+        neighbouring seeds share no row.
+        """
+        if row == 0 or self.seed is None:
+            return self
+        return replace(self, seed=int(np.random.SeedSequence([self.seed, row]).generate_state(1)[0]))
 
 
 GREEDY = Sampling()
@@ -62,8 +80,10 @@ class Draws(NamedTuple):
 
     @classmethod
     def of(cls, samplings: Sequence[Sampling]) -> "Draws":
+        """Return these samplings as arrays, at the first token; a seed is drawn for each that has none."""
         types = {"temperature": np.float32, "top_k": np.int32, "top_p": np.float32, "seed": np.uint32}
-        columns = (np.array([getattr(s, name) for s in samplings], kind) for name, kind in types.items())
+        seeded = [sampling.seeded() for sampling in samplings]
+        columns = (np.array([getattr(one, name) for one in seeded], kind) for name, kind in types.items())
         return cls(*columns, number=np.int32(0))
 
 
@@ -192,6 +212,15 @@ def checked(model: Cepe | Llama, prompts: Sequence[Sequence[int]], memory_BME, m
     return decoder
 
 
+def check_fits(length: int, new: int, window: int | None) -> None:
+    """ValueError where a prompt of this length and the new tokens exceed the window; None is no bound."""
+    if window is not None and length + new > window:
+        raise ValueError(
+            f"a prompt of {length} tokens and {new} new ones exceed the window of {window} tokens: shorten the prompt, "
+            f"or let overflow truncate_left cut it"
+        )
+
+
 def stream(
     model: Cepe | Llama,
     prompts: Sequence[Sequence[int]],
@@ -207,19 +236,16 @@ def stream(
 
     A row ends before the first of `stop_ids`; the steps end with the last row, at the latest after `max_new_tokens`.
     Memory of one row is read by all prompts. Each row is the one its prompt has alone, sampled ones too: the draws
-    depend on the seed and the number of the token. ValueError where the longest prompt and the new tokens exceed
-    `window`.
+    depend on the row's seed and the number of the token. Of one `sampling` for all prompts each row has its
+    `for_row`. ValueError where the longest prompt and the new tokens exceed `window`.
     """
     decoder = checked(model, prompts, memory_BME, memory_mask_BM)
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}: give 1 or more")
     longest = max(len(prompt) for prompt in prompts)
-    if window is not None and longest + max_new_tokens > window:
-        raise ValueError(
-            f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the window of {window} tokens: shorten "
-            f"the prompt, or move its beginning into the context, as an overflow mode does"
-        )
-    samplings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else sampling
+    check_fits(longest, max_new_tokens, window)
+    shared = isinstance(sampling, Sampling)
+    samplings = [sampling.for_row(row) for row in range(len(prompts))] if shared else sampling
     if len(samplings) != len(prompts):
         raise ValueError(f"{len(samplings)} samplings for {len(prompts)} prompts: give one, or one for each")
     draws, memory = Draws.of(samplings), (memory_BME, memory_mask_BM)

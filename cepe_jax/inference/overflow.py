@@ -1,4 +1,4 @@
-"""One long prompt in, contexts for the encoder and what the decoder reads out."""
+"""One long prompt in, contexts for the encoder and what the decoder reads out; a plain decoder drops the contexts."""
 
 import bisect
 import itertools
@@ -9,9 +9,14 @@ from typing import Literal, get_args
 
 from cepe_jax.checks import check_chunk_length
 from cepe_jax.data.tokenizer import Tokenizer
+from cepe_jax.inference.generate import check_fits
 
 Overflow = Literal["error", "truncate_left", "passages"]
 BLANK_LINES = re.compile(r"\n(?:[ \t\r]*\n)+")  # what ends a passage; the indent after it is the next one's
+
+
+class TooLong(ValueError):
+    """What is to follow a prompt leaves no room for it, or its last passage has none: no overflow mode makes it fit."""
 
 
 def truncate_left(ids: list[int], room: int, chunk_length: int) -> tuple[list[list[int]], list[int]]:
@@ -39,7 +44,7 @@ def by_passages(text: str, tokenizer: Tokenizer, room: int) -> tuple[list[str], 
 
     first = bisect.bisect_left(range(len(passages)), True, key=lambda first: len(rest(first)) <= room)
     if passages and first == len(passages):
-        raise ValueError(
+        raise TooLong(
             f"the last passage has {len(rest(first - 1))} tokens and the window leaves {room} for it: shorten it, or "
             f"cut anywhere, by overflow truncate_left"
         )
@@ -55,6 +60,12 @@ def check_window(window: int | None) -> None:
         )
 
 
+def check_encoder(overflow: Overflow, has_encoder: bool) -> None:
+    """ValueError where this mode gives an encoder something to read and there is none."""
+    if overflow == "passages" and not has_encoder:
+        raise ValueError("overflow is passages, which wants a CEPE model: for a plain decoder give truncate_left")
+
+
 def begun(text: str, tokenizer: Tokenizer) -> list[int]:
     """The ids of the text after what a text begins with; BOS where that is nothing at all: a decoder reads a token."""
     return [*tokenizer.begin, *tokenizer.encode(text)] or [tokenizer.bos_id]
@@ -63,12 +74,14 @@ def begun(text: str, tokenizer: Tokenizer) -> list[int]:
 def fit(
     prompt: str, tokenizer: Tokenizer, window: int | None, max_new_tokens: int, overflow: Overflow, chunk_length: int
 ) -> tuple[list[list[int]], list[int]]:
-    """(contexts, ids that the decoder reads): with the new tokens they fit into the window, unless `overflow` is error.
+    """(contexts, ids that the decoder reads): with the new tokens they fit into the window.
 
-    ValueError where nothing of the prompt would be left.
+    ValueError where they do not, or where nothing of the prompt would be left.
     """
     if not _moves(overflow, window, chunk_length):
-        return [], begun(prompt, tokenizer)
+        ids = begun(prompt, tokenizer)
+        check_fits(len(ids), max_new_tokens, window)
+        return [], ids
     room = _room_beside(max_new_tokens, window, tokenizer)
     if overflow == "truncate_left":
         contexts, ids = truncate_left(tokenizer.encode(prompt), room, chunk_length)
@@ -110,9 +123,36 @@ def fit_continued(
         if window is not None and len(before) + len(ids) > window:
             raise ValueError(
                 f"prompt and continuation {number} have {len(before) + len(ids)} tokens and the window {window}: "
-                f"shorten the prompt, or move its beginning into the context, as an overflow mode does"
+                f"shorten the prompt, or let overflow truncate_left cut it"
             )
     return contexts, before, after
+
+
+def cut(
+    prompt: str, tokenizer: Tokenizer, window: int, max_new_tokens: int, chunk_length: int
+) -> tuple[list[list[int]], list[int], int]:
+    """Return (contexts, ids, new tokens) of what is TooLong for `fit`: by truncate_left, the new tokens as many as fit.
+
+    Of more new tokens than the window has room for there are as many as fit beside the prompt, at least half a window.
+    """
+    ids, most = tokenizer.encode(prompt), _room_beside(0, window, tokenizer)
+    new = max_new_tokens if max_new_tokens < most else max(most - max(len(ids), 1), most // 2)
+    contexts, ids = truncate_left(ids, _room_beside(new, window, tokenizer), chunk_length)
+    return contexts, [*tokenizer.begin, *ids] or [tokenizer.bos_id], new
+
+
+def cut_continued(
+    prompt: str, continuation: str, tokenizer: Tokenizer, window: int, chunk_length: int
+) -> tuple[list[list[int]], list[int], list[int]]:
+    """Return (contexts, ids, ids that follow) of what is TooLong for `fit_continued`: the window ends with the text.
+
+    Of a continuation that is longer than the window the last tokens follow, and one is read before them.
+    """
+    before, (after,) = _cut(prompt, [continuation], tokenizer)
+    begin = len(tokenizer.begin)
+    contexts, kept = truncate_left([*before[begin:], *after], _room_beside(0, window, tokenizer), chunk_length)
+    following = min(len(after), _room_beside(1, window, tokenizer))
+    return contexts, [*before[:begin], *kept[:-following]], kept[-following:]
 
 
 def _moves(overflow: Overflow, window: int | None, chunk_length: int) -> bool:
@@ -131,7 +171,7 @@ def _room_beside(new: int, window: int, tokenizer: Tokenizer) -> int:
     room = window - new - len(tokenizer.begin)
     if room < 1:
         bos = " and BOS" if tokenizer.begin else ""
-        raise ValueError(f"{new} new tokens{bos} leave nothing of the window's {window} for a prompt: ask for fewer")
+        raise TooLong(f"{new} new tokens{bos} leave nothing of the window's {window} for a prompt: ask for fewer")
     return room
 
 

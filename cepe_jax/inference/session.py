@@ -1,4 +1,4 @@
-"""A text that goes on without end, read with constant decoder memory: what overflows the window is encoded."""
+"""A text without end, read with constant decoder memory: what overflows the window is encoded, or dropped."""
 
 import os
 from collections.abc import Sequence
@@ -25,6 +25,16 @@ FEW_LENGTHS = 1 << 10, 1 << 14  # from the first to the second, the memory's roo
 Read = tuple[KVCache, list[int], ContextCache | None]  # a cache, the tokens it has read, and the memory it read beside
 
 
+def check_head(head: int, window: int, chunk_length: int) -> None:
+    """ValueError unless the window has room for the head, for one token more, and for a chunk if any is moved."""
+    needed = head + 1 + chunk_length
+    if needed > window:
+        raise ValueError(
+            f"the system prompt, with what the template puts around it, has {head} tokens and {needed - head} more "
+            f"must fit into the window of {window}: shorten it, or lower chunk_length"
+        )
+
+
 class Session:
     """The tokens of a text, and what follows them.
 
@@ -34,18 +44,22 @@ class Session:
     fresh model says of `tokens` and `context`, however the text came about.
     """
 
-    def __init__(self, model: Cepe | Llama, window: int, head: int, chunk_length: int, context: ContextCache | None):
-        """`context` may be None for a plain decoder alone: then the text ends with the window."""
+    def __init__(
+        self,
+        model: Cepe | Llama,
+        window: int,
+        head: int,
+        chunk_length: int,
+        context: ContextCache | None,
+        drops: bool = False,
+    ):
+        """`context` is None for a plain decoder: then the text ends with the window, or the session `drops` tokens."""
         check_chunk_length(chunk_length)
-        needed = head + 1 + (chunk_length if context is not None else 0)
-        if needed > window:
-            raise ValueError(
-                f"the system prompt, with what the template puts around it, has {head} tokens and {needed - head} more "
-                f"must fit into the window of {window}: shorten it, or lower chunk_length"
-            )
+        check_head(head, window, 0 if context is None and not drops else chunk_length)
         self.model, self.window, self.head, self.chunk_length = model, window, head, chunk_length
         self.ids: list[int] = []  # of the whole text
-        self.context = context
+        self.context, self.moved = context, 0  # and how many chunks of the text the decoder no longer reads
+        self._drops = drops
         self._given = 0 if context is None else len(context)
         self._slots = bucket(window) + bucket(1)  # a few tokens more, filled up to a bucket, always fit
         self._decoder = model if isinstance(model, Llama) else model.decoder
@@ -54,22 +68,19 @@ class Session:
         self._drawn = 0
 
     @property
-    def moved(self) -> int:
-        """How many chunks of the text are in the memory."""
-        return 0 if self.context is None else len(self.context) - self._given
-
-    @property
     def tokens(self) -> list[int]:
         """What the decoder reads."""
         return self.ids[: self.head] + self.ids[self.head + self.moved * self.chunk_length :]
 
     def replace(self, ids: Sequence[int]) -> None:
-        """The text has these tokens. Chunks in the memory that it still begins with, after the head, stay there."""
+        """The text has these tokens. Chunks that were moved and that it still has, after the head, stay moved."""
         ids = list(ids)
         same = len(os.path.commonprefix([self.ids[self.head :], ids[self.head :]]))
         stay = min(self.moved, same // self.chunk_length, self._overflow(ids))
-        context = self.context if stay == self.moved else self.context.select(range(self._given + stay))
-        self.context, self.ids = context, ids  # together: no interrupt comes between them
+        context = self.context
+        if context is not None and stay < self.moved:
+            context = context.select(range(self._given + stay))
+        self.context, self.moved, self.ids = context, stay, ids  # together: no interrupt comes between them
 
     def next(self, sampling: Sampling = GREEDY) -> int:
         """Draws the token that follows. It becomes part of the text when it is appended to `ids`."""
@@ -110,18 +121,21 @@ class Session:
         return context is self.context and fresh > 0 and room >= 0 and tokens[: len(before)] == before
 
     def _overflow(self, ids: list[int]) -> int:
-        """How many chunks of a text must be in the memory so that one token more fits into the window."""
+        """How many chunks of a text must be moved so that one token more fits into the window."""
         return -(-max(0, len(ids) + 1 - self.window) // self.chunk_length)
 
     def _make_room(self) -> None:
         needed = self._overflow(self.ids)
         if needed <= self.moved:
             return
-        if self.context is None:
+        if self.context is None and not self._drops:
             raise ValueError(
                 f"the conversation has {len(self.ids)} tokens and the window of this plain decoder {self.window}: "
-                f"begin anew, or take a CEPE model, which moves the oldest tokens to its encoder"
+                f"begin anew, or let overflow truncate_left drop its oldest tokens"
             )
-        starts = [self.head + chunk * self.chunk_length for chunk in range(self.moved, needed)]
-        chunks = [self.ids[start : start + self.chunk_length] for start in starts]
-        self.context += encode(self.model, chunks, self.context.identity, self.chunk_length, known=self.context)
+        context = self.context
+        if context is not None:
+            starts = [self.head + chunk * self.chunk_length for chunk in range(self.moved, needed)]
+            chunks = [self.ids[start : start + self.chunk_length] for start in starts]
+            context += encode(self.model, chunks, context.identity, self.chunk_length, known=context)
+        self.context, self.moved = context, needed

@@ -5,33 +5,39 @@ from collections.abc import Iterable, Iterator, Sequence
 from cepe_jax.data.tokenizer import Tokenizer
 
 TORN = "\ufffd"  # what a decoder writes for bytes that are no character, or not yet one
+MOST_TORN = 3  # of these, that bytes still to come may make a character of: UTF-8 has at most four bytes
 
 
 class Detokenizer:
     """The text that follows a prompt, piece by piece; the pieces joined are the decoding of all tokens after it.
 
-    A character is given out when all its bytes have come, or at the end as the decoder gives its part. (Where one
-    byte that is no character makes `tokenizers` drop a whole run of them, what was given out before stays.)
+    A character is given out when all its bytes have come, and what can no longer become one as the decoder gives it.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = ()):
         self._tokenizer = tokenizer
         self._left = list(prompt)  # what is to the left decides on spaces, so it is decoded too
         self._held: list[int] = []
-        self._given = tokenizer.decode(self._left)  # of the text of both
+        self._given = len(tokenizer.decode(self._left))  # characters of the text of both
 
     def add(self, token: int) -> str:
         self._held.append(token)
         text = self._tokenizer.decode(self._left + self._held)
-        return "" if text.endswith(TORN) else self._give(text)
+        return self._give(text, len(text) - min(len(text) - len(text.rstrip(TORN)), MOST_TORN))
 
     def end(self) -> str:
-        return self._give(self._tokenizer.decode(self._left + self._held))
+        text = self._tokenizer.decode(self._left + self._held)
+        return self._give(text, len(text))
 
-    def _give(self, text: str) -> str:
-        new, self._given = text[len(self._given) :], text
-        if alone := self._tokenizer.decode(self._held):
-            self._left, self._held, self._given = self._held, [], alone
+    def _give(self, text: str, end: int) -> str:
+        """Return what of the text stands before `end` and is not given yet."""
+        new, self._given = text[self._given : end], max(self._given, end)
+        waiting = len(text) - self._given
+        alone = len(self._tokenizer.decode(self._held))
+        # Tokens far enough to the left are let go. While something waits, up to MOST_TORN characters of what is held
+        # may be the rest of one that begins before it.
+        if alone > (waiting and waiting + MOST_TORN):
+            self._left, self._held, self._given = self._held, [], alone - waiting
         return new
 
 

@@ -12,13 +12,14 @@ import jax
 
 from cepe_jax.checks import check_chunk_length
 from cepe_jax.data.sources import decoded
-from cepe_jax.data.tokenizer import Tokenizer
-from cepe_jax.inference.chat import MAX_NEW_TOKENS
+from cepe_jax.directories import in_one_line
+from cepe_jax.inference.chat import MAX_NEW_TOKENS, check_chat
 from cepe_jax.inference.context import ContextCache
 from cepe_jax.inference.generate import Sampling
-from cepe_jax.inference.overflow import Overflow
+from cepe_jax.inference.overflow import Overflow, check_encoder, fit
+from cepe_jax.inference.streaming import StopStrings
 from cepe_jax.inference.template import Template
-from cepe_jax.inference.text import CHUNK_LENGTH, TextModel, load
+from cepe_jax.inference.text import CHUNK_LENGTH, ModelFacts, TextModel, read_facts
 from cepe_jax.sharding import make_mesh
 from cepe_jax.training.logs import peak_memory
 
@@ -48,7 +49,7 @@ class GenerateConfig:
     window: int | None = None  # tokens that the decoder reads at most; where it is not the model directory's
     max_new_tokens: int = MAX_NEW_TOKENS  # of an answer
     stop: tuple[str, ...] = ()  # an answer ends before the first of these
-    overflow: Overflow = "error"  # what becomes of a prompt that does not fit into the window
+    overflow: Overflow = "error"  # what becomes of what does not fit into the window
     sampling: Sampling = Sampling()
     dtype: Literal["float32", "bfloat16"] = "float32"
     mesh: Devices = Devices()
@@ -59,8 +60,9 @@ class GenerateConfig:
             raise ValueError("give a prompt, or chat for a conversation on standard input")
         if self.system is not None and not self.chat:
             raise ValueError("system is of a chat: put it into the prompt, or give chat")
-        if self.overflow != "error" and self.chat:
-            raise ValueError(f"overflow is {self.overflow}: a chat always moves its oldest tokens to the encoder")
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {self.max_new_tokens}: give 1 or more")
+        StopStrings(self.stop)
         check_chunk_length(self.chunk_length)
 
 
@@ -74,16 +76,33 @@ def read_text(path: Path) -> str:
 def run_generate(config: GenerateConfig) -> None:
     """Writes what the model says of the prompt, or of each line of standard input, to standard output as it comes."""
     texts = [read_text(path) for path in config.context_file]
-    if config.contexts is not None and not (config.contexts.parent if texts else config.contexts).exists():
-        raise FileNotFoundError(f"{config.contexts}: no such file, and no context_file or no directory to make it")
-    tokenizer = config.tokenizer
-    if config.chat:
-        tokenizer = Tokenizer(tokenizer or config.model)
-        Template(tokenizer)  # refused before anything is loaded
+    kept = config.contexts
+    if kept is not None and (kept.is_dir() or not (kept.parent.is_dir() if texts else kept.exists())):
+        raise FileNotFoundError(f"{kept}: no such file, and no context_file or no directory to make it")
+    facts = read_facts(config.model, config.tokenizer, config.window)
+    _check(facts, config, has_context=bool(texts or config.contexts))
     with on_devices(config.mesh):
-        model = load(config.model, config.dtype, tokenizer, config.window)
+        model = facts.load(config.dtype)
         context = _context(model, config, texts)
         (_converse if config.chat else _answer)(model, context, config)
+
+
+def _check(facts: ModelFacts, config: GenerateConfig, has_context: bool) -> None:
+    """ValueError, before any weight is read, for what this model cannot do, and where the prompt does not fit."""
+    if has_context and not facts.has_encoder:
+        raise ValueError(
+            f"{config.model} is a plain decoder, which reads no contexts: leave out context_file and contexts, put the "
+            f"text into the prompt (overflow truncate_left cuts it), or give a CEPE model"
+        )
+    if config.chat:
+        limits = facts.window, config.overflow, config.chunk_length, facts.has_encoder
+        check_chat(Template(facts.tokenizer), config.system, *limits)
+        return
+    check_encoder(config.overflow, facts.has_encoder)
+    limits = config.max_new_tokens, config.overflow, config.chunk_length
+    before, _ = fit(config.prompt, facts.tokenizer, facts.window, *limits)
+    if before and not facts.has_encoder:
+        _note(f"the first {sum(map(len, before)):,} tokens of the prompt do not fit into the window and are not read")
 
 
 def on_devices(sizes: Devices) -> AbstractContextManager:
@@ -114,7 +133,7 @@ def _context(model: TextModel, config: GenerateConfig, texts: list[str]) -> Cont
 
 def _answer(model: TextModel, context: ContextCache | None, config: GenerateConfig) -> None:
     start = time.perf_counter()
-    limits = {"max_new_tokens": config.max_new_tokens, "sampling": config.sampling, "stop": config.stop}
+    limits = {"max_new_tokens": config.max_new_tokens, "sampling": _seeded(config.sampling), "stop": config.stop}
     where = {"overflow": config.overflow, "chunk_length": config.chunk_length}
     _show(model.stream(config.prompt, context, **limits, **where), start, config.timings)
 
@@ -124,8 +143,8 @@ def _converse(model: TextModel, context: ContextCache | None, config: GenerateCo
 
     What a turn is refused for is told, and the conversation goes on.
     """
-    limits = {"max_new_tokens": config.max_new_tokens, "sampling": config.sampling, "stop": config.stop}
-    chat = model.chat(config.system, context, chunk_length=config.chunk_length)
+    limits = {"max_new_tokens": config.max_new_tokens, "sampling": _seeded(config.sampling), "stop": config.stop}
+    chat = model.chat(config.system, context, overflow=config.overflow, chunk_length=config.chunk_length)
     try:
         for line in _lines():
             answer = chat.say(line, **limits)
@@ -136,15 +155,26 @@ def _converse(model: TextModel, context: ContextCache | None, config: GenerateCo
                 print(flush=True)
             except ValueError as error:
                 print(flush=True)
-                _note(f"refused: {' '.join(str(error).split())}")
+                _note(f"refused: {in_one_line(error)}")
     except KeyboardInterrupt:
         print(file=sys.stderr)
 
 
+def _seeded(sampling: Sampling) -> Sampling:
+    """Return the sampling with a seed; one that is drawn is told, so that the same command can be repeated."""
+    seeded = sampling.seeded()
+    if seeded.temperature > 0 and sampling.seed is None:
+        _note(f"a seed was drawn: --sampling.seed={seeded.seed} repeats this")
+    return seeded
+
+
 def _lines() -> Iterator[str]:
-    """The lines of standard input that say something."""
+    """Yield the lines of standard input that say something."""
+    terminal = sys.stdin.isatty()
+    if terminal:
+        _note("Ctrl-C ends an answer, Ctrl-D the conversation")
     while True:
-        if sys.stdin.isatty():
+        if terminal:
             print("> ", end="", file=sys.stderr, flush=True)
         line = sys.stdin.buffer.readline()
         if not line:

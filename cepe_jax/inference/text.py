@@ -8,12 +8,12 @@ from typing import Literal
 
 import numpy as np
 
-from cepe_jax.config import CepeConfig, EncoderConfig
+from cepe_jax.config import CepeConfig, DecoderConfig, EncoderConfig
 from cepe_jax.data.tokenizer import Tokenizer
-from cepe_jax.inference.chat import MAX_NEW_TOKENS, Chat
+from cepe_jax.inference.chat import MAX_NEW_TOKENS, Chat, check_chat
 from cepe_jax.inference.context import ContextCache, Memory, encode, identity_of, stacked
 from cepe_jax.inference.generate import GREEDY, Sampling, stream
-from cepe_jax.inference.overflow import Overflow, check_window, fit, fit_continued
+from cepe_jax.inference.overflow import Overflow, check_encoder, fit, fit_continued
 from cepe_jax.inference.scoring import Score, score
 from cepe_jax.inference.streaming import pieces
 from cepe_jax.inference.template import Template
@@ -74,7 +74,8 @@ class TextModel:
 
         All prompts read one context, or each its own of a list. What `overflow` says of a prompt that does not fit:
         "error" refuses it; "truncate_left" lets the decoder read its last tokens, "passages" its last passages (parts
-        between blank lines), and the encoder what stands before, in chunks of `chunk_length` tokens.
+        between blank lines), and the encoder what stands before, in chunks of `chunk_length` tokens. A plain decoder
+        takes "truncate_left", and reads nothing of what stands before.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         rows, memory = self._rows(prompts, context, max_new_tokens, overflow, chunk_length)
@@ -113,28 +114,40 @@ class TextModel:
         """
         if not continuations:
             return []
+        check_encoder(overflow, isinstance(self.model, Cepe))
         fitted = fit_continued(prompt, continuations, self.tokenizer, self.window, overflow, chunk_length)
         moved, before, after = fitted
         context = self._with(context, moved, chunk_length)
         return score(self.model, before, after, *self._memory([context]))
 
     def chat(
-        self, system: str | None = None, context: ContextCache | None = None, *, chunk_length: int = CHUNK_LENGTH
+        self,
+        system: str | None = None,
+        context: ContextCache | None = None,
+        *,
+        overflow: Overflow = "error",
+        chunk_length: int = CHUNK_LENGTH,
     ) -> Chat:
-        """A conversation by the chat template beside the tokenizer; of any length where there is an encoder."""
-        check_window(self.window)
+        """Return a conversation by the chat template beside the tokenizer; of any length where there is an encoder.
+
+        `overflow` is for a plain decoder: with "error" a turn is refused for which the window has no room, with
+        "truncate_left" the oldest tokens are dropped, `chunk_length` at a time.
+        """
+        template = Template(self.tokenizer)
+        check_chat(template, system, self.window, overflow, chunk_length, isinstance(self.model, Cepe))
         if context is None and isinstance(self.model, Cepe):
             context = ContextCache(self.identity)
         elif context is not None:
             context.check_is_of(self.identity, "the context")
         return Chat(
             self.model,
-            Template(self.tokenizer),
+            template,
             self.stop_ids,
             window=self.window,
             chunk_length=chunk_length,
             system=system,
             context=context,
+            drops=overflow == "truncate_left",
         )
 
     def _rows(
@@ -143,6 +156,7 @@ class TextModel:
         """What the decoder reads of each prompt, and the memory it reads beside."""
         shared = context is None or isinstance(context, ContextCache)
         contexts = [context] * len(prompts) if shared else list(context)
+        check_encoder(overflow, isinstance(self.model, Cepe))
         if len(contexts) != len(prompts):
             raise ValueError(f"{len(contexts)} contexts for {len(prompts)} prompts: give one, or one for each")
         rows = []
@@ -153,7 +167,8 @@ class TextModel:
         return rows, self._memory(contexts)
 
     def _with(self, context: ContextCache | None, moved: list[list[int]], chunk_length: int) -> ContextCache | None:
-        if not moved:
+        """Return the context with what is moved to it; a plain decoder drops that."""
+        if not moved or isinstance(self.model, Llama):
             return context
         more = encode(self.model, moved, self.identity, chunk_length)
         return more if context is None else context + more
@@ -175,33 +190,45 @@ class TextModel:
         stop: Sequence[str],
     ) -> Iterator[list[str]]:
         """The next piece of each row's text, step by step."""
-        limits = {"max_new_tokens": max_new_tokens, "stop_ids": self.stop_ids, "window": self.window}
+        limits = {"max_new_tokens": max_new_tokens, "stop_ids": self.stop_ids}  # `fit` has looked at the window
         steps = stream(self.model, rows, *memory, sampling=sampling, **limits)
         return pieces(self.tokenizer, rows, steps, stop)
 
 
-def load(
-    path: Path | str,
-    dtype: Literal["float32", "bfloat16"] = "float32",
-    tokenizer: Path | str | Tokenizer | None = None,
-    window: int | None = None,
-) -> TextModel:
-    """The model at `path`, a directory of ours or one of Hugging Face's, with the tokenizer beside it.
+@dataclass(frozen=True, eq=False)
+class ModelFacts:
+    """What the config and the tokenizer of a model that writes text say; no weight is read yet."""
 
-    `tokenizer`: it, or where it is, if not beside the model. `window`: how many tokens the decoder reads at most, where
-    that is not the directory's max_position_embeddings. Under a mesh (`jax.set_mesh`) the weights are born sharded.
-    """
+    path: Path
+    config: CepeConfig | DecoderConfig
+    tokenizer: Tokenizer
+    window: int | None
+    stop_ids: tuple[int, ...]
+
+    @property
+    def has_encoder(self) -> bool:
+        return isinstance(self.config, CepeConfig)
+
+    @property
+    def decoder(self) -> DecoderConfig:
+        return self.config.decoder if isinstance(self.config, CepeConfig) else self.config
+
+    def load(self, dtype: Literal["float32", "bfloat16"]) -> TextModel:
+        return TextModel(huggingface.load(self.path, dtype), self.tokenizer, self.window, self.stop_ids)
+
+
+def read_facts(
+    path: Path | str, tokenizer: Path | str | Tokenizer | None = None, window: int | None = None
+) -> ModelFacts:
+    """Return the facts of the model at `path`, settings as of `load`; ValueError for what cannot be loaded."""
     path = Path(path)
     config = huggingface.read_config(path)
     if isinstance(config, EncoderConfig):
         raise ValueError(f"{path} is an encoder, which writes no text: give a CEPE model or a decoder")
     read = tokenizer if isinstance(tokenizer, Tokenizer) else Tokenizer(path if tokenizer is None else tokenizer)
     read.check_is_of(path)
-    parts = (
-        {"decoder": config.decoder, "encoder": config.encoder}
-        if isinstance(config, CepeConfig)
-        else {"decoder": config}
-    )
+    cepe = isinstance(config, CepeConfig)
+    parts = {"decoder": config.decoder, "encoder": config.encoder} if cepe else {"decoder": config}
     for name, part in parts.items():
         if read.vocab_size > part.vocab_size:
             raise ValueError(
@@ -214,8 +241,21 @@ def load(
     elif window < 2 or (positions is not None and window > positions):
         most = "" if positions is None else f", and at most {positions}, what {path} was trained for"
         raise ValueError(f"window is {window}: give 2 or more{most}")
-    stop_ids = _stop_ids(path, read)
-    return TextModel(huggingface.load(path, dtype), read, window, stop_ids)
+    return ModelFacts(path, config, read, window, _stop_ids(path, read))
+
+
+def load(
+    path: Path | str,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    tokenizer: Path | str | Tokenizer | None = None,
+    window: int | None = None,
+) -> TextModel:
+    """Return the model at `path`, a directory of ours or one of Hugging Face's, with the tokenizer beside it.
+
+    `tokenizer`: it, or where it is, if not beside the model. `window`: how many tokens the decoder reads at most, where
+    that is not the directory's max_position_embeddings. Under a mesh (`jax.set_mesh`) the weights are born sharded.
+    """
+    return read_facts(path, tokenizer, window).load(dtype)
 
 
 def _stop_ids(path: Path, tokenizer: Tokenizer) -> tuple[int, ...]:

@@ -16,6 +16,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from cepe_jax.directories import download_hint
+
 # safetensors' names of the stored types that we read
 DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
 SHARD_BYTES = 1 << 30  # held in memory while a shard is collected; a larger tensor has a shard of its own
@@ -34,7 +36,8 @@ def read_json(path: Path) -> dict:
         return dict(pairs)
 
     if not path.is_file():
-        raise ValueError(f"no {path.name} in {path.parent}: give a directory that holds a model")
+        mend = download_hint(path.parent) or ": give a directory that holds a model"
+        raise ValueError(f"no {path.name} in {path.parent}{mend}")
     try:
         value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -124,7 +127,7 @@ def _load_pickle(path: Path) -> dict:
     try:
         import torch
     except ModuleNotFoundError as error:
-        raise ValueError(f"{path} is a torch pickle: pip install torch (or cepe-jax[parity]) to read it") from error
+        raise ValueError(f"{path} is a torch pickle: pip install '.[parity]' in the checkout reads it") from error
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError and others for a bad file

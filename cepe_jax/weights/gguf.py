@@ -208,7 +208,7 @@ def _contents(path: Path) -> tuple[dict[str, Any], dict[str, Stored]]:
     try:
         import gguf
     except ModuleNotFoundError as error:
-        raise ValueError(f"{path} is a GGUF file: pip install gguf (or cepe-jax[gguf]) to read it") from error
+        raise ValueError(f"{path} is a GGUF file: pip install '.[gguf]' in the checkout, to read it") from error
     try:
         reader = gguf.GGUFReader(path)
         metadata = {key: _value_of(field) for key, field in reader.fields.items()}

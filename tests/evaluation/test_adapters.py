@@ -1,6 +1,7 @@
 """lm-evaluation-harness: tasks of its own and local ones, answered behind the seam."""
 
 import dataclasses
+import functools
 import json
 import re
 import shutil
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import yaml
 from support.fakes import BOS, Letters, Scripted, whole_text
-from support.tokenizers import LLAMA_2, as_llama_2
+from support.tokenizers import LLAMA_2, WINDOW, as_llama_2
 
 import cepe_jax
 from cepe_jax.data.tokenizer import Tokenizer
@@ -23,7 +24,9 @@ from cepe_jax.inference.text import TextModel
 
 pytest.importorskip("lm_eval")
 
-from lm_eval.api.instance import Instance  # noqa: E402 (an extra)
+import lm_eval.tasks  # noqa: E402 (an extra)
+from lm_eval.api.instance import Instance  # noqa: E402
+from lm_eval.tasks import TaskManager  # noqa: E402
 
 from cepe_jax.evaluation.adapters import Adapter, Splitter  # noqa: E402
 
@@ -74,6 +77,12 @@ def folder(tmp_path_factory):
 def offline(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture
+def local(offline, monkeypatch):
+    """The harness' own tasks are not looked through: there are thousands."""
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", functools.partial(TaskManager, include_defaults=False))
 
 
 def test_choices_of_a_question_are_scored_together():
@@ -130,6 +139,47 @@ def test_samples_are_refused():
             Adapter(Scripted(), Splitter(window=16)).generate_until(asked("generate_until", ("abc", how)))
 
 
+def test_answers_longer_than_the_window_are_cut():
+    """They get what the prompt leaves, at least half the window; what fits stays as it is. None asked for is none."""
+    noted, model = [], Scripted(says=lambda prompt: "x" * 99)
+    adapter = Adapter(model, Splitter(window=16, chunk_length=8), batch=2, note=lambda *cut: noted.append(cut))
+    requests = asked(
+        "generate_until",
+        *((text, {"until": [], "max_gen_toks": 15}) for text in ("abc", "0123456789abcdefgh", "")),
+        ("0123456789abcdefgh", {"until": [], "max_gen_toks": 14}),
+        ("abc", {"until": [], "max_gen_toks": 0}),
+    )
+    assert [len(text) for text in adapter.generate_until(requests)] == [12, 7, 14, 14, 0]
+    assert [texts_of(prompt) for prompt in model.asked] == [
+        ["abc"],
+        ["01", "23456789", "abcdefgh"],
+        [""],
+        ["0", "12345678", "9abcdefg", "h"],
+    ]
+    assert [(request, "15" in why) for request, why in noted] == [(request, True) for request in requests[:3]]
+
+
+def test_continuations_longer_than_the_window_are_cut():
+    """Their last tokens are predicted, after one token of theirs; the rest is read before. Others are as they were."""
+    noted, model = [], Scripted(log_prob=lambda prompt, text: -len(text))
+    adapter = Adapter(model, Splitter(window=8, chunk_length=4), note=lambda *cut: noted.append(cut))
+    requests = asked("loglikelihood", ("abcd", "ef"), ("abcd", "0123456"), ("abcd", "012345"), ("", "0123456789"))
+    assert adapter.loglikelihood(requests) == [(-2, False), (-6, False), (-6, False), (-6, False)]
+    assert [texts_of(prompt) for prompt in model.asked] == [["abcd"], ["abcd", "0"], ["abc", "d"], ["012", "3"]]
+    assert all(prompt.ids[0] == BOS for prompt in model.asked)
+    assert [request for request, _ in noted] == [requests[1], requests[3]]
+
+
+def test_passages_longer_than_the_window_are_cut():
+    noted, model = [], Scripted(says=lambda _: "", log_prob=lambda *_: 0.0)
+    splitter = Splitter(window=8, overflow="passages", chunk_length=4)
+    adapter = Adapter(model, splitter, note=lambda *cut: noted.append(cut))
+    adapter.generate_until(asked("generate_until", ("a\n\n0123456", {"until": [], "max_gen_toks": 3})))
+    adapter.loglikelihood(asked("loglikelihood", ("a\n\n0123456", "xyz")))
+    assert [texts_of(prompt) for prompt in model.asked] == [["a\n", "\n012", "3456"]] * 2
+    assert len(noted) == 2
+
+
 def test_a_chat_template_is_read_with_its_tokens(home):
     """An answer that the task has begun stands after the template's beginning of one."""
     tokenizer = Tokenizer(home)
@@ -183,6 +233,7 @@ def test_needles_of_ruler(home, offline, tmp_path, monkeypatch):
         ModelConfig(home), ("niah_single_1",), tmp_path / "out", window=1024, limit=3, lengths=(4096,)
     )
     monkeypatch.setattr(harness, "load_model", lambda _: Scripted(says))
+    monkeypatch.setattr(harness, "check_model", lambda _: (None, None, None))
     run_harness(config)
     results = json.loads((config.out / "results.json").read_text())["results"]["niah_single_1"]
     assert results["4096,none"] == 1.0
@@ -190,7 +241,7 @@ def test_needles_of_ruler(home, offline, tmp_path, monkeypatch):
     assert [json.loads(line)["4096"] for line in lines] == [1.0] * 3
 
 
-def test_a_run_from_files(home, folder, offline, tmp_path, capsys, monkeypatch):
+def test_a_run_from_files(home, folder, local, tmp_path, capsys, monkeypatch):
     """A tiny CEPE's answers are those that it gives without the harness. A second run asks nothing again."""
     text_model: TextModel = cepe_jax.load(home, window=32)
     names = "local_choices", "local_answers"
@@ -219,8 +270,8 @@ def test_a_run_from_files(home, folder, offline, tmp_path, capsys, monkeypatch):
     run_harness(moved)
     assert json.loads((moved.out / "results.json").read_text())["results"] == results
     config = moved
-    with pytest.raises(ValueError, match=r"another run, window is 32 there and 64 here"):
-        run_harness(dataclasses.replace(config, window=64))
+    with pytest.raises(ValueError, match=r"window is 32 there and 40 here"):
+        run_harness(dataclasses.replace(config, window=40))
     other = shutil.copytree(home, tmp_path / "other")
     (other / "hash.json").write_text(json.dumps(json.loads((other / "hash.json").read_text()) | {"all": "of others"}))
     config = dataclasses.replace(config, model=ModelConfig(other))
@@ -229,6 +280,41 @@ def test_a_run_from_files(home, folder, offline, tmp_path, capsys, monkeypatch):
     (config.out / "config.json").write_text(json.dumps(claimed))
     with pytest.raises(ValueError, match='weights is ".*" there and "of others" here'):
         run_harness(config)
+
+
+def test_cut_requests_are_counted(home, folder, local, tmp_path, capsys, monkeypatch):
+    """In the results and in the end, those too that an earlier run was stopped after."""
+    steps = iter([0, 1])
+
+    def says(prompt) -> str:
+        if next(steps, None) == 1:
+            raise KeyboardInterrupt
+        return "one"
+
+    config = HarnessConfig(ModelConfig(home), ("local_answers",), tmp_path / "out", window=9, task_folder=folder)
+    monkeypatch.setattr(harness, "load_model", lambda _: Scripted(says))
+    with pytest.raises(KeyboardInterrupt):
+        run_harness(config)
+    run_harness(config)
+    found = json.loads((config.out / "results.json").read_text())
+    assert found["cepe_jax"]["cut"] == {"local_answers": 3}
+    assert found["results"]["local_answers"]["exact_match,none"] == pytest.approx(1 / 3)
+    assert "local_answers: 3 requests were cut to the window of 9" in capsys.readouterr().out
+    lines = [json.loads(line) for line in (config.out / "cut.jsonl").read_text().splitlines()]
+    assert [line["document"] for line in lines] == [0, 1, 1, 2]
+
+
+def test_what_the_model_cannot_read_is_said_at_once(home, tmp_path):
+    """Before the harness looks for its tasks."""
+    usual = {"model": ModelConfig(home), "tasks": ("sciq",), "out": tmp_path / "out", "window": 32}
+    for changes, said in [
+        ({"window": WINDOW + 1}, f"window is {WINDOW + 1} .* {WINDOW}"),
+        ({"task_folder": tmp_path / "absent"}, "absent: no such directory"),
+        ({"model": ModelConfig(tmp_path)}, "no config.json in"),
+    ]:
+        with pytest.raises((ValueError, NotADirectoryError), match=said):
+            run_harness(HarnessConfig(**usual | changes))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -246,7 +332,7 @@ def test_settings_are_checked(home, tmp_path, settings, message):
         HarnessConfig(**given | settings)
 
 
-def test_an_unknown_task_is_named(home, tmp_path, monkeypatch):
+def test_an_unknown_task_is_named(home, local, tmp_path, monkeypatch):
     config = HarnessConfig(ModelConfig(home), ("no_such_task",), tmp_path / "out", window=32)
     with pytest.raises(ValueError, match="no_such_task is no task"):
         run_harness(config)

@@ -11,7 +11,7 @@ from support.refusals import one_line
 from support.tokenizers import WINDOW
 
 from cepe_jax.evaluation.language_model import LanguageModel, Prompt, generate
-from cepe_jax.evaluation.models import ModelConfig, load_model
+from cepe_jax.evaluation.models import ModelConfig, check_model, load_model
 from cepe_jax.inference.scoring import Score
 from cepe_jax.model.llama import Llama
 from cepe_jax.model.rope import rope_table
@@ -215,17 +215,19 @@ def test_windows_above_the_positions(home):
     """Are refused where positions are those of the text; rope scaling gives more, and StreamingLLM needs none."""
     for reads in "encoder", "decoder", "replug":
         with pytest.raises(ValueError, match=f"window is 49: .* 48, .*{home.name} "):
-            load_model(ModelConfig(home, reads, window=WINDOW + 1))
+            check_model(ModelConfig(home, reads, window=WINDOW + 1))
     with pytest.raises(ValueError, match="window is 97: .* 96"):
-        load_model(ModelConfig(home, "decoder", window=2 * WINDOW + 1, rope="linear", factor=2.0))
+        check_model(ModelConfig(home, "decoder", window=2 * WINDOW + 1, rope="linear", factor=2.0))
     assert load_model(ModelConfig(home, "decoder", window=2 * WINDOW, rope="linear", factor=2.0)).window == 2 * WINDOW
     assert load_model(ModelConfig(home, "streaming", window=WINDOW + 1)).model.window == WINDOW + 1
 
 
 def test_directories_that_cannot_be_read_so(home, weights, tmp_path):
+    """No weight is looked at."""
     save(weights.decoder, tmp_path / "plain", home)
-    with pytest.raises(ValueError, match="plain .*encoder.*reads.*decoder"):
-        load_model(ModelConfig(tmp_path / "plain"))
+    (tmp_path / "plain" / "model-00001-of-00001.safetensors").unlink()
+    with pytest.raises(ValueError, match="plain .*--model.reads=decoder"):
+        check_model(ModelConfig(tmp_path / "plain"))
     for said, changes in [
         ("max_position_embeddings, .*rope yarn", {"huggingface": {}}),
         ("rope scaling linear", {"scaling": "linear", "factor": 2.0}),
@@ -235,6 +237,6 @@ def test_directories_that_cannot_be_read_so(home, weights, tmp_path):
         written["decoder"]["rope"] |= changes
         (tmp_path / "plain" / "config.json").write_text(json.dumps(written))
         with pytest.raises(ValueError, match=said):
-            load_model(ModelConfig(tmp_path / "plain", "decoder", rope="yarn", factor=2.0))
+            check_model(ModelConfig(tmp_path / "plain", "decoder", rope="yarn", factor=2.0))
     with pytest.raises(ValueError, match="tokens .*StreamingLLM: .*window"):
-        load_model(ModelConfig(tmp_path / "plain", "streaming"))
+        check_model(ModelConfig(tmp_path / "plain", "streaming"))

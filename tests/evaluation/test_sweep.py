@@ -66,6 +66,11 @@ class Runs:
     cells: list[tuple] = dataclasses.field(default_factory=list)
     at: dict[tuple, Callable[[], None]] = dataclasses.field(default_factory=dict)  # what happens within a cell
     on_load: Callable[[ModelConfig], None] = lambda config: None
+    faults: dict[Path, str] = dataclasses.field(default_factory=dict)  # of models, which their configs say
+
+    def check(self, config: ModelConfig) -> None:
+        if config.path in self.faults:
+            raise ValueError(self.faults[config.path])
 
 
 @pytest.fixture
@@ -101,6 +106,7 @@ def runs(texts, tmp_path, monkeypatch) -> Runs:
         (tmp_path / name).mkdir()
     monkeypatch.setattr(sweep, "_in_process", in_process)
     monkeypatch.setattr(sweep, "load_model", load_model)
+    monkeypatch.setattr(sweep, "check_model", runs.check)
     monkeypatch.setattr(perplexity, "measure", measure)
     return runs
 
@@ -284,17 +290,41 @@ def test_what_is_not_there(config, runs, tmp_path):
         return {"perplexity": {}, "tasks": {"nq": TaskConfig("synthetic", (9,), samples=1, **changes)}}
 
     missing = {"perplexity": {}, "tasks": {"nq": TaskConfig("qa", (1,), Path("nq"))}}
-    for changes, error, said in [
-        ({"models": {"x": ModelConfig(Path("absent"))}}, FileNotFoundError, "^absent: no .*file"),
-        ({"models": {"x": ModelConfig(Path("a"), tokenizer=Path("tok"))}}, FileNotFoundError, "^tok: no .*file"),
-        (asked(Path("absent")), FileNotFoundError, "^absent: no .*file"),
-        (asked(Path("empty.txt")), ValueError, "^empty.txt is empty$"),
-        (tasked(haystack=Path("hay.txt")), FileNotFoundError, "^hay.txt: no .*file"),
-        (missing, FileNotFoundError, "^nq: no .*: put there "),
+    no_tokenizer = {"models": {"x": ModelConfig(Path("a"), tokenizer=Path("tok"))}}
+    for changes, said in [
+        ({"models": {"x": ModelConfig(Path("absent"))}}, "^absent: no .*file"),
+        ({"models": {"x": ModelConfig(Path("one/x"))}}, "^one/x: .*hf download one/x --local-dir x"),
+        (no_tokenizer, "^tok: no .*file"),
+        (asked(Path("absent")), "^absent: no .*file"),
+        (asked(Path("empty.txt")), "^empty.txt is empty$"),
+        (tasked(haystack=Path("hay.txt")), "^hay.txt: no .*file"),
+        (missing, "^nq: no .*: put there "),
+        (no_tokenizer | missing, "^tok: no .*; nq: no .*: put there "),
     ]:
-        with pytest.raises(error, match=said):
+        with pytest.raises(ValueError, match=said):
             run_sweep(dataclasses.replace(config, **changes))
     assert not runs.groups
+
+
+def test_all_that_is_missing_is_said_at_once(config, runs):
+    """Each model and each set once, whatever is wrong with it; a model that is of no use with its own reason."""
+    models = {name: ModelConfig(Path(name)) for name in ("x", "y", "a")}
+    data = {name: dataclasses.replace(config.perplexity["text"], data=Path(name)) for name in ("books", "code")}
+    config = dataclasses.replace(config, models=models, perplexity=data)
+    runs.faults[Path("a")] = "a is a plain decoder"
+    absent = [f"{name}: no such file or directory" for name in ("x", "books", "code", "y")]
+    with pytest.raises(ValueError, match=f"^{'; '.join([*absent, 'a is a plain decoder'])}$"):
+        run_sweep(config)
+    assert not runs.groups
+
+
+def test_a_model_that_cannot_be_read_so(config, runs):
+    """No process is started for it, and the other model's cells are measured."""
+    runs.faults[Path("a")] = "a is a plain decoder"
+    with pytest.raises(ValueError, match=r"5 of 10 cells failed, first first\.text\.none\.0: a is a plain decoder;"):
+        run_sweep(config)
+    assert runs.groups == [NAMES[5:]]
+    assert len(results(config)["cells"]) == 5
 
 
 def test_one_set_that_is_not_there(config, runs):

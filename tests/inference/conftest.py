@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from support.tokenizers import CHUNK, LLAMA_2, as_llama_2
 import cepe_jax
 from cepe_jax.data.tokenizer import Tokenizer
 from cepe_jax.inference.text import TextModel
+from cepe_jax.weights.directory import save
 
 MOST_CHUNKS = 24
 
@@ -26,6 +28,19 @@ def llama_2(home, text_model, tmp_path_factory) -> TextModel:
 @pytest.fixture(scope="session")
 def text_model(home) -> TextModel:
     return cepe_jax.load(home)
+
+
+@pytest.fixture(scope="session")
+def plain_home(home, text_model, tmp_path_factory) -> Path:
+    """A directory of its decoder alone."""
+    path = tmp_path_factory.mktemp("plain") / "model"
+    save(text_model.model.decoder, path, home)
+    return path
+
+
+@pytest.fixture(scope="session")
+def plain_model(text_model) -> TextModel:
+    return dataclasses.replace(text_model, model=text_model.model.decoder)
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,5 @@
 """A conversation: its ids are what the template says, and every token of an answer is the one a fresh model draws."""
 
-import dataclasses
 import itertools
 
 import pytest
@@ -8,7 +7,7 @@ from support.oracles import draw
 from support.tokenizers import CHUNK, WINDOW
 
 from cepe_jax.inference import session
-from cepe_jax.inference.generate import Draws, Sampling
+from cepe_jax.inference.generate import Draws, Sampling, generate
 from cepe_jax.inference.streaming import Detokenizer
 
 HOT = Sampling(temperature=1.0, seed=5)
@@ -178,10 +177,9 @@ def test_a_refused_turn_was_never_said(chat, text_model, monkeypatch):
     assert state(chat)[:3] == state(other)[:3]
 
 
-def test_a_plain_decoder_ends_with_its_window(text_model):
+def test_a_plain_decoder_ends_with_its_window(plain_model):
     """A text that is too long is refused, and a shorter one still answered; an answer may end with the window."""
-    plain = dataclasses.replace(text_model, model=text_model.model.decoder)
-    chat = plain.chat(SYSTEM)
+    chat = plain_model.chat(SYSTEM)
     first = "".join(chat.say("x", max_new_tokens=3, sampling=HOT))
     before = state(chat)
     with pytest.raises(ValueError, match=f"conversation .*plain decoder {WINDOW}: "):
@@ -192,6 +190,23 @@ def test_a_plain_decoder_ends_with_its_window(text_model):
         given.extend(chat.say("y", max_new_tokens=99, sampling=HOT))
     assert [message["content"] for message in chat.messages] == [SYSTEM, "x", first, "y", "".join(given)]
     assert len(chat.session.ids) == WINDOW
+
+
+def test_a_plain_decoder_drops_its_oldest_tokens(plain_model):
+    """With truncate_left; the system prompt stays, and an answer is that of a prompt with what stays."""
+    chat = plain_model.chat(SYSTEM, overflow="truncate_left", chunk_length=CHUNK)
+    head, tokenizer = chat.session.head, plain_model.tokenizer
+    for text in SAID:
+        answer = "".join(chat.say(text, max_new_tokens=5))
+        asked = chat.session.ids[: len(chat.session.ids) - len(chat._parts[-1][1])]
+        dropped = CHUNK * -(-max(0, len(asked) + 1 - WINDOW) // CHUNK)
+        (wanted,) = generate(
+            plain_model.model, [asked[:head] + asked[head + dropped :]], max_new_tokens=1, stop_ids=(1, 3)
+        )
+        assert chat.session.ids[len(asked) : len(asked) + 1] == wanted
+        assert chat.messages[-1]["content"] == answer
+    assert chat.session.moved > 5
+    assert tokenizer.decode(chat.session.tokens).count(SYSTEM) == 1
 
 
 def test_an_interruption_between_a_token_and_its_text(chat, monkeypatch):
@@ -235,3 +250,5 @@ def test_bad_input(text_model, home, tmp_path):
         text_model.chat("What is it? " * 20, chunk_length=CHUNK)
     with pytest.raises(ValueError, match="chunk_length is 0"):
         text_model.chat(chunk_length=0)
+    with pytest.raises(ValueError, match="overflow is passages: .* truncate_left"):
+        text_model.chat(overflow="passages")

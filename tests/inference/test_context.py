@@ -96,7 +96,7 @@ def test_states_are_the_models_own(cepe, cache):
 def test_generation_from_a_cache_is_recomputed(cepe, cache, forward):
     """Token for token, from the shared memory, what the whole model draws anew for each token without any cache."""
     context = [np.repeat(part, 3, axis=0) for part in chunked(PASSAGES)]
-    tokens = generate(cepe, PROMPTS, *cache.arrays(), max_new_tokens=12, sampling=HOT)
+    tokens = generate(cepe, PROMPTS, *cache.arrays(), max_new_tokens=12, sampling=[HOT] * 3)
     assert tokens == recompute(lambda tokens_BT: forward(cepe, tokens_BT, *context), PROMPTS, [HOT] * 3, 12)
     assert tokens != generate(cepe, PROMPTS, max_new_tokens=12, sampling=HOT)
 
@@ -104,7 +104,7 @@ def test_generation_from_a_cache_is_recomputed(cepe, cache, forward):
 def test_a_context_for_each_row(cepe, identity, cache):
     """Of different lengths, one of them empty: each row is the one it is alone."""
     caches = cache, ContextCache(identity), cache.select([1])
-    tokens = generate(cepe, PROMPTS, *stacked(caches), max_new_tokens=12, sampling=HOT)
+    tokens = generate(cepe, PROMPTS, *stacked(caches), max_new_tokens=12, sampling=[HOT] * 3)
     for prompt, own, row in zip(PROMPTS, caches, tokens, strict=True):
         assert generate(cepe, [prompt], *own.arrays(), max_new_tokens=12, sampling=HOT) == [row]
 

@@ -1,6 +1,7 @@
 """Generation against golden tokens, against recomputing without a cache, and its bad input."""
 
 import dataclasses
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +21,7 @@ from cepe_jax.weights.huggingface import load
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 HOT = Sampling(temperature=1.5, top_k=40, top_p=0.95, seed=7)
+EACH = [HOT.for_row(row) for row in range(3)]  # what HOT for all three rows is
 PROMPTS = [[1, 2, 3, 4, 5, 6, 7], [9, 8, 7], [33]]
 MIXED = [Sampling(temperature=2.0, seed=8), Sampling(), Sampling(temperature=1.0, top_p=0.9, seed=8)]
 
@@ -106,7 +108,7 @@ def test_a_quarter_of_the_vocabulary_comes_up(hot):
 def test_a_batch_is_each_prompt_alone(cepe, memory, hot):
     for row, prompt in enumerate(PROMPTS):
         own = [part[row : row + 1] for part in memory]
-        assert generate(cepe, [prompt], *own, max_new_tokens=12, sampling=HOT) == hot[row : row + 1]
+        assert generate(cepe, [prompt], *own, max_new_tokens=12, sampling=EACH[row]) == hot[row : row + 1]
 
 
 def test_a_seed_for_each_row(cepe, memory):
@@ -115,6 +117,26 @@ def test_a_seed_for_each_row(cepe, memory):
     seeds = [Sampling(1.5, seed=seed) for seed in (7, 8, 7)]
     first, second, third = generate(cepe, PROMPTS[:1] * 3, *shared, max_new_tokens=12, sampling=seeds)
     assert first == third != second
+
+
+def test_rows_of_one_sampling_differ(cepe, memory):
+    """Of equal prompts too; the first row is drawn from the seed itself, and the call repeats."""
+    prompts, shared = [PROMPTS[0]] * 3, [part[:1] for part in memory]
+    rows = generate(cepe, prompts, *shared, max_new_tokens=12, sampling=HOT)
+    assert len(set(map(tuple, rows))) == 3
+    assert generate(cepe, prompts, *shared, max_new_tokens=12, sampling=HOT) == rows
+    assert generate(cepe, prompts[:1], *shared, max_new_tokens=12, sampling=HOT) == rows[:1]
+    seeds = {Sampling(1.0, seed=seed).for_row(row).seed for seed in range(20) for row in range(20)}
+    assert len(seeds) == 400
+
+
+def test_rows_without_a_seed_differ(cepe, memory):
+    """From each other and from call to call, together or each with a sampling of its own."""
+    prompts, shared = [PROMPTS[0]] * 3, [part[:1] for part in memory]
+    texts = []
+    for sampling in (Sampling(1.5), Sampling(1.5), [Sampling(1.5)] * 3):
+        texts += map(tuple, generate(cepe, prompts, *shared, max_new_tokens=12, sampling=sampling))
+    assert len(set(texts)) == 9
 
 
 def test_a_shared_memory_is_a_copy_for_each_row(cepe, memory, hot):
@@ -128,7 +150,7 @@ def test_a_shared_memory_is_a_copy_for_each_row(cepe, memory, hot):
 def test_a_plain_decoder(cepe, decoder, plain):
     """Without a context CEPE writes what its decoder writes."""
     tokens = generate(decoder, PROMPTS, max_new_tokens=12, sampling=HOT)
-    assert tokens == recompute(lambda tokens_BT: plain(decoder, tokens_BT), PROMPTS, [HOT] * 3, 12)
+    assert tokens == recompute(lambda tokens_BT: plain(decoder, tokens_BT), PROMPTS, EACH, 12)
     assert generate(cepe, PROMPTS, max_new_tokens=12, sampling=HOT) == tokens
 
 
@@ -143,8 +165,8 @@ def test_long_prompts_are_read_in_pieces(cepe, context, memory, forward, monkeyp
     shared, own = ([part[:1] for part in parts] for parts in (memory, context))
     tokens = generate(cepe, prompts, *shared, max_new_tokens=2, sampling=HOT)
     assert widths == [128, 128, 128, 1]  # no more than 256 would do, and 384 is three times 128
-    repeated = [np.repeat(part, 6, axis=0) for part in own]
-    assert tokens == recompute(lambda tokens_BT: forward(cepe, tokens_BT, *repeated), prompts, [HOT] * 6, 2)
+    repeated, samplings = [np.repeat(part, 6, axis=0) for part in own], [HOT.for_row(row) for row in range(6)]
+    assert tokens == recompute(lambda tokens_BT: forward(cepe, tokens_BT, *repeated), prompts, samplings, 2)
 
 
 @pytest.mark.parametrize(
@@ -258,7 +280,7 @@ BAD = {
     "id negative": ({"prompts": [[1], [-1]]}, "id -1, .*vocabulary .* 64"),
     "no integers": ({"prompts": [[1], [1.5]]}, r"prompt is float64\[1\]: .*integers"),
     "no new token": ({"max_new_tokens": 0}, "max_new_tokens is 0"),
-    "window": ({"window": 5}, "2 tokens and 4 .*window of 5 .*overflow mode"),
+    "window": ({"window": 5}, "2 tokens and 4 .*window of 5 .*truncate_left"),
     "samplings": ({"sampling": [Sampling()] * 3}, "3 samplings for 2 prompts"),
     "memory rows": ({"memory_BME": np.zeros((3, 3, 16))}, r"\[3, 3, 16\].* want \[.*2, M, 16\]"),
     "mask shape": (
@@ -295,10 +317,11 @@ def test_a_context_for_a_plain_decoder(decoder):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        *(("temperature", -0.1), ("top_k", -1), ("top_p", 0.0), ("top_p", 1.1), ("temperature", float("nan"))),
+        *(("temperature", -0.1), ("temperature", float("nan")), ("temperature", 1e-38), ("temperature", 1e39)),
+        *(("top_k", -1), ("top_k", 2**31), ("top_p", 0.0), ("top_p", 1.1), ("top_p", 1e-40)),
         *(("seed", -1), ("seed", 2**32)),
     ],
 )
 def test_bad_sampling(name, value):
-    with pytest.raises(ValueError, match=f"{name} is {value}: give"):
+    with pytest.raises(ValueError, match=f"^{name} is {re.escape(str(value))}: "):
         Sampling(**{name: value})

@@ -7,7 +7,16 @@ import pytest
 from support.tokenizers import TEXTS
 
 from cepe_jax.data.tokenizer_training import train
-from cepe_jax.inference.overflow import by_passages, fit, fit_continued, passages_of, truncate_left
+from cepe_jax.inference.overflow import (
+    TooLong,
+    by_passages,
+    cut,
+    cut_continued,
+    fit,
+    fit_continued,
+    passages_of,
+    truncate_left,
+)
 
 LETTERS = SimpleNamespace(encode=lambda text: [ord(letter) for letter in text], bos_id=-1, begin=[-1])
 
@@ -52,7 +61,7 @@ def test_fit(tmp_path, mode):
     """With BOS and the new tokens the window is not exceeded, and full where tokens are cut."""
     tokenizer = train(TEXTS, 330, tmp_path / "tokenizer.model")
     rng = random.Random(0)
-    cut = 0
+    moved = 0
     for _ in range(100):
         prompt = "".join(
             rng.choices(["It is a test.\n", "\n", "  x\n\n", "def f(x):\n\n", "🙂\n\n"], k=rng.randrange(30))
@@ -63,14 +72,14 @@ def test_fit(tmp_path, mode):
         assert 1 + len(ids) + new <= window
         parts = [tokenizer.decode(context) for context in contexts]
         assert "".join(tokenizer.decode(i for context in contexts for i in context)) + tokenizer.decode(ids) == prompt
-        cut += bool(contexts)
+        moved += bool(contexts)
         if contexts and mode == "passages":
             assert all(part in passages_of(prompt) for part in parts)
             whole = tokenizer.encode(parts[-1] + tokenizer.decode(ids))
             assert 1 + len(whole) + new > window
         if contexts and mode == "truncate_left":
             assert 1 + len(ids) + new == window
-    assert 20 < cut < 100
+    assert 20 < moved < 100
 
 
 def test_a_tokenizer_that_puts_nothing_before_a_text():
@@ -93,7 +102,27 @@ def test_continuations_beside_begin():
         fit_continued("abc", ["d", ""], LETTERS, 6, "error", 1)
 
 
+def test_what_is_too_long_is_cut():
+    """The window is full, nothing of the text is lost, and new tokens get what the prompt leaves, or half."""
+    text = LETTERS.encode("0123456789")
+    for new, wanted in ((3, 3), (14, 14), (15, 7), (99, 7)):
+        contexts, (bos, *ids), left = cut("0123456789", LETTERS, 16, new, 4)
+        assert (bos, left) == (-1, wanted)
+        assert [i for part in (*contexts, ids) for i in part] == text
+        assert len(ids) == min(10, 16 - 1 - wanted)
+    assert cut("ab", LETTERS, 16, 99, 4) == ([], [-1, 97, 98], 13)
+    assert cut("", LETTERS, 16, 99, 4) == ([], [-1], 14)
+    parts = cut_continued("ab", "0123456789", LETTERS, 6, 4)
+    assert parts == ([LETTERS.encode("ab0"), LETTERS.encode("1234")], [-1, ord("5")], LETTERS.encode("6789"))
+    assert cut_continued("abcdef", "01", LETTERS, 6, 4) == ([[97, 98, 99]], [-1, 100, 101, 102], [48, 49])
+    with pytest.raises(TooLong, match="window's 2"):
+        cut_continued("ab", "cd", LETTERS, 2, 4)
+
+
 def test_no_room():
+    with pytest.raises(ValueError, match="2 tokens and 3 .*window of 4 .*truncate_left"):
+        fit("a", LETTERS, 4, 3, "error", 8)
+    assert fit("a", LETTERS, 5, 3, "error", 8) == ([], [-1, 97])
     with pytest.raises(ValueError, match="99 new tokens .*BOS .*window's 100"):
         fit("a", LETTERS, 100, 99, "truncate_left", 8)
     with pytest.raises(ValueError, match="chunk_length is 0"):

@@ -26,7 +26,7 @@ draw = jax.jit(sample)
 
 
 def draws_of(rows: int, *settings, number: int = 0) -> Draws:
-    """Each row with a seed of its own."""
+    """Each row with a seed of its own, from 0 on."""
     draws = Draws.of([Sampling(*settings)] * rows)
     return draws._replace(seed_B=np.arange(rows, dtype=np.uint32), number=np.int32(number))
 
@@ -39,7 +39,10 @@ def drawn(*settings) -> np.ndarray:
 
 @pytest.mark.parametrize(
     ("temperature", "top_k", "top_p"),
-    [(1, 0, 1), (0.5, 0, 1), (3, 0, 1), (1, 3, 1), (1, 0, 0.5), (1, 0, 0.8), (2, 5, 0.7), (1, 100, 0.3), (1, 2, 0.99)],
+    [
+        *((1, 0, 1), (0.5, 0, 1), (3, 0, 1), (1, 3, 1), (1, 0, 0.5), (1, 0, 0.8), (2, 5, 0.7), (1, 2, 0.99)),
+        *((1, 10**6, 0.3), (1, 2**31 - 1, 1), (1e30, 0, 1)),
+    ],
 )
 def test_distribution(temperature, top_k, top_p):
     """Exactly the tokens of the definition come up, as often as it says."""
@@ -61,11 +64,11 @@ def test_the_support_is_exact():
             assert set(np.flatnonzero(wanted > 0.01)) <= set(found)
 
 
-GREEDY = Sampling(), Sampling(0, 5, 0.5, 3), Sampling(2.0, top_k=1), Sampling(2.0, top_p=1e-6)
+GREEDY = Sampling(), Sampling(0, 5, 0.5, 3), Sampling(2.0, top_k=1), Sampling(2.0, top_p=1e-30), Sampling(1e-30)
 
 
 def test_greedy():
-    """Temperature 0, top_k 1 and a tiny top_p take the most probable token, whatever else is set."""
+    """Temperature 0 or next to it, top_k 1 and a tiny top_p take the most probable token, whatever else is set."""
     logits = np.random.default_rng(1).normal(size=(50, 12)).astype(np.float32)
     for sampling in GREEDY:
         np.testing.assert_array_equal(draw(logits, Draws.of([sampling] * 50)), logits.argmax(1))

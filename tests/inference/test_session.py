@@ -185,3 +185,21 @@ def test_a_plain_decoder_ends_with_its_window(text_model, drawn):
     session.replace(ids[:9])
     assert session.next(HOT) == drawn(ids[:9], 1)
     assert np.all(session.tokens == np.array(ids[:9]))
+
+
+def test_a_plain_decoder_may_drop_tokens(text_model, drawn):
+    """As CEPE moves them, among tokens drawn and texts replaced; nothing is read beside."""
+    session = Session(text_model.model.decoder, WINDOW, HEAD, CHUNK, None, drops=True)
+    session.replace(random_ids(WINDOW - 2))
+    moved = []
+    for number in range(20):
+        if number in (6, 12):  # more than the window has, then a text that shares no chunk with it
+            session.replace(session.ids + random_ids(50, number) if number == 6 else random_ids(WINDOW + 3, number))
+        kept = session.ids[:HEAD] + session.ids[HEAD + CHUNK * -(-max(0, len(session.ids) + 1 - WINDOW) // CHUNK) :]
+        assert session.next(HOT) == drawn(kept, number)
+        assert session.tokens == kept
+        session.ids.append(9)
+        moved.append(session.moved)
+    assert (moved[0], moved[3], moved[11], moved[12]) == (0, 1, 8, 1)
+    with pytest.raises(ValueError, match=f"{CHUNK + 1} more must fit into the window of {WINDOW}"):
+        Session(text_model.model.decoder, WINDOW, 40, CHUNK, None, drops=True)

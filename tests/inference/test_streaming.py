@@ -1,9 +1,10 @@
 """Text while its tokens come: the pieces joined are the decoding of the whole, for any tokens and cuts."""
 
 import random
+from types import SimpleNamespace
 
 import pytest
-from support.tokenizers import TEXTS, as_llama_2, byte_level, to_tokenizers
+from support.tokenizers import TEXTS, as_llama_2, byte_ids, byte_level, to_tokenizers
 
 from cepe_jax.data.tokenizer import Tokenizer
 from cepe_jax.data.tokenizer_training import train
@@ -40,7 +41,7 @@ def test_the_pieces_of_a_text(tokenizers, kind):
             assert len([piece for piece in pieces if piece]) >= (len(ids) - cut) / 4
 
 
-@pytest.mark.parametrize("kind", KINDS[:3])
+@pytest.mark.parametrize("kind", KINDS)
 def test_any_tokens(tokenizers, kind):
     """Bytes that are no text, spaces first, BOS and EOS between: the decoding of all, after the prompt's."""
     tokenizer, rng = tokenizers[kind], random.Random(0)
@@ -51,6 +52,38 @@ def test_any_tokens(tokenizers, kind):
         new = rng.choices(spaces, k=rng.randrange(3)) + new
         whole = tokenizer.decode(prompt + new)
         assert tokenizer.decode(prompt) + "".join(pieces_of(tokenizer, prompt, new)) == whole
+
+
+# Never a character; characters with one byte torn; what is invalid though it looks like UTF-8: overlong, a surrogate.
+TORN_BYTES = [b"\xff" * 400, b"\x80" * 400, b"\xe6\xbc" * 200, b"\xf0\x9f\x98" * 133, "漢".encode() * 9 + b"\xe6"]
+TORN_BYTES += ["🙂漢é".encode()[at:] * 3 for at in range(4)]
+TORN_BYTES += [b"\xc0\x80" * 9, b"\xed\xa0\x80" * 9, "\ufffd▁".encode() * 9]
+UNITS = [b"\xff", b"\x80", b"\xe6", b"\xbc", b"\xf0\x9f", b"\xc3", b"a", "🙂".encode(), "é".encode(), "\ufffd".encode()]
+
+
+def decoded(kind: str, content: bytes) -> str:
+    """By Python's own decoder: U+FFFD for each byte that is no part of a character, byte-level for each run of such."""
+    if kind == "byte level":
+        return content.decode("utf-8", "replace")
+    return "".join(TORN if "\ud800" < c < "\ue000" else c for c in content.decode("utf-8", "surrogateescape"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_torn_bytes_are_given_at_once(tokenizers, kind):
+    """No more than three characters wait for a fourth byte, and however long it goes on, few tokens are read again."""
+    tokenizer, rng = tokenizers[kind], random.Random(0)
+    ids, before = byte_ids(tokenizer.path), tokenizer.encode("a")
+    reads, decode = [], tokenizer.decode
+    noting = SimpleNamespace(decode=lambda ids: reads.append(len(ids)) or decode(ids))
+    for content in TORN_BYTES + [b"".join(rng.choices(UNITS, k=rng.randrange(12))) for _ in range(200)]:
+        text, given = Detokenizer(noting, before), ""
+        for end, byte in enumerate(content, 1):
+            given += text.add(ids[byte])
+            whole = decoded(kind, content[:end])
+            assert whole.startswith(given)
+            assert len(whole) - len(given) <= 3
+        assert given + text.end() == decoded(kind, content) == decode(before + [ids[byte] for byte in content])[1:]
+    assert max(reads) < 40
 
 
 def test_a_torn_character_is_given_as_the_decoder_gives_it(tokenizers):

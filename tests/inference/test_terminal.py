@@ -1,6 +1,5 @@
 """scripts/generate.py: files in, text out, a conversation on standard input, contexts kept in a file."""
 
-import dataclasses
 import io
 import re
 import shutil
@@ -11,13 +10,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from support.tokenizers import CHUNK
+from support.tokenizers import CHUNK, WINDOW
 
 from cepe_jax.data.tokenizer import Tokenizer
-from cepe_jax.inference import context, session, terminal
+from cepe_jax.inference import context, session
 from cepe_jax.inference.context import ContextCache
 from cepe_jax.inference.generate import Sampling
 from cepe_jax.inference.terminal import Devices, GenerateConfig, run_generate
+from cepe_jax.inference.text import ModelFacts
 
 ROOT = Path(__file__).parents[2]
 HOT = Sampling(temperature=1.0, seed=5)
@@ -28,7 +28,7 @@ def config(home, text_model, tmp_path, monkeypatch):
     """GenerateConfig of the tiny model, which is not loaded again, and of two files."""
     (tmp_path / "a.txt").write_bytes("def g(y):\r\n\treturn 🙂\n".encode())
     (tmp_path / "b.txt").write_text("It is a test")
-    monkeypatch.setattr(terminal, "load", lambda *_: text_model)
+    monkeypatch.setattr(ModelFacts, "load", lambda *_: text_model)
     files = tmp_path / "a.txt", tmp_path / "b.txt"
 
     def config(**settings) -> GenerateConfig:
@@ -38,8 +38,8 @@ def config(home, text_model, tmp_path, monkeypatch):
     return config
 
 
-def speak(monkeypatch, *lines: bytes) -> None:
-    stdin = SimpleNamespace(buffer=io.BytesIO(b"".join(lines)), isatty=lambda: False)
+def speak(monkeypatch, *lines: bytes, terminal: bool = False) -> None:
+    stdin = SimpleNamespace(buffer=io.BytesIO(b"".join(lines)), isatty=lambda: terminal)
     monkeypatch.setattr(sys, "stdin", stdin)
 
 
@@ -89,16 +89,79 @@ def test_a_conversation(config, text_model, monkeypatch, capsys):
     assert re.fullmatch("not UTF-8 at byte 2: .*\n", err)
 
 
-def test_a_refused_turn(config, text_model, monkeypatch, capsys):
-    """It is told, in a line, and the conversation goes on without it."""
-    plain = dataclasses.replace(text_model, model=text_model.model.decoder)
-    monkeypatch.setattr(terminal, "load", lambda *_: plain)
-    speak(monkeypatch, b"def f(x): " * 20 + b"\n", b"x\n")
-    run_generate(config(prompt="", chat=True, context_file=()))
-    wanted = "".join(plain.chat().say("x", max_new_tokens=6, sampling=HOT))
+def test_a_refused_turn(plain_home, plain_model, monkeypatch, capsys):
+    """It is told, in a line, and the conversation goes on without it; with truncate_left nothing is refused."""
+    monkeypatch.setattr(ModelFacts, "load", lambda *_: plain_model)
+    settings = {"chat": True, "max_new_tokens": 6, "sampling": HOT, "chunk_length": CHUNK}
+    lines = b"def f(x): " * 20 + b"\n", b"x\n"
+    speak(monkeypatch, *lines)
+    run_generate(GenerateConfig(plain_home, **settings))
+    wanted = "".join(plain_model.chat().say("x", max_new_tokens=6, sampling=HOT))
     out, err = capsys.readouterr()
     assert out == f"\n{wanted}\n"
-    assert re.fullmatch("refused: .*conversation .*\n", err)
+    assert re.fullmatch("refused: .*truncate_left .*\n", err)
+    speak(monkeypatch, *lines)
+    run_generate(GenerateConfig(plain_home, overflow="truncate_left", **settings))
+    chat = plain_model.chat(overflow="truncate_left", chunk_length=CHUNK)
+    wanted = ["".join(chat.say(text, max_new_tokens=6, sampling=HOT)) for text in ("def f(x): " * 20, "x")]
+    assert capsys.readouterr() == ("".join(f"{text}\n" for text in wanted), "")
+
+
+def test_a_terminal_says_how_to_leave(config, monkeypatch, capsys):
+    speak(monkeypatch, b"x\n", terminal=True)
+    run_generate(config(prompt="", chat=True, context_file=()))
+    err = capsys.readouterr().err
+    assert re.fullmatch("[^\n]*Ctrl-D[^\n]*\n> > ", err)
+
+
+def test_a_seed_that_was_drawn_is_told(config, monkeypatch, capsys):
+    """And gives the same text again, of a prompt and of a conversation; greedy text needs none."""
+    for what in ({"context_file": ()}, {"context_file": (), "chat": True, "prompt": ""}):
+        speak(monkeypatch, b"x\n")
+        run_generate(config(sampling=Sampling(temperature=1.0), **what))
+        out, err = capsys.readouterr()
+        (seed,) = re.fullmatch(r".*--sampling\.seed=(\d+).*\n", err).groups()
+        speak(monkeypatch, b"x\n")
+        run_generate(config(sampling=Sampling(temperature=1.0, seed=int(seed)), **what))
+        assert capsys.readouterr() == (out, "")
+    run_generate(config(sampling=Sampling(), context_file=()))
+    assert capsys.readouterr().err == ""
+
+
+def test_a_long_prompt_of_a_plain_decoder(plain_home, plain_model, monkeypatch, capsys):
+    """What is not read is told."""
+    monkeypatch.setattr(ModelFacts, "load", lambda *_: plain_model)
+    prompt, limits = "It is\n\n" * 30, {"max_new_tokens": 6, "overflow": "truncate_left"}
+    run_generate(GenerateConfig(plain_home, prompt=prompt, **limits))
+    out, err = capsys.readouterr()
+    assert out == plain_model.generate(prompt, **limits) + "\n"
+    dropped = len(plain_model.tokenizer.encode(prompt)) - (WINDOW - 6 - 1)
+    assert re.fullmatch(f"[^\n]* {dropped} tokens [^\n]*\n", err)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"prompt": "def f(x): " * 30}, f" 6 .*window of {WINDOW} .*truncate_left"),
+        ({"prompt": "x", "overflow": "passages"}, "passages.* truncate_left"),
+        ({"prompt": "x", "context_file": True}, "plain decoder, .* context_file"),
+        ({"prompt": "x", "contexts": True}, "plain decoder, .* contexts"),
+        ({"prompt": "x", "window": WINDOW + 1}, f"window is {WINDOW + 1}: .* {WINDOW}"),
+        ({"prompt": "x", "max_new_tokens": WINDOW, "overflow": "truncate_left"}, f"{WINDOW} new tokens"),
+        ({"chat": True, "overflow": "passages"}, "passages: .* truncate_left"),
+        ({"chat": True, "system": "What is it? " * 20}, f"window of {WINDOW}"),
+    ],
+)
+def test_refusals_come_before_weights_are_read(plain_home, tmp_path, settings, said):
+    """The config and the tokenizer are enough: here the weights are gone."""
+    bare = shutil.copytree(plain_home, tmp_path / "bare", ignore=lambda *_: ["model-00001-of-00001.safetensors"])
+    (tmp_path / "a.txt").write_text("x")
+    files = {"context_file": (tmp_path / "a.txt",), "contexts": tmp_path / "a.txt"}
+    settings = {name: files[name] if value is True and name in files else value for name, value in settings.items()}
+    with pytest.raises(ValueError, match=said):
+        run_generate(GenerateConfig(bare, **{"max_new_tokens": 6, **settings}))
+    with pytest.raises(ValueError, match="safetensors"):
+        run_generate(GenerateConfig(bare, prompt="x", max_new_tokens=6))
 
 
 @pytest.mark.parametrize("chat", [True, False])
@@ -159,9 +222,14 @@ def test_bad_files(tmp_path, content, said):
 
 
 def test_bad_places(tmp_path, home):
-    for contexts, files in ((tmp_path / "kept", ()), (tmp_path / "absent" / "kept", (home / "config.json",))):
-        with pytest.raises(FileNotFoundError, match="kept: no .*file, .*context_file"):
-            run_generate(GenerateConfig(tmp_path / "absent", prompt="x", contexts=contexts, context_file=files))
+    """Seen before anything is loaded, files and directories that stand where the other should."""
+    (tmp_path / "file").touch()
+    (tmp_path / "dir").mkdir()
+    some = (home / "config.json",)
+    for contexts, files in (("kept", ()), ("absent/kept", some), ("file/kept", some), ("dir", some), ("dir", ())):
+        config = GenerateConfig(tmp_path / "absent", prompt="x", contexts=tmp_path / contexts, context_file=files)
+        with pytest.raises(FileNotFoundError, match=f"{contexts}: no .*context_file"):
+            run_generate(config)
 
 
 @pytest.mark.parametrize(
@@ -170,8 +238,9 @@ def test_bad_places(tmp_path, home):
         ({}, "prompt, or chat"),
         ({"prompt": "x", "chat": True}, "prompt, or chat"),
         ({"prompt": "x", "system": "y"}, "system is .*chat"),
-        ({"chat": True, "overflow": "passages"}, "overflow is passages: .*chat"),
         ({"prompt": "x", "chunk_length": 0}, "chunk_length is 0: give"),
+        ({"prompt": "x", "max_new_tokens": 0}, "max_new_tokens is 0: give"),
+        ({"prompt": "x", "stop": ("",)}, "stop is "),
     ],
 )
 def test_bad_config(tmp_path, settings, said):

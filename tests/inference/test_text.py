@@ -6,7 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
-from support.models import make_decoder, make_encoder
+from support.models import make_encoder
 from support.oracles import draw
 from support.tokenizers import CHUNK, WINDOW, byte_level, chunks_of
 
@@ -201,8 +201,8 @@ def test_spaces_of_a_tokenizer_that_puts_one_before_every_text(llama_2, monkeypa
     before = tokenizer.encode("what", bos=True)
     assert tokenizer.encode(" is it") != whole[len(before) :]
     monkeypatch.setattr(text, "stream", lambda *_, **__: iter([[i] for i in whole[len(before) :]]))
-    assert llama_2.generate("what") == " is it"
-    assert "".join(llama_2.stream("what", stop=[" it"])) == " is"
+    assert llama_2.generate("what", max_new_tokens=9) == " is it"
+    assert "".join(llama_2.stream("what", max_new_tokens=9, stop=[" it"])) == " is"
     monkeypatch.setattr(text, "score", lambda *read: given.extend(read[1:3]) or [])
     llama_2.score("what ", ["is it", " is"])
     assert given == [before, [whole[len(before) :], tokenizer.encode("what  is", bos=True)[len(before) :]]]
@@ -217,19 +217,29 @@ def test_known_texts_are_not_encoded_again(text_model, context, monkeypatch):
     assert [p.digest for p in again.passages[1:]] == [p.digest for p in context.passages]
 
 
-def test_a_plain_decoder(tmp_path, home, write, plain):
-    """A Llama directory generates and scores; it has no encoder."""
-    save(make_decoder(cepe_jax.load(home).model.decoder.config), tmp_path / "llama", home)
-    model = cepe_jax.load(tmp_path / "llama")
+def test_a_plain_decoder(plain_home, write, fresh):
+    """A Llama directory generates and scores; it has no encoder, and of a long prompt it reads the last tokens."""
+    model = cepe_jax.load(plain_home)
     tokens = [0, *model.tokenizer.encode("x = ")]
     wanted, _ = write(tokens, [], 5)
     assert model.generate("x = ", max_new_tokens=5) == wanted
-    for call in (
-        lambda: model.encode(["a"]),
-        lambda: model.generate("def " * 60, max_new_tokens=9, overflow="truncate_left"),
-        lambda: model.score("a", ["b"], ContextCache({})),
+    long = "The quick brown fox: " * 9
+    ids = model.tokenizer.encode(long)
+    wanted, _ = write([0, *ids[len(ids) - (WINDOW - 9 - 1) :]], [], 9)
+    assert model.generate(long, max_new_tokens=9, overflow="truncate_left") == wanted
+    whole, before = model.tokenizer.encode(long + "x"), len(model.tokenizer.encode(long.rstrip()))
+    read = [0, *whole[len(whole) - (WINDOW - 1) :]]
+    (score,) = model.score(long, ["x"], overflow="truncate_left")
+    for at, log_prob in zip(range(before - len(whole), 0), score.log_probs, strict=True):
+        logits_V = np.asarray(fresh(read[:at]), np.float64)
+        assert log_prob == pytest.approx(logits_V[read[at]] - np.logaddexp.reduce(logits_V), abs=1e-5)
+    for call, said in (
+        (lambda: model.encode(["a"]), "context .*CEPE .*plain decoder"),
+        (lambda: model.score("a", ["b"], ContextCache({})), "context .*CEPE .*plain decoder"),
+        (lambda: model.generate("a", overflow="passages"), "passages.* truncate_left"),
+        (lambda: model.score("a", ["b"], overflow="passages"), "passages.* truncate_left"),
     ):
-        with pytest.raises(ValueError, match="context .*CEPE .*plain decoder"):
+        with pytest.raises(ValueError, match=said):
             call()
 
 
@@ -255,7 +265,7 @@ def test_load(home, text_model, tmp_path):
         cepe_jax.load(bare, tokenizer=home)
 
 
-def test_refused_directories(home, tmp_path):
+def test_refused_directories(home, tmp_path, monkeypatch):
     """Before a weight is read."""
     config = json.loads((home / "config.json").read_text())
     other = byte_level(tmp_path / "tokenizer.json", ("<s>", "</s>"), 330)
@@ -274,8 +284,13 @@ def test_refused_directories(home, tmp_path):
     save(make_encoder(), tmp_path / "encoder")
     with pytest.raises(ValueError, match="an encoder, .*CEPE"):
         cepe_jax.load(tmp_path / "encoder")
-    with pytest.raises(ValueError, match="no config.json in"):
+    with pytest.raises(ValueError, match="no config.json in .*: give a directory"):
         cepe_jax.load(tmp_path / "absent")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="meta/Llama-2: hf download meta/Llama-2 --local-dir Llama-2, "):
+        cepe_jax.load("meta/Llama-2")
+    with pytest.raises(ValueError, match="no config.json in bare/model: give a directory"):
+        cepe_jax.load("bare/model")  # bare is a directory, so it is no name of the hub's
 
 
 def test_bad_input(text_model, context):

@@ -136,5 +136,20 @@ def to_tokenizers(model: Path, path: Path) -> Path:
     return path
 
 
+def byte_ids(path: Path) -> list[int]:
+    """The id of each byte, of a SentencePiece model or a tokenizer.json with bytes."""
+    if path.suffix == ".model":
+        find = sentencepiece.SentencePieceProcessor(model_file=str(path)).piece_to_id
+    else:
+        find = tokenizers.Tokenizer.from_file(str(path)).token_to_id
+    if path.suffix == ".model" or find("<0x00>") is not None:
+        return [find(f"<0x{byte:02X}>") for byte in range(256)]
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]  # the others are, in order, the letters from 256 on
+    letters = {byte: chr(byte) for byte in shown} | {
+        byte: chr(256 + number) for number, byte in enumerate(sorted(set(range(256)) - set(shown)))
+    }
+    return [find(letters[byte]) for byte in range(256)]
+
+
 def chunks_of(ids: list[int]) -> list[list[int]]:
     return [ids[at : at + CHUNK] for at in range(0, len(ids), CHUNK)]

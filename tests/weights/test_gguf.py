@@ -302,4 +302,4 @@ def test_other_files(tensors, tmp_path):
 def test_without_the_library(tensors, tmp_path, monkeypatch):
     path = save(tmp_path / "x.gguf", tensors, metadata_of(DECODER))
     monkeypatch.setitem(sys.modules, "gguf", None)
-    refused(path, r"pip install gguf \(or cepe-jax\[gguf\]\)")
+    refused(path, r"GGUF .*pip install '\.\[gguf\]'")

@@ -213,7 +213,7 @@ def test_unknown_dtype(llama_source):
 def test_torch_is_asked_for_by_name(llama_source, monkeypatch):
     (llama_source.path / "model.safetensors").rename(llama_source.path / "pytorch_model.bin")
     monkeypatch.setitem(sys.modules, "torch", None)
-    refused(llama_source, "pytorch_model.bin .*pip install torch")
+    refused(llama_source, r"pytorch_model.bin .*pip install '\.\[parity\]'")
 
 
 class TestPickles:
