@@ -74,6 +74,8 @@ def test_an_id_outside_gives_nan_inside_a_trace(wrong, cepe, forward):
         (r"\bwidth.* 0\b", {"width": 0}),
         (r"num_layers.* -1\b", {"num_layers": -1}),
         (r"'float16'.*float32.*bfloat16", {"dtype": "float16"}),
+        (r"head_dim 12.* 8 .* 128.*xla.*float32", {"attention": "cudnn", "head_dim": 12}),
+        (r"head_dim 136.* 8 .* 128", {"attention": "cudnn", "head_dim": 136}),
         (r"remat 'some'.*none.*dots.*full", {"remat": "some"}),
         (r"norm_eps.* 0", {"norm_eps": 0.0}),
     ],
