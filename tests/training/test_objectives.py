@@ -15,7 +15,7 @@ from support.models import DECODER, make_decoder
 from cepe_jax.data.examples import IGNORE
 from cepe_jax.model.cepe import assemble, parts_of, split
 from cepe_jax.model.llama import Llama
-from cepe_jax.training.objectives import Distill, MaskedLM, NextToken, sum_over_chunks
+from cepe_jax.training.objectives import Distill, MaskedLM, NextToken, sum_over_chunks, token_nll
 from cepe_jax.training.trainer import OptimizerConfig, init_state, make_train_step
 from cepe_jax.weights.huggingface import load, table
 from cepe_jax.weights.tensors import tensors_of
@@ -195,6 +195,13 @@ def test_a_batch_without_a_kept_label_has_loss_and_gradient_zero(cepe, batch):
     loss, gradient = loss_and_gradient(NextToken(4), cepe, batch | {"labels": np.full_like(batch["labels"], IGNORE)})
     assert float(loss) == 0
     assert all((np.asarray(leaf) == 0).all() for leaf in jax.tree.leaves(gradient))
+
+
+def test_every_label_except_ignore_counts():
+    """Token 0 is a target like any other."""
+    logits, labels = np.random.default_rng(0).standard_normal((1, 3, 5)), np.array([[0, IGNORE, 4]])
+    wanted = np.log(np.exp(logits).sum(-1)) - [[logits[0, 0, 0], 0.0, logits[0, 2, 4]]]
+    np.testing.assert_allclose(token_nll(logits, labels), wanted * (labels != IGNORE), rtol=1e-6)
 
 
 def test_teacher_mass_of_zero_adds_nothing(cepe, batch):
