@@ -110,7 +110,10 @@ def test_resuming_repeats_and_skips_nothing(home, first):
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_workers_change_nothing(home, workers):
-    """Whole batches, from any step on, in their order; a loader that is closed leaves no process behind."""
+    """Whole batches, from any step on, in their order; a loader that is closed leaves no process behind.
+
+    6 CPU-seconds for real processes of Grain.
+    """
     data = mixture(home, "cepe")
     loading = batches(data, 4, first=2, workers=workers, rows=[1, 3])
     found = list(islice(loading, 7))
@@ -218,6 +221,8 @@ def test_foreign_contexts(home):
 
 
 def test_cepe_masks_chunks(home):
+    """6 CPU-seconds: as many examples as tell the rates from their neighbours."""
+
     def touched(**changes) -> float:
         return np.mean([~e["context_mask"].all(axis=1) for e in rows(mixture(home, "cepe", **changes), 800)])
 

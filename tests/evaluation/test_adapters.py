@@ -135,7 +135,7 @@ def test_answers_end_as_the_task_says():
 
 def test_samples_are_refused():
     for how in ({"do_sample": True, "temperature": 0.7}, {"temperature": 0.7}):
-        with pytest.raises(ValueError, match="the task wants samples"):
+        with pytest.raises(ValueError, match="samples"):
             Adapter(Scripted(), Splitter(window=16)).generate_until(asked("generate_until", ("abc", how)))
 
 
@@ -196,7 +196,7 @@ def test_a_chat_template_is_read_with_its_tokens(home):
     adapter.generate_until(asked("generate_until", (asks, {"max_gen_toks": 4})))
     assert model.asked[0].ids == tokenizer.encode_special(asks)
     assert model.asked[0].ids != tokenizer.encode(asks)
-    with pytest.raises(ValueError, match="give the adapter one"):
+    with pytest.raises(ValueError, match="adapter"):
         Adapter(model, Splitter(window=256)).apply_chat_template(said)
 
 
@@ -217,7 +217,10 @@ def test_a_template_that_writes_bos(tmp_path):
 
 
 def test_needles_of_ruler(home, offline, tmp_path, monkeypatch):
-    """RULER's own task and score, solved by a model that looks into all that it is given: no text is lost."""
+    """RULER's own task and score, solved by a model that looks into all that it is given: no text is lost.
+
+    20 CPU-seconds of lm-eval's own task loading: its prompts, not copies of them.
+    """
     for extra in ("transformers", "wonderwords", "nltk"):
         pytest.importorskip(extra)
     monkeypatch.setenv("NLTK_DATA", str(tmp_path))
@@ -242,7 +245,10 @@ def test_needles_of_ruler(home, offline, tmp_path, monkeypatch):
 
 
 def test_a_run_from_files(home, folder, local, tmp_path, capsys, monkeypatch):
-    """A tiny CEPE's answers are those that it gives without the harness. A second run asks nothing again."""
+    """A tiny CEPE's answers are those that it gives without the harness. A second run asks nothing again.
+
+    8 CPU-seconds: lm-eval's evaluator from a task file to results.
+    """
     text_model: TextModel = cepe_jax.load(home, window=32)
     names = "local_choices", "local_answers"
     config = HarnessConfig(
@@ -334,7 +340,7 @@ def test_settings_are_checked(home, tmp_path, settings, message):
 
 def test_an_unknown_task_is_named(home, local, tmp_path, monkeypatch):
     config = HarnessConfig(ModelConfig(home), ("no_such_task",), tmp_path / "out", window=32)
-    with pytest.raises(ValueError, match="no_such_task is no task"):
+    with pytest.raises(ValueError, match="no_such_task"):
         run_harness(config)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(ValueError, match=r"pip install '\.\[harness\]'"):

@@ -313,7 +313,7 @@ def test_all_that_is_missing_is_said_at_once(config, runs):
     config = dataclasses.replace(config, models=models, perplexity=data)
     runs.faults[Path("a")] = "a is a plain decoder"
     absent = [f"{name}: no such file or directory" for name in ("x", "books", "code", "y")]
-    with pytest.raises(ValueError, match=f"^{'; '.join([*absent, 'a is a plain decoder'])}$"):
+    with pytest.raises(ValueError, match=f"^{'; '.join([*absent, 'a is .*decoder'])}$"):
         run_sweep(config)
     assert not runs.groups
 
@@ -321,7 +321,7 @@ def test_all_that_is_missing_is_said_at_once(config, runs):
 def test_a_model_that_cannot_be_read_so(config, runs):
     """No process is started for it, and the other model's cells are measured."""
     runs.faults[Path("a")] = "a is a plain decoder"
-    with pytest.raises(ValueError, match=r"5 of 10 cells failed, first first\.text\.none\.0: a is a plain decoder;"):
+    with pytest.raises(ValueError, match=r"5 of 10 cells failed, first first\.text\.none\.0: a .*decoder;"):
         run_sweep(config)
     assert runs.groups == [NAMES[5:]]
     assert len(results(config)["cells"]) == 5
@@ -530,7 +530,10 @@ def test_one_model_is_a_grid_of_one(config):
 
 def test_a_real_process_that_is_killed(home, texts, tmp_path, forward, monkeypatch):
     """CEPE in processes of its own, the first killed as it begins: the second cell is done by another, and its numbers
-    are those of the model called directly."""
+    are those of the model called directly.
+
+    8 CPU-seconds for real workers: in the other tests the parent does what they would do.
+    """
     sizes = {"window": 12, "scored": 5, "chunk_length": 8, "chunks": (0, 2)}
     run, started = PerplexityRun(data=texts, out=tmp_path / "out", model=ModelConfig(home), **sizes), []
 

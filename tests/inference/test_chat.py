@@ -28,7 +28,10 @@ def rendered(chat, upto: int) -> list[int]:
 
 
 def test_a_conversation(chat, text_model, fresh):
-    """Each token of each answer, over many overflows that come within answers and before them."""
+    """Each token of each answer, over many overflows that come within answers and before them.
+
+    5 CPU-seconds: every token against an uncached forward pass, over many overflows.
+    """
     tokenizer, number, overflows = text_model.tokenizer, 0, []
     head = tokenizer.encode_special(f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n")
     for turn, text in enumerate(SAID):

@@ -102,7 +102,10 @@ def test_generation_from_a_cache_is_recomputed(cepe, cache, forward):
 
 
 def test_a_context_for_each_row(cepe, identity, cache):
-    """Of different lengths, one of them empty: each row is the one it is alone."""
+    """Of different lengths, one of them empty: each row is the one it is alone.
+
+    5 CPU-seconds: each row alone is a program of its own.
+    """
     caches = cache, ContextCache(identity), cache.select([1])
     tokens = generate(cepe, PROMPTS, *stacked(caches), max_new_tokens=12, sampling=[HOT] * 3)
     for prompt, own, row in zip(PROMPTS, caches, tokens, strict=True):
@@ -378,6 +381,8 @@ def test_meshes():
     """On 8 devices: the states, tokens and scores of one; memory is cut over `context`; encoding does not communicate.
 
     Two prompts, and the one of a score, do not divide by four devices of the batch.
+
+    30 CPU-seconds of compiling for four meshes of 8 devices: each has collectives and placements of its own.
     """
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
     environment = os.environ | {

@@ -23,6 +23,7 @@ def measured(tmp_path_factory) -> tuple[dict, str]:
 
 
 def test_every_way_reads_the_same_context(measured):
+    """10 CPU-seconds, with the fixture: the whole benchmark, each way at two lengths."""
     rows = {(row["way"], row["context"]): row for row in measured[0]["rows"]}
     assert set(rows) == {(way, length) for way in WAYS for length in (96, 2000)}
     written = [rows[way, 96]["tokens"] for way in ("absorbed", "stored", "recomputed")]

@@ -201,5 +201,5 @@ def test_a_plain_decoder_may_drop_tokens(text_model, drawn):
         session.ids.append(9)
         moved.append(session.moved)
     assert (moved[0], moved[3], moved[11], moved[12]) == (0, 1, 8, 1)
-    with pytest.raises(ValueError, match=f"{CHUNK + 1} more must fit into the window of {WINDOW}"):
+    with pytest.raises(ValueError, match=f"{CHUNK + 1} more .* {WINDOW}"):
         Session(text_model.model.decoder, WINDOW, 40, CHUNK, None, drops=True)

@@ -251,7 +251,10 @@ def test_bad_config(tmp_path, settings, said):
 
 
 def test_the_script_over_four_devices(home, text_model, tmp_path):
-    """In a process of its own: the text that one device writes."""
+    """In a process of its own: the text that one device writes.
+
+    10 CPU-seconds: the script's own mesh, which no test in one process can have.
+    """
     (tmp_path / "a.txt").write_text("It is a test\n" * 9)
     options = ["--context-file", tmp_path / "a.txt", "--chunk-length=8", "--max-new-tokens=9", "--prompt=x = "]
     options += ["--sampling.temperature=1", "--sampling.seed=5", "--stop", "no such", "--mesh.tensor=2"]

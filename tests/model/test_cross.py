@@ -212,6 +212,8 @@ def test_a_memory_over_eight_devices_is_one_memory(split):
     """Every form and back end, its own and a shared memory, some devices with nothing but masked tokens; in fp32.
 
     Splash reads in blocks, also where the memory is not cut.
+
+    10 CPU-seconds, with the process of 8 devices that all tests of `split` read.
     """
     assert len(split["errors"]) == 2 * (2 + 1) * 3
     assert max(split["errors"].values()) < 1e-5, split["errors"]

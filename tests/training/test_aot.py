@@ -46,6 +46,7 @@ def compile_tpu(*arguments: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize("stage", [pytest.param("train", marks=pytest.mark.slow), "decode"])
 def test_a_step_is_compiled_and_reported(tmp_path, stage):
+    """8 CPU-seconds and more of the TPU compiler: a whole report, as the command writes it."""
     done = compile_tpu("--topology=v5e:2x2", f"--stage={stage}", f"--out={tmp_path}")
     assert done.returncode == 0, done.stderr[-2000:]
     (path,) = tmp_path.iterdir()
@@ -67,7 +68,10 @@ def test_a_step_is_compiled_and_reported(tmp_path, stage):
 
 
 def test_what_does_not_fit_is_said(tmp_path):
-    """16,384 sequences at once on a chip: 6 GiB for each layer's input alone."""
+    """16,384 sequences at once on a chip: 6 GiB for each layer's input alone.
+
+    8 CPU-seconds of the TPU compiler: its own words are read.
+    """
     done = compile_tpu("--topology=v5e:2x2", "--batch=65536", "--micro_batch=0", f"--out={tmp_path}")
     assert done.returncode == 1
     assert re.fullmatch(

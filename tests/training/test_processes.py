@@ -136,7 +136,10 @@ def resumed_at(process: Process) -> int:
 
 
 def test_a_lost_process_ends_the_others_and_the_run_goes_on(home, tmp_path):
-    """One of two is killed. The other says where, and ends; one process goes on from the checkpoint that it named."""
+    """One of two is killed. The other says where, and ends; one process goes on from the checkpoint that it named.
+
+    40 CPU-seconds for three real processes: only the runtime itself shows what a lost peer does to the others.
+    """
     out = tmp_path / "out"
     first, killed = start(home, 2, settings(home, out), stop=4, dying=1)
     assert ended([first, killed], seconds=90)[1] == -signal.SIGKILL

@@ -59,7 +59,10 @@ def runs(data, tmp_path_factory):
 
 
 def test_each_stage_trains_what_it_should(runs):
-    """The decoder keeps its bits from its first stage to the last; encoder and cross-attention move in each."""
+    """The decoder keeps its bits from its first stage to the last; encoder and cross-attention move in each.
+
+    15 CPU-seconds, with the fixture: all stages one after another, which the tests below start from.
+    """
     lm, mlm, warmup, cepe = (parts_of(load(runs / stage / "model")) for stage in ("lm", "mlm", "warmup", "cepe"))
     assert isinstance(load(runs / "cepe/model"), Cepe)
     assert bits(lm["decoder"]) == bits(warmup["decoder"]) == bits(cepe["decoder"])
@@ -95,7 +98,10 @@ def test_a_finished_stage_is_not_trained_again(runs, data, capsys):
 
 
 def test_a_killed_run_reads_on_where_it_was(runs, data, tmp_path, monkeypatch):
-    """Cut off one step after a checkpoint: no batch is skipped or repeated, and the model is the same bit for bit."""
+    """Cut off one step after a checkpoint: no batch is skipped or repeated, and the model is the same bit for bit.
+
+    8 CPU-seconds: three runs whose batches and bits are compared.
+    """
     start = {"cepe": str(runs / "warmup/model"), "mix": {"filtered": 1.0, "packed": 2.0}, "examples": EXAMPLES["cepe"]}
     config = TrainConfig("cepe", data, tmp_path / "whole", 5, 4, save_every=3, **start)
     seen: list[tuple[int, bytes]] = []
@@ -151,7 +157,10 @@ def test_the_record_is_of_the_run_that_has_checkpoints(runs, data, tmp_path, mon
 
 
 def test_evaluation_changes_nothing(runs, data, tmp_path):
-    """It reads the test split, the same batches at every time; the run may go on without it, and has the same bits."""
+    """It reads the test split, the same batches at every time; the run may go on without it, and has the same bits.
+
+    10 CPU-seconds: two runs whose bits are compared.
+    """
     unseen = tmp_path / "unseen"
     sample(SampleConfig(data=data / "docs", out=unseen, kind="filtered", length=32, split="test", workers=1))
     start = {"cepe": str(runs / "warmup/model"), "mix": {"filtered": 1.0, "packed": 2.0}, "examples": EXAMPLES["cepe"]}
@@ -204,7 +213,7 @@ def test_a_dry_run_tells_what_a_run_would_be(runs, data, tmp_path, capsys, monke
     assert f"packed: {7 * 4 * 0.75 / examples:.2f} times each of its {examples} examples" in said
     assert not (tmp_path / "out").exists()
     longer = dataclasses.replace(config, examples=ExampleConfig(window=32), dry_run=True)
-    with pytest.raises(ValueError, match="32 tokens, and a cepe example has 4128"):
+    with pytest.raises(ValueError, match=" 32 .*cepe .* 4128"):
         run_stage(longer)
     assert "chip hours" in capsys.readouterr().out  # the price is told all the same
     monkeypatch.setattr(stages, "make_mesh", lambda **_: jax.sharding.AbstractMesh((1, 1, 1, 4), MESH_AXES))

@@ -96,7 +96,10 @@ def stage(home, out, **changes) -> TrainConfig:
 
 
 def test_both_teachers_teach_the_same(taught, tmp_path):
-    """To the rounding of 16 bits: the same examples, masks and teacher."""
+    """To the rounding of 16 bits: the same examples, masks and teacher.
+
+    8 CPU-seconds: two runs of a stage, the teacher's probabilities stored and computed.
+    """
     first = []
     for data in ("filtered", "taught"):
         run_stage(stage(taught, tmp_path / data, data=taught / data))

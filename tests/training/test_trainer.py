@@ -103,7 +103,10 @@ def test_only_what_trains_has_gradients_and_optimiser_state(cepe, optimizer, ste
 
 
 def test_micro_batches_add_up_to_the_batch(cepe, optimizer, step):
-    """Weighted by kept labels: the mean of the micro-batches' means would be another number."""
+    """Weighted by kept labels: the mean of the micro-batches' means would be another number.
+
+    5 CPU-seconds: a step is compiled for each number of micro-batches.
+    """
     results = []
     for make in (step, make_train_step(NextToken(), optimizer, accumulate=4)):
         trainable, frozen = split(a_copy(cepe), TRAIN)
