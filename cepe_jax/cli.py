@@ -106,6 +106,8 @@ def _check(config_class, values: dict, root, group: str) -> None:
                 _check(group_class, one, root, f"{name}.")
         elif typing.get_origin(kind) is tuple and not _is_list(value):
             raise ValueError(f"{setting} is {value!r}: give a list, [a, b]")
+        elif typing.get_origin(kind) is dict and not isinstance(value, dict):
+            raise ValueError(f"{setting} is {value!r}: give names and their values, {{a: 1}}")
         elif _is_text(kind):
             if not isinstance(value, str | None):
                 raise ValueError(f"{setting} is {value!r}: give text, in YAML in quotes")

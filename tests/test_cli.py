@@ -246,6 +246,8 @@ def test_unknown_on_the_command_line_names_the_nearest(call, wrong, said):
         ("--sizes={a: 1}", r"sizes is \[\{'a': 1\}\]: .*\[a, b\]"),
         ("--sizes=[[1]]", r"sizes is \[\[1\]\]: .*\[a, b\]"),
         ("--dry_run=1", "dry_run is 1"),
+        ("--mix=packed", "mix is 'packed'"),
+        ("--mix=[packed]", r"mix is \['packed'\]"),
         ("--dry-runs", r"unknown .*dry-runs: .*dry_run\?"),
         ("--inner={rate: 1, rate: 2}", "rate .*twice"),
         ("--kind=three", "kind is 'three'"),

@@ -60,7 +60,7 @@ class Sequences:
         length = self.records.index["length"]
         if length < self.size:
             raise ValueError(
-                f"{path}: its sequences have {length} tokens, and a {stage} example has {self.size}: "
+                f"{path}: its sequences have {length} tokens, and an example of {stage} has {self.size}: "
                 f"sample longer ones, or lower the window"
             )
         self.per_sequence = 1 if self.joined else length // self.size

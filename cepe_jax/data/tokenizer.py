@@ -208,12 +208,16 @@ def _added_beside(path: Path) -> dict[str, dict]:
     """Return, by name, what the files beside `path` say of added tokens: `id`, `special` and the library's options."""
     settings, ids = settings_beside(path), settings_beside(path, "added_tokens.json")
     for name, i in ids.items():
-        if not isinstance(i, int):
+        if type(i) is not int or i < 0:
             raise ValueError(f"{path.with_name('added_tokens.json')}: the id of {name} is {i!r}: copy it again")
+    decoder = settings.get("added_tokens_decoder") or {}
+    for i, token in decoder.items():
+        if not i.isdecimal() or not isinstance(token, dict) or not isinstance(token.get("content"), str):
+            where = path.with_name("tokenizer_config.json")
+            raise ValueError(f"{where}: added_tokens_decoder has {i!r}: {token!r}, no token with its id: copy it again")
     roles = settings_beside(path, "special_tokens_map.json") | settings
     special = {n for key, role in roles.items() if key.endswith(("_token", "_tokens")) for n in tokens_in(role)}
     added = {name: {"id": i, "special": name in special} for name, i in ids.items()}
-    decoder = settings.get("added_tokens_decoder", {})
     return added | {token["content"]: {"special": False} | token | {"id": int(i)} for i, token in decoder.items()}
 
 

@@ -215,10 +215,8 @@ def checked(model: Cepe | Llama, prompts: Sequence[Sequence[int]], memory_BME, m
 def check_fits(length: int, new: int, window: int | None) -> None:
     """ValueError where a prompt of this length and the new tokens exceed the window; None is no bound."""
     if window is not None and length + new > window:
-        raise ValueError(
-            f"a prompt of {length} tokens and {new} new ones exceed the window of {window} tokens: shorten the prompt, "
-            f"or let overflow truncate_left cut it"
-        )
+        mend = "shorten the prompt, or let overflow truncate_left cut it" if new < window else "ask for fewer new ones"
+        raise ValueError(f"a prompt of {length} tokens and {new} new ones exceed the window of {window} tokens: {mend}")
 
 
 def stream(

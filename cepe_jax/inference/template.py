@@ -27,6 +27,8 @@ class Template:
         self.tokenizer = tokenizer
         settings = settings_beside(tokenizer.path)
         self.where, source = _source(tokenizer.path, settings)
+        if not isinstance(source, str):
+            raise ValueError(f"{self.where}: the chat template is {source!r}: give a text, or a list of named ones")
         try:
             self._program = _environment().from_string(source)
         except jinja2.TemplateSyntaxError as error:

@@ -266,6 +266,6 @@ def _stop_ids(path: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
     else:
         where, setting = path / "config.json", facts_at(path).get("eos_token_id")
     ends = setting if isinstance(setting, list) else [] if setting is None else [setting]
-    if not all(isinstance(i, int) for i in ends):
+    if not all(type(i) is int and i >= 0 for i in ends):
         raise ValueError(f"{where}: eos_token_id is {setting!r}: give an id, or a list of ids")
     return tuple(sorted({tokenizer.eos_id, *ends}))

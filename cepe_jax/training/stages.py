@@ -167,17 +167,17 @@ def launch(config: TrainConfig) -> Path:
         raise ValueError(f"{config.out} is in a bucket: pip install gcsfs to write there")
     with joined(config.distributed, config.out / "compiled"):
         ended = run_stage(config)
-    return ended or sys.exit(STOPPED)
+    return ended or sys.exit(0 if config.dry_run else STOPPED)
 
 
 def run_stage(config: TrainConfig) -> Path | None:
     """The directory `config.out/model`, trained; a run that was cut off goes on from its newest checkpoint.
 
-    None where the run was asked to stop before its end. A dry run tells what it would take and ends.
+    None where the run was asked to stop before its end. A dry run tells what it would take and ends, with None too.
     """
     if config.dry_run:
         tell_ahead(config)
-        return config.out
+        return None
     model_dir, record = config.out / "model", config.out / "config.json"
     sources = open_mix(config.data, config.mix, config.stage, config.examples)
     tokenizer = sources[0].records.tokenizer

@@ -150,6 +150,9 @@ class Gguf:
         hf = {theirs: own[key] for key, theirs in (REQUIRED | OPTIONAL).items() if key in own}
         if "bos_token_id" in of_tokenizer:
             hf["bos_token_id"] = of_tokenizer["bos_token_id"]
+        for key in ENDS:
+            if not isinstance(of_tokenizer.get(key, 0), int | np.integer):
+                raise ValueError(f"{self.path}: {key} is {of_tokenizer[key]!r}: convert the model to GGUF again")
         ends = {of_tokenizer[key] for key in ENDS if key in of_tokenizer}
         ends |= {i for i, name in enumerate(of_tokenizer.get("tokens", ())) if name in END_NAMES}
         if ends:

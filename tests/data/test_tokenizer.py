@@ -348,7 +348,16 @@ def test_copy_knows_the_added_tokens(llama_2, tmp_path, where):
     assert len(prints) == 5
 
 
-@pytest.mark.parametrize(("where", "content"), [("added_tokens.json", '{"<a>": "330"}'), ("added_tokens.json", "[]")])
+@pytest.mark.parametrize(
+    ("where", "content"),
+    [
+        ("added_tokens.json", '{"<a>": "330"}'),
+        ("added_tokens.json", '{"<a>": -1}'),
+        ("added_tokens.json", "[]"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"a": {"content": "<a>"}}}'),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"330": {"special": true}}}'),
+    ],
+)
 def test_bad_added_tokens(llama_2, tmp_path, where, content):
     shutil.copy(llama_2, tmp_path)
     (tmp_path / where).write_text(content)

@@ -281,6 +281,7 @@ BAD = {
     "no integers": ({"prompts": [[1], [1.5]]}, r"prompt is float64\[1\]: .*integers"),
     "no new token": ({"max_new_tokens": 0}, "max_new_tokens is 0"),
     "window": ({"window": 5}, "2 tokens and 4 .*window of 5 .*truncate_left"),
+    "no room": ({"max_new_tokens": 5, "window": 5}, "2 tokens and 5 .*window of 5 .*fewer"),
     "samplings": ({"sampling": [Sampling()] * 3}, "3 samplings for 2 prompts"),
     "memory rows": ({"memory_BME": np.zeros((3, 3, 16))}, r"\[3, 3, 16\].* want \[.*2, M, 16\]"),
     "mask shape": (

@@ -179,6 +179,7 @@ def test_where_a_template_stands(tmp_path):
         (None, "no chat template: .*chat_template.jinja .*tokenizer_config.json"),
         ([{"name": "tool_use", "template": "x"}], "tool_use, .*no default"),
         ("a\n{% if %}", "tokenizer_config.json: .*template, line 2"),
+        (3, "tokenizer_config.json: .* 3: .*text"),
         ("{{ messages[0].role + 1 }}", "chat template .*conversation"),
         ("{{ raise_exception('no system\nhere') }}", "chat template .*conversation: no system"),
         ("{{ messages.__class__.__mro__ }}", "conversation: .*unsafe"),

@@ -260,9 +260,10 @@ def test_load(home, text_model, tmp_path):
         config["huggingface"]["eos_token_id"] = ends
         (bare / "config.json").write_text(json.dumps(config))
         assert cepe_jax.load(bare, tokenizer=home).stop_ids == stop_ids
-    (bare / "generation_config.json").write_text(json.dumps({"eos_token_id": "</s>"}))
-    with pytest.raises(ValueError, match="generation_config.json: eos_token_id is '</s>'"):
-        cepe_jax.load(bare, tokenizer=home)
+    for wrong in ("</s>", -1, True):
+        (bare / "generation_config.json").write_text(json.dumps({"eos_token_id": wrong}))
+        with pytest.raises(ValueError, match=f"generation_config.json: eos_token_id is {wrong!r}"):
+            cepe_jax.load(bare, tokenizer=home)
 
 
 def test_refused_directories(home, tmp_path, monkeypatch):
