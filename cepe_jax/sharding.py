@@ -69,7 +69,7 @@ def num_shards(logical: str) -> int:
 
 
 def rows_of_a_device(rows: int) -> int:
-    """How many of a batch's rows a device computes: its share, or all of them if the devices cannot share them."""
+    """Return how many of a batch's rows a device computes: its share, or all if the devices cannot share them."""
     shards = num_shards("batch")
     return rows if rows % shards else rows // shards
 

@@ -37,7 +37,7 @@ class NoDataset(FileNotFoundError):
 
 
 def is_dataset(path: Path) -> bool:
-    """Whether a dataset is at `path`, be it one that is not finished."""
+    """Return whether a dataset is at `path`, finished or not."""
     return (path / INDEX).exists() or (path / "units").exists()
 
 

@@ -378,7 +378,7 @@ def _without_prefix(processor: sentencepiece.SentencePieceProcessor) -> sentence
 
 
 def _newline_prefix(processor: sentencepiece.SentencePieceProcessor) -> int | None:
-    """How many ids a text that begins with a newline has before it (a dummy prefix); None if cuts change ids.
+    """Return how many ids stand before a newline that begins a text (a dummy prefix); None if cuts change ids.
 
     A cut before a newline changes nothing where no longer piece has one and normalising leaves white space alone,
     in a BPE model, whose scores are ranks. A unigram model sums scores from the beginning of the text, and rounds.

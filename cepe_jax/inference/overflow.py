@@ -16,7 +16,7 @@ BLANK_LINES = re.compile(r"\n(?:[ \t\r]*\n)+")  # what ends a passage; the inden
 
 
 class TooLong(ValueError):
-    """What is to follow a prompt leaves no room for it, or its last passage has none: no overflow mode makes it fit."""
+    """New tokens leave no room for the prompt, or its last passage is too long: no overflow mode makes it fit."""
 
 
 def truncate_left(ids: list[int], room: int, chunk_length: int) -> tuple[list[list[int]], list[int]]:

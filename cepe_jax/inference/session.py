@@ -121,7 +121,7 @@ class Session:
         return context is self.context and fresh > 0 and room >= 0 and tokens[: len(before)] == before
 
     def _overflow(self, ids: list[int]) -> int:
-        """How many chunks of a text must be moved so that one token more fits into the window."""
+        """Return how many chunks of a text must be moved so that one token more fits into the window."""
         return -(-max(0, len(ids) + 1 - self.window) // self.chunk_length)
 
     def _make_room(self) -> None:
@@ -131,7 +131,7 @@ class Session:
         if self.context is None and not self._drops:
             raise ValueError(
                 f"the conversation has {len(self.ids)} tokens and the window of this plain decoder {self.window}: "
-                f"begin anew, or let overflow truncate_left drop its oldest tokens"
+                f"start another one, or let overflow truncate_left drop its oldest tokens"
             )
         context = self.context
         if context is not None:

@@ -197,7 +197,7 @@ class TextModel:
 
 @dataclass(frozen=True, eq=False)
 class ModelFacts:
-    """What the config and the tokenizer of a model that writes text say; no weight is read yet."""
+    """The facts in the config and the tokenizer of a model that writes text; no weight is read yet."""
 
     path: Path
     config: CepeConfig | DecoderConfig

@@ -1,4 +1,4 @@
-"""What a run will read, compute, hold and take, told before it runs, from sizes alone."""
+"""A forecast of what a run will read, compute, hold and take, from sizes alone."""
 
 import dataclasses
 import math

@@ -133,7 +133,7 @@ def _fill(names: list[str], leaf: nnx.Variable, sharding, dtype: str, read: Read
             slabs[bounds] = out
         return slabs[bounds]
 
-    if sharding is None:  # not committed to a device: beside what is made later, jit would compile anew for it
+    if sharding is None:  # not committed to a device: beside what is made later, jit would compile again for it
         return jnp.asarray(slab((slice(None),) * len(leaf.shape)))
     return jax.make_array_from_callback(leaf.shape, sharding, slab)
 

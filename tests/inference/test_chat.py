@@ -189,7 +189,7 @@ def test_a_plain_decoder_ends_with_its_window(plain_model):
         list(chat.say("def f(x):\n" * 9))
     assert state(chat) == before
     given = []
-    with pytest.raises(ValueError, match="begin anew"):
+    with pytest.raises(ValueError, match="truncate_left"):
         given.extend(chat.say("y", max_new_tokens=99, sampling=HOT))
     assert [message["content"] for message in chat.messages] == [SYSTEM, "x", first, "y", "".join(given)]
     assert len(chat.session.ids) == WINDOW
