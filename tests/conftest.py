@@ -6,7 +6,7 @@ from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Most of what tests compute is compiling: without LLVM's optimisations and MLIR's fusions it takes a fifth of the time,
-# here and in the processes that tests start. The programs' arrays and collectives are the same.
+# here and in the processes that tests start. Collectives and what is frozen are the same; fusions differ a little.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import jax
@@ -21,7 +21,7 @@ from cepe_jax.model.encoder import Encoder
 from cepe_jax.model.llama import Llama
 from cepe_jax.weights.directory import save
 
-if jax.__version_info__ < (0, 12):  # which knows the flags no more
+if jax.__version_info__ < (0, 12):  # which no longer knows the first flag
     flags = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
     os.environ["XLA_FLAGS"] = f"{flags} {os.environ.get('XLA_FLAGS', '')}"
 

@@ -114,7 +114,7 @@ def _note_cut(path: Path, request: "Instance", why: str) -> None:
 
 
 def _cuts(path: Path) -> dict[str, int]:
-    """Return how many requests of each task were cut, in this run and those that it goes on with."""
+    """Return how many requests of each task were cut, in this run and the earlier ones that it resumes."""
     lines = path.read_text().splitlines() if path.exists() else []
     return dict(Counter(json.loads(line)["task"] for line in dict.fromkeys(lines)))  # cut twice: stopped in between
 
