@@ -104,18 +104,48 @@ class EncoderConfig(TransformerConfig):
 
 
 @dataclass(frozen=True)
+class CrossLayers:
+    """Which of the decoder's layers read the memory."""
+
+    kind: Literal["last", "first", "every"] = "last"  # every: the last layer of each of `count` equal groups
+    count: int = 0  # 0 = all layers
+
+    def __post_init__(self):
+        _require(self.kind in ("last", "first", "every"), f"cross_layers {self.kind!r}: choose last, first or every")
+        _require(self.count >= 0, f"cross_layers.count is {self.count}: give a number of layers, or 0 for all")
+
+    def of(self, num_layers: int) -> "CrossLayers":
+        """The same choice for a decoder of `num_layers` layers: all of them are the last ones, and are counted."""
+        if self.count in (0, num_layers):
+            return CrossLayers("last", num_layers)
+        _require(self.count < num_layers, f"cross_layers.count {self.count} exceeds the decoder's {num_layers} layers")
+        _require(
+            self.kind != "every" or num_layers % self.count == 0,
+            f"cross_layers.count {self.count} does not divide the decoder's {num_layers} layers into equal groups",
+        )
+        return self
+
+    def indices(self, num_layers: int) -> range:
+        """The numbers of these layers, of one more than 0."""
+        match self.kind:
+            case "last":
+                return range(num_layers - self.count, num_layers)
+            case "first":
+                return range(self.count)
+            case "every":
+                return range(num_layers // self.count - 1, num_layers, num_layers // self.count)
+
+
+@dataclass(frozen=True)
 class CepeConfig:
-    """A decoder, an encoder, and cross-attention in the decoder's last `num_cross_layers` layers."""
+    """A decoder, an encoder, and cross-attention in some of the decoder's layers."""
 
     decoder: DecoderConfig
     encoder: EncoderConfig
-    num_cross_layers: int
+    cross_layers: CrossLayers = CrossLayers()
 
     def __post_init__(self):
-        _require(
-            0 < self.num_cross_layers <= self.decoder.num_layers,
-            f"num_cross_layers {self.num_cross_layers} is not between 1 and num_layers {self.decoder.num_layers}",
-        )
+        object.__setattr__(self, "cross_layers", self.cross_layers.of(self.decoder.num_layers))
 
 
 DECODERS = {

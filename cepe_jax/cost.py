@@ -118,14 +118,15 @@ def cepe_flops(
     """Of CEPE: `window` tokens that read `num_chunks` chunks of `chunk_length` tokens. `train`: the parts that do."""
     decoder, encoder, memory = config.decoder, config.encoder, num_chunks * chunk_length
     heads_width, kv_width = decoder.num_heads * decoder.head_dim, decoder.num_kv_heads * decoder.head_dim
-    spliced = config.num_cross_layers / decoder.num_layers
+    readers = config.cross_layers.count
+    spliced = 1 - config.cross_layers.indices(decoder.num_layers)[0] / decoder.num_layers  # from the first reader on
     weights = {  # and attention, of what a gradient reaches
         "decoder": spliced * _layers(decoder, window) + _head(decoder, window),
         "cross": 4 * (heads_width * decoder.width * window + encoder.width * kv_width * memory)
-        * config.num_cross_layers,
+        * readers,
         "encoder": _layers(encoder, memory),
     }  # fmt: skip
-    attention = spliced * _causal(decoder, window) + 4 * window * memory * heads_width * config.num_cross_layers
+    attention = spliced * _causal(decoder, window) + 4 * window * memory * heads_width * readers
     ahead = (1 - spliced) * (_layers(decoder, window) + _causal(decoder, window))
     if "decoder" in train:
         weights["decoder"] += (1 - spliced) * _layers(decoder, window)
@@ -171,7 +172,7 @@ def inference_flops(config: CepeConfig | DecoderConfig, tokens: int, cached: int
     weight = config.encoder.width, decoder.num_kv_heads, decoder.head_dim
     reads = read_flops(tokens, decoder.num_heads, memory, weight)
     queries = 4 * tokens * decoder.num_heads * decoder.head_dim * decoder.width  # made, and their sums projected
-    return {form: flops + config.num_cross_layers * (queries + read) for form, read in reads._asdict().items()}
+    return {form: flops + config.cross_layers.count * (queries + read) for form, read in reads._asdict().items()}
 
 
 def step_bytes(config: CepeConfig | DecoderConfig, cached: int, memory: int, itemsize: int) -> dict[str, float]:
@@ -185,7 +186,7 @@ def step_bytes(config: CepeConfig | DecoderConfig, cached: int, memory: int, ite
     E, kv = config.encoder.width, 2 * memory * kv_width
     weights = 2 * decoder.width * decoder.num_heads * decoder.head_dim + 2 * E * kv_width
     reads = {"materialised": memory * E + 2 * kv, "absorbed": memory * E, "stored": kv}
-    return {form: (numbers + config.num_cross_layers * (weights + read)) * itemsize for form, read in reads.items()}
+    return {form: (numbers + config.cross_layers.count * (weights + read)) * itemsize for form, read in reads.items()}
 
 
 def teacher_flops(config: DecoderConfig, window: int, memory: int) -> float:

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from cepe_jax.config import DECODERS, ENCODERS, CepeConfig
+from cepe_jax.config import DECODERS, ENCODERS, CepeConfig, CrossLayers
 from cepe_jax.cost import (
     cepe_flops,
     decoder_flops,
@@ -20,7 +20,7 @@ from cepe_jax.data.examples import ExampleConfig
 from cepe_jax.training.objectives import DistillConfig
 from cepe_jax.training.settings import TrainConfig, flops_of
 
-CEPE_7B = CepeConfig(DECODERS["llama2_7b"], ENCODERS["mlm_large"], 32)
+CEPE_7B = CepeConfig(DECODERS["llama2_7b"], ENCODERS["mlm_large"])
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ def test_training_with_a_frozen_decoder():
 
 def test_no_gradient_below_the_first_spliced_layer():
     """With the last 8 of 32 layers spliced, three quarters of the plain layers cost a forward pass alone."""
-    some = cepe_flops(dataclasses.replace(CEPE_7B, num_cross_layers=8), 4096, 16, 256)
+    some = cepe_flops(dataclasses.replace(CEPE_7B, cross_layers=CrossLayers("last", 8)), 4096, 16, 256)
     plain = 2 * (6_738_415_616 - 2 * 32_000 * 4096 - 65 * 4096) * 4096 + 2 * 4096**2 * 4096 * 32
     assert some.ahead == pytest.approx(0.75 * plain)
     assert some.train == some.forward + some.frozen + 2 * (some.trained + some.attention)
@@ -50,7 +50,7 @@ def test_no_gradient_below_the_first_spliced_layer():
 
 def test_grouped_heads():
     """Llama-3-8B's keys and values are a quarter as wide: 128K forward is 470 TFLOP."""
-    config = CepeConfig(DECODERS["llama3_8b"], ENCODERS["mlm_large"], 32)
+    config = CepeConfig(DECODERS["llama3_8b"], ENCODERS["mlm_large"])
     assert cepe_flops(config, 4096, 496, 256).forward / 1e12 == pytest.approx(470, abs=1)
 
 
@@ -62,7 +62,9 @@ def test_parts_that_do_not_train_cost_less():
     assert cross.ahead == encoder.forward
     assert full.train - cross.train == 2 * encoder.forward
     every = cepe_flops(
-        dataclasses.replace(CEPE_7B, num_cross_layers=8), *shape[1:], train=("decoder", "encoder", "cross")
+        dataclasses.replace(CEPE_7B, cross_layers=CrossLayers("last", 8)),
+        *shape[1:],
+        train=("decoder", "encoder", "cross"),
     )
     assert (every.frozen, every.ahead) == (0, 0)
     assert every.train == 3 * every.forward

@@ -1,9 +1,16 @@
 """The model against the method in fp64 numpy."""
 
+import dataclasses
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.models import float64, relative_error
+from support.models import DECODER, ENCODER, filled, float64, make_decoder, make_encoder, relative_error
 from support.oracles import NONE, method
+
+from cepe_jax.config import CrossLayers
+from cepe_jax.model.cepe import Cepe, assemble, cross_from_self_attention, split
 
 
 @pytest.mark.parametrize("case", ["all real", "holes, padding and an absent chunk", "no context", "all masked"])
@@ -24,3 +31,63 @@ def test_logits_are_the_methods(
     for row, keep in enumerate(keep_BT):
         wanted = method(weights, cepe.config, tokens_BT[row, keep], context[row], mask[row])
         assert relative_error(ours[row, keep], wanted) < 1e-5
+
+
+FOUR = dataclasses.replace(DECODER, num_layers=4)
+READERS = [
+    (CrossLayers("last", 2), (2, 3)),
+    (CrossLayers("first", 1), (0,)),
+    (CrossLayers("first", 3), (0, 1, 2)),
+    (CrossLayers("every", 2), (1, 3)),
+    (CrossLayers("every", 1), (3,)),
+]
+
+
+def four_layers(layers: CrossLayers, remat: str = "none") -> Cepe:
+    decoder = make_decoder(dataclasses.replace(FOUR, remat=remat))
+
+    def cross():
+        return cross_from_self_attention(decoder, ENCODER, layers, "normal", key=jax.random.key(0))
+
+    return Cepe(decoder, make_encoder(), filled(cross, seed=3))
+
+
+@pytest.mark.parametrize(("layers", "readers"), READERS, ids=str)
+def test_the_layers_that_are_named_read(layers, readers, forward, tokens_BT, context_BCL, context_mask_BCL):
+    """At once, and token by token through a cache."""
+    cepe = four_layers(layers)
+    weights = float64(cepe)
+    given = tokens_BT[0], context_BCL[0], context_mask_BCL[0]
+    wanted = method(weights, cepe.config, *given, readers)
+    assert relative_error(forward(cepe, *(x[None] for x in given))[0], wanted) < 1e-5
+    memory_BME, mask_BM = cepe.encode(context_BCL[:1], context_mask_BCL[:1]), context_mask_BCL[:1].reshape(1, -1)
+    cache, logits = cepe.decoder.new_cache(1, tokens_BT.shape[1]), []
+    step = jax.jit(lambda token, cache: cepe.decode(token, memory_BME, mask_BM, cache))
+    for token in tokens_BT[0]:
+        hidden_BTD, cache = step(token[None, None], cache)
+        logits.append(cepe.decoder.logits(hidden_BTD)[0, 0])
+    assert relative_error(jnp.stack(logits), wanted) < 1e-5
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize(("layers", "readers"), READERS[1:4:2], ids=str)
+def test_gradients_reach_the_layers_that_are_named(layers, readers, remat, tokens_BT, context_BCL, context_mask_BCL):
+    """Central differences of the fp64 method along a random direction of cross-attention's queries and the encoder."""
+    cepe, rng = four_layers(layers, remat), np.random.default_rng(5)
+    trainable, frozen = split(cepe, ("cross", "encoder"))
+    given = tokens_BT[:1], context_BCL[:1], context_mask_BCL[:1]
+    weight_TV = rng.standard_normal((tokens_BT.shape[1], FOUR.vocab_size))
+    loss = jax.jit(lambda trainable: (assemble(trainable | frozen)(*given)[0] * weight_TV).sum())
+    grads = {name: float64(part) for name, part in jax.grad(loss)(trainable).items()}
+    weights, eps = float64(cepe), 1e-5
+    for part, path in (("cross", ("q",)), ("encoder", ("layers", "mlp", "up"))):
+        grad, at = grads[part], weights[part]
+        for name in path[:-1]:
+            grad, at = grad[name], at[name]
+        grad, value = grad[path[-1]], at[path[-1]]
+        direction, ends = rng.standard_normal(value.shape), []
+        for sign in (1, -1):
+            at[path[-1]] = value + sign * eps * direction
+            ends.append((method(weights, cepe.config, *(x[0] for x in given), readers) * weight_TV).sum())
+        at[path[-1]] = value
+        assert float((grad * direction).sum()) == pytest.approx((ends[0] - ends[1]) / (2 * eps), rel=1e-4)

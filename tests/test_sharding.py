@@ -22,7 +22,7 @@ import pytest
 from flax import nnx
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
 from jax.sharding import NamedSharding, PartitionSpec
-from support.models import DECODER, ENCODER, make_cepe, make_encoder, relative_error, with_config
+from support.models import CROSS_LAYERS, DECODER, ENCODER, make_cepe, make_encoder, relative_error, with_config
 
 from cepe_jax.config import DECODERS, ENCODERS, CepeConfig
 from cepe_jax.data.examples import IGNORE
@@ -87,12 +87,12 @@ def test_constrain_without_a_mesh_is_nothing():
 
 def specs_of_7b() -> dict:
     """Parameter -> shape, logical axes, PartitionSpec, of the CEPE of the 7B model, by shapes alone."""
-    config = CepeConfig(DECODERS["llama2_7b"], ENCODERS["mlm_large"], 32)
+    config = CepeConfig(DECODERS["llama2_7b"], ENCODERS["mlm_large"])
     key = jax.random.key(0)
 
     def make():
         decoder = Llama(config.decoder, key=key)
-        cross = cross_from_self_attention(decoder, config.encoder, config.num_cross_layers, "copy", key=key)
+        cross = cross_from_self_attention(decoder, config.encoder, config.cross_layers, "copy", key=key)
         return Cepe(decoder, Encoder(config.encoder, key=key), cross)
 
     def row(leaf):
@@ -140,7 +140,7 @@ def test_a_model_that_a_mesh_does_not_divide(sizes, message):
     """Said before anything is read or made; tied to no device."""
     mesh = jax.sharding.AbstractMesh(tuple((dict.fromkeys(MESH_AXES, 1) | sizes).values()), MESH_AXES)
     with pytest.raises(ValueError, match=f"^{message}"):
-        shardings_of(abstract_parts(CepeConfig(DECODER, ENCODER, 2)), mesh)
+        shardings_of(abstract_parts(CepeConfig(DECODER, ENCODER, CROSS_LAYERS)), mesh)
 
 
 ROWS = 16  # of a batch; two micro-batches of a row for each of 8 devices

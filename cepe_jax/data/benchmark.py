@@ -53,7 +53,7 @@ def demanded() -> dict:
     """Tokens per second that a pod training the paper's model asks of one host, by arithmetic."""
     name, chips, share = POD
     chip, config = CHIPS[name], ExampleConfig()
-    model = CepeConfig(DECODERS["llama2_7b"], ENCODERS["mlm_large"], DECODERS["llama2_7b"].num_layers)
+    model = CepeConfig(DECODERS["llama2_7b"], ENCODERS["mlm_large"])
     flops = cepe_flops(model, config.window, config.num_chunks, config.chunk_length).train
     tokens = config.window + config.num_chunks * config.chunk_length
     rate = chips * chip.peak_flops * share / flops * tokens

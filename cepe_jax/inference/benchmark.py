@@ -22,9 +22,10 @@ from flax import nnx
 
 from cepe_jax.config import DECODERS, ENCODERS, CepeConfig, preset
 from cepe_jax.cost import encoder_flops, gib, inference_flops, step_bytes
+from cepe_jax.inference import beside
 from cepe_jax.inference.context import ContextCache, encode, free_bytes
 from cepe_jax.inference.generate import Draws, Sampling, bucket, next_token, power_of_two
-from cepe_jax.model.attention import attend_to_cache, merge
+from cepe_jax.model.attention import Mask, attend_to_cache, merge
 from cepe_jax.model.cache import KVCache
 from cepe_jax.model.cepe import Cepe, assemble
 from cepe_jax.model.cross import CrossAttention
@@ -50,7 +51,8 @@ class InferenceBenchmarkConfig:
     new_tokens: int = 48  # timed, until limit_seconds; the median counts
     limit_seconds: float = 40.0  # what would take longer by its speed at the length before is left out
     dtype: Literal["float32", "bfloat16"] = "float32"
-    out: Path = Path("out/benchmark")  # gets inference.json, inference.md, inference.png
+    beside: Literal["", "torch"] = ""  # torch: what we do and the tests' oracle in turn, instead of the four ways
+    out: Path = Path("out/benchmark")  # gets inference.json, inference.md, inference.png; or beside.json, beside.md
 
     def __post_init__(self):
         for name in ("chunk_length", "prompt", "limit_seconds"):
@@ -73,16 +75,12 @@ class Stored(nnx.Module):
     """Cross-attention whose keys and values of one memory are at hand for every layer."""
 
     def __init__(self, cross: CrossAttention, k_ZBKMH: Array, v_ZBKMH: Array):
-        self.norm, self.q, self.o = cross.norm, cross.q, cross.o
+        self.norm, self.q, self.o, self.layers = cross.norm, cross.q, cross.o, cross.layers
         self.k, self.v = nnx.Param(k_ZBKMH), nnx.Param(v_ZBKMH)
-
-    @property
-    def num_layers(self) -> int:
-        return self.q.shape[0]
 
     def __call__(self, x_BTD: Array, memory_BME: Array, mask_BM: Array, backend: str, differentiable: bool) -> Array:
         q_BTNH = project("BTD,DNH->BTNH", self.norm(x_BTD), self.q)
-        out_BTNH = merge(attend_to_cache(q_BTNH, self.k[...], self.v[...], mask_BM))
+        out_BTNH = merge(attend_to_cache(q_BTNH, self.k[...], self.v[...], Mask(valid_BS=mask_BM)))
         return project("BTNH,NHD->BTD", out_BTNH.astype(x_BTD.dtype), self.o)
 
 
@@ -120,9 +118,11 @@ class _Clock:
 def benchmark_inference(config: InferenceBenchmarkConfig) -> None:
     """All ways at all lengths, printed and in `config.out` as JSON, a table and a plot."""
     decoder, encoder = preset(DECODERS, config.decoder), preset(ENCODERS, config.encoder)
-    sizes = with_dtype(CepeConfig(decoder, encoder, decoder.num_layers), config.dtype)
+    sizes = with_dtype(CepeConfig(decoder, encoder), config.dtype)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, config.dtype), abstract_parts(sizes))
     model = assemble(filled(shapes, 0.02))
+    if config.beside:
+        return _beside(model, config)
     clock, rows = _Clock(config.limit_seconds), []
     _encoded(model, config.contexts[0], config.chunk_length)  # compiled before it is timed
     for length in track(config.contexts, "benchmark"):
@@ -134,11 +134,7 @@ def benchmark_inference(config: InferenceBenchmarkConfig) -> None:
             except _LeftOut as reason:
                 row["left_out"] = str(reason)
             rows.append(row)
-    result = {
-        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "date": date.today().isoformat(),
-        "jax": jax.__version__,
-        "config": dataclasses.asdict(config),
+    result = _facts(config) | {
         "weights_bytes": sum(x.nbytes for x in jax.tree.leaves(model)),
         "rows": rows,
     }
@@ -146,6 +142,25 @@ def benchmark_inference(config: InferenceBenchmarkConfig) -> None:
     (config.out / "inference.json").write_text(json.dumps(result, indent=1, default=str))
     (config.out / "inference.md").write_text(page := table(result))
     plot(result, config.out / "inference.png")
+    print(page)
+
+
+def _facts(config: InferenceBenchmarkConfig) -> dict:
+    return {
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "date": date.today().isoformat(),
+        "jax": jax.__version__,
+        "config": dataclasses.asdict(config),
+    }
+
+
+def _beside(model: Cepe, config: InferenceBenchmarkConfig) -> None:
+    rows = beside.measure_beside(model, config.contexts, config.chunk_length, config.prompt)
+    result = _facts(config) | {"rows": rows}
+    config.out.mkdir(parents=True, exist_ok=True)
+    (config.out / "beside.json").write_text(json.dumps(result, indent=1, default=str))
+    head = f"{result['device']}, jax {result['jax']}, {result['date']}; minimum of {beside.NUMBER} in turn."
+    (config.out / "beside.md").write_text(page := beside.table(rows, head))
     print(page)
 
 
@@ -178,7 +193,7 @@ def _read(way: str, model: Cepe, context: ContextCache, config: InferenceBenchma
             kv, building = clock("keys and values", 4 * length * cross.k.size, lambda: build(cross, memory[0]))
             cross = Stored(cross, *kv)
         elif way == "recomputed":
-            cross = Recomputed(cross.norm, cross.q, cross.k, cross.v, cross.o)
+            cross = Recomputed(cross.norm, cross.q, cross.k, cross.v, cross.o, cross.layers)
         reader = Cepe(model.decoder, model.encoder, cross)
     draws = Draws.of([Sampling()])
 

@@ -46,53 +46,74 @@ def attend_partial(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask
     Scores are scaled by 1 / sqrt(H); softmax arithmetic is fp32, or fp64 of fp64. A query without any valid key has
     sum 0. Keys (not causal) and mask of one row serve the queries of all rows.
     """
-    B, T, N, H = q_BTNH.shape
-    S, K = k_BSKH.shape[1:3]
-    if k_BSKH.shape[0] < B:
-        parts = attend_partial(q_BTNH.reshape(1, B * T, N, H), k_BSKH, v_BSKH, mask)
-        return tuple(part.reshape(B, T, *part.shape[2:]) for part in parts)
-    wide = jnp.promote_types(q_BTNH.dtype, jnp.float32)
-    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
-    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=wide) * H**-0.5
-    weights, *sums = _exponentials(scores, mask.dense(T, S))
-    values = jnp.einsum("BKGTS,BSKH->BTKGH", weights.astype(v_BSKH.dtype), v_BSKH, preferred_element_type=wide)
-    return values, *(jnp.moveaxis(part, 3, 1) for part in sums)
+    return attend_to_cache(q_BTNH, k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2), mask)
 
 
-def attend_to_heads(
-    q_BKQH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, valid_BS: jax.Array | None, scale: float
-) -> Partial:
-    """What `attend_partial` says, of Q queries of each key head that see all valid keys.
-
-    Values (B, K, Q, H), sums and peaks (B, K, Q, 1). The products have the order that is wanted: nothing is transposed.
-    """
-    wide = jnp.promote_types(q_BKQH.dtype, jnp.float32)
-    scores_BKQS = jnp.einsum("BKQH,BKSH->BKQS", q_BKQH, k_BKSH, preferred_element_type=wide) * scale
-    weights_BKQS, *sums = _exponentials(scores_BKQS, True if valid_BS is None else valid_BS[:, None, None])
-    values = jnp.einsum("BKQS,BKSH->BKQH", weights_BKQS.astype(v_BKSH.dtype), v_BKSH, preferred_element_type=wide)
-    return values, *sums
-
-
-def attend_to_cache(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, valid_BS: jax.Array) -> Partial:
-    """`attend_partial` to keys and values as a cache holds them; those of one row serve the queries of all rows."""
+def attend_to_cache(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask: Mask) -> Partial:
+    """What `attend_partial` says, of keys and values as a cache holds them."""
     B, T, N, H = q_BTNH.shape
     rows, K = k_BKSH.shape[:2]
-    q_BTKGH = q_BTNH.reshape(rows, B // rows * T, K, N // K, H)
-    q_BKQH = q_BTKGH.swapaxes(1, 2).reshape(rows, K, -1, H)
+    q_BKGTH = jnp.moveaxis(q_BTNH.reshape(rows, B // rows * T, K, N // K, H), 1, 3)
 
-    def by_query(part_BKQX: jax.Array) -> jax.Array:
-        part_BKTGX = part_BKQX.reshape(rows, K, -1, N // K, part_BKQX.shape[-1])
-        return part_BKTGX.swapaxes(1, 2).reshape(B, T, K, N // K, -1)
+    def by_query(part_BKGTX: jax.Array) -> jax.Array:
+        return jnp.moveaxis(part_BKGTX, 3, 1).reshape(B, T, K, N // K, -1)
 
-    return tuple(map(by_query, attend_to_heads(q_BKQH, k_BKSH, v_BKSH, valid_BS, H**-0.5)))
+    return tuple(map(by_query, attend_to_heads(q_BKGTH, k_BKSH, v_BKSH, mask, H**-0.5)))
 
 
-def _exponentials(scores: jax.Array, seen: jax.Array | bool) -> Partial:
-    """exp(score - peak) of the keys that are seen, their sum and the peak along the last axis."""
-    scores = jnp.where(seen, scores, _NEVER)
-    peak = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
-    weights = jnp.where(seen, jnp.exp(scores - peak), 0.0)
-    return weights, weights.sum(axis=-1, keepdims=True), peak
+def attend_to_heads(q_BKGTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask: Mask, scale: float) -> Partial:
+    """What `attend_partial` says, of each key head's queries: values (B, K, G, T, H), sums and peaks (.., T, 1)."""
+    return _attend_to_heads(mask.causal, scale, q_BKGTH, k_BKSH, v_BKSH, mask.valid_BS)
+
+
+# Left to itself, the derivative keeps several arrays of the scores' size, and turns them around for its products: on a
+# CPU it takes three times as long. Here the scores are computed again, and each product has keys last in them.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend_to_heads(causal: bool, scale: float, q_BKGTH, k_BKSH, v_BKSH, valid_BS) -> Partial:
+    scores_BKGTS = _scores(causal, scale, q_BKGTH, k_BKSH, valid_BS)
+    peak = scores_BKGTS.max(axis=-1, keepdims=True)
+    weights_BKGTS = jnp.exp(scores_BKGTS - peak)
+    sums = weights_BKGTS.sum(axis=-1, keepdims=True)
+    values = _product("BKGTS,BKSH->BKGTH", weights_BKGTS.astype(v_BKSH.dtype), v_BKSH)
+    return *_seen_alone(valid_BS, peak, values, sums), peak
+
+
+def _scores(causal: bool, scale: float, q_BKGTH: jax.Array, k_BKSH: jax.Array, valid_BS: jax.Array | None) -> jax.Array:
+    scores_BKGTS = _product("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH) * scale
+    if not causal and valid_BS is None:
+        return scores_BKGTS
+    return jnp.where(Mask(causal, valid_BS).dense(*scores_BKGTS.shape[-2:]), scores_BKGTS, _NEVER)
+
+
+def _product(equation: str, left: jax.Array, right: jax.Array) -> jax.Array:
+    return jnp.einsum(equation, left, right, preferred_element_type=jnp.promote_types(left.dtype, jnp.float32))
+
+
+def _seen_alone(valid_BS: jax.Array | None, peak: jax.Array, *parts: jax.Array) -> list[jax.Array]:
+    """The parts, zero for queries without a valid key: the exponentials of their scores are all 1."""
+    return [part if valid_BS is None else jnp.where(peak == _NEVER, 0, part) for part in parts]
+
+
+def _attend_to_heads_forward(causal: bool, scale: float, *inputs):
+    parts = _attend_to_heads(causal, scale, *inputs)
+    return parts, (inputs, parts[2])
+
+
+def _attend_to_heads_backward(causal: bool, scale: float, residuals, cotangents: Partial):
+    """The derivative for constant peaks: what is made of the parts does not depend on them."""
+    (q_BKGTH, k_BKSH, v_BKSH, valid_BS), peak = residuals
+    of_values_BKGTH, of_sums = _seen_alone(valid_BS, peak, *cotangents[:2])
+    of_values_BKGTH = of_values_BKGTH.astype(v_BKSH.dtype)
+    weights_BKGTS = jnp.exp(_scores(causal, scale, q_BKGTH, k_BKSH, valid_BS) - peak)
+    of_weights_BKGTS = _product("BKGTH,BKSH->BKGTS", of_values_BKGTH, v_BKSH) + of_sums
+    of_scores_BKGTS = (weights_BKGTS * of_weights_BKGTS * scale).astype(q_BKGTH.dtype)
+    of_q_BKGTH = jnp.einsum("BKGTS,BKSH->BKGTH", of_scores_BKGTS, k_BKSH)
+    of_k_BKHS = jnp.einsum("BKGTH,BKGTS->BKHS", q_BKGTH, of_scores_BKGTS)
+    of_v_BKHS = jnp.einsum("BKGTH,BKGTS->BKHS", of_values_BKGTH, weights_BKGTS.astype(v_BKSH.dtype))
+    return of_q_BKGTH, of_k_BKHS.swapaxes(2, 3), of_v_BKHS.swapaxes(2, 3), None
+
+
+_attend_to_heads.defvjp(_attend_to_heads_forward, _attend_to_heads_backward)
 
 
 def combine(*parts: Partial) -> Partial:

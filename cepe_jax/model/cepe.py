@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from cepe_jax.checks import check_mask, check_tokens
-from cepe_jax.config import CepeConfig, EncoderConfig
+from cepe_jax.config import CepeConfig, CrossLayers, EncoderConfig
 from cepe_jax.model.cache import KVCache
 from cepe_jax.model.cross import CrossAttention
 from cepe_jax.model.encoder import Encoder
@@ -32,8 +32,10 @@ def held_as(kind: type[nnx.Variable], module):
     return jax.tree.map(held, module, is_leaf=is_variable)
 
 
-def cross_from_self_attention(decoder: Llama, encoder: EncoderConfig, num_layers: int, init: CrossInit, *, key: Array):
-    """Cross-attention for the last `num_layers` layers of `decoder`, started from their self-attention.
+def cross_from_self_attention(
+    decoder: Llama, encoder: EncoderConfig, layers: CrossLayers, init: CrossInit, *, key: Array
+) -> CrossAttention:
+    """Cross-attention for these layers of `decoder`, started from their self-attention.
 
     Queries are copied; keys and values keep the first E of their D inputs; the norm is the one before the MLP. The
     output projection is a copy, zero (the spliced model is then the plain one), or normal with deviation 0.02.
@@ -42,14 +44,15 @@ def cross_from_self_attention(decoder: Llama, encoder: EncoderConfig, num_layers
     E, D = encoder.width, decoder.config.width
     if E > D:
         raise ValueError(f"encoder width {E} exceeds decoder width {D}: cross-attention cannot start as a copy")
-    if not 0 < num_layers <= decoder.config.num_layers:
-        raise ValueError(f"num_layers {num_layers} is not between 1 and the decoder's {decoder.config.num_layers}")
+    layers = layers.of(decoder.config.num_layers)
+    chosen = layers.indices(decoder.config.num_layers)
+    chosen = slice(chosen.start, chosen.stop, chosen.step)
     # Copies: what trains is donated, and must not share a buffer with what is frozen.
-    layers = held_as(nnx.Param, decoder.layers)
-    last = jax.tree.map(lambda a: jnp.array(a[-num_layers:], jnp.float32, copy=True), layers)
-    attention = last.attention
-    norm = RMSNorm((num_layers, D), decoder.config.norm_eps, ("layer", "embed"))
-    norm.scale = last.mlp_norm.scale
+    stack = held_as(nnx.Param, decoder.layers)
+    stack = jax.tree.map(lambda a: jnp.array(a[chosen], jnp.float32, copy=True), stack)
+    attention = stack.attention
+    norm = RMSNorm((layers.count, D), decoder.config.norm_eps, ("layer", "embed"))
+    norm.scale = stack.mlp_norm.scale
     memory_axes = ("layer", "encoder_embed", "kv_heads", "head_dim")
     match init:
         case "copy":
@@ -62,7 +65,7 @@ def cross_from_self_attention(decoder: Llama, encoder: EncoderConfig, num_layers
             raise ValueError(f"cross-attention init {init!r}: choose copy, zero or normal")
     k = nnx.Param(attention.k[:, :E], axes=memory_axes)
     v = nnx.Param(attention.v[:, :E], axes=memory_axes)
-    return CrossAttention(norm, attention.q, k, v, o)
+    return CrossAttention(norm, attention.q, k, v, o, layers)
 
 
 def encoder_from_decoder(decoder: Llama, config: EncoderConfig, *, key: Array) -> Encoder:
@@ -102,7 +105,7 @@ class Cepe(nnx.Module):
 
     @property
     def config(self) -> CepeConfig:
-        return CepeConfig(self.decoder.config, self.encoder.config, self.cross.num_layers)
+        return CepeConfig(self.decoder.config, self.encoder.config, self.cross.layers)
 
     def __call__(
         self,
@@ -124,16 +127,21 @@ class Cepe(nnx.Module):
     def encode(self, context_BCL: Array, context_mask_BCL: Array | None = None) -> Array:
         """The memory (B, M = C L, E): every chunk read by itself, positions from 0 in each.
 
-        On a mesh, chunks are cut over the axis that the memory is cut over, and so encoded without communication.
+        Chunks are rows of one batch. On a mesh whose devices share them the encoder is mapped over them, cut as the
+        memory is, and so communicates nothing.
         """
         check_tokens("context_BCL", context_BCL, 3, self.encoder.config.vocab_size)
         check_mask("context_mask_BCL", context_mask_BCL, context_BCL.shape)
-        context_BCL = constrain(context_BCL, "batch", "memory", "length")
-        in_axes = 1, None if context_mask_BCL is None else 1
-        encode = jax.vmap(self.encoder, in_axes, out_axes=1, spmd_axis_name=split_axes("memory") or None)
-        hidden_BCLE = encode(context_BCL, context_mask_BCL)
-        B, C, L, E = hidden_BCLE.shape
-        return hidden_BCLE.reshape(B, C * L, E)
+        B, C, L = context_BCL.shape
+        if axes := split_axes("memory"):
+            context_BCL = constrain(context_BCL, "batch", "memory", "length")
+            in_axes = 1, None if context_mask_BCL is None else 1
+            encode = jax.vmap(self.encoder, in_axes, out_axes=1, spmd_axis_name=axes)
+            return encode(context_BCL, context_mask_BCL).reshape(B, C * L, -1)
+        # Not mapped: of a weight's gradient XLA would make a product over two axes, and on a CPU turn an operand
+        # around for it, which takes as long as the rest of the encoder's derivative.
+        mask_RL = None if context_mask_BCL is None else context_mask_BCL.reshape(B * C, L)
+        return self.encoder(context_BCL.reshape(B * C, L), mask_RL).reshape(B, C * L, -1)
 
     def decode(
         self,

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from cepe_jax.config import Backend
+from cepe_jax.config import Backend, CrossLayers
 from cepe_jax.cost import read_flops
 from cepe_jax.model.attention import (
     Mask,
@@ -38,12 +38,8 @@ class CrossAttention(nnx.Module):
     query and the value projection after the sum, so that no key or value of the memory exists: q (W_k m) = (q W_k) m.
     """
 
-    def __init__(self, norm: RMSNorm, q: nnx.Param, k: nnx.Param, v: nnx.Param, o: nnx.Param):
-        self.norm, self.q, self.k, self.v, self.o = norm, q, k, v, o
-
-    @property
-    def num_layers(self) -> int:
-        return self.q.shape[0]
+    def __init__(self, norm: RMSNorm, q: nnx.Param, k: nnx.Param, v: nnx.Param, o: nnx.Param, layers: CrossLayers):
+        self.norm, self.q, self.k, self.v, self.o, self.layers = norm, q, k, v, o, layers
 
     def __call__(
         self, x_BTD: Array, memory_BME: Array, mask_BM: Array | None, backend: Backend, differentiable: bool = True
@@ -104,11 +100,11 @@ class CrossAttention(nnx.Module):
             k, v = k.astype(q_BTNH.dtype), v.astype(q_BTNH.dtype)
             heads = B, T, K, N // K, -1
             q_BTKGE = jnp.einsum("BTKGH,EKH->BTKGE", q_BTNH.reshape(heads), k)
-            q_B1QE = q_BTKGE.reshape(memory_BME.shape[0], 1, -1, E)
+            q_B11QE = q_BTKGE.reshape(memory_BME.shape[0], 1, 1, -1, E)
 
             def block(memory_BME: Array, mask_BM: Array | None) -> Partial:
                 memory_B1ME = memory_BME[:, None]
-                return attend_to_heads(q_B1QE, memory_B1ME, memory_B1ME, mask_BM, H**-0.5)
+                return attend_to_heads(q_B11QE, memory_B1ME, memory_B1ME, Mask(valid_BS=mask_BM), H**-0.5)
 
             sums, *weights = (
                 x.reshape(heads) for x in _in_blocks(block, (memory_BME, mask_BM), PAIRS["xla"] // (B * T))

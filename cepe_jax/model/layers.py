@@ -80,7 +80,9 @@ class SelfAttention(nnx.Module):
             out_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, mask, backend)
         else:
             own = attend_partial(q_BTNH, k_BTKH, v_BTKH, mask)
-            out_BTNH = merge(own, attend_to_cache(q_BTNH, *cached)).astype(x_BTD.dtype)
+            k_BKSH, v_BKSH, valid_BS = cached
+            before = attend_to_cache(q_BTNH, k_BKSH, v_BKSH, Mask(valid_BS=valid_BS))
+            out_BTNH = merge(own, before).astype(x_BTD.dtype)
         return project("BTNH,NHD->BTD", out_BTNH, self.o), (k_BTKH, v_BTKH)
 
 

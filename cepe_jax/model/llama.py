@@ -1,4 +1,4 @@
-"""The Llama decoder: plain, or with cross-attention spliced into its last layers."""
+"""The Llama decoder: plain, or with cross-attention spliced into some of its layers."""
 
 from collections.abc import Callable
 from functools import partial
@@ -84,7 +84,7 @@ class Llama(nnx.Module):
 
         A cache of one row is read by all rows of tokens, and is not appended to where they are more than one.
         `positions_BT`: where not given, real tokens are counted, those in the cache first.
-        `cross` reads `memory_BME` in the last `cross.num_layers` layers, between self-attention and MLP.
+        `cross` reads `memory_BME` in its layers, between self-attention and MLP.
         """
         config = self.config
         grows = cache is not None and cache.grows_by(tokens_BT.shape[0])
@@ -111,16 +111,33 @@ class Llama(nnx.Module):
             x_BTD, kv = (block or at(self.layers, index))(config, x_BTD, table, mask, cached, read)
             return constrain(x_BTD, "batch", "length", "embed"), kv if grows else None
 
-        num_plain = config.num_layers if memory_BME is None else config.num_layers - cross.num_layers
-        new_kv = []
+        def scan(x_BTD, indices, reader=None):
+            # Layers are indexed inside the scan: slicing the stack would copy their weights. All of it is scanned over:
+            # were it indexed, each step of its backward pass would add to the whole gradient.
+            whole = self.layers if len(indices) == config.num_layers else None
+            return scan_layers(config, layer, x_BTD, (indices, whole, reader))
+
+        def group(x_BTD, xs):
+            """Layers of which the last one reads."""
+            indices, reader = xs
+            x_BTD, plain = scan(x_BTD, indices[:-1])
+            x_BTD, last = scan(x_BTD, indices[-1:], jax.tree.map(lambda a: a[None], reader))
+            return x_BTD, jax.tree.map(lambda *kv: jnp.concatenate(kv), plain, last)
+
+        Z = config.num_layers
         x_BTD = constrain(embed(self.embed, tokens_BT, config.dtype), "batch", "length", "embed")
-        for first, end, reader in ((0, num_plain, None), (num_plain, config.num_layers, cross)):
-            if first < end:
-                # A part of the stack is indexed inside the scan: slicing it would copy its weights. All of it is
-                # scanned over: were it indexed, each step of its backward pass would add to the whole gradient.
-                whole = self.layers if end - first == config.num_layers else None
-                x_BTD, kv = scan_layers(config, layer, x_BTD, (jnp.arange(first, end), whole, reader))
-                new_kv.append(kv)
+        if memory_BME is not None and cross.layers.kind == "every":
+            groups = jnp.arange(Z).reshape(cross.layers.count, -1)
+            x_BTD, kv = jax.lax.scan(group, x_BTD, (groups, cross))
+            new_kv = [jax.tree.map(lambda a: a.reshape(Z, *a.shape[2:]), kv)]
+        else:
+            readers, new_kv = range(Z, Z) if memory_BME is None else cross.layers.indices(Z), []
+            for first, end, reader in (
+                (0, readers.start, None), (readers.start, readers.stop, cross), (readers.stop, Z, None)
+            ):  # fmt: skip
+                if first < end:
+                    x_BTD, kv = scan(x_BTD, jnp.arange(first, end), reader)
+                    new_kv.append(kv)
         if grows:
             k_ZBTKH, v_ZBTKH = jax.tree.map(lambda *kv: jnp.concatenate(kv), *new_kv)
             cache = cache.append(k_ZBTKH, v_ZBTKH, real_BT)

@@ -1,11 +1,15 @@
 """How fast a step of training is on the devices at hand, and what memory longer sequences take on TPUs."""
 
 import dataclasses
+import importlib.util
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
+from types import ModuleType
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +18,7 @@ import numpy as np
 from cepe_jax.config import CepeConfig
 from cepe_jax.cost import gib, peak_flops
 from cepe_jax.data.loader import blank
+from cepe_jax.model.cepe import assemble
 from cepe_jax.progress import track
 from cepe_jax.sharding import make_mesh, place_batch
 from cepe_jax.training.aot import CompileConfig, compile_step, devices_of, memory_of, train_step
@@ -33,6 +38,7 @@ from cepe_jax.weights.tensors import abstract_parts
 @dataclass(frozen=True)
 class TrainBenchmarkConfig:
     timed_steps: int = 10
+    beside: Literal["", "torch"] = ""  # torch: each step is followed by one of the tests' oracle; fp32, one CPU
     out: Path = Path("out/benchmark")  # gets train.json and train.md
 
     def __post_init__(self):
@@ -42,6 +48,7 @@ class TrainBenchmarkConfig:
 
 def benchmark_train(what: TrainBenchmarkConfig, config: TrainConfig) -> None:
     """The time of a step on random weights and tokens, its speed and memory, printed and in `what.out`."""
+    oracle = torch_oracle(config.dtype) if what.beside else None
     shares = mesh_of(config, jax.device_count())
     backend = backend_of(config, jax.default_backend())
     sizes = at_run_time(sizes_of(config), config, backend)
@@ -54,13 +61,21 @@ def benchmark_train(what: TrainBenchmarkConfig, config: TrainConfig) -> None:
         trainable = filled(state.trainable, 0.02)
         state = dataclasses.replace(filled(dataclasses.replace(state, trainable=None), 0.0), trainable=trainable)
         frozen, batch = filled(frozen, 0.02), _tokens(config, sizes)
-        seconds = []
-        for _ in track(range(1 + what.timed_steps), "benchmark"):
-            begun = time.monotonic()
+
+        def step_of_ours() -> float:
+            nonlocal state
             state, metrics = compiled(state, frozen, batch)
-            loss = float(metrics["loss"])
-            seconds.append(time.monotonic() - begun)
-    median, peak = float(np.median(seconds[1:])), peak_flops(jax.devices())
+            return float(metrics["loss"])
+
+        steps = {"ours": step_of_ours}
+        if oracle:
+            if not isinstance(sizes, CepeConfig):
+                raise ValueError(f"--beside=torch measures a CEPE, and stage {config.stage} trains none")
+            model, optimizer = assemble(trainable | frozen), config.optimizer
+            steps["torch"] = oracle.train_step(model, batch, optimizer.learning_rate, optimizer.clip_norm)
+        runs = in_turn(steps, what.timed_steps)
+    seconds, loss = runs["ours"].seconds, runs["ours"].results[-1]
+    median, peak = float(np.median(seconds)), peak_flops(jax.devices())
     result = {
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "date": date.today().isoformat(),
@@ -79,6 +94,10 @@ def benchmark_train(what: TrainBenchmarkConfig, config: TrainConfig) -> None:
         "mfu": peak and step.model_flops / median / peak,
         "memory": memory_of(compiled) | {"in_use": peak_memory()},
     }
+    if oracle:
+        best = {name: min(run.seconds) for name, run in runs.items()}
+        losses = {name: run.results[0] for name, run in runs.items()}
+        result["beside"] = {"seconds": best, "first_losses": losses, "ratio": best["ours"] / best["torch"]}
     memory = result["memory"]
     rows = {
         "device": result["device"],
@@ -91,11 +110,51 @@ def benchmark_train(what: TrainBenchmarkConfig, config: TrainConfig) -> None:
         "by the compiler": f"{gib(memory['arguments'])} of arguments, {gib(memory['temporaries'])} of temporaries",
         "compilation": f"{compile_seconds:.1f} s",
     }
+    if beside := result.get("beside"):
+        rows["beside torch"] = (
+            f"{beside['seconds']['ours']:.3f} s, torch {beside['seconds']['torch']:.3f} s: {beside['ratio']:.2f}; "
+            f"minimum of {what.timed_steps} in turn"
+        )
     page = "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]) + "\n"
     what.out.mkdir(parents=True, exist_ok=True)
     (what.out / "train.json").write_text(json.dumps(result, indent=1))
     (what.out / "train.md").write_text(page)
     print(page)
+
+
+@dataclass
+class Runs:
+    """The seconds of each run after the first, and what each gave."""
+
+    seconds: list[float] = dataclasses.field(default_factory=list)
+    results: list = dataclasses.field(default_factory=list)
+
+
+def in_turn(functions: dict[str, Callable[[], object]], number: int) -> dict[str, Runs]:
+    """`number` runs of each function and one before them that does not count, one after the other in turn."""
+    runs = {name: Runs() for name in functions}
+    for index in track(range(1 + number), "benchmark"):
+        for name, function in functions.items():
+            begun = time.monotonic()
+            runs[name].results.append(jax.block_until_ready(function()))
+            if index:
+                runs[name].seconds.append(time.monotonic() - begun)
+    return runs
+
+
+def torch_oracle(dtype: str) -> ModuleType:
+    """The tests' CEPE in PyTorch; ValueError where it cannot stand beside ours."""
+    path = Path(__file__).parents[2] / "tests" / "support" / "torch_cepe.py"
+    if not path.exists():
+        raise ValueError("--beside=torch needs the tests of a clone of this repository: it is their oracle")
+    if dtype != "float32" or jax.devices()[0].platform != "cpu":
+        raise ValueError("--beside=torch compares in float32 on a CPU: give --dtype=float32 and JAX_PLATFORMS=cpu")
+    if importlib.util.find_spec("torch") is None:
+        raise ValueError('--beside=torch needs PyTorch: pip install ".[parity]"')
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def filled(abstract, scale: float):

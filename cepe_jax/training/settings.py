@@ -8,7 +8,17 @@ from typing import Literal
 
 from etils import epath
 
-from cepe_jax.config import DECODERS, ENCODERS, Backend, CepeConfig, DecoderConfig, EncoderConfig, Remat, preset
+from cepe_jax.config import (
+    DECODERS,
+    ENCODERS,
+    Backend,
+    CepeConfig,
+    CrossLayers,
+    DecoderConfig,
+    EncoderConfig,
+    Remat,
+    preset,
+)
 from cepe_jax.cost import Flops, cepe_flops, decoder_flops, encoder_flops, teacher_flops
 from cepe_jax.data.examples import ExampleConfig
 from cepe_jax.data.loader import Stage
@@ -60,7 +70,7 @@ class TrainConfig:
     decoder: str = ""  # a preset (lm) or a model directory; mlm: the encoder starts from its first layers
     encoder: str = ""  # a preset, which starts at random, or a model directory
     cepe: str = ""  # a model directory, in place of decoder and encoder
-    num_cross_layers: int = 0  # of the decoder's last layers; 0 = all
+    cross_layers: CrossLayers = CrossLayers()  # of the decoder: which read the memory
     cross_init: CrossInit = "copy"
     train: tuple[str, ...] = ("encoder", "cross")  # of the warm-up and main stage
     mix: dict[str, float] = field(default_factory=dict)  # dataset below `data` -> weight of its examples
@@ -94,7 +104,7 @@ class TrainConfig:
         if needs == [["cepe"], ["decoder", "encoder"]] and not self.train:
             raise ValueError("train is empty: name encoder, cross or decoder")
         if given != ["decoder", "encoder"] or self.stage == "mlm":
-            for name in ("num_cross_layers", "cross_init"):
+            for name in ("cross_layers", "cross_init"):
                 if getattr(self, name) != TrainConfig.__dataclass_fields__[name].default:
                     raise ValueError(f"{name} is for a start from decoder and encoder: leave it out")
         if (self.distill is not None) != (self.stage == "ceped"):
@@ -160,8 +170,7 @@ def sizes_of(config: TrainConfig, vocab_size: int | None = None) -> Config:
     encoder = part("encoder", ENCODERS, ids and ids + 1)
     if config.stage == "mlm":
         return dataclasses.replace(encoder, mlm_head=True)
-    layers = config.num_cross_layers or decoder.num_layers
-    return CepeConfig(decoder, dataclasses.replace(encoder, mlm_head=False), layers)
+    return CepeConfig(decoder, dataclasses.replace(encoder, mlm_head=False), config.cross_layers)
 
 
 def at_run_time(sizes: Config, config: TrainConfig, backend: Backend) -> Config:

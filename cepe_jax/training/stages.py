@@ -92,11 +92,9 @@ def starting_model(config: TrainConfig, vocab_size: int) -> Cepe | Llama | Encod
     if encoder.config.mlm_head:
         del encoder.mlm_head
         encoder.config = dataclasses.replace(encoder.config, mlm_head=False)
-    layers = config.num_cross_layers or decoder.config.num_layers
+    layers, init = config.cross_layers, config.cross_init
     cross = born_sharded(
-        lambda key, decoder: cross_from_self_attention(decoder, encoder.config, layers, config.cross_init, key=key),
-        key,
-        decoder,
+        lambda key, decoder: cross_from_self_attention(decoder, encoder.config, layers, init, key=key), key, decoder
     )
     return Cepe(decoder, encoder, cross)
 

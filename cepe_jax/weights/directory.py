@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cepe_jax.config import CepeConfig, DecoderConfig, EncoderConfig, RopeConfig
+from cepe_jax.config import CepeConfig, CrossLayers, DecoderConfig, EncoderConfig, RopeConfig
 from cepe_jax.data.tokenizer import BESIDE, NAMES
 from cepe_jax.directories import new_directory
 from cepe_jax.distributed import is_first, meet
@@ -167,7 +167,9 @@ def _config_from(written: dict, where: str) -> Config:
     fields = {key: value for key, value in written.items() if key not in ("format", "kind", "huggingface")}
     match kind:
         case "cepe":
-            parts = {"decoder": DecoderConfig, "encoder": EncoderConfig}
+            parts = {"decoder": DecoderConfig, "encoder": EncoderConfig, "cross_layers": CrossLayers}
+            if "num_cross_layers" in fields:  # how the last layers were written before others could be chosen
+                fields["cross_layers"] = {"kind": "last", "count": fields.pop("num_cross_layers")}
             fields |= {name: _dataclass(cls, fields.get(name), f"{where}: {name}") for name, cls in parts.items()}
             return _dataclass(CepeConfig, fields, where)
         case "llama" | "encoder":

@@ -6,7 +6,7 @@ arithmetic (special ids, `max_position_embeddings`, ...) are kept as `facts` and
 
 import dataclasses
 
-from cepe_jax.config import CepeConfig, DecoderConfig, EncoderConfig, RopeConfig
+from cepe_jax.config import CepeConfig, CrossLayers, DecoderConfig, EncoderConfig, RopeConfig
 from cepe_jax.weights.tensors import Config
 
 LLAMA, CEPE, MLM = "LlamaForCausalLM", "LlamaForCausalContextLM", "LlamaForMLM"
@@ -77,11 +77,10 @@ def from_hf(hf: dict, where: str = "config.json") -> Config:
     encoder = _get(hf, "encoder_config", dict, where)
     inside = f"{where}: encoder_config"
     _refuse(encoder, HARMLESS | OF_PLAIN | OF_ENCODER, inside)
-    config = CepeConfig(
-        _decoder(hf, where),
-        EncoderConfig(**_transformer(encoder, inside)),
-        _get(hf, "num_cross_attn_layers", int, where),
-    )
+    if (readers := _get(hf, "num_cross_attn_layers", int, where)) < 1:
+        raise ValueError(f"{where}: num_cross_attn_layers is {readers}: a CEPE has one or more")
+    layers = CrossLayers("last", readers)
+    config = CepeConfig(_decoder(hf, where), EncoderConfig(**_transformer(encoder, inside)), layers)
     if hf.get("encoder_hidden_size", config.encoder.width) != config.encoder.width:
         raise ValueError(
             f"{where}: encoder_hidden_size {hf['encoder_hidden_size']} is not encoder_config's hidden_size "
@@ -187,6 +186,11 @@ def to_hf_config(config: Config, facts: dict, dtype: str) -> dict:
             own = {"architectures": [MLM], "is_encoder": True, "do_cross_attention": False, "tie_word_embeddings": True}
             return facts | own | _sizes(config) | stored
         case CepeConfig():
+            if config.cross_layers.kind != "last":
+                raise ValueError(
+                    f"cross_layers {config.cross_layers.kind}: the reference reads the memory in the last layers "
+                    f"alone, and has no class for this model"
+                )
             # The encoder reads chunks: its own length is a fact nobody uses, and 512 is the released one's.
             inner = DEFAULT_FACTS | {"max_position_embeddings": 512} | inner_facts
             own_inner = {"architectures": None, "is_decoder": False, "tie_word_embeddings": False}
@@ -196,7 +200,7 @@ def to_hf_config(config: Config, facts: dict, dtype: str) -> dict:
                 "encode_mode": "context_only",
                 "encoder_is_model": False,
                 "num_cross_attn_hidden_states": 1,
-                "num_cross_attn_layers": config.num_cross_layers,
+                "num_cross_attn_layers": config.cross_layers.count,
                 "encoder_hidden_size": config.encoder.width,
                 "encoder_config": inner | own_inner | _sizes(config.encoder),
                 "tie_word_embeddings": config.decoder.tied_head,

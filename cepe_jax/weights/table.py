@@ -70,10 +70,9 @@ def _rows(config: Config) -> Iterator[tuple[str, str, str, str]]:
                 yield f"encoder.mlm_head.{path}", key, ours, torchs
         case CepeConfig():
             yield from _rows(config.decoder)
-            first = config.decoder.num_layers - config.num_cross_layers
-            for layer in range(config.num_cross_layers):
+            for number, layer in enumerate(config.cross_layers.indices(config.decoder.num_layers)):
                 for path, (key, ours, torchs) in CROSS.items():
-                    yield f"cross.{layer}.{path}", f"model.layers.{first + layer}.cross_attn.{key}", ours, torchs
+                    yield f"cross.{number}.{path}", f"model.layers.{layer}.cross_attn.{key}", ours, torchs
             yield from _stack("encoder", "encoder", config.encoder.num_layers)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 
-from cepe_jax.config import CepeConfig, DecoderConfig, EncoderConfig
+from cepe_jax.config import CepeConfig, CrossLayers, DecoderConfig, EncoderConfig
 from cepe_jax.model.attention import native_backend
 from cepe_jax.model.cepe import Cepe, Parts, assemble, parts_of
 from cepe_jax.model.cross import CrossAttention
@@ -40,21 +40,21 @@ def abstract_parts(config: Config) -> Parts:
                 return {"encoder": Encoder(config, key=key)}
             case CepeConfig():
                 decoder = Llama(config.decoder, key=key)
-                cross = _cross(decoder, config.encoder.width, config.num_cross_layers)
+                cross = _cross(decoder, config.encoder.width, config.cross_layers)
                 return parts_of(Cepe(decoder, Encoder(config.encoder, key=key), cross))
 
     return jax.eval_shape(make)
 
 
-def _cross(decoder: Llama, encoder_width: int, num_layers: int) -> CrossAttention:
+def _cross(decoder: Llama, encoder_width: int, layers: CrossLayers) -> CrossAttention:
     """Cross-attention for an encoder of any width (starting as a copy of self-attention needs a narrow one)."""
-    attention, norm = jax.tree.map(lambda a: a[:num_layers], (decoder.layers.attention, decoder.layers.mlp_norm))
+    attention, norm = jax.tree.map(lambda a: a[: layers.count], (decoder.layers.attention, decoder.layers.mlp_norm))
 
     def from_memory(weight: nnx.Param) -> nnx.Param:
-        shape = (num_layers, encoder_width, *weight.shape[2:])
+        shape = (layers.count, encoder_width, *weight.shape[2:])
         return nnx.Param(jnp.zeros(shape), axes=("layer", "encoder_embed", "kv_heads", "head_dim"))
 
-    return CrossAttention(norm, attention.q, from_memory(attention.k), from_memory(attention.v), attention.o)
+    return CrossAttention(norm, attention.q, from_memory(attention.k), from_memory(attention.v), attention.o, layers)
 
 
 def _is_stack(leaf: nnx.Variable) -> bool:

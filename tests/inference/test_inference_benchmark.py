@@ -2,11 +2,17 @@
 
 import json
 import math
+from pathlib import Path
 
+import numpy as np
 import pytest
 
-from cepe_jax.inference import benchmark
+from cepe_jax.inference import benchmark, beside
 from cepe_jax.inference.benchmark import WAYS, InferenceBenchmarkConfig, _Clock, _LeftOut, benchmark_inference
+from cepe_jax.training.benchmark import torch_oracle
+from cepe_jax.weights.huggingface import load
+
+GOLDEN = Path(__file__).parents[1] / "golden"
 
 SMALL = {"decoder": "tiny", "encoder": "tiny", "chunk_length": 32, "prompt": 9, "new_tokens": 3}
 
@@ -49,6 +55,25 @@ def test_what_a_way_holds(measured):
     assert arguments["stored"] - arguments["absorbed"] == 4 * 2 * padded * 192 * 4 - padded * 192 * 4 - cross
     grown = rows["absorbed", 2000]["memory"]["decode"]["arguments"] - arguments["absorbed"]
     assert grown == (2048 - 128) * (192 * 4 + 1)
+
+
+def test_the_oracle_beside_us_writes_the_same(tmp_path):
+    pytest.importorskip("torch")
+    sizes = InferenceBenchmarkConfig(beside="torch", contexts=(96,), out=tmp_path, **SMALL)
+    benchmark_inference(sizes)
+    rows = json.loads((tmp_path / "beside.json").read_text())["rows"]
+    kept = "torch, keys and values kept"
+    assert [(row["what"], row["beside"]) for row in rows] == [
+        ("encode", "torch"), ("first token", "torch"), ("a token", "torch"), ("a token", kept)
+    ]  # fmt: skip
+    assert all(0 < min(row["ours"], row["theirs"]) < 100 for row in rows)
+    assert (tmp_path / "beside.md").read_text().count("| 96 |") == 4
+    model, rng = load(GOLDEN / "tiny_mha"), np.random.default_rng(0)
+    context_BCL, prompt_BT = (rng.integers(0, 131, shape, np.int32) for shape in ((1, 3, 7), (1, 5)))
+    ours = beside.Reader(model, context_BCL, prompt_BT, 16)
+    theirs = torch_oracle("float32").Reader(model, context_BCL, prompt_BT)
+    for call in ("first_token", "next_token", "next_token", "first_token"):
+        assert int(getattr(ours, call)()[0, 0]) == int(getattr(theirs, call)()[0, 0])
 
 
 def test_speeds_are_of_the_seconds(measured):

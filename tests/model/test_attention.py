@@ -98,6 +98,27 @@ def test_gradients_are_those_of_softmax(qkv, valid_BS):
         assert float((grad * direction).sum()) == pytest.approx(slope, rel=1e-4)
 
 
+def test_gradients_of_a_causal_mask_with_holes(qkv, valid_BS):
+    """Both masks at once, heads grouped: central differences again."""
+    q, k, v = qkv[0], qkv[1][:, :T], qkv[2][:, :T]
+    seen = np.tril(np.ones((T, T), bool)) & valid_BS[:, None, :T]
+    rng = np.random.default_rng(2)
+    weight = rng.standard_normal((B, T, N, H))
+    grads = jax.grad(lambda *x: (run(*x, valid_BS[:, :T], causal=True) * weight).sum(), argnums=(0, 1, 2))(q, k, v)
+    wide = [x.astype(np.float64) for x in (q, k, v)]
+    for i, grad in enumerate(grads):
+        direction = rng.standard_normal(wide[i].shape)
+        up, down = (wide[:i] + [wide[i] + sign * 1e-5 * direction] + wide[i + 1 :] for sign in (1, -1))
+        slope = ((oracle(*up, seen) - oracle(*down, seen)) * weight).sum() / 2e-5
+        assert float((grad * direction).sum()) == pytest.approx(slope, rel=1e-4)
+
+
+def test_nothing_of_the_scores_size_is_kept_for_the_derivative(qkv, valid_BS):
+    q, k, v = (np.tile(x, (1, 20, 1, 1)) for x in qkv)
+    _, pullback = jax.vjp(lambda *x: attend(*x, Mask(valid_BS=np.tile(valid_BS, (1, 20)))), q, k, v)
+    assert max(x.size for x in jax.tree.leaves(pullback)) < B * N * 20 * T * 20 * S / 10
+
+
 @pytest.mark.parametrize("cuts", [(0, 2, 6), (0, 1, 2, 5, 6)])
 def test_merging_split_keys_equals_one_pass(qkv, valid_BS, cuts):
     """Some parts are wholly masked, and the parts' peaks lie far apart."""

@@ -8,7 +8,7 @@ import pytest
 from support.models import DECODER, ENCODER
 from support.refusals import one_line
 
-from cepe_jax.config import CepeConfig, RopeConfig
+from cepe_jax.config import CepeConfig, CrossLayers, RopeConfig
 from cepe_jax.model.cepe import Cepe
 
 TOKENS, CONTEXT = np.zeros((2, 7), np.int32), np.zeros((2, 3, 5), np.int32)
@@ -85,9 +85,14 @@ def test_configs(config, pattern, changes):
     refused(pattern, lambda: dataclasses.replace(config, **changes))
 
 
-@pytest.mark.parametrize("wrong", [0, 4])
-def test_more_cross_layers_than_layers(wrong):
-    refused(rf"num_cross_layers {wrong}\b.* 3\b", CepeConfig, DECODER, ENCODER, wrong)
+@pytest.mark.parametrize(("kind", "count"), [("last", 4), ("first", 4), ("every", 2)])
+def test_cross_layers_that_the_decoder_does_not_have(kind, count):
+    refused(rf"cross_layers\.count {count}\b.* 3\b", CepeConfig, DECODER, ENCODER, CrossLayers(kind, count))
+
+
+def test_cross_layers_of_no_kind():
+    refused("'middle'.*last.*first.*every", CrossLayers, "middle", 1)
+    refused("count is -1", CrossLayers, "last", -1)
 
 
 @pytest.mark.parametrize(

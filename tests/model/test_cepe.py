@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from flax import nnx
 from support.models import (
+    CROSS_LAYERS,
     DECODER,
     ENCODER,
-    NUM_CROSS_LAYERS,
     relative_error,
     with_config,
 )
 
-from cepe_jax.config import EncoderConfig
+from cepe_jax.config import CrossLayers, EncoderConfig
 from cepe_jax.model.cepe import (
     Cepe,
     Frozen,
@@ -136,14 +136,14 @@ def test_a_bfloat16_decoder_reads_a_float32_encoder(cepe, forward, tokens_BT, co
 def started(decoder):
     """Cross-attention of every init, started from the decoder."""
     return {
-        init: cross_from_self_attention(decoder, ENCODER, NUM_CROSS_LAYERS, init, key=jax.random.key(7))
+        init: cross_from_self_attention(decoder, ENCODER, CROSS_LAYERS, init, key=jax.random.key(7))
         for init in ("copy", "zero", "normal")
     }
 
 
 def test_cross_attention_starts_as_a_copy(decoder, started):
     """Of the last layers; keys and values keep the first E inputs; the norm is the one before the MLP."""
-    last, E = slice(DECODER.num_layers - NUM_CROSS_LAYERS, None), ENCODER.width
+    last, E = slice(1, 3), ENCODER.width
     attention = decoder.layers.attention
     for init, cross in started.items():
         np.testing.assert_array_equal(cross.q[...], attention.q[last])
@@ -151,7 +151,7 @@ def test_cross_attention_starts_as_a_copy(decoder, started):
         np.testing.assert_array_equal(cross.v[...], attention.v[last, :E])
         np.testing.assert_array_equal(cross.norm.scale[...], decoder.layers.mlp_norm.scale[last])
         assert cross.norm.eps == DECODER.norm_eps
-        assert cross.num_layers == NUM_CROSS_LAYERS
+        assert cross.layers == CROSS_LAYERS
         assert init == "copy" or not np.array_equal(cross.o[...], attention.o[last])
     np.testing.assert_array_equal(started["copy"].o[...], attention.o[last])
     assert not started["zero"].o[...].any()
@@ -160,7 +160,7 @@ def test_cross_attention_starts_as_a_copy(decoder, started):
 
 def test_cross_attention_is_its_own_and_trains_in_float32(decoder):
     narrow = jax.tree.map(lambda a: a.astype(jnp.bfloat16), decoder)
-    cross = cross_from_self_attention(narrow, ENCODER, NUM_CROSS_LAYERS, "copy", key=jax.random.key(7))
+    cross = cross_from_self_attention(narrow, ENCODER, CROSS_LAYERS, "copy", key=jax.random.key(7))
     assert {leaf.dtype for leaf in jax.tree.leaves(cross)} == {jnp.dtype("float32")}
 
 
@@ -173,16 +173,16 @@ def test_zero_init_is_the_plain_model(decoder, encoder, started, forward, plain,
 def test_a_start_that_cannot_be(decoder):
     wide = dataclasses.replace(ENCODER, width=DECODER.width + 1)
     with pytest.raises(ValueError, match="25.*24"):
-        cross_from_self_attention(decoder, wide, 2, "copy", key=jax.random.key(0))
+        cross_from_self_attention(decoder, wide, CROSS_LAYERS, "copy", key=jax.random.key(0))
     with pytest.raises(ValueError, match="'copied'.*copy.*zero.*normal"):
-        cross_from_self_attention(decoder, ENCODER, 2, "copied", key=jax.random.key(0))
-    for num_layers in (0, 4):
-        with pytest.raises(ValueError, match=f"{num_layers}.*3"):
-            cross_from_self_attention(decoder, ENCODER, num_layers, "copy", key=jax.random.key(0))
+        cross_from_self_attention(decoder, ENCODER, CROSS_LAYERS, "copied", key=jax.random.key(0))
+    for layers, named in ((CrossLayers("last", 4), "4.*3"), (CrossLayers("every", 2), "2.*3")):
+        with pytest.raises(ValueError, match=named):
+            cross_from_self_attention(decoder, ENCODER, layers, "copy", key=jax.random.key(0))
 
 
 def test_config_of_the_whole(cepe):
-    assert cepe.config.num_cross_layers == NUM_CROSS_LAYERS
+    assert cepe.config.cross_layers == CROSS_LAYERS
     assert (cepe.config.decoder, cepe.config.encoder) == (DECODER, ENCODER)
 
 
@@ -211,7 +211,7 @@ def test_params_are_what_trains(cepe, tokens_BT, context_BCL):
         assert (parts_in(model, nnx.Param), parts_in(model, Frozen)) == ({"encoder", "cross"}, {"decoder"})
     assert not parts_in(decoder, Frozen)
     for start in (
-        lambda key: cross_from_self_attention(cepe.decoder, ENCODER, 2, "zero", key=key),
+        lambda key: cross_from_self_attention(cepe.decoder, ENCODER, CROSS_LAYERS, "zero", key=key),
         lambda key: encoder_from_decoder(cepe.decoder, as_wide_as_decoder(), key=key),
     ):
         assert not parts_in(jax.eval_shape(start, jax.random.key(0)), Frozen)
@@ -276,7 +276,7 @@ def test_frozen_stack_is_not_copied(remat):
         lambda: Cepe(
             model := Llama(decoder, key=jax.random.key(0)),
             Encoder(ENCODER, key=jax.random.key(0)),
-            cross_from_self_attention(model, ENCODER, 4, "copy", key=jax.random.key(0)),
+            cross_from_self_attention(model, ENCODER, CrossLayers(), "copy", key=jax.random.key(0)),
         )
     )
     trainable, frozen = split(abstract, ("cross",))

@@ -21,6 +21,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from support.models import DECODER, ENCODER, relative_error
 
+from cepe_jax.config import CrossLayers
 from cepe_jax.cost import ReadFlops, read_flops
 from cepe_jax.model import cross
 from cepe_jax.model.cache import KVCache
@@ -41,7 +42,7 @@ def layer(N: int, K: int, seed: int = 0, width: int = E, head_dim: int = H) -> C
     weights = [nnx.Param(rng.standard_normal(shape) * shape[0] ** -0.5) for shape in shapes]
     norm = RMSNorm((D,), 1e-5, ("embed",))
     norm.scale = nnx.Param(rng.standard_normal(D))
-    return CrossAttention(norm, *weights)
+    return CrossAttention(norm, *weights, CrossLayers())
 
 
 def inputs(rows: int = B, queries: int = T, memory: int = M, width: int = E, seed: int = 1):

@@ -7,7 +7,7 @@ import jax
 import pytest
 from flax import nnx
 
-from cepe_jax.config import DECODERS, ENCODERS, preset
+from cepe_jax.config import DECODERS, ENCODERS, CrossLayers, preset
 from cepe_jax.model.cepe import Cepe, cross_from_self_attention
 from cepe_jax.model.encoder import Encoder
 from cepe_jax.model.llama import Llama
@@ -44,7 +44,7 @@ def test_encoder_counts():
 def test_cepe_counts():
     def make():
         decoder = Llama(DECODERS["llama2_7b"], key=KEY)
-        cross = cross_from_self_attention(decoder, ENCODERS["mlm_large"], 32, "copy", key=KEY)
+        cross = cross_from_self_attention(decoder, ENCODERS["mlm_large"], CrossLayers(), "copy", key=KEY)
         return Cepe(decoder, Encoder(ENCODERS["mlm_large"], key=KEY), cross)
 
     named = shapes(make)

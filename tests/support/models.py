@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from cepe_jax.config import DecoderConfig, EncoderConfig, RopeConfig
+from cepe_jax.config import CrossLayers, DecoderConfig, EncoderConfig, RopeConfig
 from cepe_jax.model.cepe import Cepe, cross_from_self_attention
 from cepe_jax.model.encoder import Encoder
 from cepe_jax.model.llama import Llama
@@ -35,7 +35,7 @@ ENCODER = EncoderConfig(
     rope=RopeConfig(theta=100.0),
     mlm_head=True,
 )
-NUM_CROSS_LAYERS = 2
+CROSS_LAYERS = CrossLayers("last", 2)
 SIZES = {"width": 16, "num_heads": 2, "num_kv_heads": 1, "head_dim": 8, "mlp_width": 24}  # of presets that are trained
 
 
@@ -68,12 +68,12 @@ def make_encoder(config: EncoderConfig = ENCODER) -> Encoder:
     return filled(lambda: Encoder(config, key=jax.random.key(0)), seed=2)
 
 
-def make_cepe(num_cross_layers: int = NUM_CROSS_LAYERS, vocab_size: int = DECODER.vocab_size) -> Cepe:
+def make_cepe(layers: CrossLayers = CROSS_LAYERS, vocab_size: int = DECODER.vocab_size) -> Cepe:
     decoder = make_decoder(dataclasses.replace(DECODER, vocab_size=vocab_size))
     encoder = make_encoder(dataclasses.replace(ENCODER, vocab_size=vocab_size + 1))
 
     def make():
-        return cross_from_self_attention(decoder, ENCODER, num_cross_layers, "normal", key=jax.random.key(0))
+        return cross_from_self_attention(decoder, ENCODER, layers, "normal", key=jax.random.key(0))
 
     return Cepe(decoder, encoder, filled(make, seed=3))
 

@@ -76,14 +76,16 @@ def encode(w, config, ids_L, keep_L):
     return rms_norm(x_LE, w["norm"], config.norm_eps)
 
 
-def method(w, config, ids_T, context_CL, keep_CL):
-    """Logits of one row of real tokens. The memory is all chunks' hidden states, side by side."""
+def method(w, config, ids_T, context_CL, keep_CL, readers=(1, 2)):
+    """Logits of one row of real tokens; the layers in `readers` have cross-attention.
+
+    The memory is all chunks' hidden states, side by side.
+    """
     chunks = [encode(w["encoder"], config.encoder, *chunk) for chunk in zip(context_CL, keep_CL, strict=True)]
     memory_ME = np.concatenate([np.zeros((0, config.encoder.width)), *chunks])
     x_TD = w["decoder"]["embed"][ids_T]
-    first_spliced = config.decoder.num_layers - config.num_cross_layers  # cross-attention sits in the last layers
     for i in range(config.decoder.num_layers):
-        cross = layer(w["cross"], i - first_spliced) if i >= first_spliced else None
+        cross = layer(w["cross"], readers.index(i)) if i in readers else None
         w_i = layer(w["decoder"]["layers"], i)
         x_TD = block(x_TD, w_i, config.decoder, np.arange(len(ids_T)), True, cross, memory_ME)
     return rms_norm(x_TD, w["decoder"]["norm"], config.decoder.norm_eps) @ w["decoder"]["head"].T

@@ -19,6 +19,7 @@ from support import datasets
 from support.models import DECODER, ENCODER, filled
 
 from cepe_jax.cli import FAULT, STOPPED
+from cepe_jax.config import CrossLayers
 from cepe_jax.model.cepe import Cepe, cross_from_self_attention
 from cepe_jax.model.encoder import Encoder
 from cepe_jax.model.llama import Llama
@@ -44,7 +45,9 @@ class Home:
             encoder = Encoder(
                 dataclasses.replace(ENCODER, mlm_head=False, mlp_width=2000, **sizes), key=jax.random.key(0)
             )
-            cross = cross_from_self_attention(decoder, encoder.config, 1, "normal", key=jax.random.key(0))
+            cross = cross_from_self_attention(
+                decoder, encoder.config, CrossLayers("last", 1), "normal", key=jax.random.key(0)
+            )
             return Cepe(decoder, encoder, cross)
 
         save(filled(make, seed=0), path / "start", assets=data)

@@ -7,8 +7,9 @@ import jax
 import numpy as np
 from flax import nnx
 from support.datasets import make_tokenizer, write_sequences
-from support.models import DECODER, make_cepe
+from support.models import make_cepe
 
+from cepe_jax.config import CrossLayers
 from cepe_jax.model.cepe import parts_of
 from cepe_jax.weights.directory import save
 from cepe_jax.weights.huggingface import load
@@ -26,7 +27,7 @@ def test_readme_loop_trains_encoder_and_cross(tmp_path, monkeypatch, capsys):
     )
     monkeypatch.chdir(tmp_path)
     tokenizer = make_tokenizer(tmp_path)
-    save(make_cepe(DECODER.num_layers, tokenizer.vocab_size), "cepe-7b", tmp_path)
+    save(make_cepe(CrossLayers(), tokenizer.vocab_size), "cepe-7b", tmp_path)
     tokens = [np.arange(start, start + 257) % 251 for start in range(40)]
     write_sequences(tmp_path / "data/filtered", tokens, 256, tokenizer)
     with nnx.set_graph_mode(True), nnx.set_graph_updates(True):

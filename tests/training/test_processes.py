@@ -22,6 +22,7 @@ import pytest
 from support import datasets, models
 
 from cepe_jax.cli import STOPPED
+from cepe_jax.config import CrossLayers
 from cepe_jax.data.examples import ExampleConfig
 from cepe_jax.distributed import LOST_STATUS, DistributedConfig, tells_of_a_lost_peer
 from cepe_jax.model.cepe import Cepe, cross_from_self_attention
@@ -56,7 +57,9 @@ def home(tmp_path_factory) -> Path:
     key = jax.random.key(0)
     decoder = models.filled(lambda: Llama(decoder_config, key=key), seed=1)
     encoder = models.filled(lambda: Encoder(encoder_config, key=key), seed=2)
-    cross = models.filled(lambda: cross_from_self_attention(decoder, encoder_config, 2, "normal", key=key), seed=3)
+    cross = models.filled(
+        lambda: cross_from_self_attention(decoder, encoder_config, CrossLayers("last", 2), "normal", key=key), seed=3
+    )
     save(Cepe(decoder, encoder, cross), home / "model")
     start = {"cepe": str(home / "model"), "train": ("cross",), "examples": EXAMPLES, "optimizer": OPTIMIZER}
     start |= {"save_every": 2, "log_every": 1}

@@ -10,7 +10,7 @@ import pytest
 from support.datasets import make_data
 from support.models import SIZES, bits
 
-from cepe_jax.config import DECODERS, ENCODERS
+from cepe_jax.config import DECODERS, ENCODERS, CrossLayers
 from cepe_jax.data.examples import ExampleConfig
 from cepe_jax.data.loader import batches
 from cepe_jax.data.records import Records
@@ -50,7 +50,7 @@ def runs(data, tmp_path_factory):
         for stage, start in (
             ("lm", {"decoder": "tiny"}),
             ("mlm", {"decoder": decoder, "encoder": "tiny"}),
-            ("warmup", {"decoder": decoder, "encoder": encoder, "num_cross_layers": 1}),
+            ("warmup", {"decoder": decoder, "encoder": encoder, "cross_layers": CrossLayers("last", 1)}),
             ("cepe", {"cepe": str(root / "warmup/model"), "micro_batch": 2, "loss_chunk": 5}),
         ):
             mix = {"filtered": 1.0, "packed": 2.0} if stage == "cepe" else {"filtered": 1.0}
@@ -71,7 +71,7 @@ def test_each_stage_trains_what_it_should(runs):
     assert mlm["encoder"].config.mlm_head
     assert not warmup["encoder"].config.mlm_head
     assert mlm["encoder"].config.vocab_size == lm["decoder"].config.vocab_size + 1 == 401
-    assert cepe["cross"].num_layers == 1
+    assert cepe["cross"].layers == CrossLayers("last", 1)
 
 
 def test_a_stage_leaves_its_configuration_metrics_and_tokenizer(runs, data):
@@ -195,7 +195,11 @@ def test_evaluation_changes_nothing(runs, data, tmp_path):
 
 def test_a_dry_run_tells_what_a_run_would_be(runs, data, tmp_path, capsys, monkeypatch):
     """From shapes alone: nothing is loaded or written. The counts are those of the model that was trained."""
-    start = {"decoder": str(runs / "lm/model"), "encoder": str(runs / "mlm/model"), "num_cross_layers": 1}
+    start = {
+        "decoder": str(runs / "lm/model"),
+        "encoder": str(runs / "mlm/model"),
+        "cross_layers": CrossLayers("last", 1),
+    }
     mix = {"filtered": 1.0, "packed": 3.0}
     config = TrainConfig("cepe", data, tmp_path / "out", 7, 4, mix=mix, examples=EXAMPLES["cepe"], **start)
     for name in ("load", "starting_model", "batches"):
@@ -288,7 +292,7 @@ def test_in_bfloat16_the_frozen_part_is_narrow_and_what_trains_is_not(runs, data
         ({"train": ()}, "train is empty"),
         ({"mix": {"a": 0.0}}, r"mix is \{'a': 0.0\}: .*above 0"),
         ({"workers": -1}, "workers is -1: .*processes"),
-        ({"num_cross_layers": 2}, "num_cross_layers .*decoder .*encoder"),
+        ({"cross_layers": CrossLayers("last", 2)}, "cross_layers .*decoder .*encoder"),
         ({"distill": DistillConfig()}, "stage is cepe: distill .*stage ceped"),
         ({"stage": "ceped"}, "stage is ceped: distill .*stage ceped"),
         (

@@ -14,6 +14,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
+from cepe_jax.config import CrossLayers
 from cepe_jax.weights import files
 from cepe_jax.weights.directory import Directory, save, write
 from cepe_jax.weights.huggingface import load, to_hf, to_jax
@@ -190,6 +191,20 @@ def test_flipped_bit_is_found(ours):
         Directory(ours).verify()
 
 
+def test_layers_that_read_are_kept_and_the_reference_has_the_last_alone(ours, tmp_path):
+    """A directory of before, which has the number of last layers, is the same model."""
+    model, written = load(ours), json.loads((ours / "config.json").read_text())
+    assert written["cross_layers"] == {"kind": "last", "count": 2}
+    before = {key: value for key, value in written.items() if key != "cross_layers"} | {"num_cross_layers": 2}
+    (ours / "config.json").write_text(json.dumps(before))
+    same(load(ours), model)
+    (ours / "config.json").write_text(json.dumps(written | {"cross_layers": {"kind": "first", "count": 2}}))
+    assert load(ours).config.cross_layers == CrossLayers("first", 2)
+    with pytest.raises(ValueError, match="cross_layers first"):
+        to_hf(ours, tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
+
+
 def test_spoiled_directories_are_named(ours):
     def spoil(name: str, change, message: str) -> None:
         before = (ours / name).read_text()
@@ -204,8 +219,9 @@ def test_spoiled_directories_are_named(ours):
     spoil("config.json", lambda c: c["decoder"].update(surprise=1), "decoder: unknown.* surprise")
     spoil("config.json", lambda c: c["decoder"]["rope"].update(surprise=1), "rope: unknown.* surprise")
     spoil("config.json", lambda c: c["encoder"].pop("width"), "encoder lacks.* width")
-    spoil("config.json", lambda c: c.update(num_cross_layers=1), r"unknown cross\.1\.k")
-    spoil("config.json", lambda c: c.update(num_cross_layers=3), r"lacks cross\.2\.k")
+    spoil("config.json", lambda c: c["cross_layers"].update(count=1), r"unknown cross\.1\.k")
+    spoil("config.json", lambda c: c["cross_layers"].update(count=3), r"lacks cross\.2\.k")
+    spoil("config.json", lambda c: c["cross_layers"].update(kind="middle"), "middle.*last, first or every")
     spoil("config.json", lambda c: c.update(kind="other"), "kind 'other'")
     spoil("config.json", lambda c: c.update(kind="llama"), "kind llama .*needs decoder")
     spoil("hash.json", lambda c: c["tensors"]["cross.0.q"].update(dtype="bfloat16"), r"cross\.0\.q .*hash\.json")

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from cepe_jax.config import CepeConfig, DecoderConfig, EncoderConfig, RopeConfig
+from cepe_jax.config import CepeConfig, CrossLayers, DecoderConfig, EncoderConfig, RopeConfig
 from cepe_jax.weights.hf_config import facts_of, from_hf, to_hf_config
 
 PLAIN = {
@@ -44,7 +44,7 @@ def test_defaults_are_those_of_transformers():
     assert from_hf(PLAIN | {"head_dim": None, "num_key_value_heads": None}) == from_hf(PLAIN)
     assert from_hf(MLM) == EncoderConfig(**common, norm_eps=1e-6, rope=rope, mlm_head=True)
     encoder = EncoderConfig(**common | {"width": 24, "head_dim": 4}, norm_eps=1e-6, rope=rope)
-    assert from_hf(CEPE) == CepeConfig(from_hf(PLAIN), encoder, 2)
+    assert from_hf(CEPE) == CepeConfig(from_hf(PLAIN), encoder, CrossLayers("last", 2))
 
 
 def test_harmless_keys_are_accepted():
@@ -154,7 +154,7 @@ def test_refused_in_the_encoder_too(keys, message):
         ({"encoder_is_model": True}, "encoder_is_model True"),
         ({"num_cross_attn_hidden_states": 2}, "num_cross_attn_hidden_states 2"),
         ({"do_cross_attention": False}, "do_cross_attention False"),
-        ({"num_cross_attn_layers": 4}, "num_cross_layers 4"),
+        ({"num_cross_attn_layers": 4}, r"cross_layers\.count 4"),
         ({"num_cross_attn_layers": ...}, "lacks num_cross_attn_layers"),
         ({"encoder_config": ...}, "lacks encoder_config"),
         ({"encoder_hidden_size": 32}, "encoder_hidden_size 32 .*hidden_size 24"),

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from support.refusals import one_line
 
-from cepe_jax.config import DECODERS, ENCODERS, CepeConfig
+from cepe_jax.config import DECODERS, ENCODERS, CepeConfig, CrossLayers
 from cepe_jax.model.cepe import cross_from_self_attention, parts_of
 from cepe_jax.model.encoder import Encoder
 from cepe_jax.model.llama import Llama
@@ -25,18 +25,18 @@ def refused(source, message: str) -> None:
 
 
 def test_table_has_the_released_number_of_tensors():
-    config = CepeConfig(DECODERS["llama2_7b"], ENCODERS["mlm_large"], 32)
+    config = CepeConfig(DECODERS["llama2_7b"], ENCODERS["mlm_large"])
     entries = table(config)
     assert len(entries) == len({entry.key for entry in entries.values()}) == 291 + 160 + 218
     assert sum(np.prod(entry.shape) for entry in entries.values()) == 8_516_196_352
     assert entries["cross.3.q"].key == "model.layers.3.cross_attn.q_proj.weight"
-    last = table(CepeConfig(DECODERS["llama2_7b"], ENCODERS["mlm_large"], 4))
+    last = table(CepeConfig(DECODERS["llama2_7b"], ENCODERS["mlm_large"], CrossLayers("last", 4)))
     assert last["cross.3.k"].key == "model.layers.31.cross_attn.k_proj.weight"
     assert last["cross.3.k"].shape == (4096, 1024)
 
 
 def test_both_directions_of_an_entry_are_inverse():
-    config = CepeConfig(DECODERS["tiny"], ENCODERS["tiny"], 2)
+    config = CepeConfig(DECODERS["tiny"], ENCODERS["tiny"], CrossLayers("last", 2))
     ours = shapes(config)
     for name, entry in table(config).items():
         tensor = np.arange(np.prod(entry.shape)).reshape(entry.shape)
@@ -45,11 +45,11 @@ def test_both_directions_of_an_entry_are_inverse():
 
 
 def test_cross_attention_is_the_one_that_training_starts_from():
-    config = CepeConfig(DECODERS["tiny"], ENCODERS["tiny"], 2)
+    config = CepeConfig(DECODERS["tiny"], ENCODERS["tiny"], CrossLayers("last", 2))
 
     def make():
         decoder = Llama(config.decoder, key=jax.random.key(0))
-        return cross_from_self_attention(decoder, config.encoder, 2, "copy", key=jax.random.key(0))
+        return cross_from_self_attention(decoder, config.encoder, config.cross_layers, "copy", key=jax.random.key(0))
 
     built, started = abstract_parts(config)["cross"], jax.eval_shape(make)
     assert jax.tree.structure(built) == jax.tree.structure(started)  # names, axes and eps
@@ -267,4 +267,4 @@ class Unpickled:
 def test_parts_of_a_loaded_cepe(cepe_source):
     model = load(cepe_source.path)
     assert set(parts_of(model)) == {"cross", "decoder", "encoder"}
-    assert model.config.num_cross_layers == model.cross.num_layers == 2
+    assert model.config.cross_layers == model.cross.layers == CrossLayers("last", 2)

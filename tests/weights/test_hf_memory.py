@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from cepe_jax.config import CepeConfig, DecoderConfig, EncoderConfig
+from cepe_jax.config import CepeConfig, CrossLayers, DecoderConfig, EncoderConfig
 from cepe_jax.weights.hf_config import to_hf_config
 from cepe_jax.weights.huggingface import table
 
@@ -15,7 +15,7 @@ CONFIG = CepeConfig(
         vocab_size=32_000, width=1024, num_layers=20, num_heads=16, num_kv_heads=16, head_dim=64, mlp_width=2816
     ),
     EncoderConfig(vocab_size=32_001, width=512, num_layers=4, num_heads=8, num_kv_heads=8, head_dim=64, mlp_width=2048),
-    num_cross_layers=4,
+    cross_layers=CrossLayers("last", 4),
 )
 BOUND = 800 << 20
 

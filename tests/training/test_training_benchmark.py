@@ -1,0 +1,37 @@
+"""The benchmark of a training step on sizes of seconds, and the oracle's step beside it."""
+
+import json
+
+import pytest
+
+from cepe_jax.data.examples import ExampleConfig
+from cepe_jax.training.benchmark import TrainBenchmarkConfig, benchmark_train
+from cepe_jax.training.settings import TrainConfig
+
+SIZES = {"data": "none", "out": "none", "mix": {"none": 1.0}, "steps": 10, "decoder": "tiny", "encoder": "tiny"}
+EXAMPLES = ExampleConfig(window=16, num_chunks=2, chunk_length=8)
+
+
+def test_both_steps_start_from_one_loss(tmp_path):
+    """8 CPU-seconds: that what stands beside ours is the same work, by the loss of the same weights and tokens."""
+    pytest.importorskip("torch")
+    config = TrainConfig(stage="cepe", batch_size=2, examples=EXAMPLES, **SIZES)
+    benchmark_train(TrainBenchmarkConfig(timed_steps=2, beside="torch", out=tmp_path), config)
+    result = json.loads((tmp_path / "train.json").read_text())
+    losses, seconds = result["beside"]["first_losses"], result["beside"]["seconds"]
+    assert losses["ours"] == pytest.approx(losses["torch"], rel=1e-5)
+    assert losses["ours"] == pytest.approx(7.6, abs=0.1)  # about log 2,048: the weights are random
+    assert result["beside"]["ratio"] == pytest.approx(seconds["ours"] / seconds["torch"])
+    assert seconds["ours"] <= result["step_seconds"]
+
+
+def test_what_has_no_oracle_is_refused(tmp_path):
+    pytest.importorskip("torch")
+    what = TrainBenchmarkConfig(timed_steps=1, beside="torch", out=tmp_path)
+    sizes = {name: value for name, value in SIZES.items() if name != "encoder"}
+    with pytest.raises(ValueError, match="stage lm"):
+        benchmark_train(what, TrainConfig(stage="lm", batch_size=1, examples=EXAMPLES, **sizes))
+    in_bfloat16 = TrainConfig(stage="cepe", batch_size=2, dtype="bfloat16", examples=EXAMPLES, **SIZES)
+    with pytest.raises(ValueError, match="float32"):
+        benchmark_train(what, in_bfloat16)
+    assert not list(tmp_path.iterdir())
