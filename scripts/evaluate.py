@@ -5,9 +5,11 @@
     python scripts/evaluate.py tasks --model.path=cepe-7b --family=qa --data=nq.jsonl --axis="[0, 20]" --out=out/nq
     python scripts/evaluate.py harness --model.path=cepe-7b --tasks=niah_single_2 --window=4096 --out=out/harness
     python scripts/evaluate.py report --out=out/nq
+    python scripts/evaluate.py gains --runs="[out/seed_0, out/seed_1]" --trained=16 --out=out/gains
 """
 
 from cepe_jax.cli import run_command
+from cepe_jax.evaluation.gains import GainsConfig, gains
 from cepe_jax.evaluation.grid import PerplexityRun, SweepConfig, TaskRun
 from cepe_jax.evaluation.harness import HarnessConfig, run_harness
 from cepe_jax.evaluation.report import ReportConfig, report
@@ -18,6 +20,7 @@ COMMANDS = {
     "tasks": (TaskRun, run_one),
     "sweep": (SweepConfig, run_sweep),
     "harness": (HarnessConfig, run_harness),
+    "gains": (GainsConfig, lambda config: print(gains(config))),
     "report": (ReportConfig, lambda config: print(report(config))),
 }
 

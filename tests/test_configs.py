@@ -20,6 +20,7 @@ from cepe_jax.data.benchmark import DataBenchmarkConfig
 from cepe_jax.data.corpus import PrepareConfig
 from cepe_jax.data.retrieval import RetrieveConfig
 from cepe_jax.data.sampling import SampleConfig
+from cepe_jax.evaluation.gains import GainsConfig
 from cepe_jax.evaluation.grid import PerplexityRun, SweepConfig, TaskRun
 from cepe_jax.evaluation.harness import HarnessConfig
 from cepe_jax.evaluation.report import ReportConfig
@@ -48,6 +49,7 @@ CLASSES = {  # of a script, or of a script and its command
     "evaluate.py tasks": TaskRun,
     "evaluate.py sweep": SweepConfig,
     "evaluate.py harness": HarnessConfig,
+    "evaluate.py gains": GainsConfig,
     "evaluate.py report": ReportConfig,
     "generate.py": GenerateConfig,
 }
@@ -68,8 +70,10 @@ def shown_commands() -> dict[str, str]:
         found += [words.replace(",", " ") for words in re.findall(r"command: \[(python, .*?)\]", text, re.DOTALL)]
         shown |= {f"{name}:{number} {line[:60]}": line for number, line in enumerate(found)}
     quickstart = (ROOT / "scripts" / "quickstart.sh").read_text().replace("\\\n", " ")
-    for line in re.findall(r"^stage .*", quickstart, re.MULTILINE):
-        name, script, rest = re.match(r"stage (\w+) \S+ (\S+) (.*)", line).groups()
+    for filled, value in (("$seed", "0"), ('"${more[@]}"', "--steps=9"), (">/dev/null", "")):
+        quickstart = quickstart.replace(filled, value)
+    for line in re.findall(r"^ *stage .*", quickstart, re.MULTILINE):
+        name, script, rest = re.match(r" *stage (\S+) \S+ (\S+) (.*)", line).groups()
         shown[f"quickstart.sh:{name}"] = f"python scripts/{script} {rest}"
     return shown
 

@@ -1,5 +1,7 @@
 """The plots of a report."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 from cepe_jax.directories import staged_path
@@ -16,17 +18,17 @@ def plot(results: Results, data: str, path: Path) -> None:
     tokens that were given to read. Bars are of the gain over no context, where that was measured: the errors that tell
     the points of a line apart; else of the mean.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     rows = results.rows(data)
     if not rows:
         return
     some = next(iter(next(iter(rows.values())).values()))
     metrics = list(some.means)
-    figure, panels = pyplot.subplots(1, len(metrics) + 2, figsize=(4.4 * (len(metrics) + 2), 3.8), layout="constrained")
+    columns = len(metrics) + 2
+    with save_figure(path, ncols=columns, figsize=(4.4 * columns, 3.8)) as panels:
+        _fill(panels, results, rows, some, metrics)
+
+
+def _fill(panels, results: Results, rows: dict, some: Result, metrics: list[str]) -> None:
     several = len({model for model, _ in rows}) > 1
     for (model, kind), row in rows.items():
         label = ", ".join([*[model] * (several or not kind), *([kind] if kind else [])])
@@ -54,8 +56,20 @@ def plot(results: Results, data: str, path: Path) -> None:
         panel.set_xticks(read, [f"{length:,.0f}" for length in read], rotation=45)
         panel.minorticks_off()
     panels[0].legend(frameon=False)
+
+
+@contextlib.contextmanager
+def save_figure(path: Path, **subplots) -> Iterator:
+    """The panels of a figure, which is at `path` once the block ends."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(**subplots, layout="constrained")
     staged = staged_path(path)
     try:
+        yield panels
         figure.savefig(staged, dpi=120, format="png")
         staged.rename(path)
     finally:
