@@ -14,6 +14,7 @@ from cepe_jax.evaluation.estimates import Estimate
 from cepe_jax.evaluation.perplexity import PerplexityConfig, windows
 from cepe_jax.evaluation.plots import ERRORS, save_figure
 from cepe_jax.evaluation.results import Result, gather
+from cepe_jax.evaluation.tables import number
 
 KINDS = {"previous": "its own", "other": "another document's"}
 
@@ -45,6 +46,9 @@ class Runs:
     def __init__(self, config: GainsConfig):
         found = [gather(path) for path in config.runs]
         self.rows = [{kind: row for (_, kind), row in each.rows("perplexity").items()} for each in found]
+        for path, each in zip(config.runs, found, strict=True):
+            if len(each.config.models) > 1 or each.data.keys() != {"perplexity"}:
+                raise ValueError(f"{path} is of several models or data: give the --out of evaluate.py perplexity")
         for path, each, rows in zip(config.runs, found, self.rows, strict=True):
             shapes = {kind: sorted(row) for kind, row in rows.items()}
             if each.missing or shapes != {kind: sorted(row) for kind, row in self.rows[0].items()}:
@@ -70,14 +74,14 @@ class Runs:
     def gains(self) -> dict[str, dict[int, Gain]]:
         """By kind and number of contexts."""
         return {
-            kind: {number: self._gain(kind, number) for number in sorted(row) if number}
+            kind: {contexts: self._gain(kind, contexts) for contexts in sorted(row) if contexts}
             for kind, row in self.rows[0].items()
         }
 
-    def _gain(self, kind: str, number: int) -> Gain:
+    def _gain(self, kind: str, contexts: int) -> Gain:
         runs = []
         for rows in self.rows:
-            before, after = self.without(rows).values["nll"], rows[kind][number].values["nll"]
+            before, after = self.without(rows).values["nll"], rows[kind][contexts].values["nll"]
             runs.append({name: before[name] - after[name] for name in before})
         means = [np.mean(list(run.values())) for run in runs]
         windows = {name: float(np.mean([run[name] for run in runs])) for name in runs[0]}
@@ -97,7 +101,7 @@ def gains(config: GainsConfig) -> str:
     config.out.mkdir(parents=True, exist_ok=True)
     _plot(runs, config)
     numbers = {
-        kind: {number: {"gain": asdict(gain.estimate), "spread": gain.spread} for number, gain in row.items()}
+        kind: {contexts: {"gain": asdict(gain.estimate), "spread": gain.spread} for contexts, gain in row.items()}
         for kind, row in runs.gains.items()
     }
     without = {"nll": asdict(runs.nll)}
@@ -115,14 +119,14 @@ def sentences(runs: Runs, trained: int) -> Iterator[str]:
         f"{runs.nll.mean:.3f} nats a token{seeds}."
     )
     for kind, row in runs.gains.items():
-        for number in (trained, 4 * trained) if kind == "previous" else (trained,):
-            if number in row:
-                gain = row[number].estimate
-                does = "saves" if gain.mean > 0 else "costs"
+        for contexts in (trained, 4 * trained) if kind == "previous" else (trained,):
+            if contexts in row:
+                gain = row[contexts].estimate
+                does, more = ("saves", "more") if gain.mean > 0 else ("costs", "less")
+                error = "" if gain.stderr is None else f" ± {gain.stderr:.3f}"
                 yield (
-                    f"With {number * data.chunk_length:,} tokens of {KINDS[kind]} context it {does} "
-                    f"{abs(gain.mean):.3f} ± {gain.stderr or math.nan:.3f}: the right token is "
-                    f"{abs(math.expm1(gain.mean)):.1%} {'more' if gain.mean > 0 else 'less'} likely."
+                    f"With {contexts * data.chunk_length:,} tokens of {KINDS[kind]} context it {does} "
+                    f"{abs(gain.mean):.3f}{error}: the right token is {abs(math.expm1(gain.mean)):.1%} {more} likely."
                 )
 
 
@@ -130,13 +134,12 @@ def table(runs: Runs) -> Iterator[str]:
     several = len(runs.rows) > 1
     yield "| contexts | " + " | ".join(f"gain from {KINDS[kind]}" for kind in runs.gains) + " |"
     yield "|---|" + "---|" * len(runs.gains)
-    for number in sorted(set().union(*runs.gains.values())):
-        cells = [row[number] for row in runs.gains.values() if number in row]
-        yield f"| {number} | " + " | ".join(
-            f"{gain.estimate.mean:+.4f} ± {gain.estimate.stderr or math.nan:.4f}"
-            + (f" (seeds: {gain.spread:.4f})" if several else "")
-            for gain in cells
-        ) + " |"  # fmt: skip
+    for contexts in sorted(set().union(*runs.gains.values())):
+        cells = [row[contexts] for row in runs.gains.values() if contexts in row]
+        written = [number(gain.estimate, "nll", "+") for gain in cells]
+        if several:
+            written = [f"{text} (seeds: {gain.spread:.4f})" for text, gain in zip(written, cells, strict=True)]
+        yield f"| {contexts} | {' | '.join(written)} |"
 
 
 def continued(runs: Runs, config: GainsConfig) -> Iterator[str]:
@@ -175,7 +178,7 @@ def _cell(text: str) -> str:
 def _plot(runs: Runs, config: GainsConfig) -> None:
     with save_figure(config.out / "gains.png", figsize=(5.4, 3.8)) as panel:
         for kind, row in runs.gains.items():
-            tokens = [number * runs.data.chunk_length for number in row]
+            tokens = [contexts * runs.data.chunk_length for contexts in row]
             means = [gain.estimate.mean for gain in row.values()]
             bars = [ERRORS * (gain.estimate.stderr or 0.0) for gain in row.values()]
             panel.errorbar(tokens, means, yerr=bars, marker="o", capsize=3, label=f"{KINDS[kind]} context")

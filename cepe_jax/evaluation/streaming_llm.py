@@ -5,6 +5,7 @@ from the first ones, the sinks, no token is further away than the cache is long.
 each by keys near by and by the sinks, with other angles for both, merged by log-sum-exp.
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 import jax
@@ -60,13 +61,14 @@ class RollingCache:
         return RollingCache(k_ZBSKH, v_ZBSKH, self.read_B + real_BT.sum(axis=1))
 
 
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Near(Mask):
     """Keys less than `reach` tokens before a query. The first of `queries`, in turn, stands `age_BS` tokens after."""
 
     age_BS: Array | None = None
-    queries: int = 0
-    reach: int = 0
+    queries: int = dataclasses.field(default=0, metadata={"static": True})
+    reach: int = dataclasses.field(default=0, metadata={"static": True})
 
     def dense(self, num_queries: int, num_keys: int) -> Array:
         distance_BTS = jnp.arange(num_queries)[:, None] % self.queries + self.age_BS[:, None, :]

@@ -90,7 +90,7 @@ def _table(rows: Estimates, axis: list[int], metric: str, sign: str = "", domain
     names, first = _names(rows), [domain] if domain else []
     yield from _head([*(["domain"] if domain else []), *names, "n"], axis)
     for (model, kind), row in rows.items():
-        cells = [_number(row[value], metric, sign) if row.get(value) else NOTHING for value in axis]
+        cells = [number(row[value], metric, sign) if row.get(value) else NOTHING for value in axis]
         counts = ", ".join(dict.fromkeys(_count(estimate) for estimate in row.values() if estimate))
         yield f"| {' | '.join([*first, *[model, kind][: len(names)], counts or NOTHING, *cells])} |"
 
@@ -121,7 +121,7 @@ def _count(estimate: Estimate) -> str:
     return f"{estimate.records}" + (f" of {estimate.groups}" if estimate.groups < estimate.records else "")
 
 
-def _number(estimate: Estimate, metric: str, sign: str) -> str:
+def number(estimate: Estimate, metric: str, sign: str) -> str:
     """With its error where there is one. In percent, but nll: that has the perplexity after it where it is no gain."""
     of_nll = metric == LOWER_IS_BETTER
     scale, digits = (1, 4) if of_nll else (100, 1)

@@ -1,5 +1,6 @@
 """Attention over masked keys, in one pass or merged from partial results, and its back ends."""
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 
@@ -23,11 +24,12 @@ def native_backend(platform: str, dtype: str) -> Backend:
     return "splash" if platform == "tpu" else "xla"
 
 
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Mask:
     """Which keys a query sees. `valid_BS`: true for keys that exist. `causal`: query i sees keys up to i."""
 
-    causal: bool = False
+    causal: bool = dataclasses.field(default=False, metadata={"static": True})
     valid_BS: jax.Array | None = None
 
     def dense(self, num_queries: int, num_keys: int) -> jax.Array:
@@ -61,50 +63,46 @@ def attend_to_cache(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mas
     return tuple(map(by_query, attend_to_heads(q_BKGTH, k_BKSH, v_BKSH, mask, H**-0.5)))
 
 
-def attend_to_heads(q_BKGTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask: Mask, scale: float) -> Partial:
-    """What `attend_partial` says, of each key head's queries: values (B, K, G, T, H), sums and peaks (.., T, 1)."""
-    return _attend_to_heads(mask.causal, scale, q_BKGTH, k_BKSH, v_BKSH, mask.valid_BS)
-
-
 # Left to itself, the derivative keeps several arrays of the scores' size, and turns them around for its products: on a
 # CPU it takes three times as long. Here the scores are computed again, and each product has keys last in them.
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend_to_heads(causal: bool, scale: float, q_BKGTH, k_BKSH, v_BKSH, valid_BS) -> Partial:
-    scores_BKGTS = _scores(causal, scale, q_BKGTH, k_BKSH, valid_BS)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def attend_to_heads(q_BKGTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask: Mask, scale: float) -> Partial:
+    """What `attend_partial` says, of each key head's queries: values (B, K, G, T, H), sums and peaks (.., T, 1)."""
+    scores_BKGTS = _scores(q_BKGTH, k_BKSH, mask, scale)
     peak = scores_BKGTS.max(axis=-1, keepdims=True)
     weights_BKGTS = jnp.exp(scores_BKGTS - peak)
     sums = weights_BKGTS.sum(axis=-1, keepdims=True)
     values = _product("BKGTS,BKSH->BKGTH", weights_BKGTS.astype(v_BKSH.dtype), v_BKSH)
-    return *_seen_alone(valid_BS, peak, values, sums), peak
+    return *_seen_alone(mask, peak, values, sums), peak
 
 
-def _scores(causal: bool, scale: float, q_BKGTH: jax.Array, k_BKSH: jax.Array, valid_BS: jax.Array | None) -> jax.Array:
+def _scores(q_BKGTH: jax.Array, k_BKSH: jax.Array, mask: Mask, scale: float) -> jax.Array:
     scores_BKGTS = _product("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH) * scale
-    if not causal and valid_BS is None:
+    if not mask.causal and mask.valid_BS is None:
         return scores_BKGTS
-    return jnp.where(Mask(causal, valid_BS).dense(*scores_BKGTS.shape[-2:]), scores_BKGTS, _NEVER)
+    return jnp.where(mask.dense(*scores_BKGTS.shape[-2:]), scores_BKGTS, _NEVER)
 
 
 def _product(equation: str, left: jax.Array, right: jax.Array) -> jax.Array:
     return jnp.einsum(equation, left, right, preferred_element_type=jnp.promote_types(left.dtype, jnp.float32))
 
 
-def _seen_alone(valid_BS: jax.Array | None, peak: jax.Array, *parts: jax.Array) -> list[jax.Array]:
+def _seen_alone(mask: Mask, peak: jax.Array, *parts: jax.Array) -> list[jax.Array]:
     """The parts, zero for queries without a valid key: the exponentials of their scores are all 1."""
-    return [part if valid_BS is None else jnp.where(peak == _NEVER, 0, part) for part in parts]
+    return [part if mask.valid_BS is None else jnp.where(peak == _NEVER, 0, part) for part in parts]
 
 
-def _attend_to_heads_forward(causal: bool, scale: float, *inputs):
-    parts = _attend_to_heads(causal, scale, *inputs)
-    return parts, (inputs, parts[2])
+def _attend_to_heads_forward(*inputs):
+    parts = attend_to_heads(*inputs)
+    return parts, (inputs[:4], parts[2])
 
 
-def _attend_to_heads_backward(causal: bool, scale: float, residuals, cotangents: Partial):
+def _attend_to_heads_backward(scale: float, residuals, cotangents: Partial):
     """The derivative for constant peaks: what is made of the parts does not depend on them."""
-    (q_BKGTH, k_BKSH, v_BKSH, valid_BS), peak = residuals
-    of_values_BKGTH, of_sums = _seen_alone(valid_BS, peak, *cotangents[:2])
+    (q_BKGTH, k_BKSH, v_BKSH, mask), peak = residuals
+    of_values_BKGTH, of_sums = _seen_alone(mask, peak, *cotangents[:2])
     of_values_BKGTH = of_values_BKGTH.astype(v_BKSH.dtype)
-    weights_BKGTS = jnp.exp(_scores(causal, scale, q_BKGTH, k_BKSH, valid_BS) - peak)
+    weights_BKGTS = jnp.exp(_scores(q_BKGTH, k_BKSH, mask, scale) - peak)
     of_weights_BKGTS = _product("BKGTH,BKSH->BKGTS", of_values_BKGTH, v_BKSH) + of_sums
     of_scores_BKGTS = (weights_BKGTS * of_weights_BKGTS * scale).astype(q_BKGTH.dtype)
     of_q_BKGTH = jnp.einsum("BKGTS,BKSH->BKGTH", of_scores_BKGTS, k_BKSH)
@@ -113,7 +111,7 @@ def _attend_to_heads_backward(causal: bool, scale: float, residuals, cotangents:
     return of_q_BKGTH, of_k_BKHS.swapaxes(2, 3), of_v_BKHS.swapaxes(2, 3), None
 
 
-_attend_to_heads.defvjp(_attend_to_heads_forward, _attend_to_heads_backward)
+attend_to_heads.defvjp(_attend_to_heads_forward, _attend_to_heads_backward)
 
 
 def combine(*parts: Partial) -> Partial:

@@ -80,6 +80,15 @@ def test_runs_that_cannot_be_compared_are_named(tmp_path):
     for name in ("windows", "chunks", "nothing"):
         with pytest.raises(ValueError, match=name):
             Runs(GainsConfig((tmp_path / "0", tmp_path / name), 2, tmp_path))
+    several = SweepConfig(
+        out=tmp_path / "several",
+        models={name: ModelConfig(Path("m")) for name in "ab"},
+        perplexity={"perplexity": DATA},
+    )
+    (tmp_path / "several").mkdir()
+    store.write_json(tmp_path / "several" / "sweep.json", store.plain(several))
+    with pytest.raises(ValueError, match="several is of several models"):
+        Runs(GainsConfig((tmp_path / "several",), 2, tmp_path))
     with pytest.raises(ValueError, match="trained is 4"):
         gains(GainsConfig((tmp_path / "0",), 4, tmp_path / "out"))
     assert not (tmp_path / "out").exists()
