@@ -14,7 +14,7 @@ while [ $# -gt 0 ]; do
     --out=*) out=${1#--out=} && shift ;;
     --seeds) seeds=${2:?--seeds needs a number} && shift 2 ;;
     --seeds=*) seeds=${1#--seeds=} && shift ;;
-    --longer) more=(--steps=1800) && shift ;;
+    --longer) more=(--steps=1400) && shift ;;
     *) echo "quickstart.sh: unknown argument $1: only --out DIR, --seeds N and --longer" >&2 && exit 2 ;;
     esac
 done
