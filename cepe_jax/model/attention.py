@@ -68,19 +68,27 @@ def attend_to_cache(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mas
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def attend_to_heads(q_BKGTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask: Mask, scale: float) -> Partial:
     """What `attend_partial` says, of each key head's queries: values (B, K, G, T, H), sums and peaks (.., T, 1)."""
-    scores_BKGTS = _scores(q_BKGTH, k_BKSH, mask, scale)
-    peak = scores_BKGTS.max(axis=-1, keepdims=True)
-    weights_BKGTS = jnp.exp(scores_BKGTS - peak)
-    sums = weights_BKGTS.sum(axis=-1, keepdims=True)
-    values = _product("BKGTS,BKSH->BKGTH", weights_BKGTS.astype(v_BKSH.dtype), v_BKSH)
-    return *_seen_alone(mask, peak, values, sums), peak
+    scores_BKQS = _scores(q_BKGTH, k_BKSH, mask, scale)
+    peak_BKQ1 = scores_BKQS.max(axis=-1, keepdims=True)
+    weights_BKQS = jnp.exp(scores_BKQS - peak_BKQ1)
+    sums_BKQ1 = weights_BKQS.sum(axis=-1, keepdims=True)
+    values_BKQH = _product("BKQS,BKSH->BKQH", weights_BKQS.astype(v_BKSH.dtype), v_BKSH)
+    values_BKQH, sums_BKQ1 = _seen_alone(mask, peak_BKQ1, values_BKQH, sums_BKQ1)
+    return tuple(x.reshape(*q_BKGTH.shape[:4], -1) for x in (values_BKQH, sums_BKQ1, peak_BKQ1))
+
+
+def _queries(x_BKGTX: jax.Array) -> jax.Array:
+    """(B, K, Q, X): of an operand with two axes of queries XLA would turn the other operand around."""
+    return x_BKGTX.reshape(*x_BKGTX.shape[:2], -1, x_BKGTX.shape[-1])
 
 
 def _scores(q_BKGTH: jax.Array, k_BKSH: jax.Array, mask: Mask, scale: float) -> jax.Array:
-    scores_BKGTS = _product("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH) * scale
+    scores_BKQS = _product("BKQH,BKSH->BKQS", _queries(q_BKGTH), k_BKSH) * scale
     if not mask.causal and mask.valid_BS is None:
-        return scores_BKGTS
-    return jnp.where(mask.dense(*scores_BKGTS.shape[-2:]), scores_BKGTS, _NEVER)
+        return scores_BKQS
+    T, S = q_BKGTH.shape[3], k_BKSH.shape[2]
+    scores_BKGTS = scores_BKQS.reshape(*q_BKGTH.shape[:4], S)
+    return _queries(jnp.where(mask.dense(T, S), scores_BKGTS, _NEVER))
 
 
 def _product(equation: str, left: jax.Array, right: jax.Array) -> jax.Array:
@@ -99,16 +107,17 @@ def _attend_to_heads_forward(*inputs):
 
 def _attend_to_heads_backward(scale: float, residuals, cotangents: Partial):
     """The derivative for constant peaks: what is made of the parts does not depend on them."""
-    (q_BKGTH, k_BKSH, v_BKSH, mask), peak = residuals
-    of_values_BKGTH, of_sums = _seen_alone(mask, peak, *cotangents[:2])
-    of_values_BKGTH = of_values_BKGTH.astype(v_BKSH.dtype)
-    weights_BKGTS = jnp.exp(_scores(q_BKGTH, k_BKSH, mask, scale) - peak)
-    of_weights_BKGTS = _product("BKGTH,BKSH->BKGTS", of_values_BKGTH, v_BKSH) + of_sums
-    of_scores_BKGTS = (weights_BKGTS * of_weights_BKGTS * scale).astype(q_BKGTH.dtype)
-    of_q_BKGTH = jnp.einsum("BKGTS,BKSH->BKGTH", of_scores_BKGTS, k_BKSH)
-    of_k_BKHS = jnp.einsum("BKGTH,BKGTS->BKHS", q_BKGTH, of_scores_BKGTS)
-    of_v_BKHS = jnp.einsum("BKGTH,BKGTS->BKHS", of_values_BKGTH, weights_BKGTS.astype(v_BKSH.dtype))
-    return of_q_BKGTH, of_k_BKHS.swapaxes(2, 3), of_v_BKHS.swapaxes(2, 3), None
+    (q_BKGTH, k_BKSH, v_BKSH, mask), peak_BKGT1 = residuals
+    q_BKQH, peak_BKQ1 = _queries(q_BKGTH), _queries(peak_BKGT1)
+    of_values_BKQH, of_sums_BKQ1 = _seen_alone(mask, peak_BKQ1, *map(_queries, cotangents[:2]))
+    of_values_BKQH = of_values_BKQH.astype(v_BKSH.dtype)
+    weights_BKQS = jnp.exp(_scores(q_BKGTH, k_BKSH, mask, scale) - peak_BKQ1)
+    of_weights_BKQS = _product("BKQH,BKSH->BKQS", of_values_BKQH, v_BKSH) + of_sums_BKQ1
+    of_scores_BKQS = (weights_BKQS * of_weights_BKQS * scale).astype(q_BKQH.dtype)
+    of_q_BKQH = jnp.einsum("BKQS,BKSH->BKQH", of_scores_BKQS, k_BKSH)
+    of_k_BKHS = jnp.einsum("BKQH,BKQS->BKHS", q_BKQH, of_scores_BKQS)
+    of_v_BKHS = jnp.einsum("BKQH,BKQS->BKHS", of_values_BKQH, weights_BKQS.astype(v_BKSH.dtype))
+    return of_q_BKQH.reshape(q_BKGTH.shape), of_k_BKHS.swapaxes(2, 3), of_v_BKHS.swapaxes(2, 3), None
 
 
 attend_to_heads.defvjp(_attend_to_heads_forward, _attend_to_heads_backward)
