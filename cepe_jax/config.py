@@ -105,7 +105,7 @@ class EncoderConfig(TransformerConfig):
 
 @dataclass(frozen=True)
 class CrossLayers:
-    """Which of the decoder's layers read the memory."""
+    """The choice of the decoder's layers that read the memory."""
 
     kind: Literal["last", "first", "every"] = "last"  # every: the last layer of each of `count` equal groups
     count: int = 0  # 0 = all layers
@@ -126,7 +126,7 @@ class CrossLayers:
         return self
 
     def indices(self, num_layers: int) -> range:
-        """The numbers of these layers, of one more than 0."""
+        """The numbers of these layers, once `of` has counted them."""
         match self.kind:
             case "last":
                 return range(num_layers - self.count, num_layers)

@@ -11,17 +11,17 @@ out='' seeds='' more=()
 while [ $# -gt 0 ]; do
     case $1 in
     --out) out=${2:?--out needs a directory} && shift 2 ;;
-    --out=*) out=${1#--out=} && shift ;;
+    --out=?*) out=${1#--out=} && shift ;;
     --seeds) seeds=${2:?--seeds needs a number} && shift 2 ;;
-    --seeds=*) seeds=${1#--seeds=} && shift ;;
+    --seeds=?*) seeds=${1#--seeds=} && shift ;;
+    --out= | --seeds=) echo "quickstart.sh: $1 is empty: give a value" >&2 && exit 2 ;;
     --longer) more=(--steps=1400) && shift ;;
     *) echo "quickstart.sh: unknown argument $1: only --out DIR, --seeds N and --longer" >&2 && exit 2 ;;
     esac
 done
 if [ ${#more[@]} -gt 0 ]; then seeds=${seeds:-3} out=${out:-$PWD/out/quickstart_longer}; fi
 seeds=${seeds:-1} out=${out:-$PWD/out/quickstart}
-case $seeds in *[!0-9]* | 0) echo "quickstart.sh: --seeds is $seeds: give a number above 0" >&2 && exit 2 ;; esac
-[ -n "$out" ] || { echo "quickstart.sh: --out is empty: give a directory" >&2 && exit 2; }
+case $seeds in *[!0-9]* | 0*) echo "quickstart.sh: --seeds is $seeds: give a number above 0" >&2 && exit 2 ;; esac
 case $out in /*) ;; *) out=$called_from/$out ;; esac
 
 source scripts/environment.sh

@@ -1,4 +1,4 @@
-"""What contexts buy, over runs that differ by their seed: sentences, a table, a plot, and one text continued."""
+"""The gain from contexts over runs that differ by their seed: sentences, a table, a plot, and one text continued."""
 
 import json
 import math
@@ -16,7 +16,7 @@ from cepe_jax.evaluation.plots import ERRORS, save_figure
 from cepe_jax.evaluation.results import Result, gather
 from cepe_jax.evaluation.tables import number
 
-KINDS = {"previous": "its own", "other": "another document's"}
+KINDS = {"previous": "its own", "other": "another document's", "retrieved": "retrieved"}
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class GainsConfig:
 
 @dataclass(frozen=True)
 class Gain:
-    """Of nll over no context, in nats per token: windows averaged over runs, documents counted as independent."""
+    """The gain in nll, nats per token, over no context: windows are averaged over runs, documents are independent."""
 
     estimate: Estimate
     spread: float | None  # standard deviation of the runs' means; None of one run
@@ -50,9 +50,12 @@ class Runs:
             if len(each.config.models) > 1 or each.data.keys() != {"perplexity"}:
                 raise ValueError(f"{path} is of several models or data: give the --out of evaluate.py perplexity")
         for path, each, rows in zip(config.runs, found, self.rows, strict=True):
-            shapes = {kind: sorted(row) for kind, row in rows.items()}
-            if each.missing or shapes != {kind: sorted(row) for kind, row in self.rows[0].items()}:
-                raise ValueError(f"{path} has not the results of {config.runs[0]}: finish it, or leave it out")
+            if each.missing:
+                raise ValueError(f"{path}: {len(each.missing)} results are missing: run its evaluation again")
+            if {kind: row.keys() for kind, row in rows.items()} != {
+                kind: row.keys() for kind, row in self.rows[0].items()
+            }:
+                raise ValueError(f"{path} has other kinds or chunks than {config.runs[0]}: compare runs of one config")
             if 0 not in next(iter(rows.values()), {}):
                 raise ValueError(f"{path} was measured without 0 in chunks: there is nothing to gain over")
             if self.without(rows).values["nll"].keys() != self.without(self.rows[0]).values["nll"].keys():
@@ -96,7 +99,9 @@ def gains(config: GainsConfig) -> str:
     """The page of gains.md, which is in `config.out` with the plot and the numbers as JSON."""
     runs = Runs(config)
     if missing := {kind for kind in runs.gains if config.trained not in runs.gains[kind]}:
-        raise ValueError(f"trained is {config.trained}: {', '.join(sorted(missing))} was not measured with so many")
+        raise ValueError(
+            f"trained is {config.trained}: chunks of {', '.join(sorted(missing))} has no such number: give one of them"
+        )
     page = "\n".join([*sentences(runs, config.trained), "", *table(runs), "", *continued(runs, config)]) + "\n"
     config.out.mkdir(parents=True, exist_ok=True)
     _plot(runs, config)
@@ -111,7 +116,7 @@ def gains(config: GainsConfig) -> str:
 
 
 def sentences(runs: Runs, trained: int) -> Iterator[str]:
-    """What was found, in a line each."""
+    """State in a line each what was found."""
     data, documents = runs.data, runs.nll.groups
     seeds = f", mean of {len(runs.rows)} seeds" if len(runs.rows) > 1 else ""
     yield (
@@ -134,8 +139,8 @@ def table(runs: Runs) -> Iterator[str]:
     several = len(runs.rows) > 1
     yield "| contexts | " + " | ".join(f"gain from {KINDS[kind]}" for kind in runs.gains) + " |"
     yield "|---|" + "---|" * len(runs.gains)
-    for contexts in sorted(set().union(*runs.gains.values())):
-        cells = [row[contexts] for row in runs.gains.values() if contexts in row]
+    for contexts in next(iter(runs.gains.values())):
+        cells = [row[contexts] for row in runs.gains.values()]
         written = [number(gain.estimate, "nll", "+") for gain in cells]
         if several:
             written = [f"{text} (seeds: {gain.spread:.4f})" for text, gain in zip(written, cells, strict=True)]

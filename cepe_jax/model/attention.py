@@ -52,7 +52,7 @@ def attend_partial(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask
 
 
 def attend_to_cache(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask: Mask) -> Partial:
-    """What `attend_partial` says, of keys and values as a cache holds them."""
+    """Attend as `attend_partial` does, to keys and values as a cache holds them."""
     B, T, N, H = q_BTNH.shape
     rows, K = k_BKSH.shape[:2]
     q_BKGTH = jnp.moveaxis(q_BTNH.reshape(rows, B // rows * T, K, N // K, H), 1, 3)
@@ -64,10 +64,10 @@ def attend_to_cache(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mas
 
 
 # Left to itself, the derivative keeps several arrays of the scores' size, and turns them around for its products: on a
-# CPU it takes three times as long. Here the scores are computed again, and each product has keys last in them.
+# CPU it takes two to three times as long. Here the scores are computed again, and each product has keys last in them.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def attend_to_heads(q_BKGTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask: Mask, scale: float) -> Partial:
-    """What `attend_partial` says, of each key head's queries: values (B, K, G, T, H), sums and peaks (.., T, 1)."""
+    """Attend as `attend_partial` does, by key head: values (B, K, G, T, H), sums and peaks (B, K, G, T, 1)."""
     scores_BKQS = _scores(q_BKGTH, k_BKSH, mask, scale)
     peak_BKQ1 = scores_BKQS.max(axis=-1, keepdims=True)
     weights_BKQS = jnp.exp(scores_BKQS - peak_BKQ1)

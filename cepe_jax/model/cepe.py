@@ -139,7 +139,7 @@ class Cepe(nnx.Module):
             encode = jax.vmap(self.encoder, in_axes, out_axes=1, spmd_axis_name=axes)
             return encode(context_BCL, context_mask_BCL).reshape(B, C * L, -1)
         # Not mapped: of a weight's gradient XLA would make a product over two axes, and on a CPU turn an operand
-        # around for it, which takes as long as the rest of the encoder's derivative.
+        # around for it, which takes two thirds as long as the rest of the encoder's derivative.
         mask_RL = None if context_mask_BCL is None else context_mask_BCL.reshape(B * C, L)
         return self.encoder(context_BCL.reshape(B * C, L), mask_RL).reshape(B, C * L, -1)
 

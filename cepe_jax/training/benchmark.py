@@ -52,6 +52,8 @@ def benchmark_train(what: TrainBenchmarkConfig, config: TrainConfig) -> None:
     shares = mesh_of(config, jax.device_count())
     backend = backend_of(config, jax.default_backend())
     sizes = at_run_time(sizes_of(config), config, backend)
+    if oracle and not isinstance(sizes, CepeConfig):
+        raise ValueError(f"--beside=torch measures a CEPE, and stage {config.stage} trains none")
     with jax.set_mesh(make_mesh(**dataclasses.asdict(shares))):
         step = train_step(config, sizes)
         begun = time.monotonic()
@@ -69,8 +71,6 @@ def benchmark_train(what: TrainBenchmarkConfig, config: TrainConfig) -> None:
 
         steps = {"ours": step_of_ours}
         if oracle:
-            if not isinstance(sizes, CepeConfig):
-                raise ValueError(f"--beside=torch measures a CEPE, and stage {config.stage} trains none")
             model, optimizer = assemble(trainable | frozen), config.optimizer
             steps["torch"] = oracle.train_step(model, batch, optimizer.learning_rate, optimizer.clip_norm)
         runs = in_turn(steps, what.timed_steps)

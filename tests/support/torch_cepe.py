@@ -18,6 +18,7 @@ from cepe_jax.weights.table import table
 from cepe_jax.weights.tensors import tensors_of
 
 KeysAndValues = tuple[Tensor, Tensor]
+Angles = tuple[Tensor, Tensor]  # cosines and sines
 
 
 def linear(inputs: int, outputs: int) -> nn.Linear:
@@ -29,14 +30,14 @@ def heads(x_BTD: Tensor, projection: nn.Linear, head_dim: int) -> Tensor:
     return projection(x_BTD).unflatten(-1, (-1, head_dim)).transpose(1, 2)
 
 
-def angles(rope: RopeConfig, head_dim: int, positions_BT: Tensor) -> KeysAndValues:
+def angles(rope: RopeConfig, head_dim: int, positions_BT: Tensor) -> Angles:
     """cos and sin (B, 1, T, H) of both halves of a head; of the scalings, none and "linear"."""
     frequencies = rope.theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim) / rope.factor
     turns_B1TH = (positions_BT[:, None, :, None] * frequencies).repeat(1, 1, 1, 2)
     return turns_B1TH.cos(), turns_B1TH.sin()
 
 
-def rotate(x_BNTH: Tensor, table: KeysAndValues) -> Tensor:
+def rotate(x_BNTH: Tensor, table: Angles) -> Tensor:
     first, second = x_BNTH.chunk(2, dim=-1)
     return x_BNTH * table[0] + torch.cat([-second, first], dim=-1) * table[1]
 
@@ -84,7 +85,7 @@ class Layer(nn.Module):
     def forward(
         self,
         x_BTD: Tensor,
-        table: KeysAndValues,
+        table: Angles,
         mask: Tensor | None,
         causal: bool,
         cached: KeysAndValues | None = None,
