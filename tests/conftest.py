@@ -21,7 +21,7 @@ from cepe_jax.model.encoder import Encoder
 from cepe_jax.model.llama import Llama
 from cepe_jax.weights.directory import save
 
-if jax.__version_info__ < (0, 12):  # which no longer knows the first flag
+if os.environ["JAX_PLATFORMS"] == "cpu" and jax.__version_info__ < (0, 12):  # else the first flag is not known
     flags = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
     os.environ["XLA_FLAGS"] = f"{flags} {os.environ.get('XLA_FLAGS', '')}"
 

@@ -105,12 +105,17 @@ class _Clock:
     speeds: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def __call__(self, name: str, flops: float, run: Callable[[], Result]) -> tuple[Result, float]:
-        """What `run` gives, and its seconds."""
+        """What `run` gives, and its seconds: of less than one the least of three, as the first loads programs."""
         if (foreseen := flops / self.speeds.get(name, np.inf)) > self.limit:
             raise _LeftOut(f"{name} would take {foreseen:,.0f} s")
-        begun = time.monotonic()
-        result = jax.block_until_ready(run())
-        seconds = time.monotonic() - begun
+        seconds, result = np.inf, None
+        for _ in range(3):
+            del result  # else there would be two at once
+            begun = time.monotonic()
+            result = jax.block_until_ready(run())
+            seconds = min(seconds, time.monotonic() - begun)
+            if seconds > 1:
+                break
         self.speeds[name] = flops / seconds
         return result, seconds
 
@@ -247,11 +252,16 @@ def _read(way: str, model: Cepe, context: ContextCache, config: InferenceBenchma
     }
 
 
-@partial(jax.jit, static_argnames="slots")
 def _longer(cache: KVCache, slots: int) -> KVCache:
-    """The cache with room for `slots`."""
+    """The cache with room for `slots`. Keys, then values move: not both exist twice at once."""
     more = slots - cache.slots
-    k, v = (jnp.pad(x, [(0, 0)] * 3 + [(0, more), (0, 0)]) for x in (cache.k_ZBKSH, cache.v_ZBKSH))
+
+    def longer(x_ZBKSH: Array) -> Array:
+        moved = jax.block_until_ready(jnp.pad(x_ZBKSH, [(0, 0)] * 3 + [(0, more), (0, 0)]))
+        x_ZBKSH.delete()
+        return moved
+
+    k, v = map(longer, (cache.k_ZBKSH, cache.v_ZBKSH))
     return KVCache(k, v, jnp.pad(cache.valid_BS, [(0, 0), (0, more)]), cache.length, cache.empty)
 
 
