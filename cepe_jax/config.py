@@ -101,6 +101,7 @@ class EncoderConfig(TransformerConfig):
 
     norm_eps: float = 1e-6
     mlm_head: bool = False
+    chunk_positions: bool = False  # in a CEPE: of each chunk the memory says how many stand after it
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.models import DECODER, ENCODER, filled, float64, make_decoder, make_encoder, relative_error
+from support.models import DECODER, ENCODER, filled, float64, make_decoder, make_encoder, relative_error, with_config
 from support.oracles import NONE, method
 
 from cepe_jax.config import CrossLayers
@@ -67,6 +67,14 @@ def test_the_layers_that_are_named_read(layers, readers, forward, tokens_BT, con
         hidden_BTD, cache = step(token[None, None], cache)
         logits.append(cepe.decoder.logits(hidden_BTD)[0, 0])
     assert relative_error(jnp.stack(logits), wanted) < 1e-5
+
+
+def test_chunks_have_the_positions_that_the_method_gives_them(cepe, forward, tokens_BT, context_BCL, context_mask_BCL):
+    cepe = Cepe(cepe.decoder, with_config(cepe.encoder, chunk_positions=True), cepe.cross)
+    weights, ours = float64(cepe), forward(cepe, tokens_BT, context_BCL, context_mask_BCL)
+    for row in range(2):
+        wanted = method(weights, cepe.config, tokens_BT[row], context_BCL[row], context_mask_BCL[row])
+        assert relative_error(ours[row], wanted) < 1e-5
 
 
 @pytest.mark.parametrize("remat", ["none", "full"])

@@ -1,7 +1,8 @@
 """Encoded contexts: what the encoder wrote of each passage, kept on the host, and put on the devices to be read.
 
 Nothing of a layer is kept, and of the encoder's output real tokens alone: cross-attention has no positions, so a token
-that is masked is one that is not there.
+that is masked is one that is not there. Where a model's chunks have positions, they are added when the memory is put
+together: of a passage alone nobody knows how many will follow.
 """
 
 import hashlib
@@ -25,7 +26,7 @@ from cepe_jax.cost import gib
 from cepe_jax.data.tokenizer import Tokenizer
 from cepe_jax.directories import staged_path
 from cepe_jax.inference.generate import bucket, one_ahead, power_of_two
-from cepe_jax.model.cepe import Cepe
+from cepe_jax.model.cepe import Cepe, chunk_positions
 from cepe_jax.model.llama import Llama
 from cepe_jax.progress import track
 from cepe_jax.sharding import num_shards, partition_spec
@@ -36,13 +37,14 @@ SHORTEST = 32  # tokens that a short chunk is filled up to
 
 Memory = tuple[jax.Array, jax.Array] | tuple[None, None]
 
-encode_chunks = jax.jit(Cepe.encode)
+encode_chunks = jax.jit(Cepe.encode_chunks)
 
 
 @dataclass(frozen=True, eq=False)
 class Passage:
     digest: str  # sha256 of the chunks' length and the tokens
     states_LE: np.ndarray  # what the encoder wrote of each token, chunk after chunk
+    chunk_length: int = 0  # tokens, where the model gives chunks positions; they are not in the states
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +108,9 @@ class ContextCache:
         """Writes one safetensors file; where that fails, what was at `path` is still there and nothing else."""
         path, states = Path(path), self._states()
         staged = staged_path(path)
-        facts = json.dumps({"identity": self.identity, "passages": [passage.digest for passage in self.passages]})
+        passages = [passage.digest for passage in self.passages]
+        lengths = [passage.chunk_length for passage in self.passages]
+        facts = json.dumps({"identity": self.identity, "passages": passages, "chunk_lengths": lengths})
         try:
             save_tensors(states, staged, {"facts": facts, "sha256": _sha256(facts, states)})
             staged.rename(path)
@@ -130,7 +134,10 @@ class ContextCache:
         if _sha256(metadata["facts"], states) != metadata["sha256"]:
             raise ValueError(f"{path} is damaged, its sha256 differs from the stored one: encode its contexts anew")
         facts = json.loads(metadata["facts"])
-        cache = cls(facts["identity"], tuple(Passage(name, states[name]) for name in facts["passages"]))
+        names = facts["passages"]
+        lengths = facts.get("chunk_lengths", [0] * len(names))  # which files have since chunks may have positions
+        passages = (Passage(name, states[name], length) for name, length in zip(names, lengths, strict=True))
+        cache = cls(facts["identity"], tuple(passages))
         cache.check_is_of(identity, str(path))
         return cache
 
@@ -158,6 +165,8 @@ def identity_of(model: Cepe, tokenizer: Tokenizer) -> dict[str, str]:
     # Of copies: what numpy reads of an array stays on the host as long as the array does.
     weights = digest({jax.tree_util.keystr(path): describe(np.asarray(leaf.copy())) for path, leaf in leaves})
     numbers = f"{weights}{encoder.config.norm_eps}{encoder.config.rope}"
+    if encoder.config.chunk_positions:
+        numbers += "chunk positions"
     return {  # in the order in which they are compared: another dtype is another encoder too
         "dtype": encoder.config.dtype,
         "tokenizer": tokenizer.fingerprint(),
@@ -193,7 +202,7 @@ def encode(
     digests = [_passage_digest(tokens, chunk_length) for tokens in passages]
     new = {name: tokens for name, tokens in zip(digests, passages, strict=True) if name not in found}
     for name, states_LE in zip(new, _encoded(model, list(new.values()), chunk_length), strict=True):
-        found[name] = Passage(name, states_LE)
+        found[name] = Passage(name, states_LE, chunk_length * model.encoder.config.chunk_positions)
     return ContextCache(identity, tuple(found[name] for name in digests))
 
 
@@ -254,8 +263,23 @@ def stacked(caches: Sequence[ContextCache], length: int | None = None) -> Memory
     memory_BME = np.zeros((len(caches), length, some.shape[1]), some.dtype)
     for row, cache in zip(memory_BME, caches, strict=True):
         np.concatenate([p.states_LE for p in cache.passages] or [some[:0]], out=row[: cache.num_tokens])
+        if any(passage.chunk_length for passage in cache.passages):
+            _add_positions(row, cache.passages)
     mask_BM = np.arange(length) < np.array([cache.num_tokens for cache in caches])[:, None]
     return jax.device_put(memory_BME, _placement(len(caches), None)), jax.device_put(mask_BM, _placement(len(caches)))
+
+
+def _add_positions(row_ME: np.ndarray, passages: Sequence[Passage]) -> None:
+    """Adds the vectors of their chunks to what the encoder wrote of these passages."""
+    lengths = [
+        min(passage.chunk_length, len(passage.states_LE) - start)
+        for passage in passages
+        for start in range(0, len(passage.states_LE), passage.chunk_length)
+    ]
+    ends = np.cumsum(lengths)
+    positions_CE = chunk_positions(len(lengths), row_ME.shape[1]).astype(row_ME.dtype)
+    for start, end, position_E in zip(ends - lengths, ends, positions_CE, strict=True):
+        row_ME[start:end] += position_E
 
 
 def _placement(rows: int, *axes: str | None) -> NamedSharding | None:

@@ -4,6 +4,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from cepe_jax.checks import check_mask, check_tokens
@@ -125,7 +126,16 @@ class Cepe(nnx.Module):
         return self.decoder.logits(hidden_BTD)
 
     def encode(self, context_BCL: Array, context_mask_BCL: Array | None = None) -> Array:
-        """The memory (B, M = C L, E): every chunk read by itself, positions from 0 in each.
+        """The memory (B, M = C L, E) of chunks in reading order: what the last one holds stands before the tokens."""
+        states_BME = self.encode_chunks(context_BCL, context_mask_BCL)
+        if not self.encoder.config.chunk_positions:
+            return states_BME
+        B, C, L = context_BCL.shape
+        positions_CE = chunk_positions(C, states_BME.shape[-1]).astype(states_BME.dtype)
+        return (states_BME.reshape(B, C, L, -1) + positions_CE[:, None]).reshape(B, C * L, -1)
+
+    def encode_chunks(self, context_BCL: Array, context_mask_BCL: Array | None = None) -> Array:
+        """What the encoder writes (B, M = C L, E): every chunk read by itself, positions from 0 in each.
 
         Chunks are rows of one batch. On a mesh whose devices share them the encoder is mapped over them, cut as the
         memory is, and so communicates nothing.
@@ -162,6 +172,17 @@ class Cepe(nnx.Module):
             check_mask("memory_mask_BM", memory_mask_BM, memory_BME.shape[:2])
             memory_BME = memory_BME.astype(self.decoder.config.dtype)
         return self.decoder.decode(tokens_BT, token_mask_BT, cache, self.cross, memory_BME, memory_mask_BM)
+
+
+def chunk_positions(num_chunks: int, width: int) -> np.ndarray:
+    """A vector for each chunk (C, width), added to all that the encoder wrote of it; of chunk c it says C - 1 - c.
+
+    Sines and cosines of that number (Vaswani et al. 2017, section 3.5). A chunk's vector does not depend on how many
+    stand before it.
+    """
+    numbers_C1 = np.arange(num_chunks)[::-1, None]
+    angles_CE = numbers_C1 * 10_000.0 ** (-np.arange(0, width, 2) / width)
+    return np.concatenate([np.sin(angles_CE), np.cos(angles_CE)], axis=1)[:, :width].astype(np.float32)
 
 
 def flat_mask(mask_BCL: Array | None) -> Array | None:

@@ -72,6 +72,7 @@ class TrainConfig:
     cepe: str = ""  # a model directory, in place of decoder and encoder
     cross_layers: CrossLayers = CrossLayers()  # of the decoder: which read the memory
     cross_init: CrossInit = "copy"
+    chunk_positions: bool = False  # of each chunk the memory says how many stand after it
     train: tuple[str, ...] = ("encoder", "cross")  # of the warm-up and main stage
     mix: dict[str, float] = field(default_factory=dict)  # dataset below `data` -> weight of its examples
     workers: int = 0  # processes that load data; 0 = threads of this one
@@ -104,7 +105,7 @@ class TrainConfig:
         if needs == [["cepe"], ["decoder", "encoder"]] and not self.train:
             raise ValueError("train is empty: name encoder, cross or decoder")
         if given != ["decoder", "encoder"] or self.stage == "mlm":
-            for name in ("cross_layers", "cross_init"):
+            for name in ("cross_layers", "cross_init", "chunk_positions"):
                 if getattr(self, name) != TrainConfig.__dataclass_fields__[name].default:
                     raise ValueError(f"{name} is for a start from decoder and encoder: leave it out")
         if (self.distill is not None) != (self.stage == "ceped"):
@@ -170,7 +171,12 @@ def sizes_of(config: TrainConfig, vocab_size: int | None = None) -> Config:
     encoder = part("encoder", ENCODERS, ids and ids + 1)
     if config.stage == "mlm":
         return dataclasses.replace(encoder, mlm_head=True)
-    return CepeConfig(decoder, dataclasses.replace(encoder, mlm_head=False), config.cross_layers)
+    return CepeConfig(decoder, of_a_cepe(encoder, config), config.cross_layers)
+
+
+def of_a_cepe(encoder: EncoderConfig, config: TrainConfig) -> EncoderConfig:
+    """The encoder's config in the CEPE that a run starts from it."""
+    return dataclasses.replace(encoder, mlm_head=False, chunk_positions=config.chunk_positions)
 
 
 def at_run_time(sizes: Config, config: TrainConfig, backend: Backend) -> Config:

@@ -45,6 +45,7 @@ from cepe_jax.training.settings import (
     mesh_of,
     micro_batches,
     objective_of,
+    of_a_cepe,
     resolved_settings,
     run_of,
     sizes_of,
@@ -91,7 +92,7 @@ def starting_model(config: TrainConfig, vocab_size: int) -> Cepe | Llama | Encod
         encoder = load(config.encoder, config.dtype, tuple({"encoder"} & set(config.train)))
     if encoder.config.mlm_head:
         del encoder.mlm_head
-        encoder.config = dataclasses.replace(encoder.config, mlm_head=False)
+    encoder.config = of_a_cepe(encoder.config, config)
     layers, init = config.cross_layers, config.cross_init
     cross = born_sharded(
         lambda key, decoder: cross_from_self_attention(decoder, encoder.config, layers, init, key=key), key, decoder

@@ -191,6 +191,8 @@ def to_hf_config(config: Config, facts: dict, dtype: str) -> dict:
                     f"cross_layers {config.cross_layers.kind}: the reference reads the memory in the last layers "
                     f"alone, and has no class for this model"
                 )
+            if config.encoder.chunk_positions:
+                raise ValueError("chunk_positions: the reference gives chunks none, and has no class for this model")
             # The encoder reads chunks: its own length is a fact nobody uses, and 512 is the released one's.
             inner = DEFAULT_FACTS | {"max_position_embeddings": 512} | inner_facts
             own_inner = {"architectures": None, "is_decoder": False, "tie_word_embeddings": False}

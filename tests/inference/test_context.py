@@ -93,6 +93,21 @@ def test_states_are_the_models_own(cepe, cache):
     assert not np.asarray(memory_1ME)[~np.asarray(mask_1M)].any()
 
 
+def test_positions_count_the_chunks_that_stand_after_one(cepe, tmp_path):
+    """As the model's own memory has them, whatever passages come to stand together, and after a file."""
+    cepe = Cepe(cepe.decoder, with_config(cepe.encoder, chunk_positions=True), cepe.cross)
+    identity = identity_of(cepe, TOKENIZER)
+    cache = encode(cepe, PASSAGES, identity, CHUNK)
+    cache.save(tmp_path / "contexts")
+    loaded = ContextCache.load(tmp_path / "contexts", identity)
+    orders = [0, 1, 2, 3, 4], [1], [4, 0, 0]
+    memory_BME, mask_BM = map(np.asarray, stacked([loaded.select(order) for order in orders]))
+    for order, row_ME, mask_M in zip(orders, memory_BME, mask_BM, strict=True):
+        context = chunked([PASSAGES[index] for index in order])
+        wanted = np.asarray(jax.jit(Cepe.encode)(cepe, *context))[context[1].reshape(1, -1)]
+        assert relative_error(row_ME[mask_M], wanted) < 1e-6
+
+
 def test_generation_from_a_cache_is_recomputed(cepe, cache, forward):
     """Token for token, from the shared memory, what the whole model draws anew for each token without any cache."""
     context = [np.repeat(part, 3, axis=0) for part in chunked(PASSAGES)]

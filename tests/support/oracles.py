@@ -76,12 +76,20 @@ def encode(w, config, ids_L, keep_L):
     return rms_norm(x_LE, w["norm"], config.norm_eps)
 
 
+def sinusoid(number, width):
+    """Vaswani et al. 2017, section 3.5, the sines before the cosines."""
+    angles = [number / 10_000 ** (i / width) for i in range(0, width, 2)]
+    return np.array([np.sin(angles), np.cos(angles)]).reshape(-1)
+
+
 def method(w, config, ids_T, context_CL, keep_CL, readers=(1, 2)):
     """Logits of one row of real tokens; the layers in `readers` have cross-attention.
 
     The memory is all chunks' hidden states, side by side.
     """
     chunks = [encode(w["encoder"], config.encoder, *chunk) for chunk in zip(context_CL, keep_CL, strict=True)]
+    if config.encoder.chunk_positions:
+        chunks = [chunk + sinusoid(len(chunks) - 1 - c, config.encoder.width) for c, chunk in enumerate(chunks)]
     memory_ME = np.concatenate([np.zeros((0, config.encoder.width)), *chunks])
     x_TD = w["decoder"]["embed"][ids_T]
     for i in range(config.decoder.num_layers):

@@ -47,10 +47,11 @@ def runs(data, tmp_path_factory):
         patch.setitem(DECODERS, "tiny", dataclasses.replace(DECODERS["tiny"], **small))
         patch.setitem(ENCODERS, "tiny", dataclasses.replace(ENCODERS["tiny"], **small | {"num_layers": 1}))
         decoder, encoder = str(root / "lm/model"), str(root / "mlm/model")
+        of_a_cepe = {"cross_layers": CrossLayers("last", 1), "chunk_positions": True}
         for stage, start in (
             ("lm", {"decoder": "tiny"}),
             ("mlm", {"decoder": decoder, "encoder": "tiny"}),
-            ("warmup", {"decoder": decoder, "encoder": encoder, "cross_layers": CrossLayers("last", 1)}),
+            ("warmup", {"decoder": decoder, "encoder": encoder} | of_a_cepe),
             ("cepe", {"cepe": str(root / "warmup/model"), "micro_batch": 2, "loss_chunk": 5}),
         ):
             mix = {"filtered": 1.0, "packed": 2.0} if stage == "cepe" else {"filtered": 1.0}
@@ -72,6 +73,8 @@ def test_each_stage_trains_what_it_should(runs):
     assert not warmup["encoder"].config.mlm_head
     assert mlm["encoder"].config.vocab_size == lm["decoder"].config.vocab_size + 1 == 401
     assert cepe["cross"].layers == CrossLayers("last", 1)
+    assert cepe["encoder"].config.chunk_positions
+    assert not mlm["encoder"].config.chunk_positions
 
 
 def test_a_stage_leaves_its_configuration_metrics_and_tokenizer(runs, data):
@@ -293,6 +296,7 @@ def test_in_bfloat16_the_frozen_part_is_narrow_and_what_trains_is_not(runs, data
         ({"mix": {"a": 0.0}}, r"mix is \{'a': 0.0\}: .*above 0"),
         ({"workers": -1}, "workers is -1: .*processes"),
         ({"cross_layers": CrossLayers("last", 2)}, "cross_layers .*decoder .*encoder"),
+        ({"chunk_positions": True}, "chunk_positions .*decoder .*encoder"),
         ({"distill": DistillConfig()}, "stage is cepe: distill .*stage ceped"),
         ({"stage": "ceped"}, "stage is ceped: distill .*stage ceped"),
         (

@@ -205,6 +205,19 @@ def test_layers_that_read_are_kept_and_the_reference_has_the_last_alone(ours, tm
     assert not (tmp_path / "hf").exists()
 
 
+def test_chunks_with_positions_are_ours_alone(ours, tmp_path):
+    """A directory of before, which does not know of them, has none."""
+    written = json.loads((ours / "config.json").read_text())
+    assert written["encoder"].pop("chunk_positions") is False
+    (ours / "config.json").write_text(json.dumps(written))
+    assert not load(ours).encoder.config.chunk_positions
+    written["encoder"]["chunk_positions"] = True
+    (ours / "config.json").write_text(json.dumps(written))
+    assert load(ours).encoder.config.chunk_positions
+    with pytest.raises(ValueError, match="chunk_positions"):
+        to_hf(ours, tmp_path / "hf")
+
+
 def test_spoiled_directories_are_named(ours):
     def spoil(name: str, change, message: str) -> None:
         before = (ours / name).read_text()
