@@ -54,14 +54,17 @@ CLASSES = {  # of a script, or of a script and its command
     "generate.py": GenerateConfig,
 }
 AMONG_TRAINING = "benchmark.py train", "benchmark.py memory", "compile_tpu.py"  # its settings too
-CONFIGS = sorted((ROOT / "configs").glob("*"))
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+# In the order in which what one makes is read by another.
+FOLDERS = "weights", "data", "training", "inference", "evaluation"
+PAGES = [ROOT / place / "README.md" for place in ("", *(f"cepe_jax/{name}" for name in FOLDERS), "scripts", "configs")]
 
 
 def shown_commands() -> dict[str, str]:
     """Where a command stands -> the command line, for each that starts a Python script of ours."""
     shown = {path.name: path.read_text().splitlines()[0].removeprefix("# ") for path in CONFIGS}
-    for page in (ROOT / "README.md", *sorted((ROOT / "scripts").glob("*.py"))):
-        name, text = page.name, page.read_text()
+    for page in (*PAGES, *sorted((ROOT / "scripts").glob("*.py"))):
+        name, text = str(page.relative_to(ROOT)), page.read_text()
         if name.endswith(".py"):
             text = f"```bash\n{ast.get_docstring(ast.parse(text))}\n```\n"
         blocks = re.findall(r"^ *```(?:bash|sh|shell|console)\n(.*?)^ *```", text, re.DOTALL | re.MULTILINE)
@@ -79,7 +82,7 @@ def shown_commands() -> dict[str, str]:
 
 
 COMMANDS = shown_commands()
-TRAINING = [where for where in COMMANDS if where.startswith("README.md:") and "scripts/train.py" in COMMANDS[where]]
+TRAINING = [where for where in COMMANDS if "README.md:" in where and "scripts/train.py" in COMMANDS[where]]
 CARRIED = {"../bucket/data": "data", "/bucket/data": "data", "DIR": "data"}  # what was made at one place, at another
 
 
@@ -160,7 +163,7 @@ def test_readme_training_commands_dry_run(
     """The data are those that the commands before it make, of the same lengths, where `--data` and `mix` name them."""
     made = {}
     for name in takewhile(lambda name: name != where, COMMANDS):
-        if name.startswith("README.md:") and re.search(r"prepare_data.py (sample|teacher)", COMMANDS[name]):
+        if "README.md:" in name and re.search(r"prepare_data.py (sample|teacher)", COMMANDS[name]):
             config = parse_command(COMMANDS[name])
             made[str(config.out)] = config
     config = parse_command(COMMANDS[where])
@@ -180,6 +183,7 @@ def test_readme_training_commands_dry_run(
 
 
 def test_the_shown_commands_are_found():
+    assert set(PAGES) >= set((ROOT / "cepe_jax").rglob("README.md"))
     assert len(COMMANDS) >= len(CONFIGS) + 8 + 3
     assert {re.search(r"scripts/(\w+\.py)", command)[1] for command in COMMANDS.values()} >= {
         "prepare_data.py",
@@ -208,8 +212,9 @@ def assert_holds(config: dict, settings: dict) -> None:
 
 
 def test_each_table_has_its_config():
-    """README names the configs that are there, and each asks several models, the first of them CEPE, what it says."""
-    table = re.findall(r"^\|.*\| `(eval_\w+\.yaml)` \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+    """The page names the configs that are there, and each asks several models, the first of them CEPE, what it says."""
+    page = (ROOT / "cepe_jax" / "evaluation" / "README.md").read_text()
+    table = re.findall(r"^\|.*\| `(eval_\w+\.yaml)` \|", page, re.MULTILINE)
     paths = [path for path in CONFIGS if path.name.startswith("eval_")]
     assert sorted(table) == [path.name for path in paths]
     for path in paths:
@@ -253,3 +258,13 @@ def test_convert(parse_command):
 def test_every_script_is_known():
     scripts = {path.name for path in (ROOT / "scripts").glob("*.py")}
     assert scripts == {*(name.split()[0] for name in CLASSES), "convert.py"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_to_files_and_headings(page):
+    for path, heading in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", page.read_text()):
+        there = page.parent / path if path else page
+        assert there.exists(), path
+        if heading:
+            names = re.findall(r"^#+ (.*)$", there.read_text(), re.MULTILINE)
+            assert heading in {re.sub(r"[^\w\- ]", "", name).replace(" ", "-").lower() for name in names}

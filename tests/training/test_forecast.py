@@ -91,7 +91,7 @@ def test_price_comes_before_refusals(mesh, lines, reason):
 def test_readme_shows_what_a_dry_run_tells():
     config = dataclasses.replace(PAPER, mesh=MeshConfig(fsdp=16))
     told = "\n".join(islice(forecast(config, sizes_of(config), taught=False), 5))
-    assert f"```\n{told}\n```" in (Path(__file__).parents[2] / "README.md").read_text()
+    assert f"```\n{told}\n```" in (Path(__file__).parents[2] / "cepe_jax" / "training" / "README.md").read_text()
 
 
 def test_dry_run_needs_no_data_and_no_weights(tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""The loop of README.md, on a tiny model and data in the places that it names."""
+"""The loop of the training README, on a tiny model and data in the places that it names."""
 
 import re
 from pathlib import Path
@@ -14,7 +14,7 @@ from cepe_jax.model.cepe import parts_of
 from cepe_jax.weights.directory import save
 from cepe_jax.weights.huggingface import load
 
-README = Path(__file__).parents[2] / "README.md"
+README = Path(__file__).parents[2] / "cepe_jax" / "training" / "README.md"
 
 
 def test_readme_loop_trains_encoder_and_cross(tmp_path, monkeypatch, capsys):
