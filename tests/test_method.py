@@ -60,9 +60,9 @@ def test_the_layers_that_are_named_read(layers, readers, forward, tokens_BT, con
     given = tokens_BT[0], context_BCL[0], context_mask_BCL[0]
     wanted = method(weights, cepe.config, *given, readers)
     assert relative_error(forward(cepe, *(x[None] for x in given))[0], wanted) < 1e-5
-    memory_BME, mask_BM = cepe.encode(context_BCL[:1], context_mask_BCL[:1]), context_mask_BCL[:1].reshape(1, -1)
+    memory = cepe.encode(context_BCL[:1], context_mask_BCL[:1])
     cache, logits = cepe.decoder.new_cache(1, tokens_BT.shape[1]), []
-    step = jax.jit(lambda token, cache: cepe.decode(token, memory_BME, mask_BM, cache))
+    step = jax.jit(lambda token, cache: cepe.decode(token, memory, cache))
     for token in tokens_BT[0]:
         hidden_BTD, cache = step(token[None, None], cache)
         logits.append(cepe.decoder.logits(hidden_BTD)[0, 0])

@@ -5,10 +5,11 @@ from dataclasses import dataclass, field
 
 from cepe_jax.data.tokenizer import Tokenizer
 from cepe_jax.evaluation.language_model import Prompt
-from cepe_jax.inference.context import Memory, encode, stacked
+from cepe_jax.inference.context import encode, stacked
 from cepe_jax.inference.generate import power_of_two, stream
 from cepe_jax.inference.scoring import Score, score
 from cepe_jax.model.cepe import Cepe
+from cepe_jax.model.cross import Memory
 from cepe_jax.model.llama import Llama
 
 
@@ -24,11 +25,11 @@ class CepeReader:
     def stream(self, prompts: Sequence[Prompt], max_new_tokens: int) -> Iterator[list[int | None]]:
         rows = [self._ids(prompt, max_new_tokens) for prompt in prompts]
         memory = self._memory(prompts)
-        return stream(self.model, rows, *memory, max_new_tokens=max_new_tokens, stop_ids=self.stop_ids)
+        return stream(self.model, rows, memory, max_new_tokens=max_new_tokens, stop_ids=self.stop_ids)
 
     def score(self, prompt: Prompt, continuations: Sequence[Sequence[int]]) -> list[Score]:
         ids = self._ids(prompt, longest(continuations))
-        return score(self.model, ids, continuations, *self._memory([prompt]))
+        return score(self.model, ids, continuations, self._memory([prompt]))
 
     def _ids(self, prompt: Prompt, new: int) -> Sequence[int]:
         room = room_beside(new, self.window)
@@ -39,14 +40,14 @@ class CepeReader:
             )
         return prompt.ids
 
-    def _memory(self, prompts: Sequence[Prompt]) -> Memory:
+    def _memory(self, prompts: Sequence[Prompt]) -> Memory | None:
         """Of each prompt's contexts; of one row where all prompts have the same ones."""
         read = [_chunks(prompt) for prompt in prompts]
         if read.count(read[0]) == len(read):
             read = read[:1]
         chunks = [chunk for of_row in read for chunk in of_row]
         if not chunks:
-            return None, None
+            return None
         known = encode(self.model, chunks, {}, power_of_two(max(map(len, chunks))))
         rows, first = [], 0
         for of_row in read:

@@ -16,7 +16,7 @@ from cepe_jax.inference.generate import (
     GREEDY,
     Draws,
     bucket,
-    checked,
+    check_prompts,
     new_cache,
     piece_length,
     power_of_two,
@@ -124,13 +124,13 @@ class RePlug:
                 f"a context and the prompt have {most} tokens, and {new} after them exceed the window of "
                 f"{self.window}: shorten one of them"
             )
-        checked(self.model, rows, None, None)
+        check_prompts(self.model, rows, None)
         return rows, log_weights(scores, self.temperature)
 
     def _read(self, group: Rows, slots: int) -> KVCache:
         """The group's rows, but the last token of each."""
         cache = new_cache(self.model, len(group), bucket(slots))
-        return read(self.model, [row[:-1] for row in group], (None, None), cache, Draws.of([GREEDY] * len(group)))[1]
+        return read(self.model, [row[:-1] for row in group], None, cache, Draws.of([GREEDY] * len(group)))[1]
 
     def _drawn(self, rows: Rows, weights_C: np.ndarray, new: int) -> Iterator[Array]:
         """The likeliest token, (1, 1), and the one after it: read by all rows."""

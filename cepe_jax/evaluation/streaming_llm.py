@@ -91,7 +91,11 @@ class StreamingLlama(Llama):
         return RollingCache.create(self.config, batch, self.window)
 
     def decode(
-        self, tokens_BT: Array, token_mask_BT: Array | None = None, cache: RollingCache | None = None
+        self,
+        tokens_BT: Array,
+        token_mask_BT: Array | None = None,
+        cache: RollingCache | None = None,
+        memory: None = None,
     ) -> tuple[Array, RollingCache]:
         """Hidden states (B, T, D) after the final norm, and the cache with these tokens. Rows are padded on the right.
 

@@ -12,6 +12,7 @@ from cepe_jax.inference.context import encode_chunks
 from cepe_jax.inference.generate import Draws, Sampling, next_token
 from cepe_jax.model.cache import KVCache
 from cepe_jax.model.cepe import Cepe, assemble
+from cepe_jax.model.cross import Memory
 from cepe_jax.sharding import partition_spec
 from cepe_jax.training.aot import Step, placed
 from cepe_jax.training.settings import TrainConfig
@@ -40,14 +41,14 @@ def _read(config: TrainConfig, sizes: Config, tokens: int, cached: bool) -> Step
     model, decoder = _model(config, sizes), sizes.decoder
     B, window = config.batch_size, config.examples.window
     M = config.examples.num_chunks * config.examples.chunk_length
-    memory = _array((B, M, sizes.encoder.width), decoder.dtype, "batch", "memory", None)
-    memory_mask = _array((B, M), bool, "batch", "memory")
+    states = _array((B, M, sizes.encoder.width), decoder.dtype, "batch", "memory", None)
+    memory = Memory(states, _array((B, M), bool, "batch", "memory"))
     kv = (decoder.num_layers, B, decoder.num_kv_heads, window, decoder.head_dim)
     k, v = (_array(kv, decoder.dtype, None, "batch", "kv_heads", None, None) for _ in range(2))
     cache = KVCache(k, v, _array((B, window), bool, "batch", None), _array((), jnp.int32), empty=not cached)
     given = _array((B, tokens), jnp.int32, "batch", None), None if cached else _array((B, tokens), bool, "batch", None)
     draws = jax.tree.map(lambda x: _array(x.shape, x.dtype, *("batch",)[: x.ndim]), Draws.of([Sampling()] * B))
-    arguments = model, *given, (memory, memory_mask), cache, draws
+    arguments = model, *given, memory, cache, draws
     of_forms = inference_flops(sizes, tokens, cached * window, M)
     flops = B * min(of_forms["absorbed"], of_forms["materialised"])
     return Step(next_token, arguments, flops, flops)

@@ -23,12 +23,12 @@ from flax import nnx
 from cepe_jax.config import DECODERS, ENCODERS, CepeConfig, preset
 from cepe_jax.cost import encoder_flops, gib, inference_flops, step_bytes
 from cepe_jax.inference import beside
-from cepe_jax.inference.context import ContextCache, encode, free_bytes
+from cepe_jax.inference.context import ContextCache, encode, free_bytes, stacked
 from cepe_jax.inference.generate import Draws, Sampling, bucket, next_token, power_of_two
 from cepe_jax.model.attention import Mask, attend_to_cache, merge
 from cepe_jax.model.cache import KVCache
 from cepe_jax.model.cepe import Cepe, assemble
-from cepe_jax.model.cross import CrossAttention
+from cepe_jax.model.cross import CrossAttention, Memory
 from cepe_jax.model.layers import project
 from cepe_jax.progress import track
 from cepe_jax.training.aot import memory_of
@@ -78,9 +78,9 @@ class Stored(nnx.Module):
         self.norm, self.q, self.o, self.layers = cross.norm, cross.q, cross.o, cross.layers
         self.k, self.v = nnx.Param(k_ZBKMH), nnx.Param(v_ZBKMH)
 
-    def __call__(self, x_BTD: Array, memory_BME: Array, mask_BM: Array, backend: str, differentiable: bool) -> Array:
+    def __call__(self, x_BTD: Array, memory: Memory, backend: str, differentiable: bool) -> Array:
         q_BTNH = project("BTD,DNH->BTNH", self.norm(x_BTD), self.q)
-        out_BTNH = merge(attend_to_cache(q_BTNH, self.k[...], self.v[...], Mask(valid_BS=mask_BM)))
+        out_BTNH = merge(attend_to_cache(q_BTNH, self.k[...], self.v[...], Mask(valid_BS=memory.valid_BM)))
         return project("BTNH,NHD->BTD", out_BTNH.astype(x_BTD.dtype), self.o)
 
 
@@ -88,9 +88,9 @@ Result = TypeVar("Result")
 
 
 @jax.jit
-def _kv(cross: CrossAttention, memory_BME: Array) -> tuple[Array, Array]:
-    weights = (jnp.asarray(weight[...], memory_BME.dtype) for weight in (cross.k, cross.v))
-    return tuple(jnp.einsum("BME,ZEKH->ZBKMH", memory_BME, weight) for weight in weights)
+def _kv(cross: CrossAttention, states_BME: Array) -> tuple[Array, Array]:
+    weights = (jnp.asarray(weight[...], states_BME.dtype) for weight in (cross.k, cross.v))
+    return tuple(jnp.einsum("BME,ZEKH->ZBKMH", states_BME, weight) for weight in weights)
 
 
 class _LeftOut(Exception):
@@ -190,12 +190,12 @@ def _read(way: str, model: Cepe, context: ContextCache, config: InferenceBenchma
     piece = min(PIECE, len(tokens)) if way == "full" else len(tokens)
     slots = bucket(-(-len(tokens) // piece) * piece + config.new_tokens)  # the last piece is filled up
     _check_room(way, sizes, slots if way == "full" else length, itemsize)
-    reader, memory, building = model.decoder, (None, None), 0.0
+    reader, memory, building = model.decoder, None, 0.0
     if way != "full":
-        memory, cross = context.arrays(), model.cross
+        memory, cross = stacked([context]), model.cross
         if way == "stored":
-            build = _kv.lower(cross, memory[0]).compile()
-            kv, building = clock("keys and values", 4 * length * cross.k.size, lambda: build(cross, memory[0]))
+            build = _kv.lower(cross, memory.states_BME).compile()
+            kv, building = clock("keys and values", 4 * length * cross.k.size, lambda: build(cross, memory.states_BME))
             cross = Stored(cross, *kv)
         elif way == "recomputed":
             cross = Recomputed(cross.norm, cross.q, cross.k, cross.v, cross.o, cross.layers)

@@ -6,6 +6,7 @@ import numpy as np
 from cepe_jax.inference.context import encode_chunks
 from cepe_jax.inference.generate import Draws, Sampling, bucket, new_cache, next_token
 from cepe_jax.model.cepe import Cepe
+from cepe_jax.model.cross import Memory
 from cepe_jax.training.benchmark import in_turn, torch_oracle
 
 NUMBER = 7  # of runs; the least counts
@@ -21,7 +22,7 @@ class Reader:
         return encode_chunks(self.model, self.context_BCL, None)
 
     def first_token(self) -> jax.Array:
-        self.memory = self.encode(), None
+        self.memory = Memory(self.encode())
         self.last_B1, self.cache = self.prompt_BT, new_cache(self.model.decoder, 1, self.slots)
         return self.next_token()
 

@@ -10,10 +10,10 @@ import json
 import math
 import os
 import re
-import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import jax
 import numpy as np
@@ -25,8 +25,9 @@ from cepe_jax.checks import check_chunk_length, check_tokens
 from cepe_jax.cost import gib
 from cepe_jax.data.tokenizer import Tokenizer
 from cepe_jax.directories import staged_path
-from cepe_jax.inference.generate import bucket, one_ahead, power_of_two
+from cepe_jax.inference.generate import bucket, check_reads_contexts, one_ahead, power_of_two
 from cepe_jax.model.cepe import Cepe, chunk_positions
+from cepe_jax.model.cross import Memory
 from cepe_jax.model.llama import Llama
 from cepe_jax.progress import track
 from cepe_jax.sharding import num_shards, partition_spec
@@ -34,8 +35,6 @@ from cepe_jax.weights.files import describe, digest, save_tensors
 
 BATCH_TOKENS = 1 << 12  # that each device encodes at once
 SHORTEST = 32  # tokens that a short chunk is filled up to
-
-Memory = tuple[jax.Array, jax.Array] | tuple[None, None]
 
 encode_chunks = jax.jit(Cepe.encode_chunks)
 
@@ -56,7 +55,6 @@ class ContextCache:
 
     identity: dict[str, str]
     passages: tuple[Passage, ...] = field(default=(), repr=False)
-    _placed: dict[Mesh, Memory] = field(default_factory=dict, init=False, repr=False)
 
     def __len__(self) -> int:
         return len(self.passages)
@@ -84,19 +82,6 @@ class ContextCache:
         self._check_indices(indices)
         dropped = set(indices)
         return self.select([index for index in range(len(self)) if index not in dropped])
-
-    def arrays(self) -> Memory:
-        """(memory_1ME, mask_1M) for `generate`, as `stacked` gives them; they stay on the devices for the next call.
-
-        Those of one cache do, the last one: whoever lets a context grow holds the older ones, which share its passages.
-        """
-        global _last_placed
-        mesh = jax.sharding.get_mesh()
-        if mesh not in self._placed:
-            if _last_placed is not None and (last := _last_placed()) is not None:
-                last._placed.clear()  # freed before there is another
-            self._placed[mesh], _last_placed = stacked([self]), weakref.ref(self)
-        return self._placed[mesh]
 
     def check_is_of(self, identity: dict[str, str], name: str) -> None:
         """ValueError where the cache called `name` was written by something else than `identity` says."""
@@ -150,9 +135,6 @@ class ContextCache:
                 raise ValueError(f"there is no passage {index}: the cache has {len(self)}, the first is 0")
 
 
-_last_placed: weakref.ref[ContextCache] | None = None
-
-
 def _sha256(facts: str, states: dict[str, np.ndarray]) -> str:
     described = digest({name: describe(states_LE) for name, states_LE in states.items()})
     return hashlib.sha256(f"{facts}{described}".encode()).hexdigest()
@@ -185,8 +167,7 @@ def encode(
 
     A passage that comes twice, or that `known` holds, is not encoded again.
     """
-    if isinstance(model, Llama):
-        raise ValueError("a context needs a CEPE model: this one is a plain decoder")
+    check_reads_contexts(model)
     check_chunk_length(chunk_length)
     for number, tokens in enumerate(passages):
         if len(tokens) == 0:
@@ -245,28 +226,55 @@ def _encoded(model: Cepe, passages: list[Sequence[int]], chunk_length: int) -> l
     return [np.concatenate([next(in_order) for _ in range(0, len(tokens), chunk_length)]) for tokens in passages]
 
 
-def stacked(caches: Sequence[ContextCache], length: int | None = None) -> Memory:
-    """(memory_BME, mask_BM) with a row for each cache, padded to `length`, or a bucket, and placed on the mesh.
+def stacked(caches: Sequence[ContextCache], length: int | None = None) -> Memory | None:
+    """The memory with a row for each cache, padded to `length`, or a bucket, and placed on the mesh.
 
-    (None, None) where there is not a token: then the decoder is the plain one.
+    None where there is not a token: then the decoder is the plain one.
     """
     for number, cache in enumerate(caches):
         cache.check_is_of(caches[0].identity, f"context {number}")
     longest = max(cache.num_tokens for cache in caches)
     if longest == 0:
-        return None, None
+        return None
     some = next(cache.passages[0].states_LE for cache in caches if len(cache))
     _check_fits(
         len(caches), longest if length is None else length, some.shape[1], some.dtype, copies=2 if _on_host() else 1
     )
     length = bucket(longest) if length is None else length
-    memory_BME = np.zeros((len(caches), length, some.shape[1]), some.dtype)
-    for row, cache in zip(memory_BME, caches, strict=True):
+    states_BME = np.zeros((len(caches), length, some.shape[1]), some.dtype)
+    for row, cache in zip(states_BME, caches, strict=True):
         np.concatenate([p.states_LE for p in cache.passages] or [some[:0]], out=row[: cache.num_tokens])
         if any(passage.chunk_length for passage in cache.passages):
             _add_positions(row, cache.passages)
-    mask_BM = np.arange(length) < np.array([cache.num_tokens for cache in caches])[:, None]
-    return jax.device_put(memory_BME, _placement(len(caches), None)), jax.device_put(mask_BM, _placement(len(caches)))
+    valid_BM = np.arange(length) < np.array([cache.num_tokens for cache in caches])[:, None]
+    return Memory(
+        jax.device_put(states_BME, _placement(len(caches), None)), jax.device_put(valid_BM, _placement(len(caches)))
+    )
+
+
+class DeviceMemories:
+    """Memories that stay on the devices from call to call: those of the last two contexts that were read.
+
+    A context that nobody holds any more takes its memory with it. Whoever lets a context grow reads the last one, and
+    the one before shares its passages, so that no more are kept.
+    """
+
+    KEPT = 2
+
+    def __init__(self):
+        self._placed: WeakKeyDictionary[ContextCache, tuple[Mesh, Memory | None]] = WeakKeyDictionary()
+
+    def of(self, context: ContextCache) -> Memory | None:
+        """The memory of this context alone, as `stacked` gives it."""
+        mesh = jax.sharding.get_mesh()
+        placed = self._placed.pop(context, None)
+        if placed is None or placed[0] != mesh:
+            placed = None
+            while len(self._placed) >= self.KEPT:
+                del self._placed[next(iter(self._placed))]  # freed before there is another
+            placed = mesh, stacked([context])
+        self._placed[context] = placed
+        return placed[1]
 
 
 def _add_positions(row_ME: np.ndarray, passages: Sequence[Passage]) -> None:

@@ -20,6 +20,7 @@ from cepe_jax.checks import check_tokens
 from cepe_jax.config import DecoderConfig
 from cepe_jax.model.cache import KVCache
 from cepe_jax.model.cepe import Cepe
+from cepe_jax.model.cross import Memory
 from cepe_jax.model.llama import Llama
 from cepe_jax.sharding import rows_of_a_device
 
@@ -123,28 +124,20 @@ def sample(logits_BV: Array, draws: Draws) -> Array:
     return jax.lax.cond((draws.temperature_B > 0).any(), drawn, lambda: greedy_B)  # greedy steps do not sort
 
 
-def decode(model: Cepe | Llama, tokens_BT, mask_BT, memory, cache: KVCache) -> tuple[Llama, Array, KVCache]:
-    """The model's decoder, its hidden states (B, T, D) of the tokens, and the cache with them.
-
-    `memory`: (memory_BME, memory_mask_BM), each may be None.
-    """
-    if isinstance(model, Llama):
-        return model, *model.decode(tokens_BT, mask_BT, cache)
-    return model.decoder, *model.decode(tokens_BT, *memory, cache, mask_BT)
-
-
 @partial(jax.jit, donate_argnames="cache")
-def next_token(model: Cepe | Llama, tokens_BT, mask_BT, memory, cache: KVCache, draws: Draws) -> tuple[Array, KVCache]:
+def next_token(
+    model: Cepe | Llama, tokens_BT, mask_BT, memory: Memory | None, cache: KVCache, draws: Draws
+) -> tuple[Array, KVCache]:
     """Reads the tokens into the cache and draws the one that follows each row's last real one, (B, 1).
 
     Rows are padded on the right; without `mask_BT` they are not.
     """
-    decoder, hidden_BTD, cache = decode(model, tokens_BT, mask_BT, memory, cache)
+    hidden_BTD, cache = model.decode(tokens_BT, memory=memory, cache=cache, token_mask_BT=mask_BT)
     if mask_BT is None:
         last_B1D = hidden_BTD[:, -1:]
     else:
         last_B1D = jnp.take_along_axis(hidden_BTD, mask_BT.sum(axis=1)[:, None, None] - 1, axis=1)
-    return sample(decoder.logits(last_B1D)[:, 0], draws)[:, None], cache
+    return sample(model.decoder.logits(last_B1D)[:, 0], draws)[:, None], cache
 
 
 @partial(jax.jit, static_argnums=(1, 2))
@@ -182,13 +175,12 @@ def piece_length(config: DecoderConfig, cache: KVCache, rows: int, length: int) 
 
 
 def read(
-    model: Cepe | Llama, prompts: Sequence[Sequence[int]], memory, cache: KVCache, draws: Draws
+    model: Cepe | Llama, prompts: Sequence[Sequence[int]], memory: Memory | None, cache: KVCache, draws: Draws
 ) -> tuple[Array, KVCache]:
     """The prompts are in the cache, which was empty; and the token after each is drawn, (B, 1)."""
-    decoder = model if isinstance(model, Llama) else model.decoder
     lengths = [len(prompt) for prompt in prompts]
     tokens_BT, mask_BT = right_padded(prompts, bucket(max(lengths)))
-    piece = piece_length(decoder.config, cache, *tokens_BT.shape)
+    piece = piece_length(model.decoder.config, cache, *tokens_BT.shape)
     ends_B = (np.array(lengths) - 1) // piece  # in which piece a row's last token is
     drawn_B1 = None
     for number in range(ends_B.max() + 1):
@@ -198,18 +190,20 @@ def read(
     return drawn_B1, cache
 
 
-def checked(model: Cepe | Llama, prompts: Sequence[Sequence[int]], memory_BME, memory_mask_BM) -> Llama:
-    """The model's decoder; ValueError for what it cannot read."""
+def check_reads_contexts(model: Cepe | Llama) -> None:
+    """ValueError for a plain decoder."""
+    if isinstance(model, Llama):
+        raise ValueError("a context needs a CEPE model: this one is a plain decoder")
+
+
+def check_prompts(model: Cepe | Llama, prompts: Sequence[Sequence[int]], memory: Memory | None) -> None:
+    """ValueError for what the model cannot read."""
     if len(prompts) == 0 or not all(len(prompt) for prompt in prompts):
         raise ValueError("an empty prompt: start it with the begin-of-sequence token")
-    if memory_BME is None and memory_mask_BM is not None:
-        raise ValueError("memory_mask_BM came without its memory_BME: give both")
-    if memory_BME is not None and isinstance(model, Llama):
-        raise ValueError("a context needs a CEPE model: this one is a plain decoder")
-    decoder = model if isinstance(model, Llama) else model.decoder
+    if memory is not None:
+        check_reads_contexts(model)
     for prompt in prompts:
-        check_tokens("a prompt", np.asarray(prompt), 1, decoder.config.vocab_size)
-    return decoder
+        check_tokens("a prompt", np.asarray(prompt), 1, model.decoder.config.vocab_size)
 
 
 def check_fits(length: int, new: int, window: int | None) -> None:
@@ -222,8 +216,7 @@ def check_fits(length: int, new: int, window: int | None) -> None:
 def stream(
     model: Cepe | Llama,
     prompts: Sequence[Sequence[int]],
-    memory_BME: Array | None = None,
-    memory_mask_BM: Array | None = None,
+    memory: Memory | None = None,
     *,
     max_new_tokens: int,
     sampling: Sampling | Sequence[Sampling] = GREEDY,
@@ -237,7 +230,7 @@ def stream(
     depend on the row's seed and the number of the token. Of one `sampling` for all prompts each row has its
     `for_row`. ValueError where the longest prompt and the new tokens exceed `window`.
     """
-    decoder = checked(model, prompts, memory_BME, memory_mask_BM)
+    check_prompts(model, prompts, memory)
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}: give 1 or more")
     longest = max(len(prompt) for prompt in prompts)
@@ -246,10 +239,10 @@ def stream(
     samplings = [sampling.for_row(row) for row in range(len(prompts))] if shared else sampling
     if len(samplings) != len(prompts):
         raise ValueError(f"{len(samplings)} samplings for {len(prompts)} prompts: give one, or one for each")
-    draws, memory = Draws.of(samplings), (memory_BME, memory_mask_BM)
+    draws = Draws.of(samplings)
 
     def dispatched() -> Iterator[Array]:
-        cache = new_cache(decoder, len(prompts), bucket(longest + max_new_tokens))
+        cache = new_cache(model.decoder, len(prompts), bucket(longest + max_new_tokens))
         tokens_B1, cache = read(model, prompts, memory, cache, draws)
         yield tokens_B1
         for number in range(1, max_new_tokens):
@@ -277,8 +270,7 @@ def until(stop_ids: Sequence[int], drawn: Iterable[Array]) -> Iterator[list[int 
 def generate(
     model: Cepe | Llama,
     prompts: Sequence[Sequence[int]],
-    memory_BME: Array | None = None,
-    memory_mask_BM: Array | None = None,
+    memory: Memory | None = None,
     *,
     max_new_tokens: int,
     sampling: Sampling | Sequence[Sampling] = GREEDY,
@@ -287,5 +279,5 @@ def generate(
 ) -> list[list[int]]:
     """The tokens that follow each prompt: what `stream` gives, row by row."""
     limits = {"max_new_tokens": max_new_tokens, "stop_ids": stop_ids, "window": window}
-    steps = list(stream(model, prompts, memory_BME, memory_mask_BM, sampling=sampling, **limits))
+    steps = list(stream(model, prompts, memory, sampling=sampling, **limits))
     return [[step[row] for step in steps if step[row] is not None] for row in range(len(prompts))]

@@ -12,8 +12,7 @@ from cepe_jax.inference.generate import (
     PAIRS,
     Draws,
     bucket,
-    checked,
-    decode,
+    check_prompts,
     new_cache,
     piece_length,
     power_of_two,
@@ -22,6 +21,7 @@ from cepe_jax.inference.generate import (
 )
 from cepe_jax.model.cache import KVCache
 from cepe_jax.model.cepe import Cepe
+from cepe_jax.model.cross import Memory
 from cepe_jax.model.layers import cut, joined
 from cepe_jax.model.llama import Llama
 from cepe_jax.training.objectives import token_nll
@@ -44,11 +44,11 @@ class Score:
 
 
 def _read_labels(
-    model: Cepe | Llama, tokens_BT, labels_BT, mask_BT, memory, cache: KVCache
+    model: Cepe | Llama, tokens_BT, labels_BT, mask_BT, memory: Memory | None, cache: KVCache
 ) -> tuple[Array, Array, KVCache]:
     """log p of each label in fp32, whether it is the most probable token, (B, T) each, and the cache."""
-    decoder, hidden_BTD, cache = decode(model, tokens_BT, mask_BT, memory, cache)
-    logits_of = decoder.unembedding()
+    hidden_BTD, cache = model.decode(tokens_BT, memory=memory, cache=cache, token_mask_BT=mask_BT)
+    logits_of = model.decoder.unembedding()
 
     def look_up(hidden_and_labels):
         logits_BTV, labels_BT = logits_of(hidden_and_labels[0]), hidden_and_labels[1]
@@ -66,19 +66,18 @@ def score(
     model: Cepe | Llama,
     prompt: Sequence[int],
     continuations: Sequence[Sequence[int]],
-    memory_BME: Array | None = None,
-    memory_mask_BM: Array | None = None,
+    memory: Memory | None = None,
 ) -> list[Score]:
     """How probable each continuation is after the prompt, which is read once, as the memory (of one row) is.
 
     Continuations are read together, those that are too long for it one by one, in pieces.
     """
-    decoder = checked(model, [prompt], memory_BME, memory_mask_BM)
+    check_prompts(model, [prompt], memory)
     for number, continuation in enumerate(continuations):
         if len(continuation) == 0:
             raise ValueError(f"continuation {number} is empty: give one token or more")
-        check_tokens(f"continuation {number}", np.asarray(continuation), 1, decoder.config.vocab_size)
-    memory, slots = (memory_BME, memory_mask_BM), bucket(len(prompt))
+        check_tokens(f"continuation {number}", np.asarray(continuation), 1, model.decoder.config.vocab_size)
+    slots = bucket(len(prompt))
     before, last = prompt[:-1], prompt[-1]  # the last one is read with each continuation, whose first follows it
     lengths = [_filled(len(continuation)) for continuation in continuations]
     rows = [PAIRS // (length * (slots + length)) for length in lengths]  # so many like it are read at once
@@ -86,7 +85,7 @@ def score(
     alone = [number for number, most in enumerate(rows) if most <= 1]
     if alone:
         slots = bucket(len(prompt) + max(bucket(len(continuations[number])) for number in alone))
-    cache = new_cache(decoder, 1, slots)
+    cache = new_cache(model.decoder, 1, slots)
     if before:
         _, cache = read(model, [before], memory, cache, Draws.of([GREEDY]))
     scores: dict[int, Score] = {}
@@ -102,7 +101,7 @@ def score(
     for number in alone:
         continuation, length = continuations[number], bucket(len(continuations[number]))
         given, own, parts = _given(last, [continuation], length), cache, []
-        piece = piece_length(decoder.config, own, 1, length)
+        piece = piece_length(model.decoder.config, own, 1, length)
         for start in range(0, len(continuation), piece):
             run = log_probs if start == 0 and number != alone[-1] else log_probs_onwards  # the prompt's is kept
             *found, own = run(model, *(x[:, start : start + piece] for x in given), memory, own)

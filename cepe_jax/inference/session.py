@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from cepe_jax.checks import check_chunk_length
-from cepe_jax.inference.context import ContextCache, Memory, encode, stacked
+from cepe_jax.inference.context import ContextCache, encode, stacked
 from cepe_jax.inference.generate import (
     GREEDY,
     Draws,
@@ -19,6 +19,7 @@ from cepe_jax.inference.generate import (
 )
 from cepe_jax.model.cache import KVCache
 from cepe_jax.model.cepe import Cepe
+from cepe_jax.model.cross import Memory
 from cepe_jax.model.llama import Llama
 
 FEW_LENGTHS = 1 << 10, 1 << 14  # from the first to the second, the memory's room doubles; above it goes by buckets
@@ -62,9 +63,8 @@ class Session:
         self._drops = drops
         self._given = 0 if context is None else len(context)
         self._slots = bucket(window) + bucket(1)  # a few tokens more, filled up to a bucket, always fit
-        self._decoder = model if isinstance(model, Llama) else model.decoder
         self._read: Read | None = None
-        self._placed: tuple[ContextCache, Memory] | None = None
+        self._placed: tuple[ContextCache, Memory | None] | None = None
         self._drawn = 0
 
     @property
@@ -91,7 +91,7 @@ class Session:
             self._read = None  # its arrays are given away: if this is interrupted, all is read anew
         else:
             self._read = None  # freed before there is another
-            cache, fresh = new_cache(self._decoder, 1, self._slots), tokens
+            cache, fresh = new_cache(self.model.decoder, 1, self._slots), tokens
         if len(fresh) == 1:
             tokens_BT, mask_BT = np.array([fresh], np.int32), None
         else:
@@ -102,10 +102,10 @@ class Session:
         self._read, self._drawn = (cache, tokens, self.context), self._drawn + 1
         return token
 
-    def _memory(self) -> Memory:
+    def _memory(self) -> Memory | None:
         """What the decoder reads beside. It has few lengths: each is a program to compile, while a user waits."""
         if self.context is None:
-            return None, None
+            return None
         if self._placed is None or self._placed[0] is not self.context:
             self._placed = None  # freed before there is another
             count = self.context.num_tokens

@@ -11,13 +11,14 @@ import numpy as np
 from cepe_jax.config import CepeConfig, DecoderConfig, EncoderConfig
 from cepe_jax.data.tokenizer import Tokenizer
 from cepe_jax.inference.chat import MAX_NEW_TOKENS, Chat, check_chat
-from cepe_jax.inference.context import ContextCache, Memory, encode, identity_of, stacked
-from cepe_jax.inference.generate import GREEDY, Sampling, stream
+from cepe_jax.inference.context import ContextCache, DeviceMemories, encode, identity_of, stacked
+from cepe_jax.inference.generate import GREEDY, Sampling, check_reads_contexts, stream
 from cepe_jax.inference.overflow import Overflow, check_encoder, fit, fit_continued
 from cepe_jax.inference.scoring import Score, score
 from cepe_jax.inference.streaming import pieces
 from cepe_jax.inference.template import Template
 from cepe_jax.model.cepe import Cepe
+from cepe_jax.model.cross import Memory
 from cepe_jax.model.llama import Llama
 from cepe_jax.weights import huggingface
 from cepe_jax.weights.directory import facts_at
@@ -35,12 +36,12 @@ class TextModel:
     tokenizer: Tokenizer
     window: int | None  # tokens that the decoder reads at most, new ones too; None: no bound is known
     stop_ids: tuple[int, ...]
+    _on_devices: DeviceMemories = field(default_factory=DeviceMemories, init=False, repr=False)
 
     @cached_property
     def identity(self) -> dict[str, str]:
         """Of the contexts that this model's encoder writes."""
-        if isinstance(self.model, Llama):
-            raise ValueError("a context needs a CEPE model: this one is a plain decoder")
+        check_reads_contexts(self.model)
         return identity_of(self.model, self.tokenizer)
 
     def encode(
@@ -118,7 +119,7 @@ class TextModel:
         fitted = fit_continued(prompt, continuations, self.tokenizer, self.window, overflow, chunk_length)
         moved, before, after = fitted
         context = self._with(context, moved, chunk_length)
-        return score(self.model, before, after, *self._memory([context]))
+        return score(self.model, before, after, self._memory([context]))
 
     def chat(
         self,
@@ -152,7 +153,7 @@ class TextModel:
 
     def _rows(
         self, prompts: list[str], context: Contexts, max_new_tokens: int, overflow: Overflow, chunk_length: int
-    ) -> tuple[list[list[int]], Memory]:
+    ) -> tuple[list[list[int]], Memory | None]:
         """What the decoder reads of each prompt, and the memory it reads beside."""
         shared = context is None or isinstance(context, ContextCache)
         contexts = [context] * len(prompts) if shared else list(context)
@@ -173,25 +174,25 @@ class TextModel:
         more = encode(self.model, moved, self.identity, chunk_length)
         return more if context is None else context + more
 
-    def _memory(self, contexts: list[ContextCache | None]) -> Memory:
+    def _memory(self, contexts: list[ContextCache | None]) -> Memory | None:
         for context in contexts:
             if context is not None:
                 context.check_is_of(self.identity, "the context")
         if all(context is contexts[0] for context in contexts):
-            return (None, None) if not contexts or contexts[0] is None else contexts[0].arrays()
+            return None if not contexts or contexts[0] is None else self._on_devices.of(contexts[0])
         return stacked([ContextCache(self.identity) if context is None else context for context in contexts])
 
     def _pieces(
         self,
         rows: list[list[int]],
-        memory: Memory,
+        memory: Memory | None,
         max_new_tokens: int,
         sampling: Sampling | Sequence[Sampling],
         stop: Sequence[str],
     ) -> Iterator[list[str]]:
         """The next piece of each row's text, step by step."""
         limits = {"max_new_tokens": max_new_tokens, "stop_ids": self.stop_ids}  # `fit` has looked at the window
-        steps = stream(self.model, rows, *memory, sampling=sampling, **limits)
+        steps = stream(self.model, rows, memory, sampling=sampling, **limits)
         return pieces(self.tokenizer, rows, steps, stop)
 
 

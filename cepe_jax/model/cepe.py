@@ -10,7 +10,7 @@ from flax import nnx
 from cepe_jax.checks import check_mask, check_tokens
 from cepe_jax.config import CepeConfig, CrossLayers, EncoderConfig
 from cepe_jax.model.cache import KVCache
-from cepe_jax.model.cross import CrossAttention
+from cepe_jax.model.cross import CrossAttention, Memory
 from cepe_jax.model.encoder import Encoder
 from cepe_jax.model.layers import RMSNorm, normal
 from cepe_jax.model.llama import Llama
@@ -118,21 +118,20 @@ class Cepe(nnx.Module):
         """Logits (B, T, V) in fp32. Without a context, or in rows where all of it is masked, the plain decoder's."""
         if context_BCL is None and context_mask_BCL is not None:
             raise ValueError("context_mask_BCL came without its context_BCL: give both")
-        memory_BME = memory_mask_BM = None
+        memory = None
         if context_BCL is not None and context_BCL.size:
-            memory_BME = self.encode(context_BCL, context_mask_BCL)
-            memory_mask_BM = flat_mask(context_mask_BCL)
-        hidden_BTD, _ = self.decode(tokens_BT, memory_BME, memory_mask_BM, token_mask_BT=token_mask_BT)
+            memory = self.encode(context_BCL, context_mask_BCL)
+        hidden_BTD, _ = self.decode(tokens_BT, memory, token_mask_BT=token_mask_BT)
         return self.decoder.logits(hidden_BTD)
 
-    def encode(self, context_BCL: Array, context_mask_BCL: Array | None = None) -> Array:
-        """The memory (B, M = C L, E) of chunks in reading order: what the last one holds stands before the tokens."""
+    def encode(self, context_BCL: Array, context_mask_BCL: Array | None = None) -> Memory:
+        """The memory of chunks in the order of reading: the last one stands before the decoder's tokens."""
         states_BME = self.encode_chunks(context_BCL, context_mask_BCL)
-        if not self.encoder.config.chunk_positions:
-            return states_BME
         B, C, L = context_BCL.shape
-        positions_CE = chunk_positions(C, states_BME.shape[-1]).astype(states_BME.dtype)
-        return (states_BME.reshape(B, C, L, -1) + positions_CE[:, None]).reshape(B, C * L, -1)
+        if self.encoder.config.chunk_positions:
+            positions_CE = chunk_positions(C, states_BME.shape[-1]).astype(states_BME.dtype)
+            states_BME = (states_BME.reshape(B, C, L, -1) + positions_CE[:, None]).reshape(B, C * L, -1)
+        return Memory(states_BME, None if context_mask_BCL is None else context_mask_BCL.reshape(B, C * L))
 
     def encode_chunks(self, context_BCL: Array, context_mask_BCL: Array | None = None) -> Array:
         """What the encoder writes (B, M = C L, E): every chunk read by itself, positions from 0 in each.
@@ -156,22 +155,18 @@ class Cepe(nnx.Module):
     def decode(
         self,
         tokens_BT: Array,
-        memory_BME: Array | None = None,
-        memory_mask_BM: Array | None = None,
+        memory: Memory | None = None,
         cache: KVCache | None = None,
         token_mask_BT: Array | None = None,
     ) -> tuple[Array, KVCache | None]:
-        """Hidden states (B, T, D) of the decoder reading the memory, and the cache with these tokens appended.
-
-        A memory (1, M, E) is read by all rows.
-        """
-        if memory_BME is not None:
-            B, E = tokens_BT.shape[0], self.encoder.config.width
-            if memory_BME.ndim != 3 or memory_BME.shape[0] not in (1, B) or memory_BME.shape[2] != E:
-                raise ValueError(f"memory_BME is {list(memory_BME.shape)}: these tokens and encoder want [{B}, M, {E}]")
-            check_mask("memory_mask_BM", memory_mask_BM, memory_BME.shape[:2])
-            memory_BME = memory_BME.astype(self.decoder.config.dtype)
-        return self.decoder.decode(tokens_BT, token_mask_BT, cache, self.cross, memory_BME, memory_mask_BM)
+        """Hidden states (B, T, D) of the decoder reading the memory, and the cache with these tokens appended."""
+        if memory is not None:
+            B, E, states_BME = tokens_BT.shape[0], self.encoder.config.width, memory.states_BME
+            if states_BME.ndim != 3 or states_BME.shape[0] not in (1, B) or states_BME.shape[2] != E:
+                raise ValueError(f"the memory is {list(states_BME.shape)}: these tokens and encoder want [{B}, M, {E}]")
+            check_mask("the memory's valid_BM", memory.valid_BM, states_BME.shape[:2])
+            memory = Memory(states_BME.astype(self.decoder.config.dtype), memory.valid_BM)
+        return self.decoder.decode(tokens_BT, token_mask_BT, cache, self.cross, memory)
 
 
 def chunk_positions(num_chunks: int, width: int) -> np.ndarray:
@@ -183,11 +178,6 @@ def chunk_positions(num_chunks: int, width: int) -> np.ndarray:
     numbers_C1 = np.arange(num_chunks)[::-1, None]
     angles_CE = numbers_C1 * 10_000.0 ** (-np.arange(0, width, 2) / width)
     return np.concatenate([np.sin(angles_CE), np.cos(angles_CE)], axis=1)[:, :width].astype(np.float32)
-
-
-def flat_mask(mask_BCL: Array | None) -> Array | None:
-    """(B, C, L) -> (B, M)."""
-    return None if mask_BCL is None else mask_BCL.reshape(mask_BCL.shape[0], -1)
 
 
 Parts = dict[str, nnx.Module]

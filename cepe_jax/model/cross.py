@@ -1,7 +1,9 @@
 """Cross-attention that reads the encoder's memory: keys and values made from it, or their projections absorbed."""
 
+import functools
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +33,18 @@ LEAST_BLOCK = 128  # tokens of memory
 KERNEL_BLOCK = 1 << 14  # tokens of memory whose keys and values exist at once beside splash, which stores no scores
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Memory:
+    """The encoder's output for the decoder's contexts, which every layer that reads them reads.
+
+    A memory of one row is read by all rows. `valid_BM`: true for real tokens; None where all are real.
+    """
+
+    states_BME: Array
+    valid_BM: Array | None = None
+
+
 class CrossAttention(nnx.Module):
     """Reads the encoder's memory: own pre-norm, no positions, no causal mask, no gate (paper, section 3.1).
 
@@ -41,35 +55,28 @@ class CrossAttention(nnx.Module):
     def __init__(self, norm: RMSNorm, q: nnx.Param, k: nnx.Param, v: nnx.Param, o: nnx.Param, layers: CrossLayers):
         self.norm, self.q, self.k, self.v, self.o, self.layers = norm, q, k, v, o, layers
 
-    def __call__(
-        self, x_BTD: Array, memory_BME: Array, mask_BM: Array | None, backend: Backend, differentiable: bool = True
-    ) -> Array:
-        """What to add to x; zero in rows whose memory is wholly masked. A memory of one row is read by all rows.
+    def __call__(self, x_BTD: Array, memory: Memory, backend: Backend, differentiable: bool = True) -> Array:
+        """What to add to x; zero in rows whose memory is wholly masked.
 
         Where nothing asks for a gradient, TPUs need not hold keys and values of the whole memory.
         """
         q_BTNH = project("BTD,DNH->BTNH", self.norm(x_BTD), self.q)
-        out_BTNH = self.read(q_BTNH, memory_BME, mask_BM, backend, differentiable).astype(x_BTD.dtype)
+        out_BTNH = self.read(q_BTNH, memory, backend, differentiable).astype(x_BTD.dtype)
         return project("BTNH,NHD->BTD", out_BTNH, self.o)
 
-    def read(self, q_BTNH: Array, memory_BME: Array, mask_BM: Array | None, backend: Backend, differentiable: bool):
+    def read(self, q_BTNH: Array, memory: Memory, backend: Backend, differentiable: bool) -> Array:
         """The heads' attention (B, T, N, H) to the memory, in the form that takes fewer FLOPs."""
-        num_queries = q_BTNH.shape[1] * (q_BTNH.shape[0] // memory_BME.shape[0])
-        flops = read_flops(num_queries, q_BTNH.shape[2], memory_BME.shape[1], self.k.shape)
+        rows, M = memory.states_BME.shape[:2]
+        num_queries = q_BTNH.shape[1] * (q_BTNH.shape[0] // rows)
+        flops = read_flops(num_queries, q_BTNH.shape[2], M, self.k.shape)
         if flops.absorbed < flops.materialised:
-            return self.absorbed(q_BTNH, memory_BME, mask_BM)
-        return self.materialised(q_BTNH, memory_BME, mask_BM, backend, differentiable)
+            return self.absorbed(q_BTNH, memory)
+        return self.materialised(q_BTNH, memory, backend, differentiable)
 
-    def materialised(
-        self, q_BTNH: Array, memory_BME: Array, mask_BM: Array | None, backend: Backend, differentiable: bool
-    ) -> Array:
+    def materialised(self, q_BTNH: Array, memory: Memory, backend: Backend, differentiable: bool) -> Array:
         """From keys and values (B, M, K, H each): for a kernel those of all memory, else of a block of it at a time."""
         B, T, N, H = q_BTNH.shape
-        rows, M = memory_BME.shape[:2]
-
-        def kv(memory_BME: Array, k: Array, v: Array) -> tuple[Array, Array]:
-            return project("BME,EKH->BMKH", memory_BME, k), project("BME,EKH->BMKH", memory_BME, v)
-
+        rows, M = memory.states_BME.shape[:2]
         whole = {
             "xla": False,
             "cudnn": PAIRS["cudnn"] >= rows_of_a_device(B) * T * M,
@@ -77,82 +84,82 @@ class CrossAttention(nnx.Module):
         }[backend]
         if whole and not split_axes("memory"):
             q_BTNH = q_BTNH.reshape(rows, B // rows * T, N, H)
-            out = attend(q_BTNH, *kv(memory_BME, self.k, self.v), Mask(valid_BS=mask_BM), backend)
-            return out.reshape(B, T, N, H)
+            k_BMKH, v_BMKH = _keys_and_values(memory, self.k, self.v)
+            return attend(q_BTNH, k_BMKH, v_BMKH, Mask(valid_BS=memory.valid_BM), backend).reshape(B, T, N, H)
+        return self._over_the_memory(functools.partial(_materialised_part, backend), q_BTNH, memory)
 
-        def part(q_BTNH: Array, memory_BME: Array, mask_BM: Array | None, k: Array, v: Array) -> Partial:
-            def block(memory_BME: Array, mask_BM: Array | None) -> Partial:
-                if backend == "splash":
-                    valid_BM = jnp.ones(memory_BME.shape[:2], bool) if mask_BM is None else mask_BM
-                    return splash_partial(q_BTNH, *kv(memory_BME, k, v), valid_BM)
-                return attend_partial(q_BTNH, *kv(memory_BME, k, v), Mask(valid_BS=mask_BM))
-
-            limit = KERNEL_BLOCK if backend == "splash" else PAIRS["xla"] // (q_BTNH.shape[0] * T)
-            return _in_blocks(block, (memory_BME, mask_BM), limit)
-
-        return self._over_the_memory(part, q_BTNH, memory_BME, mask_BM)
-
-    def absorbed(self, q_BTNH: Array, memory_BME: Array, mask_BM: Array | None) -> Array:
+    def absorbed(self, q_BTNH: Array, memory: Memory) -> Array:
         """From the memory itself, the one key and value of all heads; by XLA, whatever the back end."""
+        return self._over_the_memory(_absorbed_part, q_BTNH, memory)
 
-        def part(q_BTNH: Array, memory_BME: Array, mask_BM: Array | None, k: Array, v: Array) -> Partial:
-            (B, T, N, H), (E, K, _) = q_BTNH.shape, k.shape
-            k, v = k.astype(q_BTNH.dtype), v.astype(q_BTNH.dtype)
-            heads = B, T, K, N // K, -1
-            q_BTKGE = jnp.einsum("BTKGH,EKH->BTKGE", q_BTNH.reshape(heads), k)
-            q_B11QE = q_BTKGE.reshape(memory_BME.shape[0], 1, 1, -1, E)
-
-            def block(memory_BME: Array, mask_BM: Array | None) -> Partial:
-                memory_B1ME = memory_BME[:, None]
-                return attend_to_heads(q_B11QE, memory_B1ME, memory_B1ME, Mask(valid_BS=mask_BM), H**-0.5)
-
-            sums, *weights = (
-                x.reshape(heads) for x in _in_blocks(block, (memory_BME, mask_BM), PAIRS["xla"] // (B * T))
-            )
-            values = jnp.einsum("BTKGE,EKH->BTKGH", sums.astype(v.dtype), v, preferred_element_type=sums.dtype)
-            return values, *weights
-
-        return self._over_the_memory(part, q_BTNH, memory_BME, mask_BM)
-
-    def _over_the_memory(
-        self, part: Callable[..., Partial], q_BTNH: Array, memory_BME: Array, mask_BM: Array | None
-    ) -> Array:
+    def _over_the_memory(self, part: Callable[..., Partial], q_BTNH: Array, memory: Memory) -> Array:
         """`part` of the whole memory, or of each device's share of it, merged.
 
         Every device computes the rows and heads that it holds, from weights that are gathered once and not by block.
         """
         axes = split_axes("memory")
-        rows = "batch" if memory_BME.shape[0] == q_BTNH.shape[0] else None
+        rows = "batch" if memory.states_BME.shape[0] == q_BTNH.shape[0] else None
         heads, weight = ("batch", "length", "heads", "head_dim"), (None, "kv_heads", "head_dim")
-        masks = () if mask_BM is None else (mask_BM,)
+        valid = () if memory.valid_BM is None else (memory.valid_BM,)
 
-        def of_a_device(q_BTNH: Array, memory_BME: Array, k: Array, v: Array, *masks: Array) -> Array:
-            read = part(q_BTNH, memory_BME, *masks or (None,), k, v)
+        def of_a_device(q_BTNH: Array, k: Array, v: Array, *memory: Array) -> Array:
+            read = part(q_BTNH, Memory(*memory), k, v)
             return merge(combine_over(axes, read) if axes else read)
 
-        in_axes = heads, (rows, "memory", None), weight, weight, *[(rows, "memory") for _ in masks]
-        return on_shards(of_a_device, in_axes, heads)(q_BTNH, memory_BME, self.k[...], self.v[...], *masks)
+        in_axes = heads, weight, weight, (rows, "memory", None), *[(rows, "memory") for _ in valid]
+        return on_shards(of_a_device, in_axes, heads)(q_BTNH, self.k[...], self.v[...], memory.states_BME, *valid)
 
 
-def _in_blocks(
-    part: Callable[[Array, Array | None], Partial], memory: tuple[Array, Array | None], limit: int
-) -> Partial:
-    """`part` of the memory and its mask, of about `limit` tokens of them at once: what it stores does not grow."""
-    M = memory[0].shape[1]
+def _keys_and_values(memory: Memory, k: Array, v: Array) -> tuple[Array, Array]:
+    return project("BME,EKH->BMKH", memory.states_BME, k), project("BME,EKH->BMKH", memory.states_BME, v)
+
+
+def _materialised_part(backend: Backend, q_BTNH: Array, memory: Memory, k: Array, v: Array) -> Partial:
+    def block(memory: Memory) -> Partial:
+        k_BMKH, v_BMKH = _keys_and_values(memory, k, v)
+        if backend == "splash":
+            valid_BM = jnp.ones(k_BMKH.shape[:2], bool) if memory.valid_BM is None else memory.valid_BM
+            return splash_partial(q_BTNH, k_BMKH, v_BMKH, valid_BM)
+        return attend_partial(q_BTNH, k_BMKH, v_BMKH, Mask(valid_BS=memory.valid_BM))
+
+    B, T = q_BTNH.shape[:2]
+    return _in_blocks(block, memory, KERNEL_BLOCK if backend == "splash" else PAIRS["xla"] // (B * T))
+
+
+def _absorbed_part(q_BTNH: Array, memory: Memory, k: Array, v: Array) -> Partial:
+    (B, T, N, H), (E, K, _) = q_BTNH.shape, k.shape
+    k, v = k.astype(q_BTNH.dtype), v.astype(q_BTNH.dtype)
+    heads = B, T, K, N // K, -1
+    q_BTKGE = jnp.einsum("BTKGH,EKH->BTKGE", q_BTNH.reshape(heads), k)
+    q_B11QE = q_BTKGE.reshape(memory.states_BME.shape[0], 1, 1, -1, E)
+
+    def block(memory: Memory) -> Partial:
+        memory_B1ME = memory.states_BME[:, None]
+        return attend_to_heads(q_B11QE, memory_B1ME, memory_B1ME, Mask(valid_BS=memory.valid_BM), H**-0.5)
+
+    sums, *weights = (x.reshape(heads) for x in _in_blocks(block, memory, PAIRS["xla"] // (B * T)))
+    values = jnp.einsum("BTKGE,EKH->BTKGH", sums.astype(v.dtype), v, preferred_element_type=sums.dtype)
+    return values, *weights
+
+
+def _in_blocks(part: Callable[[Memory], Partial], memory: Memory, limit: int) -> Partial:
+    """`part` of the memory, of about `limit` tokens of it at once: what it stores does not grow."""
+    M = memory.states_BME.shape[1]
     if limit >= M:
-        return part(*memory)
+        return part(memory)
     limit = max(1 << limit.bit_length() >> 1, LEAST_BLOCK)  # a power of two
     size = math.gcd(M, limit)
     if size < LEAST_BLOCK:
-        size, (memory_BME, mask_BM) = limit, memory
-        mask_BM = jnp.ones(memory_BME.shape[:2], bool) if mask_BM is None else mask_BM
-        memory = jnp.pad(memory_BME, [(0, 0), (0, -M % size), (0, 0)]), jnp.pad(mask_BM, [(0, 0), (0, -M % size)])
+        size, states_BME, valid_BM = limit, memory.states_BME, memory.valid_BM
+        valid_BM = jnp.ones(states_BME.shape[:2], bool) if valid_BM is None else valid_BM
+        filled_BME = jnp.pad(states_BME, [(0, 0), (0, -M % size), (0, 0)])
+        memory = Memory(filled_BME, jnp.pad(valid_BM, [(0, 0), (0, -M % size)]))
 
     def block(start: Array | int) -> Partial:
-        return part(*jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, size, 1), memory))
+        return part(jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, size, 1), memory))
 
     values, total, peak = jax.eval_shape(block, 0)
     nothing = jnp.zeros(values.shape, values.dtype), jnp.zeros(total.shape, total.dtype)
     lowest = jnp.full(peak.shape, jnp.finfo(jnp.float32).min, peak.dtype)
     step = jax.checkpoint(lambda seen, start: (combine(seen, block(start)), None))
-    return jax.lax.scan(step, (*nothing, lowest), jnp.arange(0, memory[0].shape[1], size))[0]
+    return jax.lax.scan(step, (*nothing, lowest), jnp.arange(0, memory.states_BME.shape[1], size))[0]

@@ -11,7 +11,7 @@ from cepe_jax.checks import check_mask, check_tokens
 from cepe_jax.config import DecoderConfig, TransformerConfig
 from cepe_jax.model.attention import Mask
 from cepe_jax.model.cache import KVCache
-from cepe_jax.model.cross import CrossAttention
+from cepe_jax.model.cross import CrossAttention, Memory
 from cepe_jax.model.layers import Block, RMSNorm, at, embed, normal
 from cepe_jax.model.rope import rope_table
 from cepe_jax.sharding import constrain
@@ -66,6 +66,11 @@ class Llama(nnx.Module):
 
         return logits
 
+    @property
+    def decoder(self) -> "Llama":
+        """Itself: models that generate have a decoder."""
+        return self
+
     def new_cache(self, batch: int, slots: int) -> KVCache:
         """An empty one, for `decode`."""
         return KVCache.create(self.config, batch, slots)
@@ -76,15 +81,14 @@ class Llama(nnx.Module):
         token_mask_BT: Array | None = None,
         cache: KVCache | None = None,
         cross: CrossAttention | None = None,
-        memory_BME: Array | None = None,
-        memory_mask_BM: Array | None = None,
+        memory: Memory | None = None,
         positions_BT: Array | None = None,
     ) -> tuple[Array, KVCache | None]:
         """Hidden states (B, T, D) after the final norm, and the cache with these tokens appended (if one was given).
 
         A cache of one row is read by all rows of tokens, and is not appended to where they are more than one.
         `positions_BT`: where not given, real tokens are counted, those in the cache first.
-        `cross` reads `memory_BME` in its layers, between self-attention and MLP.
+        `cross` reads the memory in its layers, between self-attention and MLP.
         """
         config = self.config
         grows = cache is not None and cache.grows_by(tokens_BT.shape[0])
@@ -106,8 +110,8 @@ class Llama(nnx.Module):
             if cache is not None and not cache.empty:
                 cached = at(cache.k_ZBKSH, index), at(cache.v_ZBKSH, index), cache.valid_BS
             if reader is not None:
-                given = {"memory_BME": memory_BME, "mask_BM": memory_mask_BM, "backend": config.attention}
-                read = partial(reader, **given, differentiable=cache is None)
+                given = {"backend": config.attention, "differentiable": cache is None}
+                read = partial(reader, memory=memory, **given)
             x_BTD, kv = (block or at(self.layers, index))(config, x_BTD, table, mask, cached, read)
             return constrain(x_BTD, "batch", "length", "embed"), kv if grows else None
 
@@ -126,12 +130,12 @@ class Llama(nnx.Module):
 
         Z = config.num_layers
         x_BTD = constrain(embed(self.embed, tokens_BT, config.dtype), "batch", "length", "embed")
-        if memory_BME is not None and cross.layers.kind == "every":
+        if memory is not None and cross.layers.kind == "every":
             groups = jnp.arange(Z).reshape(cross.layers.count, -1)
             x_BTD, kv = jax.lax.scan(group, x_BTD, (groups, cross))
             new_kv = [jax.tree.map(lambda a: a.reshape(Z, *a.shape[2:]), kv)]
         else:
-            readers, new_kv = range(Z, Z) if memory_BME is None else cross.layers.indices(Z), []
+            readers, new_kv = range(Z, Z) if memory is None else cross.layers.indices(Z), []
             for first, end, reader in (
                 (0, readers.start, None), (readers.start, readers.stop, cross), (readers.stop, Z, None)
             ):  # fmt: skip

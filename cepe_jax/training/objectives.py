@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from cepe_jax.data.examples import IGNORE
-from cepe_jax.model.cepe import Cepe, flat_mask
+from cepe_jax.model.cepe import Cepe
 from cepe_jax.model.encoder import Encoder
 from cepe_jax.model.layers import cut, joined
 from cepe_jax.model.llama import Llama
@@ -44,9 +44,8 @@ def hidden_states(model: Cepe | Llama, batch: Batch) -> Array:
     """The decoder's (B, T, D) for a batch, with its context where the model reads one."""
     if isinstance(model, Llama):
         return model.decode(batch["tokens"], batch.get("token_mask"))[0]
-    memory_BME = model.encode(batch["context"], batch.get("context_mask"))
-    memory_mask_BM = flat_mask(batch.get("context_mask"))
-    return model.decode(batch["tokens"], memory_BME, memory_mask_BM, token_mask_BT=batch.get("token_mask"))[0]
+    memory = model.encode(batch["context"], batch.get("context_mask"))
+    return model.decode(batch["tokens"], memory, token_mask_BT=batch.get("token_mask"))[0]
 
 
 def _mean(total: Array, weight: Array) -> Array:
@@ -63,7 +62,7 @@ class NextToken:
         return {"nll": (batch["labels"] != IGNORE).sum()}
 
     def __call__(self, model: Cepe | Llama, batch: Batch, weights) -> tuple[Array, dict[str, Array]]:
-        logits = (model if isinstance(model, Llama) else model.decoder).unembedding()
+        logits = model.decoder.unembedding()
 
         def terms(hidden_BTD, labels_BT):
             return token_nll(logits(hidden_BTD), labels_BT).sum()

@@ -125,8 +125,8 @@ def test_cepe_cuts_long_contexts(encoder_reads, cepe_logits):
     cut = [contexts[0][:3], contexts[0][3:], contexts[1]]
     prompt = Prompt(ids, contexts, chunk_length=3)
     check_scores(encoder_reads.score(prompt, CONTINUATIONS), cepe_logits(cut), ids)
-    found = [np.asarray(x) for x in encoder_reads._memory([prompt, PROMPTS[0], prompt])][0]
-    whole, _ = encoder_reads._memory([PROMPTS[0]])
+    found = np.asarray(encoder_reads._memory([prompt, PROMPTS[0], prompt]).states_BME)
+    whole = encoder_reads._memory([PROMPTS[0]]).states_BME
     np.testing.assert_allclose(found[1], np.asarray(whole)[0], atol=1e-5)
     np.testing.assert_array_equal(found[0], found[2])
     assert not np.allclose(found[0], found[1], atol=1e-3)

@@ -20,7 +20,15 @@ from support.models import ENCODER, make_cepe, relative_error, with_config, with
 from support.oracles import recompute
 
 from cepe_jax.inference import context as module
-from cepe_jax.inference.context import ContextCache, encode, encode_chunks, free_bytes, identity_of, stacked
+from cepe_jax.inference.context import (
+    ContextCache,
+    DeviceMemories,
+    encode,
+    encode_chunks,
+    free_bytes,
+    identity_of,
+    stacked,
+)
 from cepe_jax.inference.generate import Sampling, generate, next_token
 from cepe_jax.inference.scoring import score
 from cepe_jax.model.cepe import Cepe
@@ -82,15 +90,15 @@ def encoded(monkeypatch):
 
 def test_states_are_the_models_own(cepe, cache):
     """Each token's state once, in order, of a chunk that is read by itself."""
-    memory_BME = jax.jit(Cepe.encode)(cepe, *chunked(PASSAGES))
-    wanted = np.asarray(memory_BME)[chunked(PASSAGES)[1].reshape(1, -1)]
+    states_BME = jax.jit(Cepe.encode)(cepe, *chunked(PASSAGES)).states_BME
+    wanted = np.asarray(states_BME)[chunked(PASSAGES)[1].reshape(1, -1)]
     assert [len(passage.states_LE) for passage in cache.passages] == list(LENGTHS)
     assert (len(cache), cache.num_tokens, cache.nbytes) == (5, 236, 236 * 16 * 4)
     assert relative_error(np.concatenate([passage.states_LE for passage in cache.passages]), wanted) < 1e-6
-    memory_1ME, mask_1M = cache.arrays()
-    assert relative_error(np.asarray(memory_1ME)[mask_1M], wanted) < 1e-6
-    assert memory_1ME.shape == (1, 256, 16)
-    assert not np.asarray(memory_1ME)[~np.asarray(mask_1M)].any()
+    memory = jax.tree.map(np.asarray, stacked([cache]))
+    assert relative_error(memory.states_BME[memory.valid_BM], wanted) < 1e-6
+    assert memory.states_BME.shape == (1, 256, 16)
+    assert not memory.states_BME[~memory.valid_BM].any()
 
 
 def test_positions_count_the_chunks_that_stand_after_one(cepe, tmp_path):
@@ -101,17 +109,17 @@ def test_positions_count_the_chunks_that_stand_after_one(cepe, tmp_path):
     cache.save(tmp_path / "contexts")
     loaded = ContextCache.load(tmp_path / "contexts", identity)
     orders = [0, 1, 2, 3, 4], [1], [4, 0, 0]
-    memory_BME, mask_BM = map(np.asarray, stacked([loaded.select(order) for order in orders]))
-    for order, row_ME, mask_M in zip(orders, memory_BME, mask_BM, strict=True):
+    memory = jax.tree.map(np.asarray, stacked([loaded.select(order) for order in orders]))
+    for order, states_ME, valid_M in zip(orders, memory.states_BME, memory.valid_BM, strict=True):
         context = chunked([PASSAGES[index] for index in order])
-        wanted = np.asarray(jax.jit(Cepe.encode)(cepe, *context))[context[1].reshape(1, -1)]
-        assert relative_error(row_ME[mask_M], wanted) < 1e-6
+        wanted = np.asarray(jax.jit(Cepe.encode)(cepe, *context).states_BME)[context[1].reshape(1, -1)]
+        assert relative_error(states_ME[valid_M], wanted) < 1e-6
 
 
 def test_generation_from_a_cache_is_recomputed(cepe, cache, forward):
     """Token for token, from the shared memory, what the whole model draws anew for each token without any cache."""
     context = [np.repeat(part, 3, axis=0) for part in chunked(PASSAGES)]
-    tokens = generate(cepe, PROMPTS, *cache.arrays(), max_new_tokens=12, sampling=[HOT] * 3)
+    tokens = generate(cepe, PROMPTS, stacked([cache]), max_new_tokens=12, sampling=[HOT] * 3)
     assert tokens == recompute(lambda tokens_BT: forward(cepe, tokens_BT, *context), PROMPTS, [HOT] * 3, 12)
     assert tokens != generate(cepe, PROMPTS, max_new_tokens=12, sampling=HOT)
 
@@ -122,25 +130,25 @@ def test_a_context_for_each_row(cepe, identity, cache):
     5 CPU-seconds: each row alone is a program of its own.
     """
     caches = cache, ContextCache(identity), cache.select([1])
-    tokens = generate(cepe, PROMPTS, *stacked(caches), max_new_tokens=12, sampling=[HOT] * 3)
+    tokens = generate(cepe, PROMPTS, stacked(caches), max_new_tokens=12, sampling=[HOT] * 3)
     for prompt, own, row in zip(PROMPTS, caches, tokens, strict=True):
-        assert generate(cepe, [prompt], *own.arrays(), max_new_tokens=12, sampling=HOT) == [row]
+        assert generate(cepe, [prompt], stacked([own]), max_new_tokens=12, sampling=HOT) == [row]
 
 
 @pytest.mark.parametrize("step", [1, 100])
 def test_the_bucket_changes_nothing(cepe, cache, monkeypatch, step):
-    wanted = generate(cepe, PROMPTS, *cache.arrays(), max_new_tokens=12, sampling=HOT)
+    wanted = generate(cepe, PROMPTS, stacked([cache]), max_new_tokens=12, sampling=HOT)
     monkeypatch.setattr(module, "bucket", lambda count: -(-count // step) * step)
-    memory_1ME, mask_1M = stacked([cache])
-    assert memory_1ME.shape[1] == {1: 236, 100: 300}[step]
-    assert generate(cepe, PROMPTS, memory_1ME, mask_1M, max_new_tokens=12, sampling=HOT) == wanted
+    memory = stacked([cache])
+    assert memory.states_BME.shape[1] == {1: 236, 100: 300}[step]
+    assert generate(cepe, PROMPTS, memory, max_new_tokens=12, sampling=HOT) == wanted
 
 
 def test_another_length_is_no_other_program(cepe, cache):
     prompt = [[1, 2, 3]]
-    generate(cepe, prompt, *cache.arrays(), max_new_tokens=2)
+    generate(cepe, prompt, stacked([cache]), max_new_tokens=2)
     compiled = next_token._cache_size()
-    generate(cepe, prompt, *cache.drop([0]).arrays(), max_new_tokens=2)
+    generate(cepe, prompt, stacked([cache.drop([0])]), max_new_tokens=2)
     assert next_token._cache_size() == compiled
 
 
@@ -157,37 +165,52 @@ def test_algebra(cepe, identity, cache):
         fresh = encode(cepe, [PASSAGES[index] for index in order], identity, CHUNK)
         assert len(made) == len(fresh) == len(order)
         assert [passage.digest for passage in made.passages] == [passage.digest for passage in fresh.passages]
-        for ours, wanted in zip(made.arrays(), fresh.arrays(), strict=True):
-            assert relative_error(ours, wanted) < 1e-6
-    for ours, wanted in zip(both.arrays(), cache.arrays(), strict=True):
+        ours, wanted = stacked([made]), stacked([fresh])
+        assert relative_error(ours.states_BME, wanted.states_BME) < 1e-6
+        np.testing.assert_array_equal(ours.valid_BM, wanted.valid_BM)
+    for ours, wanted in zip(*(jax.tree.leaves(stacked([made])) for made in (both, cache)), strict=True):
         np.testing.assert_array_equal(ours, wanted)
     assert len(cache) == 5
 
 
-def test_the_arrays_stay(cache):
-    first, second = cache.arrays(), cache.arrays()
-    assert all(a is b for a, b in zip(first, second, strict=True))
+@pytest.fixture
+def placed(monkeypatch):
+    """Gets the number of tokens of every context that is put on the devices."""
+    counts = []
+    monkeypatch.setattr(module, "stacked", lambda caches: counts.append(caches[0].num_tokens) or stacked(caches))
+    return counts
 
 
-def test_the_arrays_of_an_older_context_go(cache):
-    """On the devices is what was placed last, as long as somebody holds it."""
-    older = cache.select([0])
-    alive = weakref.ref(older.arrays()[0])
+def test_two_contexts_in_turn_stay_on_the_devices(cache, placed):
+    """A third one takes the place of the one that was read longest ago."""
+    memories = DeviceMemories()
+    contexts = [cache.select([index]) for index in range(3)]
+    first, second = memories.of(contexts[0]), memories.of(contexts[1])
+    for _ in range(3):
+        assert memories.of(contexts[0]) is first
+        assert memories.of(contexts[1]) is second
+    assert placed == list(LENGTHS[:2])
+    gone, stays = weakref.ref(first.states_BME), weakref.ref(second.states_BME)
+    del first, second
+    memories.of(contexts[2])
+    assert gone() is None
+    assert memories.of(contexts[1]).states_BME is stays()
+    memories.of(contexts[0])
+    assert placed == [*LENGTHS[:3], LENGTHS[0]]
+
+
+def test_the_memory_of_a_context_goes_with_it(cache):
+    memories, context = DeviceMemories(), cache.select([0])
+    alive = weakref.ref(memories.of(context).states_BME)
     assert alive() is not None
-    grown = older + cache.select([1])
-    again = grown.arrays()
+    del context
     assert alive() is None
-    assert grown.arrays()[0] is again[0]
-    np.testing.assert_array_equal(older.arrays()[0][:, :40], again[0][:, :40])
-    last, grown = weakref.ref(grown.arrays()[0]), None
-    del again
-    assert last() is None
 
 
 def test_no_context_is_the_plain_decoder(cepe, identity, decoder):
     nothing = encode(cepe, [], identity, CHUNK)
-    assert (len(nothing), nothing.num_tokens, nothing.arrays()) == (0, 0, (None, None))
-    tokens = generate(cepe, PROMPTS, *nothing.arrays(), max_new_tokens=12, sampling=HOT)
+    assert (len(nothing), nothing.num_tokens, stacked([nothing])) == (0, 0, None)
+    tokens = generate(cepe, PROMPTS, stacked([nothing]), max_new_tokens=12, sampling=HOT)
     assert tokens == generate(decoder, PROMPTS, max_new_tokens=12, sampling=HOT)
 
 
@@ -243,9 +266,9 @@ def test_disk(cepe, tmp_path, narrowed):
     for ours, wanted in zip(read.passages, written.passages, strict=True):
         assert ours.states_LE.dtype == wanted.states_LE.dtype
         np.testing.assert_array_equal(ours.states_LE.view(np.uint8), wanted.states_LE.view(np.uint8))
-    memory, limits = written.arrays(), {"max_new_tokens": 8, "sampling": HOT}
-    assert memory[0].dtype == jnp.dtype(identity["dtype"])
-    assert generate(model, PROMPTS, *read.arrays(), **limits) == generate(model, PROMPTS, *memory, **limits)
+    memory, limits = stacked([written]), {"max_new_tokens": 8, "sampling": HOT}
+    assert memory.states_BME.dtype == jnp.dtype(identity["dtype"])
+    assert generate(model, PROMPTS, stacked([read]), **limits) == generate(model, PROMPTS, memory, **limits)
     written.select([1]).save(path)  # over the old one
     assert len(ContextCache.load(str(path), identity)) == 1
     ContextCache(identity).save(path)
@@ -374,12 +397,12 @@ def test_more_than_fits(cepe, cache, identity, encoded, monkeypatch):
     fitting = encode(cepe, make_passages(128), identity, CHUNK)
     many = fitting.select([0] * 6)
     with pytest.raises(ValueError, match="^1 x 768 tokens .*: 256 would fit"):
-        many.arrays()
+        stacked([many])
     with pytest.raises(ValueError, match="^2 x 256 tokens .*: 128 would fit"):
         stacked([many.select([0, 1])] * 2)
-    assert many.select([0, 1]).arrays()[0].shape == (1, 256, 16)
+    assert stacked([many.select([0, 1])]).states_BME.shape == (1, 256, 16)
     monkeypatch.setattr(module, "free_bytes", lambda: 0)
-    assert encode(cepe, [], identity, CHUNK).arrays() == (None, None)
+    assert stacked([encode(cepe, [], identity, CHUNK)]) is None
     assert many.select([0]) is not fitting
 
 
@@ -430,8 +453,8 @@ def main() -> None:
     jax.config.update("jax_default_matmul_precision", "highest")
     cepe, identity, prompts = make_cepe(), {"encoder": "the tiny one"}, PROMPTS[:2]
     alone = encode(cepe, PASSAGES, identity, CHUNK)
-    wanted = generate(cepe, prompts, *alone.arrays(), max_new_tokens=8, sampling=HOT)
-    (scored,), shapes = score(cepe, prompts[0], [[5, 6]], *alone.arrays()), []
+    wanted = generate(cepe, prompts, stacked([alone]), max_new_tokens=8, sampling=HOT)
+    (scored,), shapes = score(cepe, prompts[0], [[5, 6]], stacked([alone])), []
     module.encode_chunks = lambda *given: shapes.append(given[1].shape) or encode_chunks(*given)
     for sizes in MESHES:
         mesh = make_mesh(**sizes)
@@ -439,9 +462,9 @@ def main() -> None:
         with jax.set_mesh(mesh):
             model = jax.device_put(cepe, shardings_of(cepe, mesh))
             cache = encode(model, PASSAGES, identity, CHUNK)
-            memory, mask = cache.arrays()
+            memory = stacked([cache])
             already = next_token._cache_size()
-            tokens = generate(model, prompts, memory, mask, max_new_tokens=8, sampling=HOT)
+            tokens = generate(model, prompts, memory, max_new_tokens=8, sampling=HOT)
             compiled = next_token._cache_size() - already
             shape = sizes.get("data", 1), sizes["context"], CHUNK
             chunks = np.zeros(shape, np.int32), np.ones(shape, bool)
@@ -452,8 +475,8 @@ def main() -> None:
                 "shapes": shapes,
                 "tokens": tokens,
                 "wanted": wanted,
-                "score": score(model, prompts[0], [[5, 6]], memory, mask)[0].total - scored.total,
-                "a device's tokens": memory.addressable_shards[0].data.shape[1],
+                "score": score(model, prompts[0], [[5, 6]], memory)[0].total - scored.total,
+                "a device's tokens": memory.states_BME.addressable_shards[0].data.shape[1],
                 "chunks of a device": encode_chunks(model, *chunks).addressable_shards[0].data.shape[1] // CHUNK,
                 "compiled": compiled,
                 "collectives": [kind for kind in COLLECTIVES if kind in program.as_text()],
@@ -461,7 +484,7 @@ def main() -> None:
             print(json.dumps(result))
     with jax.set_mesh(make_mesh(context=6, devices=jax.devices()[:6])):
         try:
-            alone.arrays()
+            stacked([alone])
         except ValueError as error:
             print(error, file=sys.stderr)
 

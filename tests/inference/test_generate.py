@@ -13,9 +13,9 @@ from support.oracles import recompute
 from support.refusals import one_line
 
 from cepe_jax.inference import generate as module
-from cepe_jax.inference.context import encode_chunks
 from cepe_jax.inference.generate import Draws, Sampling, bucket, generate, next_token, stream
-from cepe_jax.model.cepe import Cepe, flat_mask
+from cepe_jax.model.cepe import Cepe
+from cepe_jax.model.cross import Memory
 from cepe_jax.sharding import MESH_AXES
 from cepe_jax.weights.huggingface import load
 
@@ -50,27 +50,29 @@ def context():
     return rng.integers(0, ENCODER.vocab_size, (3, 2, 5)), mask_BCL
 
 
-def read(model: Cepe, context_BCL, mask_BCL=None) -> tuple:
-    """The memory and its mask, as `generate` takes them."""
-    return encode_chunks(model, context_BCL, mask_BCL), flat_mask(mask_BCL)
+encode = jax.jit(Cepe.encode)
+
+
+def rows_of(memory, rows: slice):
+    return jax.tree.map(lambda x: x[rows], memory)
 
 
 @pytest.fixture(scope="module")
 def memory(cepe, context):
-    return read(cepe, *context)
+    return encode(cepe, *context)
 
 
 @pytest.fixture(scope="module")
 def hot(cepe, memory):
     """Twelve sampled tokens after each prompt."""
-    return generate(cepe, PROMPTS, *memory, max_new_tokens=12, sampling=HOT)
+    return generate(cepe, PROMPTS, memory, max_new_tokens=12, sampling=HOT)
 
 
 @pytest.mark.parametrize("name", ["tiny_mha", "tiny_gqa_last2"])
 def test_golden_greedy(golden, name):
     model, arrays = golden(name)
-    memory = read(model, arrays["encoder_input_ids"], arrays["encoder_attention_mask"].astype(bool))
-    assert generate(model, arrays["input_ids"], *memory, max_new_tokens=8) == arrays["greedy"].tolist()
+    memory = encode(model, arrays["encoder_input_ids"], arrays["encoder_attention_mask"].astype(bool))
+    assert generate(model, arrays["input_ids"], memory, max_new_tokens=8) == arrays["greedy"].tolist()
 
 
 def unpadded(tokens: np.ndarray, mask: np.ndarray) -> list[list[int]]:
@@ -81,7 +83,7 @@ def test_golden_greedy_left_padded(golden):
     model, arrays = golden("tiny_edge")
     prompts = unpadded(arrays["input_ids"], arrays["token_mask"])
     assert len({len(prompt) for prompt in prompts}) == 3
-    tokens = generate(model, prompts, *read(model, arrays["encoder_input_ids"]), max_new_tokens=6)
+    tokens = generate(model, prompts, encode(model, arrays["encoder_input_ids"]), max_new_tokens=6)
     assert tokens == arrays["greedy_left_padded"].tolist()
 
 
@@ -89,14 +91,14 @@ def test_golden_left_padded_file(golden):
     model, _ = golden("tiny_mha")
     arrays = np.load(GOLDEN / "tiny_mha" / "left_padded.npz")
     prompts = unpadded(arrays["input_ids"], arrays["attention_mask"])
-    memory = read(model, arrays["encoder_input_ids"], arrays["encoder_attention_mask"].astype(bool))
-    assert generate(model, prompts, *memory, max_new_tokens=6) == arrays["greedy"].tolist()
+    memory = encode(model, arrays["encoder_input_ids"], arrays["encoder_attention_mask"].astype(bool))
+    assert generate(model, prompts, memory, max_new_tokens=6) == arrays["greedy"].tolist()
 
 
 @pytest.mark.parametrize("samplings", [[HOT] * 3, [Sampling()] * 3, MIXED], ids=["hot", "greedy", "mixed"])
 def test_cached_is_recomputed(cepe, context, memory, forward, samplings):
     """Token for token, also where they are drawn, each row in its own way."""
-    tokens = generate(cepe, PROMPTS, *memory, max_new_tokens=12, sampling=samplings)
+    tokens = generate(cepe, PROMPTS, memory, max_new_tokens=12, sampling=samplings)
     assert tokens == recompute(lambda tokens_BT: forward(cepe, tokens_BT, *context), PROMPTS, samplings, 12)
 
 
@@ -107,43 +109,43 @@ def test_a_quarter_of_the_vocabulary_comes_up(hot):
 
 def test_a_batch_is_each_prompt_alone(cepe, memory, hot):
     for row, prompt in enumerate(PROMPTS):
-        own = [part[row : row + 1] for part in memory]
-        assert generate(cepe, [prompt], *own, max_new_tokens=12, sampling=EACH[row]) == hot[row : row + 1]
+        own = rows_of(memory, slice(row, row + 1))
+        assert generate(cepe, [prompt], own, max_new_tokens=12, sampling=EACH[row]) == hot[row : row + 1]
 
 
 def test_a_seed_for_each_row(cepe, memory):
     """Of equal prompts equal seeds draw equal tokens, others others."""
-    shared = [part[:1] for part in memory]
+    shared = rows_of(memory, slice(1))
     seeds = [Sampling(1.5, seed=seed) for seed in (7, 8, 7)]
-    first, second, third = generate(cepe, PROMPTS[:1] * 3, *shared, max_new_tokens=12, sampling=seeds)
+    first, second, third = generate(cepe, PROMPTS[:1] * 3, shared, max_new_tokens=12, sampling=seeds)
     assert first == third != second
 
 
 def test_rows_of_one_sampling_differ(cepe, memory):
     """Of equal prompts too; the first row is drawn from the seed itself, and the call repeats."""
-    prompts, shared = [PROMPTS[0]] * 3, [part[:1] for part in memory]
-    rows = generate(cepe, prompts, *shared, max_new_tokens=12, sampling=HOT)
+    prompts, shared = [PROMPTS[0]] * 3, rows_of(memory, slice(1))
+    rows = generate(cepe, prompts, shared, max_new_tokens=12, sampling=HOT)
     assert len(set(map(tuple, rows))) == 3
-    assert generate(cepe, prompts, *shared, max_new_tokens=12, sampling=HOT) == rows
-    assert generate(cepe, prompts[:1], *shared, max_new_tokens=12, sampling=HOT) == rows[:1]
+    assert generate(cepe, prompts, shared, max_new_tokens=12, sampling=HOT) == rows
+    assert generate(cepe, prompts[:1], shared, max_new_tokens=12, sampling=HOT) == rows[:1]
     seeds = {Sampling(1.0, seed=seed).for_row(row).seed for seed in range(20) for row in range(20)}
     assert len(seeds) == 400
 
 
 def test_rows_without_a_seed_differ(cepe, memory):
     """From each other and from call to call, together or each with a sampling of its own."""
-    prompts, shared = [PROMPTS[0]] * 3, [part[:1] for part in memory]
+    prompts, shared = [PROMPTS[0]] * 3, rows_of(memory, slice(1))
     texts = []
     for sampling in (Sampling(1.5), Sampling(1.5), [Sampling(1.5)] * 3):
-        texts += map(tuple, generate(cepe, prompts, *shared, max_new_tokens=12, sampling=sampling))
+        texts += map(tuple, generate(cepe, prompts, shared, max_new_tokens=12, sampling=sampling))
     assert len(set(texts)) == 9
 
 
 def test_a_shared_memory_is_a_copy_for_each_row(cepe, memory, hot):
-    shared = [part[:1] for part in memory]
-    copies = [np.repeat(part, 3, axis=0) for part in shared]
-    tokens = generate(cepe, PROMPTS, *shared, max_new_tokens=12, sampling=HOT)
-    assert tokens == generate(cepe, PROMPTS, *copies, max_new_tokens=12, sampling=HOT) != hot
+    shared = rows_of(memory, slice(1))
+    copies = jax.tree.map(lambda x: np.repeat(x, 3, axis=0), shared)
+    tokens = generate(cepe, PROMPTS, shared, max_new_tokens=12, sampling=HOT)
+    assert tokens == generate(cepe, PROMPTS, copies, max_new_tokens=12, sampling=HOT) != hot
     assert tokens[0] == hot[0]
 
 
@@ -162,8 +164,8 @@ def test_long_prompts_are_read_in_pieces(cepe, context, memory, forward, monkeyp
     read, widths = next_token, []
     monkeypatch.setattr(module, "next_token", lambda *given: widths.append(given[1].shape[1]) or read(*given))
     monkeypatch.setattr(module, "PAIRS", 6 * 256 * 384)
-    shared, own = ([part[:1] for part in parts] for parts in (memory, context))
-    tokens = generate(cepe, prompts, *shared, max_new_tokens=2, sampling=HOT)
+    shared, own = rows_of(memory, slice(1)), [part[:1] for part in context]
+    tokens = generate(cepe, prompts, shared, max_new_tokens=2, sampling=HOT)
     assert widths == [128, 128, 128, 1]  # no more than 256 would do, and 384 is three times 128
     repeated, samplings = [np.repeat(part, 6, axis=0) for part in own], [HOT.for_row(row) for row in range(6)]
     assert tokens == recompute(lambda tokens_BT: forward(cepe, tokens_BT, *repeated), prompts, samplings, 2)
@@ -190,15 +192,15 @@ def test_how_much_is_read_at_once(attention, empty, rows, length, piece):
 def test_the_context_matters(cepe, context, hot):
     context_BCL, mask_BCL = context
     other = np.where(mask_BCL, (context_BCL + 1) % ENCODER.vocab_size, context_BCL)
-    assert generate(cepe, PROMPTS, *read(cepe, other, mask_BCL), max_new_tokens=12, sampling=HOT) != hot
+    assert generate(cepe, PROMPTS, encode(cepe, other, mask_BCL), max_new_tokens=12, sampling=HOT) != hot
     unseen = np.where(mask_BCL, context_BCL, (context_BCL + 1) % ENCODER.vocab_size)
-    assert generate(cepe, PROMPTS, *read(cepe, unseen, mask_BCL), max_new_tokens=12, sampling=HOT) == hot
+    assert generate(cepe, PROMPTS, encode(cepe, unseen, mask_BCL), max_new_tokens=12, sampling=HOT) == hot
 
 
 @pytest.mark.parametrize("step", [1, 5], ids=["none", "multiples of 5"])
 def test_buckets_change_nothing(cepe, memory, hot, monkeypatch, step):
     monkeypatch.setattr(module, "bucket", lambda count: -(-count // step) * step)
-    assert generate(cepe, PROMPTS, *memory, max_new_tokens=12, sampling=HOT) == hot
+    assert generate(cepe, PROMPTS, memory, max_new_tokens=12, sampling=HOT) == hot
 
 
 def test_buckets():
@@ -218,25 +220,25 @@ def test_stream(cepe, memory, hot):
     stop_ids = [hot[0][4], hot[1][0], hot[2][9]]
     ends = [next((i for i, t in enumerate(row) if t in stop_ids), 12) for row in hot]
     assert len(set(ends)) == 3
-    steps = stream(cepe, PROMPTS, *memory, max_new_tokens=12, sampling=HOT, stop_ids=stop_ids)
+    steps = stream(cepe, PROMPTS, memory, max_new_tokens=12, sampling=HOT, stop_ids=stop_ids)
     wanted = [[row[i] if i < end else None for row, end in zip(hot, ends, strict=True)] for i in range(max(ends))]
     assert list(steps) == wanted
 
 
 def test_a_stream_that_is_left(cepe, memory, hot):
     """Who stops listening has taken nothing from others."""
-    left, other = (stream(cepe, PROMPTS, *memory, max_new_tokens=12, sampling=HOT) for _ in range(2))
+    left, other = (stream(cepe, PROMPTS, memory, max_new_tokens=12, sampling=HOT) for _ in range(2))
     assert next(left) == next(other) == [row[0] for row in hot]
     left.close()
     assert [next(other) for _ in range(11)] == [list(step) for step in zip(*hot, strict=True)][1:]
-    assert generate(cepe, PROMPTS, *memory, max_new_tokens=12, sampling=HOT) == hot
+    assert generate(cepe, PROMPTS, memory, max_new_tokens=12, sampling=HOT) == hot
 
 
 def test_stops(cepe, memory, hot):
     """A row ends before its first stop token, the others go on; the call ends with the last."""
     for stop_ids in ([hot[0][4]], [hot[0][4], hot[1][0], hot[2][9]], [hot[0][0], hot[1][0], hot[2][0]], []):
         expected = [row[: next((i for i, t in enumerate(row) if t in stop_ids), 12)] for row in hot]
-        assert generate(cepe, PROMPTS, *memory, max_new_tokens=12, sampling=HOT, stop_ids=stop_ids) == expected
+        assert generate(cepe, PROMPTS, memory, max_new_tokens=12, sampling=HOT, stop_ids=stop_ids) == expected
     assert expected == hot
 
 
@@ -244,22 +246,22 @@ def test_it_ends_with_the_last_row(cepe, memory, hot, monkeypatch):
     """One step is under way while the tokens before it are looked at; none follows the last."""
     steps, step = [], module.next_token
     monkeypatch.setattr(module, "next_token", lambda *args: steps.append(1) or step(*args))
-    generate(cepe, PROMPTS, *memory, max_new_tokens=12, sampling=HOT, stop_ids=[row[2] for row in hot])
+    generate(cepe, PROMPTS, memory, max_new_tokens=12, sampling=HOT, stop_ids=[row[2] for row in hot])
     assert len(steps) == 4
     steps.clear()
-    generate(cepe, PROMPTS, *memory, max_new_tokens=5, sampling=HOT)
+    generate(cepe, PROMPTS, memory, max_new_tokens=5, sampling=HOT)
     assert len(steps) == 5
 
 
 def test_programs(cepe, memory, hot):
     """Two for a bucket, whatever the lengths in it and however is drawn; fewer tokens are the first ones."""
     compiled = next_token._cache_size()
-    assert generate(cepe, PROMPTS, *memory, max_new_tokens=12, sampling=MIXED) != hot
-    assert generate(cepe, PROMPTS, *memory, max_new_tokens=5, sampling=HOT) == [row[:5] for row in hot]
+    assert generate(cepe, PROMPTS, memory, max_new_tokens=12, sampling=MIXED) != hot
+    assert generate(cepe, PROMPTS, memory, max_new_tokens=5, sampling=HOT) == [row[:5] for row in hot]
     longer = [[5] * 100, [6], [7] * 3]
-    generate(cepe, longer, *memory, max_new_tokens=28)
+    generate(cepe, longer, memory, max_new_tokens=28)
     assert next_token._cache_size() == compiled
-    generate(cepe, longer, *memory, max_new_tokens=29)  # another bucket of the cache
+    generate(cepe, longer, memory, max_new_tokens=29)  # another bucket of the cache
     assert next_token._cache_size() == compiled + 2
 
 
@@ -283,16 +285,15 @@ BAD = {
     "window": ({"window": 5}, "2 tokens and 4 .*window of 5 .*truncate_left"),
     "no room": ({"max_new_tokens": 5, "window": 5}, "2 tokens and 5 .*window of 5 .*fewer"),
     "samplings": ({"sampling": [Sampling()] * 3}, "3 samplings for 2 prompts"),
-    "memory rows": ({"memory_BME": np.zeros((3, 3, 16))}, r"\[3, 3, 16\].* want \[.*2, M, 16\]"),
+    "memory rows": ({"memory": Memory(np.zeros((3, 3, 16)))}, r"\[3, 3, 16\].* want \[.*2, M, 16\]"),
     "mask shape": (
-        {"memory_BME": np.zeros((2, 3, 16)), "memory_mask_BM": np.ones((2, 4), bool)},
-        r"memory_mask_BM is bool\[2, 4\]: .*\[2, 3\]",
+        {"memory": Memory(np.zeros((2, 3, 16)), np.ones((2, 4), bool))},
+        r"valid_BM is bool\[2, 4\]: .*\[2, 3\]",
     ),
     "mask dtype": (
-        {"memory_BME": np.zeros((2, 3, 16)), "memory_mask_BM": np.ones((2, 3), int)},
-        "memory_mask_BM is int",
+        {"memory": Memory(np.zeros((2, 3, 16)), np.ones((2, 3), int))},
+        "valid_BM is int",
     ),
-    "mask alone": ({"memory_mask_BM": np.ones((2, 3), bool)}, "memory_mask_BM .*memory_BME"),
 }
 
 
@@ -312,7 +313,7 @@ def test_bad_input_is_seen_before_the_first_step(decoder):
 
 def test_a_context_for_a_plain_decoder(decoder):
     with pytest.raises(ValueError, match="context .*CEPE .*plain decoder"):
-        generate(decoder, [[1]], np.zeros((1, 3, 16)), max_new_tokens=2)
+        generate(decoder, [[1]], Memory(np.zeros((1, 3, 16))), max_new_tokens=2)
 
 
 @pytest.mark.parametrize(

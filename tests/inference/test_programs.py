@@ -10,6 +10,7 @@ from support.models import DECODER, ENCODER
 
 from cepe_jax.inference.generate import Draws, Sampling, next_token
 from cepe_jax.model.cache import KVCache
+from cepe_jax.model.cross import Memory
 from cepe_jax.training.hlo import arrays, instructions
 
 ROWS, KV = 2, DECODER.num_kv_heads * DECODER.head_dim
@@ -18,7 +19,8 @@ ROWS, KV = 2, DECODER.num_kv_heads * DECODER.head_dim
 def program(cepe, tokens: int, slots: int, memory: int) -> str:
     """Of `tokens` tokens of each row after others in a cache of `slots`."""
     cache = jax.eval_shape(lambda: KVCache.create(DECODER, ROWS, slots))
-    held = jax.ShapeDtypeStruct((ROWS, memory, ENCODER.width), jnp.float32), jax.ShapeDtypeStruct((ROWS, memory), bool)
+    states = jax.ShapeDtypeStruct((ROWS, memory, ENCODER.width), jnp.float32)
+    held = Memory(states, jax.ShapeDtypeStruct((ROWS, memory), bool))
     mask = None if tokens == 1 else jax.ShapeDtypeStruct((ROWS, tokens), bool)
     given = jax.ShapeDtypeStruct((ROWS, tokens), jnp.int32), mask, held, dataclasses.replace(cache, empty=False)
     return next_token.lower(cepe, *given, Draws.of([Sampling()] * ROWS)).compile().as_text()

@@ -4,16 +4,16 @@ import dataclasses
 import math
 from functools import partial
 
+import jax
 import numpy as np
 import pytest
 from support.models import DECODER, ENCODER
 
 from cepe_jax.inference import generate as generate_module
 from cepe_jax.inference import scoring as module
-from cepe_jax.inference.context import encode_chunks
 from cepe_jax.inference.generate import generate, new_cache
 from cepe_jax.inference.scoring import score
-from cepe_jax.model.cepe import flat_mask
+from cepe_jax.model.cepe import Cepe
 from cepe_jax.training.hlo import arrays
 
 PROMPT = [1, 2, 3, 4, 5, 6, 7]
@@ -28,7 +28,7 @@ def context():
 
 @pytest.fixture(scope="module")
 def memory(cepe, context):
-    return encode_chunks(cepe, *context), flat_mask(context[1])
+    return jax.jit(Cepe.encode)(cepe, *context)
 
 
 CONTINUATIONS = [[5], [1, 2, 3], [63, 0], [9] * 21, [4, 4, 4, 4]]
@@ -37,9 +37,9 @@ CONTINUATIONS = [[5], [1, 2, 3], [63, 0], [9] * 21, [4, 4, 4, 4]]
 @pytest.fixture(scope="module")
 def scored(cepe, memory):
     """With a continuation that the model would write itself."""
-    (greedy,) = generate(cepe, [PROMPT], *memory, max_new_tokens=6)
+    (greedy,) = generate(cepe, [PROMPT], memory, max_new_tokens=6)
     continuations = [*CONTINUATIONS, greedy, [*greedy[:-1], (greedy[-1] + 1) % DECODER.vocab_size]]
-    return continuations, score(cepe, PROMPT, continuations, *memory)
+    return continuations, score(cepe, PROMPT, continuations, memory)
 
 
 def expected_score(logits_TV, prompt: list[int], continuation: list[int]) -> tuple[np.ndarray, bool]:
@@ -66,10 +66,10 @@ def test_score_is_that_of_the_whole_pass(cepe, context, scored, forward):
 
 def test_scores_do_not_depend_on_the_group(cepe, memory, scored, monkeypatch):
     continuations, found = scored
-    (alone,) = score(cepe, PROMPT, continuations[3:4], *memory)
+    (alone,) = score(cepe, PROMPT, continuations[3:4], memory)
     np.testing.assert_allclose(alone.log_probs, found[3].log_probs, atol=1e-5)
     monkeypatch.setattr(module, "SCORED_ROWS", 3)
-    for in_threes, at_once in zip(score(cepe, PROMPT, continuations, *memory), found, strict=True):
+    for in_threes, at_once in zip(score(cepe, PROMPT, continuations, memory), found, strict=True):
         np.testing.assert_allclose(in_threes.log_probs, at_once.log_probs, atol=1e-5)
         assert in_threes.greedy == at_once.greedy
 
@@ -88,7 +88,7 @@ def test_long_continuations_are_read_in_pieces(cepe, context, memory, forward, m
     monkeypatch.setattr(module, "log_probs_onwards", partial(noted, read[1]))
     monkeypatch.setattr(module, "PAIRS", 2**16)
     monkeypatch.setattr(generate_module, "PAIRS", 2**16)
-    scores = score(cepe, prompt, continuations, *memory)
+    scores = score(cepe, prompt, continuations, memory)
     assert shapes == [(2, 4)] + [(1, 128)] * 4
     for continuation, found in zip(continuations, scores, strict=True):
         tokens_BT = np.zeros((1, 460), np.int32)
@@ -114,7 +114,7 @@ def test_logits_of_few_positions_exist_at_once(decoder):
     rows, length = 16, 512
     given = [np.zeros((rows, length), kind) for kind in (int, int, bool)]
     cache = dataclasses.replace(new_cache(decoder, 1, 128), empty=False)
-    program = module.log_probs.lower(decoder, *given, (None, None), cache).compile().as_text()
+    program = module.log_probs.lower(decoder, *given, None, cache).compile().as_text()
     logits = [shape for _, shape in arrays(program) if DECODER.vocab_size in shape]
     assert logits
     assert max(math.prod(shape) for shape in logits) <= rows * 16 * DECODER.vocab_size

@@ -99,10 +99,10 @@ def test_the_memory_has_few_lengths(session):
     for count in (5, 1024, 1025, 3000, 16_384, 16_385, 20_000):
         states_LE = np.ones((count, session.model.encoder.config.width), np.float32)
         session.context = ContextCache(session.context.identity, (Passage(str(count), states_LE),))
-        memory_1ME, mask_1M = session._memory()
-        assert memory_1ME.shape[:2] == mask_1M.shape
-        assert mask_1M.sum() == count == mask_1M[0, :count].sum()
-        lengths[count] = mask_1M.shape[1]
+        memory = session._memory()
+        assert memory.states_BME.shape[:2] == memory.valid_BM.shape
+        assert memory.valid_BM.sum() == count == memory.valid_BM[0, :count].sum()
+        lengths[count] = memory.valid_BM.shape[1]
     assert list(lengths.values()) == [1024, 1024, 2048, 4096, 16_384, 20_480, 20_480]
 
 

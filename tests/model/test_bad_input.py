@@ -10,6 +10,7 @@ from support.refusals import one_line
 
 from cepe_jax.config import CepeConfig, CrossLayers, RopeConfig
 from cepe_jax.model.cepe import Cepe
+from cepe_jax.model.cross import Memory
 
 TOKENS, CONTEXT = np.zeros((2, 7), np.int32), np.zeros((2, 3, 5), np.int32)
 
@@ -34,7 +35,7 @@ def refused(pattern: str, call, *args):
         (r"token_mask_BT.* bool\[2, 6\].*\[2, 7\]", (TOKENS, None, None, np.ones((2, 6), bool))),
         (r"token_mask_BT.* float32\[2, 7\].*booleans", (TOKENS, None, None, np.ones((2, 7), np.float32))),
         (r"context_mask_BCL.*context_BCL", (TOKENS, None, np.ones((2, 3, 5), bool))),
-        (r"memory_BME.*\[3, 15, 16\].*\[2, M, 16\]", (TOKENS, np.zeros((3, 3, 5), np.int32))),
+        (r"memory is \[3, 15, 16\].*\[2, M, 16\]", (TOKENS, np.zeros((3, 3, 5), np.int32))),
     ],
 )
 def test_calls(cepe, pattern, args):
@@ -44,10 +45,10 @@ def test_calls(cepe, pattern, args):
 
 
 def test_a_memory_of_the_wrong_shape(cepe):
-    memory = np.zeros((2, 15, 16), np.float32)
-    refused(r"memory_mask_BM.* bool\[2, 14\].*\[2, 15\]", cepe.decode, TOKENS, memory, np.ones((2, 14), bool))
-    refused(r"memory_BME.*\[2, 15, 15\].*\[2, M, 16\]", cepe.decode, TOKENS, memory[..., :15])
-    refused(r"memory_BME.*\[2, 16\].*\[2, M, 16\]", cepe.decode, TOKENS, memory[:, 0])
+    states = np.zeros((2, 15, 16), np.float32)
+    refused(r"valid_BM.* bool\[2, 14\].*\[2, 15\]", cepe.decode, TOKENS, Memory(states, np.ones((2, 14), bool)))
+    refused(r"memory is \[2, 15, 15\].*\[2, M, 16\]", cepe.decode, TOKENS, Memory(states[..., :15]))
+    refused(r"memory is \[2, 16\].*\[2, M, 16\]", cepe.decode, TOKENS, Memory(states[:, 0]))
 
 
 def test_the_encoder_and_a_lone_decoder_check_too(encoder, decoder):

@@ -9,22 +9,23 @@ import pytest
 from support.models import DECODER, relative_error, with_config
 
 from cepe_jax.model.cache import KVCache
-from cepe_jax.model.cepe import Cepe, flat_mask
+from cepe_jax.model.cepe import Cepe
+from cepe_jax.model.cross import Memory
 
 
 @jax.jit
-def step(model, tokens, memory, memory_mask, cache, token_mask):
-    hidden, cache = Cepe.decode(model, tokens, memory, memory_mask, cache, token_mask)
+def step(model, tokens, memory, cache, token_mask):
+    hidden, cache = Cepe.decode(model, tokens, memory, cache, token_mask)
     return model.decoder.logits(hidden), cache
 
 
-def run(model, tokens_BT, mask_BT, memory, memory_mask, sizes, slots):
+def run(model, tokens_BT, mask_BT, memory, sizes, slots):
     """Logits of all tokens, fed in pieces of these sizes; and the cache after them."""
     cache, start, pieces = KVCache.create(model.decoder.config, tokens_BT.shape[0], slots), 0, []
     for size in sizes:
         part = slice(start, start + size)
         mask = None if mask_BT is None else mask_BT[:, part]
-        logits, cache = step(model, tokens_BT[:, part], memory, memory_mask, cache, mask)
+        logits, cache = step(model, tokens_BT[:, part], memory, cache, mask)
         pieces.append(np.asarray(logits))
         start += size
     return np.concatenate(pieces, axis=1), cache
@@ -32,7 +33,7 @@ def run(model, tokens_BT, mask_BT, memory, memory_mask, sizes, slots):
 
 @pytest.fixture(scope="module")
 def memory(cepe, context_BCL, context_mask_BCL):
-    return jax.jit(Cepe.encode)(cepe, context_BCL, context_mask_BCL), flat_mask(context_mask_BCL)
+    return jax.jit(Cepe.encode)(cepe, context_BCL, context_mask_BCL)
 
 
 @pytest.fixture(scope="module")
@@ -52,14 +53,14 @@ def test_prefill_and_decode_equal_the_full_pass(
     mask = holes_BT if masked else None
     context = (context_BCL, context_mask_BCL) if reading else (None, None)
     wanted = np.asarray(forward(cepe, tokens_BT, *context, mask))
-    ours, _ = run(cepe, tokens_BT, mask, *(memory if reading else (None, None)), sizes, slots=9)
+    ours, _ = run(cepe, tokens_BT, mask, memory if reading else None, sizes, slots=9)
     real = np.ones_like(holes_BT) if mask is None else mask
     assert relative_error(ours[real], wanted[real]) < 1e-5
 
 
 def test_what_the_cache_holds(cepe, tokens_BT, holes_BT, memory):
-    _, whole = run(cepe, tokens_BT, holes_BT, *memory, (7,), slots=9)
-    _, pieces = run(cepe, tokens_BT, holes_BT, *memory, (4, 2, 1), slots=9)
+    _, whole = run(cepe, tokens_BT, holes_BT, memory, (7,), slots=9)
+    _, pieces = run(cepe, tokens_BT, holes_BT, memory, (4, 2, 1), slots=9)
     for cache in (whole, pieces):
         assert not cache.empty
         assert cache.slots == 9
@@ -79,10 +80,10 @@ def test_padding_on_the_right_costs_no_slots(cepe, tokens_BT, memory, forward, c
     """
     prompts, mask = [5, 3], np.arange(7) < np.array([[5], [3]])
     cache = KVCache.create(DECODER, 2, 7)
-    first, cache = step(cepe, tokens_BT, *memory, cache, mask)
+    first, cache = step(cepe, tokens_BT, memory, cache, mask)
     assert int(cache.length) == 5
-    second, cache = step(cepe, tokens_BT[:, :1], *memory, cache, None)
-    third, cache = step(cepe, tokens_BT[:, 1:2], *memory, cache, None)
+    second, cache = step(cepe, tokens_BT[:, :1], memory, cache, None)
+    third, cache = step(cepe, tokens_BT[:, 1:2], memory, cache, None)
     assert int(cache.length) == 7
     np.testing.assert_array_equal(cache.valid_BS, [[1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 1, 1]])
     for row, count in enumerate(prompts):
@@ -93,22 +94,22 @@ def test_padding_on_the_right_costs_no_slots(cepe, tokens_BT, memory, forward, c
 
 
 def test_nothing_real_takes_no_slot(cepe, tokens_BT, memory):
-    _, cache = run(cepe, tokens_BT, None, *memory, (4,), slots=9)
+    _, cache = run(cepe, tokens_BT, None, memory, (4,), slots=9)
     nothing = np.zeros((2, 2), bool)
-    _, same = step(cepe, tokens_BT[:, :2], *memory, cache, nothing)
+    _, same = step(cepe, tokens_BT[:, :2], memory, cache, nothing)
     assert int(same.length) == 4
     np.testing.assert_array_equal(same.valid_BS, cache.valid_BS)
 
 
 def test_a_cache_of_one_row_is_read_by_all(cepe, tokens_BT, memory):
     """And written to by none: the logits are those of a copy of it for each row."""
-    own = tuple(part[:1] for part in memory)
-    both = tuple(np.repeat(part, 2, axis=0) for part in own)
+    own = jax.tree.map(lambda x: x[:1], memory)
+    both = jax.tree.map(lambda x: np.repeat(x, 2, axis=0), own)
     mask = np.array([[True, True, True], [True, False, False]])
-    _, cache = run(cepe, tokens_BT[:1, :4], None, *own, (4,), slots=5)  # no room for more
-    _, copies = run(cepe, np.repeat(tokens_BT[:1, :4], 2, axis=0), None, *both, (4,), slots=7)
-    wanted, _ = step(cepe, tokens_BT[:, 4:], *both, copies, mask)
-    ours, same = step(cepe, tokens_BT[:, 4:], *both, cache, mask)
+    _, cache = run(cepe, tokens_BT[:1, :4], None, own, (4,), slots=5)  # no room for more
+    _, copies = run(cepe, np.repeat(tokens_BT[:1, :4], 2, axis=0), None, both, (4,), slots=7)
+    wanted, _ = step(cepe, tokens_BT[:, 4:], both, copies, mask)
+    ours, same = step(cepe, tokens_BT[:, 4:], both, cache, mask)
     assert relative_error(ours[mask], wanted[mask]) < 1e-6
     for now, before in zip(jax.tree.leaves(same), jax.tree.leaves(cache), strict=True):
         np.testing.assert_array_equal(now, before)
@@ -119,8 +120,8 @@ def test_empty_is_a_statement_about_the_program(cepe, tokens_BT):
     new = KVCache.create(DECODER, 2, 9)
     assert new.empty
     assert jax.tree.structure(new) != jax.tree.structure(dataclasses.replace(new, empty=False))
-    first, _ = step(cepe, tokens_BT[:, :4], None, None, new, None)
-    attended, cache = step(cepe, tokens_BT[:, :4], None, None, dataclasses.replace(new, empty=False), None)
+    first, _ = step(cepe, tokens_BT[:, :4], None, new, None)
+    attended, cache = step(cepe, tokens_BT[:, :4], None, dataclasses.replace(new, empty=False), None)
     assert relative_error(attended, first) < 1e-6
     assert int(cache.length) == 4
 
@@ -139,10 +140,9 @@ def test_cache_has_the_dtype_of_activations(cepe, tokens_BT):
 @pytest.mark.parametrize("reading", [False, True], ids=["plain", "memory"])
 def test_only_the_last_layers_read_the_memory(reading, cepe, tokens_BT, memory):
     """Layer 1 of 3 is the first that reads, so the keys of layers 0 and 1 do not know of the memory; layer 2's do."""
-    given = memory if reading else (None, None)
-    other = (memory[0] + 1, memory[1])
-    _, cache = run(cepe, tokens_BT, None, *given, (7,), slots=7)
-    _, changed = run(cepe, tokens_BT, None, *other, (7,), slots=7)
+    other = Memory(memory.states_BME + 1, memory.valid_BM)
+    _, cache = run(cepe, tokens_BT, None, memory if reading else None, (7,), slots=7)
+    _, changed = run(cepe, tokens_BT, None, other, (7,), slots=7)
     assert relative_error(changed.k_ZBKSH[:2], cache.k_ZBKSH[:2]) < 1e-6
     assert relative_error(changed.k_ZBKSH[2], cache.k_ZBKSH[2]) > 1e-2
 

@@ -22,11 +22,11 @@ from cepe_jax.model.cepe import (
     assemble,
     cross_from_self_attention,
     encoder_from_decoder,
-    flat_mask,
     held_as,
     parts_of,
     split,
 )
+from cepe_jax.model.cross import Memory
 from cepe_jax.model.encoder import Encoder
 from cepe_jax.model.layers import at
 from cepe_jax.model.llama import Llama
@@ -39,10 +39,10 @@ def encode():
 
 def test_chunks_cannot_see_each_other(cepe, encode, context_BCL):
     """Changing one chunk changes its own memory, all of it, and no other bit."""
-    before = np.asarray(encode(cepe, context_BCL)).reshape(2, 3, 5, -1)
+    before = np.asarray(encode(cepe, context_BCL).states_BME).reshape(2, 3, 5, -1)
     changed = context_BCL.copy()
     changed[0, 1, 4] = (changed[0, 1, 4] + 7) % ENCODER.vocab_size
-    after = np.asarray(encode(cepe, changed)).reshape(2, 3, 5, -1)
+    after = np.asarray(encode(cepe, changed).states_BME).reshape(2, 3, 5, -1)
     moved = np.abs(after - before).max(-1)
     assert (moved[0, 1] > 1e-3).all()
     moved[0, 1] = 0
@@ -50,11 +50,12 @@ def test_chunks_cannot_see_each_other(cepe, encode, context_BCL):
 
 
 def test_memory_is_the_encoders_output_chunk_by_chunk(cepe, encode, context_BCL, context_mask_BCL):
-    memory = np.asarray(encode(cepe, context_BCL, context_mask_BCL))
+    memory = encode(cepe, context_BCL, context_mask_BCL)
     wanted = np.asarray(jax.jit(Encoder.__call__)(cepe.encoder, context_BCL[:, 1], context_mask_BCL[:, 1]))
     real = context_mask_BCL[:, 1]
-    assert relative_error(memory[:, 5:10][real], wanted[real]) < 1e-5
-    np.testing.assert_array_equal(flat_mask(context_mask_BCL)[:, 5:10], real)
+    assert relative_error(np.asarray(memory.states_BME)[:, 5:10][real], wanted[real]) < 1e-5
+    np.testing.assert_array_equal(memory.valid_BM[:, 5:10], real)
+    assert encode(cepe, context_BCL).valid_BM is None
 
 
 def test_order_of_chunks_does_not_matter(cepe, forward, tokens_BT, context_BCL, context_mask_BCL):
@@ -92,9 +93,9 @@ def test_no_context_is_plain_llama_exactly(cepe, forward, plain, tokens_BT, cont
 def test_what_is_read_from_nothing_is_zero_to_the_bit(cepe):
     """So that a wholly masked memory leaves the decoder as it is, but for how a compiler fuses the sum."""
     rng = np.random.default_rng(0)
-    x_BTD, memory_BME = rng.standard_normal((2, 4, 24)), rng.standard_normal((2, 5, 16))
-    mask = np.array([[False] * 5, [True] * 5])
-    read = jax.jit(lambda cross, *args: at(cross, 1)(*args, "xla"))(cepe.cross, x_BTD, memory_BME, mask)
+    x_BTD, states_BME = rng.standard_normal((2, 4, 24)), rng.standard_normal((2, 5, 16))
+    memory = Memory(states_BME, np.array([[False] * 5, [True] * 5]))
+    read = jax.jit(lambda cross, *args: at(cross, 1)(*args, "xla"))(cepe.cross, x_BTD, memory)
     assert not read[0].any()
     assert read[1].any()
 

@@ -26,7 +26,7 @@ from cepe_jax.cost import ReadFlops, read_flops
 from cepe_jax.model import cross
 from cepe_jax.model.cache import KVCache
 from cepe_jax.model.cepe import Cepe
-from cepe_jax.model.cross import CrossAttention
+from cepe_jax.model.cross import CrossAttention, Memory
 from cepe_jax.model.layers import RMSNorm
 from cepe_jax.sharding import constrain, make_mesh
 from cepe_jax.training.hlo import arrays, collectives
@@ -46,7 +46,7 @@ def layer(N: int, K: int, seed: int = 0, width: int = E, head_dim: int = H) -> C
 
 
 def inputs(rows: int = B, queries: int = T, memory: int = M, width: int = E, seed: int = 1):
-    """x, the memory of `rows` rows, and a mask with holes whose last row is wholly masked."""
+    """x, the states of a memory of `rows` rows, and its mask, with holes; the last row is wholly masked."""
     rng = np.random.default_rng(seed)
     mask = rng.random((rows, memory)) < 0.7
     mask[-1, : memory // 2] = False
@@ -73,7 +73,7 @@ def reading(weights: CrossAttention, form: str) -> CrossAttention:
     """The same weights, which read in this form."""
     made = jax.tree.map(lambda a: a, weights)
     read = {
-        "absorbed": lambda q, memory, mask, *rest: made.absorbed(q, memory, mask),
+        "absorbed": lambda q, memory, *rest: made.absorbed(q, memory),
         "materialised": made.materialised,
     }
     made.read = read[form]
@@ -86,7 +86,7 @@ def cast(tree, dtype):
 
 @partial(jax.jit, static_argnames=("form", "backend"))
 def run(weights, x, memory, mask, form: str, backend: str = "xla"):
-    return reading(weights, form)(x, memory, mask, backend, differentiable=False)
+    return reading(weights, form)(x, Memory(memory, mask), backend, differentiable=False)
 
 
 @pytest.mark.parametrize("rows", [B, 1])
@@ -123,7 +123,7 @@ def test_blocks_change_nothing(monkeypatch, form, memory, mask):
     weights, x, held = cast((weights, *given[:2]), jnp.float32)
 
     def loss(weights, x, held):
-        out = reading(weights, form)(x, held, given[2] if mask else None, "xla")
+        out = reading(weights, form)(x, Memory(held, given[2] if mask else None), "xla")
         return (out**2).sum(), out
 
     both = []
@@ -164,7 +164,7 @@ def test_the_form_follows_from_the_number_of_queries(monkeypatch, shape, even):
         monkeypatch.setattr(CrossAttention, form, lambda self, q, *rest, form=form: chosen.append(form) or q)
     monkeypatch.setattr(cross, "read_flops", lambda queries, *rest: ReadFlops(even + 0.5, queries, 0))
     for rows, batch, queries in ((2, 2, even), (2, 2, even + 1), (1, 2, even // 2), (1, 2, even // 2 + 1)):
-        layer(4, 2).read(jnp.zeros((batch, queries, 4, 6)), jnp.zeros((rows, 9, 16)), None, "xla", True)
+        layer(4, 2).read(jnp.zeros((batch, queries, 4, 6)), Memory(jnp.zeros((rows, 9, 16))), "xla", True)
     assert chosen == ["absorbed", "materialised", "absorbed", "materialised"]
 
 
@@ -173,8 +173,8 @@ def decode_program(cepe: Cepe, tokens: int, memory: int) -> jax.stages.Compiled:
     shape = partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     cache = jax.eval_shape(lambda: KVCache.create(DECODER, 2, 8 + tokens))
     cache = KVCache(cache.k_ZBKSH, cache.v_ZBKSH, cache.valid_BS, cache.length, empty=False)
-    mask = jax.ShapeDtypeStruct((2, memory), bool)
-    given = jax.ShapeDtypeStruct((2, tokens), jnp.int32), shape((2, memory, ENCODER.width)), mask, cache
+    read = Memory(shape((2, memory, ENCODER.width)), jax.ShapeDtypeStruct((2, memory), bool))
+    given = jax.ShapeDtypeStruct((2, tokens), jnp.int32), read, cache
     return jax.jit(Cepe.decode).lower(cepe, *given).compile()
 
 
@@ -278,9 +278,8 @@ def main() -> None:
         x, memory, mask = inputs(memory=1024)
 
         def read(weights, x, memory, mask):
-            return reading(weights, "absorbed")(
-                x, constrain(memory, "batch", "memory", None), constrain(mask, "batch", "memory"), "xla"
-            )
+            memory = Memory(constrain(memory, "batch", "memory", None), constrain(mask, "batch", "memory"))
+            return reading(weights, "absorbed")(x, memory, "xla")
 
         given = *cast((layer(4, 2), x, memory), jnp.float32), mask
         found["collectives"] = collectives(jax.jit(read).lower(*given).compile().as_text())
@@ -288,8 +287,8 @@ def main() -> None:
         memory = encode(cepe, context, real)
         kinds = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
         found["encode"] = re.findall(kinds, encode.as_text())
-        found["encode error"] = relative_error(memory, alone)
-        found["memory"] = [str(axes) for axes in memory.sharding.spec]
+        found["encode error"] = relative_error(memory.states_BME, alone.states_BME)
+        found["memory"] = [str(axes) for axes in memory.states_BME.sharding.spec]
         fused_attention_stablehlo.check_cudnn_version = lambda: 92501
         cepe.encoder = with_config(cepe.encoder, attention="cudnn", dtype="bfloat16")
         lowered = jax.jit(Cepe.encode).trace(cepe, context, real).lower(lowering_platforms=("cuda",)).as_text()
@@ -304,8 +303,8 @@ def main() -> None:
             )
 
         def loss(weights, *given):
-            given = [constrain(x, "batch", *[None] * (x.ndim - 1)) for x in given]
-            return reading(weights, "materialised")(*given, "xla").sum()
+            x, *memory = (constrain(x, "batch", *[None] * (x.ndim - 1)) for x in given)
+            return reading(weights, "materialised")(x, Memory(*memory), "xla").sum()
 
         cross.PAIRS["xla"] = rows // 8 * T * 128  # 8 blocks
         for name, function in (("forward", loss), ("gradient", jax.value_and_grad(loss))):
@@ -313,7 +312,7 @@ def main() -> None:
         found["calls of cuDNN"] = []
         for pairs in (rows // 8 * T * 1024, rows // 8 * T * 1024 // 2):
             cross.PAIRS["cudnn"] = pairs
-            read = jax.jit(lambda weights, *given: reading(weights, "materialised")(*given, "cudnn"))
+            read = jax.jit(lambda weights, x, *memory: reading(weights, "materialised")(x, Memory(*memory), "cudnn"))
             lowered = read.trace(weights, *cast(given[:2], jnp.bfloat16), mask).lower(lowering_platforms=("cuda",))
             found["calls of cuDNN"].append(len(kernels_of(lowered.as_text())))
     print(json.dumps(found))
