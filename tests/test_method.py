@@ -10,6 +10,7 @@ from support.models import DECODER, ENCODER, filled, float64, make_decoder, make
 from support.oracles import NONE, method
 
 from cepe_jax.config import CrossLayers
+from cepe_jax.inference.caches.full import FullCache
 from cepe_jax.model.cepe import Cepe, assemble, cross_from_self_attention, split
 
 
@@ -61,7 +62,7 @@ def test_the_layers_that_are_named_read(layers, readers, forward, tokens_BT, con
     wanted = method(weights, cepe.config, *given, readers)
     assert relative_error(forward(cepe, *(x[None] for x in given))[0], wanted) < 1e-5
     memory = cepe.encode(context_BCL[:1], context_mask_BCL[:1])
-    cache, logits = cepe.decoder.new_cache(1, tokens_BT.shape[1]), []
+    cache, logits = FullCache.create(FOUR, 1, tokens_BT.shape[1]), []
     step = jax.jit(lambda token, cache: cepe.decode(token, memory, cache))
     for token in tokens_BT[0]:
         hidden_BTD, cache = step(token[None, None], cache)

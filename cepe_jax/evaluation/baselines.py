@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from cepe_jax.data.tokenizer import Tokenizer
 from cepe_jax.evaluation.language_model import Prompt
+from cepe_jax.inference.caches import FULL, CacheConfig
 from cepe_jax.inference.context import encode, stacked
 from cepe_jax.inference.generate import power_of_two, stream
 from cepe_jax.inference.scoring import Score, score
@@ -21,15 +22,16 @@ class CepeReader:
     tokenizer: Tokenizer
     stop_ids: tuple[int, ...]
     window: int | None  # tokens that the decoder reads at most; None: no bound is known
+    cache: CacheConfig = FULL
 
     def stream(self, prompts: Sequence[Prompt], max_new_tokens: int) -> Iterator[list[int | None]]:
         rows = [self._ids(prompt, max_new_tokens) for prompt in prompts]
         memory = self._memory(prompts)
-        return stream(self.model, rows, memory, max_new_tokens=max_new_tokens, stop_ids=self.stop_ids)
+        return stream(self.model, rows, memory, max_new_tokens=max_new_tokens, stop_ids=self.stop_ids, keeps=self.cache)
 
     def score(self, prompt: Prompt, continuations: Sequence[Sequence[int]]) -> list[Score]:
         ids = self._ids(prompt, longest(continuations))
-        return score(self.model, ids, continuations, self._memory([prompt]))
+        return score(self.model, ids, continuations, self._memory([prompt]), self.cache)
 
     def _ids(self, prompt: Prompt, new: int) -> Sequence[int]:
         room = room_beside(new, self.window)
@@ -68,19 +70,20 @@ def _chunks(prompt: Prompt) -> list[tuple[int, ...]]:
 
 @dataclass(frozen=True, eq=False)
 class DecoderReader:
-    """The decoder reads contexts and ids as one text, the last `window` tokens of it, with full attention."""
+    """The decoder reads contexts and ids as one text, the last `window` tokens of it."""
 
     model: Llama = field(repr=False)
     tokenizer: Tokenizer
     stop_ids: tuple[int, ...]
     window: int | None  # tokens that it reads at most; None: no bound is known
+    cache: CacheConfig = FULL
 
     def stream(self, prompts: Sequence[Prompt], max_new_tokens: int) -> Iterator[list[int | None]]:
         rows = [self._ids(prompt, max_new_tokens) for prompt in prompts]
-        return stream(self.model, rows, max_new_tokens=max_new_tokens, stop_ids=self.stop_ids)
+        return stream(self.model, rows, max_new_tokens=max_new_tokens, stop_ids=self.stop_ids, keeps=self.cache)
 
     def score(self, prompt: Prompt, continuations: Sequence[Sequence[int]]) -> list[Score]:
-        return score(self.model, self._ids(prompt, longest(continuations)), continuations)
+        return score(self.model, self._ids(prompt, longest(continuations)), continuations, keeps=self.cache)
 
     def _ids(self, prompt: Prompt, new: int) -> list[int]:
         """What it reads of the text: where the text begins as its tokenizer says, so does this."""

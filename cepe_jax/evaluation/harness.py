@@ -99,8 +99,8 @@ def run_harness(config: HarnessConfig) -> None:
 
 def _check(config: HarnessConfig) -> None:
     """ValueError for what the model's config and the task folder rule out; no weight is read."""
-    _, window, _ = check_model(config.model)
-    if window is not None and config.window > window and config.model.reads != "streaming":
+    _, window, *_ = check_model(config.model)
+    if window is not None and config.window > window:
         raise ValueError(f"window is {config.window} and {config.model.path} reads {window} tokens: lower one of them")
     if config.task_folder is not None and not config.task_folder.is_dir():
         raise NotADirectoryError(f"{config.task_folder}: no such directory of tasks")

@@ -9,20 +9,19 @@ from cepe_jax.config import RopeConfig
 from cepe_jax.evaluation.baselines import CepeReader, DecoderReader
 from cepe_jax.evaluation.language_model import LanguageModel
 from cepe_jax.evaluation.replug import RePlug
-from cepe_jax.evaluation.streaming_llm import StreamingLlama
+from cepe_jax.inference.caches import FULL, CacheConfig
 from cepe_jax.inference.text import ModelFacts, read_facts
 
-Reads = Literal["encoder", "decoder", "streaming", "replug"]
+Reads = Literal["encoder", "decoder", "replug"]
 Rope = Literal["trained", "linear", "yarn"]
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     path: Path  # of a CEPE model or a decoder; what only a decoder is read with takes that of a CEPE model
-    # Who reads contexts. encoder: CEPE; decoder: full attention to the last tokens; streaming: StreamingLLM; replug
-    reads: Reads = "encoder"
-    window: int | None = None  # tokens that the decoder reads at most, or StreamingLLM keeps; None: all its positions
-    sinks: int = 4  # of the tokens that StreamingLLM keeps, the first ones of the text
+    reads: Reads = "encoder"  # who reads contexts. encoder: CEPE; decoder: it, as one text; replug: each by itself
+    window: int | None = None  # tokens that the decoder reads at most; None: all its positions
+    cache: CacheConfig = FULL  # what the decoder keeps of what it reads; of kind rolling it reads all (StreamingLLM)
     temperature: float = 1.0  # of the contexts' scores in RePlug
     rope: Rope = "trained"  # linear (position interpolation) or yarn: put on a decoder that was trained without it
     factor: float = 1.0  # of linear and yarn: how many times as many positions
@@ -35,6 +34,11 @@ class ModelConfig:
                 raise ValueError(f"{name} is {value!r}: choose {', '.join(get_args(choices))}")
         if self.window is not None and self.window < 2:
             raise ValueError(f"window is {self.window}: give 2 tokens or more")
+        if self.cache.bounded and (self.window is not None or self.reads == "replug"):
+            raise ValueError(
+                f"cache.kind is {self.cache.kind}, which reads texts of any length: leave window out, and let encoder "
+                f"or decoder read"
+            )
         if not self.temperature > 0:
             raise ValueError(f"temperature is {self.temperature}: give a number above 0")
         if (self.rope == "trained") != (self.factor == 1) or not self.factor >= 1:
@@ -43,8 +47,8 @@ class ModelConfig:
             )
 
 
-def check_model(config: ModelConfig) -> tuple[ModelFacts, int | None, RopeConfig]:
-    """Return its facts, the tokens that it reads at most, and its decoder's rotary positions; no weight is read.
+def check_model(config: ModelConfig) -> tuple[ModelFacts, int | None, RopeConfig, CacheConfig]:
+    """Return its facts, the tokens it reads at most, its decoder's positions and its cache; no weight is read.
 
     ValueError where the model cannot be read in this way.
     """
@@ -64,27 +68,24 @@ def check_model(config: ModelConfig) -> tuple[ModelFacts, int | None, RopeConfig
             )
         rope = RopeConfig(rope.theta, config.rope, config.factor, positions if config.rope == "yarn" else 0)
         positions = int(positions * config.factor)
-    if config.reads != "streaming" and positions is not None and (config.window or 0) > positions:
+    if positions is not None and (config.window or 0) > positions:
         raise ValueError(f"window is {config.window}: give at most {positions}, the positions that {config.path} has")
-    window = positions if config.window is None else config.window
-    if config.reads == "streaming" and window is None:
-        raise ValueError(f"nothing says how many tokens {config.path} keeps as StreamingLLM: give window")
-    return facts, window, rope
+    if config.cache.bounded:
+        return facts, None, rope, config.cache.of(positions)
+    return facts, positions if config.window is None else config.window, rope, config.cache
 
 
 def load_model(config: ModelConfig) -> LanguageModel:
     """Return the model, ready to be asked. Under a mesh (`jax.set_mesh`) its weights are born sharded."""
-    facts, window, rope = check_model(config)
+    facts, window, rope, cache = check_model(config)
     text = facts.load(config.dtype)
     decoder = text.model.decoder if facts.has_encoder else text.model
     decoder.config = dataclasses.replace(decoder.config, rope=rope)
     rest = text.tokenizer, text.stop_ids
     match config.reads:
         case "encoder":
-            return CepeReader(text.model, *rest, window)
+            return CepeReader(text.model, *rest, window, cache)
         case "decoder":
-            return DecoderReader(decoder, *rest, window)
-        case "streaming":
-            return DecoderReader(StreamingLlama(decoder, window, config.sinks), *rest, None)
+            return DecoderReader(decoder, *rest, window, cache)
         case "replug":
             return RePlug(decoder, *rest, window, config.temperature)

@@ -12,20 +12,19 @@ from cepe_jax.checks import check_tokens
 from cepe_jax.data.tokenizer import Tokenizer
 from cepe_jax.evaluation.baselines import longest, one_text, room_beside
 from cepe_jax.evaluation.language_model import Prompt
+from cepe_jax.inference.caches import FULL, new_cache
 from cepe_jax.inference.generate import (
     GREEDY,
     Draws,
     bucket,
     check_prompts,
-    new_cache,
-    piece_length,
     power_of_two,
     read,
     right_padded,
     until,
 )
 from cepe_jax.inference.scoring import SCORED_POSITIONS, Score
-from cepe_jax.model.cache import KVCache
+from cepe_jax.model.cache import Cache
 from cepe_jax.model.layers import cut
 from cepe_jax.model.llama import Llama
 
@@ -46,12 +45,11 @@ def mixture(logits_CTV: Array, log_weights_C: Array) -> Array:
 
 
 _append = jax.jit(Llama.decode, donate_argnames="cache")
-_append_to_copy = jax.jit(Llama.decode)
 
 
 @jax.jit
-def _hidden(model: Llama, tokens_BT: Array, mask_BT: Array, cache: KVCache) -> Array:
-    return model.decode(tokens_BT, mask_BT, cache)[0]
+def _hidden(model: Llama, tokens_BT: Array, mask_BT: Array, cache: Cache) -> Array:
+    return model.decode(tokens_BT, None, cache, mask_BT)[0]
 
 
 @jax.jit
@@ -127,9 +125,9 @@ class RePlug:
         check_prompts(self.model, rows, None)
         return rows, log_weights(scores, self.temperature)
 
-    def _read(self, group: Rows, slots: int) -> KVCache:
+    def _read(self, group: Rows, slots: int) -> Cache:
         """The group's rows, but the last token of each."""
-        cache = new_cache(self.model, len(group), bucket(slots))
+        cache = new_cache(self.model.config, FULL, len(group), bucket(slots))
         return read(self.model, [row[:-1] for row in group], None, cache, Draws.of([GREEDY] * len(group)))[1]
 
     def _drawn(self, rows: Rows, weights_C: np.ndarray, new: int) -> Iterator[Array]:
@@ -146,17 +144,11 @@ class RePlug:
             yield token_11
             tokens_C1 = jnp.repeat(token_11, len(rows), axis=0)
 
-    def _after(self, group: Rows, continuation: Sequence[int], cache: KVCache) -> Array:
+    def _after(self, group: Rows, continuation: Sequence[int], cache: Cache) -> Array:
         """Hidden states that predict the continuation, filled up to a bucket, after each of the group's rows."""
         length = min(power_of_two(len(continuation)), bucket(len(continuation)))
         tokens_BT, mask_BT = right_padded([[row[-1], *continuation[:-1]] for row in group], length)
-        piece, hidden = piece_length(self.model.config, cache, len(group), length), []
-        for first in range(0, length - piece, piece):
-            given = tokens_BT[:, first : first + piece], mask_BT[:, first : first + piece]
-            hidden_BTD, cache = _append_to_copy(self.model, *given, cache)
-            hidden.append(hidden_BTD)
-        hidden.append(_hidden(self.model, tokens_BT[:, -piece:], mask_BT[:, -piece:], cache))
-        return jnp.concatenate(hidden, axis=1)
+        return _hidden(self.model, tokens_BT, mask_BT, cache)
 
 
 def _groups(rows: Rows) -> list[Rows]:

@@ -8,9 +8,9 @@ from jax.sharding import NamedSharding
 
 from cepe_jax.config import CepeConfig
 from cepe_jax.cost import encoder_flops, inference_flops
+from cepe_jax.inference.caches.full import FullCache
 from cepe_jax.inference.context import encode_chunks
 from cepe_jax.inference.generate import Draws, Sampling, next_token
-from cepe_jax.model.cache import KVCache
 from cepe_jax.model.cepe import Cepe, assemble
 from cepe_jax.model.cross import Memory
 from cepe_jax.sharding import partition_spec
@@ -45,7 +45,7 @@ def _read(config: TrainConfig, sizes: Config, tokens: int, cached: bool) -> Step
     memory = Memory(states, _array((B, M), bool, "batch", "memory"))
     kv = (decoder.num_layers, B, decoder.num_kv_heads, window, decoder.head_dim)
     k, v = (_array(kv, decoder.dtype, None, "batch", "kv_heads", None, None) for _ in range(2))
-    cache = KVCache(k, v, _array((B, window), bool, "batch", None), _array((), jnp.int32), empty=not cached)
+    cache = FullCache(k, v, _array((B, window), bool, "batch", None), _array((B,), jnp.int32, "batch"), not cached)
     given = _array((B, tokens), jnp.int32, "batch", None), None if cached else _array((B, tokens), bool, "batch", None)
     draws = jax.tree.map(lambda x: _array(x.shape, x.dtype, *("batch",)[: x.ndim]), Draws.of([Sampling()] * B))
     arguments = model, *given, memory, cache, draws

@@ -23,10 +23,10 @@ from flax import nnx
 from cepe_jax.config import DECODERS, ENCODERS, CepeConfig, preset
 from cepe_jax.cost import encoder_flops, gib, inference_flops, step_bytes
 from cepe_jax.inference import beside
+from cepe_jax.inference.caches.full import FullCache
 from cepe_jax.inference.context import ContextCache, encode, free_bytes, stacked
 from cepe_jax.inference.generate import Draws, Sampling, bucket, next_token, power_of_two
 from cepe_jax.model.attention import Mask, attend_to_cache, merge
-from cepe_jax.model.cache import KVCache
 from cepe_jax.model.cepe import Cepe, assemble
 from cepe_jax.model.cross import CrossAttention, Memory
 from cepe_jax.model.layers import project
@@ -202,10 +202,10 @@ def _read(way: str, model: Cepe, context: ContextCache, config: InferenceBenchma
         reader = Cepe(model.decoder, model.encoder, cross)
     draws = Draws.of([Sampling()])
 
-    def new_cache(slots: int, empty: bool = way != "full") -> KVCache:  # in pieces: one program for all of them
-        return dataclasses.replace(KVCache.create(decoder, 1, slots), empty=empty)
+    def new_cache(slots: int, empty: bool = way != "full") -> FullCache:  # in pieces: one program for all of them
+        return dataclasses.replace(FullCache.create(decoder, 1, slots), empty=empty)
 
-    def compiled(count: int, cache: KVCache):
+    def compiled(count: int, cache: FullCache):
         inputs = jax.ShapeDtypeStruct((1, count), jnp.int32), jax.ShapeDtypeStruct((1, count), bool)
         return next_token.lower(reader, *inputs, memory, cache, draws).compile()
 
@@ -214,7 +214,7 @@ def _read(way: str, model: Cepe, context: ContextCache, config: InferenceBenchma
     lengths = [*lengths[:-1], slots]
     prefill = {length: compiled(piece, jax.eval_shape(partial(new_cache, length))) for length in set(lengths)}
 
-    def read_prompt() -> tuple[Array, KVCache]:
+    def read_prompt() -> tuple[Array, FullCache]:
         cache = new_cache(lengths[0])
         for first, length in zip(range(0, len(tokens), piece), lengths, strict=True):
             some = tokens[first : first + piece]
@@ -252,7 +252,7 @@ def _read(way: str, model: Cepe, context: ContextCache, config: InferenceBenchma
     }
 
 
-def _longer(cache: KVCache, slots: int) -> KVCache:
+def _longer(cache: FullCache, slots: int) -> FullCache:
     """The cache with room for `slots`. Keys, then values move: not both exist twice at once."""
     more = slots - cache.slots
 
@@ -262,7 +262,7 @@ def _longer(cache: KVCache, slots: int) -> KVCache:
         return moved
 
     k, v = map(longer, (cache.k_ZBKSH, cache.v_ZBKSH))
-    return KVCache(k, v, jnp.pad(cache.valid_BS, [(0, 0), (0, more)]), cache.length, cache.empty)
+    return dataclasses.replace(cache, k_ZBKSH=k, v_ZBKSH=v, valid_BS=jnp.pad(cache.valid_BS, [(0, 0), (0, more)]))
 
 
 def _held(memory: dict[str, int]) -> int:

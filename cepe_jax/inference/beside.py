@@ -3,8 +3,9 @@
 import jax
 import numpy as np
 
+from cepe_jax.inference.caches import FULL, new_cache
 from cepe_jax.inference.context import encode_chunks
-from cepe_jax.inference.generate import Draws, Sampling, bucket, new_cache, next_token
+from cepe_jax.inference.generate import Draws, Sampling, bucket, next_token
 from cepe_jax.model.cepe import Cepe
 from cepe_jax.model.cross import Memory
 from cepe_jax.training.benchmark import in_turn, torch_oracle
@@ -23,7 +24,7 @@ class Reader:
 
     def first_token(self) -> jax.Array:
         self.memory = Memory(self.encode())
-        self.last_B1, self.cache = self.prompt_BT, new_cache(self.model.decoder, 1, self.slots)
+        self.last_B1, self.cache = self.prompt_BT, new_cache(self.model.decoder.config, FULL, 1, self.slots)
         return self.next_token()
 
     def next_token(self) -> jax.Array:

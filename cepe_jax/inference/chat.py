@@ -3,6 +3,7 @@
 import os
 from collections.abc import Generator, Sequence
 
+from cepe_jax.inference.caches import CacheConfig
 from cepe_jax.inference.context import ContextCache
 from cepe_jax.inference.generate import GREEDY, Sampling
 from cepe_jax.inference.overflow import Overflow, check_window
@@ -36,9 +37,11 @@ def check_chat(
     overflow: Overflow,
     chunk_length: int,
     has_encoder: bool,
+    endless: bool,
 ) -> None:
-    """ValueError where no conversation fits into the window."""
-    check_window(window)
+    """ValueError where no conversation fits into the window; one without an end needs none."""
+    if not endless:
+        check_window(window)
     if overflow == "passages":
         raise ValueError("overflow is passages: a conversation is cut anywhere, give truncate_left")
     moves = has_encoder or overflow == "truncate_left"
@@ -57,17 +60,18 @@ class Chat:
         template: Template,
         stop_ids: Sequence[int],
         *,
-        window: int,
+        window: int | None,
         chunk_length: int,
         system: str | None,
         context: ContextCache | None,
         drops: bool,
+        keeps: CacheConfig,
     ):
         self.messages = _first(system)
         self._template, self._stop_ids = template, set(stop_ids)
         self._parts: list[tuple[str, list[int]]] = []  # the rendered conversation so far, piece by piece, and its ids
         self._answer: Generator[str, None, None] | None = None
-        self.session = Session(model, window, head_length(template, system), chunk_length, context, drops)
+        self.session = Session(model, window, head_length(template, system), chunk_length, context, drops, keeps)
 
     @property
     def context(self) -> ContextCache | None:

@@ -5,7 +5,6 @@ bucket's slots, and what differs between calls is an array. So another prompt, a
 program, and no result depends on the padding.
 """
 
-import math
 import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -17,17 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from cepe_jax.checks import check_tokens
-from cepe_jax.config import DecoderConfig
-from cepe_jax.model.cache import KVCache
+from cepe_jax.inference.caches import FULL, CacheConfig, new_cache
+from cepe_jax.model.cache import Cache
 from cepe_jax.model.cepe import Cepe
 from cepe_jax.model.cross import Memory
 from cepe_jax.model.llama import Llama
-from cepe_jax.sharding import rows_of_a_device
 
 Array = jax.Array
 Item = TypeVar("Item")
-PAIRS = 1 << 22  # of a query and a key whose scores in a head exist at once, where no kernel does without them
-LEAST_PIECE = 128  # tokens
 
 
 @dataclass(frozen=True)
@@ -71,13 +67,13 @@ GREEDY = Sampling()
 
 
 class Draws(NamedTuple):
-    """`Sampling` of each row, as arrays, and how many tokens the rows have got before this one."""
+    """`Sampling` of each row, as arrays, and how many tokens it has got before this one."""
 
     temperature_B: Array
     top_k_B: Array
     top_p_B: Array
     seed_B: Array
-    number: Array
+    number_B: Array
 
     @classmethod
     def of(cls, samplings: Sequence[Sampling]) -> "Draws":
@@ -85,7 +81,11 @@ class Draws(NamedTuple):
         types = {"temperature": np.float32, "top_k": np.int32, "top_p": np.float32, "seed": np.uint32}
         seeded = [sampling.seeded() for sampling in samplings]
         columns = (np.array([getattr(one, name) for one in seeded], kind) for name, kind in types.items())
-        return cls(*columns, number=np.int32(0))
+        return cls(*columns, number_B=np.zeros(len(seeded), np.int32))
+
+    def at(self, number: int) -> "Draws":
+        """The draws of this token of every row, of which the first is 0."""
+        return self._replace(number_B=np.full_like(self.number_B, number))
 
 
 def power_of_two(count: int) -> int:
@@ -117,7 +117,9 @@ def sample(logits_BV: Array, draws: Draws) -> Array:
         probabilities = jax.nn.softmax(ranked_BV, axis=-1)
         before = jnp.cumsum(probabilities, axis=-1) - probabilities
         least_B1 = jnp.where(before < draws.top_p_B[:, None], ranked_BV, jnp.inf).min(axis=-1, keepdims=True)
-        keys_B = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), draws.number))(draws.seed_B)
+        keys_B = jax.vmap(lambda seed, number: jax.random.fold_in(jax.random.key(seed), number))(
+            draws.seed_B, draws.number_B
+        )
         tokens_B = jax.vmap(jax.random.categorical)(keys_B, jnp.where(scaled_BV < least_B1, -jnp.inf, scaled_BV))
         return jnp.where(draws.temperature_B == 0, greedy_B, tokens_B)
 
@@ -126,8 +128,8 @@ def sample(logits_BV: Array, draws: Draws) -> Array:
 
 @partial(jax.jit, donate_argnames="cache")
 def next_token(
-    model: Cepe | Llama, tokens_BT, mask_BT, memory: Memory | None, cache: KVCache, draws: Draws
-) -> tuple[Array, KVCache]:
+    model: Cepe | Llama, tokens_BT, mask_BT, memory: Memory | None, cache: Cache, draws: Draws
+) -> tuple[Array, Cache]:
     """Reads the tokens into the cache and draws the one that follows each row's last real one, (B, 1).
 
     Rows are padded on the right; without `mask_BT` they are not.
@@ -138,11 +140,6 @@ def next_token(
     else:
         last_B1D = jnp.take_along_axis(hidden_BTD, mask_BT.sum(axis=1)[:, None, None] - 1, axis=1)
     return sample(model.decoder.logits(last_B1D)[:, 0], draws)[:, None], cache
-
-
-@partial(jax.jit, static_argnums=(1, 2))
-def new_cache(decoder: Llama, rows: int, slots: int) -> KVCache:
-    return decoder.new_cache(rows, slots)
 
 
 def one_ahead(results: Iterable[Item]) -> Iterator[Item]:
@@ -162,32 +159,12 @@ def right_padded(rows: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray
     return tokens_BT, mask_BT
 
 
-def piece_length(config: DecoderConfig, cache: KVCache, rows: int, length: int) -> int:
-    """How many of `length` tokens, which are a bucket, are read into the cache at once: a divisor.
-
-    Kernels store no scores, so they read all. They read no cache: what follows on others is read by XLA.
-    """
-    rows, keys = rows_of_a_device(rows), length if cache.empty else cache.slots
-    if (config.attention != "xla" and cache.empty) or rows * length * keys <= PAIRS:
-        return length
-    most = 1 << (PAIRS // (rows * cache.slots)).bit_length() >> 1  # a power of two
-    return math.gcd(length, max(most, LEAST_PIECE))
-
-
 def read(
-    model: Cepe | Llama, prompts: Sequence[Sequence[int]], memory: Memory | None, cache: KVCache, draws: Draws
-) -> tuple[Array, KVCache]:
+    model: Cepe | Llama, prompts: Sequence[Sequence[int]], memory: Memory | None, cache: Cache, draws: Draws
+) -> tuple[Array, Cache]:
     """The prompts are in the cache, which was empty; and the token after each is drawn, (B, 1)."""
-    lengths = [len(prompt) for prompt in prompts]
-    tokens_BT, mask_BT = right_padded(prompts, bucket(max(lengths)))
-    piece = piece_length(model.decoder.config, cache, *tokens_BT.shape)
-    ends_B = (np.array(lengths) - 1) // piece  # in which piece a row's last token is
-    drawn_B1 = None
-    for number in range(ends_B.max() + 1):
-        here = slice(number * piece, (number + 1) * piece)
-        new_B1, cache = next_token(model, tokens_BT[:, here], mask_BT[:, here], memory, cache, draws)
-        drawn_B1 = new_B1 if number == 0 else jnp.where((ends_B == number)[:, None], new_B1, drawn_B1)
-    return drawn_B1, cache
+    tokens_BT, mask_BT = right_padded(prompts, bucket(max(map(len, prompts))))
+    return next_token(model, tokens_BT, mask_BT, memory, cache, draws)
 
 
 def check_reads_contexts(model: Cepe | Llama) -> None:
@@ -222,13 +199,15 @@ def stream(
     sampling: Sampling | Sequence[Sampling] = GREEDY,
     stop_ids: Sequence[int] = (),
     window: int | None = None,
+    keeps: CacheConfig = FULL,
 ) -> Iterator[list[int | None]]:
     """The tokens that follow each prompt, step by step: one of each row, None where a row has ended.
 
     A row ends before the first of `stop_ids`; the steps end with the last row, at the latest after `max_new_tokens`.
     Memory of one row is read by all prompts. Each row is the one its prompt has alone, sampled ones too: the draws
     depend on the row's seed and the number of the token. Of one `sampling` for all prompts each row has its
-    `for_row`. ValueError where the longest prompt and the new tokens exceed `window`.
+    `for_row`. `keeps`: what the decoder keeps of them. ValueError where the longest prompt and the new tokens exceed
+    `window`.
     """
     check_prompts(model, prompts, memory)
     if max_new_tokens < 1:
@@ -242,12 +221,11 @@ def stream(
     draws = Draws.of(samplings)
 
     def dispatched() -> Iterator[Array]:
-        cache = new_cache(model.decoder, len(prompts), bucket(longest + max_new_tokens))
+        cache = new_cache(model.decoder.config, keeps, len(prompts), bucket(longest + max_new_tokens))
         tokens_B1, cache = read(model, prompts, memory, cache, draws)
         yield tokens_B1
         for number in range(1, max_new_tokens):
-            at_number = draws._replace(number=np.int32(number))
-            tokens_B1, cache = next_token(model, tokens_B1, None, memory, cache, at_number)
+            tokens_B1, cache = next_token(model, tokens_B1, None, memory, cache, draws.at(number))
             yield tokens_B1
 
     return until(stop_ids, dispatched())
@@ -276,8 +254,9 @@ def generate(
     sampling: Sampling | Sequence[Sampling] = GREEDY,
     stop_ids: Sequence[int] = (),
     window: int | None = None,
+    keeps: CacheConfig = FULL,
 ) -> list[list[int]]:
     """The tokens that follow each prompt: what `stream` gives, row by row."""
-    limits = {"max_new_tokens": max_new_tokens, "stop_ids": stop_ids, "window": window}
+    limits = {"max_new_tokens": max_new_tokens, "stop_ids": stop_ids, "window": window, "keeps": keeps}
     steps = list(stream(model, prompts, memory, sampling=sampling, **limits))
     return [[step[row] for step in steps if step[row] is not None] for row in range(len(prompts))]

@@ -7,19 +7,18 @@ import jax
 import numpy as np
 
 from cepe_jax.checks import check_tokens
+from cepe_jax.inference.caches import FULL, CacheConfig, new_cache
+from cepe_jax.inference.caches.full import PAIRS
 from cepe_jax.inference.generate import (
     GREEDY,
-    PAIRS,
     Draws,
     bucket,
     check_prompts,
-    new_cache,
-    piece_length,
     power_of_two,
     read,
     right_padded,
 )
-from cepe_jax.model.cache import KVCache
+from cepe_jax.model.cache import Cache
 from cepe_jax.model.cepe import Cepe
 from cepe_jax.model.cross import Memory
 from cepe_jax.model.layers import cut, joined
@@ -44,8 +43,8 @@ class Score:
 
 
 def _read_labels(
-    model: Cepe | Llama, tokens_BT, labels_BT, mask_BT, memory: Memory | None, cache: KVCache
-) -> tuple[Array, Array, KVCache]:
+    model: Cepe | Llama, tokens_BT, labels_BT, mask_BT, memory: Memory | None, cache: Cache
+) -> tuple[Array, Array, Cache]:
     """log p of each label in fp32, whether it is the most probable token, (B, T) each, and the cache."""
     hidden_BTD, cache = model.decode(tokens_BT, memory=memory, cache=cache, token_mask_BT=mask_BT)
     logits_of = model.decoder.unembedding()
@@ -67,10 +66,11 @@ def score(
     prompt: Sequence[int],
     continuations: Sequence[Sequence[int]],
     memory: Memory | None = None,
+    keeps: CacheConfig = FULL,
 ) -> list[Score]:
     """How probable each continuation is after the prompt, which is read once, as the memory (of one row) is.
 
-    Continuations are read together, those that are too long for it one by one, in pieces.
+    `keeps`: what the decoder keeps of them. Continuations are read together, those that are too long for it one by one.
     """
     check_prompts(model, [prompt], memory)
     for number, continuation in enumerate(continuations):
@@ -85,7 +85,7 @@ def score(
     alone = [number for number, most in enumerate(rows) if most <= 1]
     if alone:
         slots = bucket(len(prompt) + max(bucket(len(continuations[number])) for number in alone))
-    cache = new_cache(model.decoder, 1, slots)
+    cache = new_cache(model.decoder.config, keeps, 1, slots)
     if before:
         _, cache = read(model, [before], memory, cache, Draws.of([GREEDY]))
     scores: dict[int, Score] = {}
@@ -99,15 +99,10 @@ def score(
         for number, *of_row in zip(numbers, *map(np.asarray, found), strict=False):  # what filled the group up is last
             scores[number] = _score(*of_row, len(continuations[number]))
     for number in alone:
-        continuation, length = continuations[number], bucket(len(continuations[number]))
-        given, own, parts = _given(last, [continuation], length), cache, []
-        piece = piece_length(model.decoder.config, own, 1, length)
-        for start in range(0, len(continuation), piece):
-            run = log_probs if start == 0 and number != alone[-1] else log_probs_onwards  # the prompt's is kept
-            *found, own = run(model, *(x[:, start : start + piece] for x in given), memory, own)
-            parts.append(found)
-        of_pieces = (np.concatenate([np.asarray(x)[0] for x in column]) for column in zip(*parts, strict=True))
-        scores[number] = _score(*of_pieces, len(continuation))
+        run = log_probs_onwards if number == alone[-1] else log_probs  # till then the prompt's cache is kept
+        continuation = continuations[number]
+        found = run(model, *_given(last, [continuation], bucket(len(continuation))), memory, cache)[:2]
+        scores[number] = _score(*(np.asarray(x)[0] for x in found), len(continuation))
     return [scores[number] for number in range(len(continuations))]
 
 

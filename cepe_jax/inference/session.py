@@ -6,30 +6,30 @@ from collections.abc import Sequence
 import numpy as np
 
 from cepe_jax.checks import check_chunk_length
+from cepe_jax.inference.caches import FULL, CacheConfig, new_cache
 from cepe_jax.inference.context import ContextCache, encode, stacked
 from cepe_jax.inference.generate import (
     GREEDY,
     Draws,
     Sampling,
     bucket,
-    new_cache,
     next_token,
     power_of_two,
     right_padded,
 )
-from cepe_jax.model.cache import KVCache
+from cepe_jax.model.cache import Cache
 from cepe_jax.model.cepe import Cepe
 from cepe_jax.model.cross import Memory
 from cepe_jax.model.llama import Llama
 
 FEW_LENGTHS = 1 << 10, 1 << 14  # from the first to the second, the memory's room doubles; above it goes by buckets
-Read = tuple[KVCache, list[int], ContextCache | None]  # a cache, the tokens it has read, and the memory it read beside
+Read = tuple[Cache, list[int], ContextCache | None]  # a cache, the tokens it has read, and the memory it read beside
 
 
-def check_head(head: int, window: int, chunk_length: int) -> None:
+def check_head(head: int, window: int | None, chunk_length: int) -> None:
     """ValueError unless the window has room for the head, for one token more, and for a chunk if any is moved."""
     needed = head + 1 + chunk_length
-    if needed > window:
+    if window is not None and needed > window:
         raise ValueError(
             f"the system prompt, with what the template puts around it, has {head} tokens and {needed - head} more "
             f"must fit into the window of {window}: shorten it, or lower chunk_length"
@@ -42,17 +42,19 @@ class Session:
     The decoder reads the first `head` tokens and, in what its window leaves, the last ones. What is between them is in
     `context`, after the passages given at first: when a token more would not fit, the oldest `chunk_length` tokens
     after the head are encoded and appended, and what remains is read anew from position 0. So what follows is what a
-    fresh model says of `tokens` and `context`, however the text came about.
+    fresh model says of `tokens` and `context`, however the text came about. Without a window the decoder reads all of
+    the text, into a cache that is bounded by itself.
     """
 
     def __init__(
         self,
         model: Cepe | Llama,
-        window: int,
+        window: int | None,
         head: int,
         chunk_length: int,
         context: ContextCache | None,
         drops: bool = False,
+        keeps: CacheConfig = FULL,
     ):
         """`context` is None for a plain decoder: then the text ends with the window, or the session `drops` tokens."""
         check_chunk_length(chunk_length)
@@ -60,9 +62,10 @@ class Session:
         self.model, self.window, self.head, self.chunk_length = model, window, head, chunk_length
         self.ids: list[int] = []  # of the whole text
         self.context, self.moved = context, 0  # and how many chunks of the text the decoder no longer reads
-        self._drops = drops
+        self._drops, self._keeps = drops, keeps
         self._given = 0 if context is None else len(context)
-        self._slots = bucket(window) + bucket(1)  # a few tokens more, filled up to a bucket, always fit
+        # A few tokens more, filled up to a bucket, always fit. Without a window no cache needs slots for all of a text.
+        self._slots = 0 if window is None else bucket(window) + bucket(1)
         self._read: Read | None = None
         self._placed: tuple[ContextCache, Memory | None] | None = None
         self._drawn = 0
@@ -91,12 +94,12 @@ class Session:
             self._read = None  # its arrays are given away: if this is interrupted, all is read anew
         else:
             self._read = None  # freed before there is another
-            cache, fresh = new_cache(self.model.decoder, 1, self._slots), tokens
+            cache, fresh = new_cache(self.model.decoder.config, self._keeps, 1, self._slots), tokens
         if len(fresh) == 1:
             tokens_BT, mask_BT = np.array([fresh], np.int32), None
         else:
             tokens_BT, mask_BT = right_padded([fresh], bucket(len(fresh)))
-        draws = Draws.of([sampling])._replace(number=np.int32(self._drawn))
+        draws = Draws.of([sampling]).at(self._drawn)
         drawn_B1, cache = next_token(self.model, tokens_BT, mask_BT, memory, cache, draws)
         token = int(np.asarray(drawn_B1)[0, 0])
         self._read, self._drawn = (cache, tokens, self.context), self._drawn + 1
@@ -118,11 +121,13 @@ class Session:
         _, before, context = read
         fresh = len(tokens) - len(before)
         room = self._slots - len(before) - (1 if fresh == 1 else bucket(fresh))
-        return context is self.context and fresh > 0 and room >= 0 and tokens[: len(before)] == before
+        fits = self._keeps.bounded or room >= 0
+        return context is self.context and fresh > 0 and fits and tokens[: len(before)] == before
 
     def _overflow(self, ids: list[int]) -> int:
         """Return how many chunks of a text must be moved so that one token more fits into the window."""
-        return -(-max(0, len(ids) + 1 - self.window) // self.chunk_length)
+        over = 0 if self.window is None else max(0, len(ids) + 1 - self.window)
+        return -(-over // self.chunk_length)
 
     def _make_room(self) -> None:
         needed = self._overflow(self.ids)

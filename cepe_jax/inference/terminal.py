@@ -13,13 +13,14 @@ import jax
 from cepe_jax.checks import check_chunk_length
 from cepe_jax.data.sources import decoded
 from cepe_jax.directories import in_one_line
+from cepe_jax.inference.caches import FULL, CacheConfig
 from cepe_jax.inference.chat import MAX_NEW_TOKENS, check_chat
 from cepe_jax.inference.context import ContextCache
 from cepe_jax.inference.generate import Sampling
 from cepe_jax.inference.overflow import Overflow, check_encoder, fit
 from cepe_jax.inference.streaming import StopStrings
 from cepe_jax.inference.template import Template
-from cepe_jax.inference.text import CHUNK_LENGTH, ModelFacts, TextModel, read_facts
+from cepe_jax.inference.text import CHUNK_LENGTH, ModelFacts, TextModel, chat_window, prompt_window, read_facts
 from cepe_jax.sharding import make_mesh
 from cepe_jax.training.logs import peak_memory
 
@@ -47,6 +48,7 @@ class GenerateConfig:
     contexts: Path | None = None  # encoded contexts: what is there is not encoded again, what is not is added
     chunk_length: int = CHUNK_LENGTH  # tokens
     window: int | None = None  # tokens that the decoder reads at most; where it is not the model directory's
+    cache: CacheConfig = FULL  # what the decoder keeps of what it reads; of kind rolling it reads texts of any length
     max_new_tokens: int = MAX_NEW_TOKENS  # of an answer
     stop: tuple[str, ...] = ()  # an answer ends before the first of these
     overflow: Overflow = "error"  # what becomes of what does not fit into the window
@@ -79,7 +81,7 @@ def run_generate(config: GenerateConfig) -> None:
     kept = config.contexts
     if kept is not None and (kept.is_dir() or not (kept.parent.is_dir() if texts else kept.exists())):
         raise FileNotFoundError(f"{kept}: no such file, and no context_file or no directory to make it")
-    facts = read_facts(config.model, config.tokenizer, config.window)
+    facts = read_facts(config.model, config.tokenizer, config.window, config.cache)
     _check(facts, config, has_context=bool(texts or config.contexts))
     with on_devices(config.mesh):
         model = facts.load(config.dtype)
@@ -95,12 +97,17 @@ def _check(facts: ModelFacts, config: GenerateConfig, has_context: bool) -> None
             f"text into the prompt (overflow truncate_left cuts it), or give a CEPE model"
         )
     if config.chat:
-        limits = facts.window, config.overflow, config.chunk_length, facts.has_encoder
+        window, endless = chat_window(facts.window, facts.cache, facts.has_encoder)
+        limits = window, config.overflow, config.chunk_length, facts.has_encoder, endless
         check_chat(Template(facts.tokenizer), config.system, *limits)
+        if facts.cache.bounded:
+            goes = "forgotten, but for the first ones" if endless else "encoded"
+            _note(f"of a conversation the cache keeps {facts.cache.window:,} tokens, and older ones are {goes}")
         return
     check_encoder(config.overflow, facts.has_encoder)
     limits = config.max_new_tokens, config.overflow, config.chunk_length
-    before, _ = fit(config.prompt, facts.tokenizer, facts.window, *limits)
+    window = prompt_window(facts.window, facts.cache, config.overflow)
+    before, _ = fit(config.prompt, facts.tokenizer, window, *limits)
     if before and not facts.has_encoder:
         _note(f"the first {sum(map(len, before)):,} tokens of the prompt do not fit into the window and are not read")
 

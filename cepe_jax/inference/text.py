@@ -10,6 +10,7 @@ import numpy as np
 
 from cepe_jax.config import CepeConfig, DecoderConfig, EncoderConfig
 from cepe_jax.data.tokenizer import Tokenizer
+from cepe_jax.inference.caches import FULL, CacheConfig
 from cepe_jax.inference.chat import MAX_NEW_TOKENS, Chat, check_chat
 from cepe_jax.inference.context import ContextCache, DeviceMemories, encode, identity_of, stacked
 from cepe_jax.inference.generate import GREEDY, Sampling, check_reads_contexts, stream
@@ -36,6 +37,7 @@ class TextModel:
     tokenizer: Tokenizer
     window: int | None  # tokens that the decoder reads at most, new ones too; None: no bound is known
     stop_ids: tuple[int, ...]
+    cache: CacheConfig = FULL
     _on_devices: DeviceMemories = field(default_factory=DeviceMemories, init=False, repr=False)
 
     @cached_property
@@ -116,10 +118,10 @@ class TextModel:
         if not continuations:
             return []
         check_encoder(overflow, isinstance(self.model, Cepe))
-        fitted = fit_continued(prompt, continuations, self.tokenizer, self.window, overflow, chunk_length)
+        fitted = fit_continued(prompt, continuations, self.tokenizer, self._bound(overflow), overflow, chunk_length)
         moved, before, after = fitted
         context = self._with(context, moved, chunk_length)
-        return score(self.model, before, after, self._memory([context]))
+        return score(self.model, before, after, self._memory([context]), self.cache)
 
     def chat(
         self,
@@ -132,10 +134,12 @@ class TextModel:
         """Return a conversation by the chat template beside the tokenizer; of any length where there is an encoder.
 
         `overflow` is for a plain decoder: with "error" a turn is refused for which the window has no room, with
-        "truncate_left" the oldest tokens are dropped, `chunk_length` at a time.
+        "truncate_left" the oldest tokens are dropped, `chunk_length` at a time. With a bounded cache a plain decoder
+        reads all of it, and an encoder what would leave the cache.
         """
-        template = Template(self.tokenizer)
-        check_chat(template, system, self.window, overflow, chunk_length, isinstance(self.model, Cepe))
+        template, has_encoder = Template(self.tokenizer), isinstance(self.model, Cepe)
+        window, endless = chat_window(self.window, self.cache, has_encoder)
+        check_chat(template, system, window, overflow, chunk_length, has_encoder, endless)
         if context is None and isinstance(self.model, Cepe):
             context = ContextCache(self.identity)
         elif context is not None:
@@ -144,11 +148,12 @@ class TextModel:
             self.model,
             template,
             self.stop_ids,
-            window=self.window,
+            window=window,
             chunk_length=chunk_length,
             system=system,
             context=context,
             drops=overflow == "truncate_left",
+            keeps=self.cache,
         )
 
     def _rows(
@@ -162,10 +167,13 @@ class TextModel:
             raise ValueError(f"{len(contexts)} contexts for {len(prompts)} prompts: give one, or one for each")
         rows = []
         for row, prompt in enumerate(prompts):
-            moved, read = fit(prompt, self.tokenizer, self.window, max_new_tokens, overflow, chunk_length)
+            moved, read = fit(prompt, self.tokenizer, self._bound(overflow), max_new_tokens, overflow, chunk_length)
             rows.append(read)
             contexts[row] = self._with(contexts[row], moved, chunk_length)
         return rows, self._memory(contexts)
+
+    def _bound(self, overflow: Overflow) -> int | None:
+        return prompt_window(self.window, self.cache, overflow)
 
     def _with(self, context: ContextCache | None, moved: list[list[int]], chunk_length: int) -> ContextCache | None:
         """Return the context with what is moved to it; a plain decoder drops that."""
@@ -192,7 +200,7 @@ class TextModel:
     ) -> Iterator[list[str]]:
         """The next piece of each row's text, step by step."""
         limits = {"max_new_tokens": max_new_tokens, "stop_ids": self.stop_ids}  # `fit` has looked at the window
-        steps = stream(self.model, rows, memory, sampling=sampling, **limits)
+        steps = stream(self.model, rows, memory, sampling=sampling, keeps=self.cache, **limits)
         return pieces(self.tokenizer, rows, steps, stop)
 
 
@@ -205,6 +213,7 @@ class ModelFacts:
     tokenizer: Tokenizer
     window: int | None
     stop_ids: tuple[int, ...]
+    cache: CacheConfig = FULL
 
     @property
     def has_encoder(self) -> bool:
@@ -215,11 +224,31 @@ class ModelFacts:
         return self.config.decoder if isinstance(self.config, CepeConfig) else self.config
 
     def load(self, dtype: Literal["float32", "bfloat16"]) -> TextModel:
-        return TextModel(huggingface.load(self.path, dtype), self.tokenizer, self.window, self.stop_ids)
+        return TextModel(huggingface.load(self.path, dtype), self.tokenizer, self.window, self.stop_ids, self.cache)
+
+
+def prompt_window(window: int | None, cache: CacheConfig, overflow: Overflow) -> int | None:
+    """How many tokens of a prompt the decoder reads: of a bounded cache all, or what it keeps if the rest moves."""
+    if not cache.bounded:
+        return window
+    return None if overflow == "error" else cache.window
+
+
+def chat_window(window: int | None, cache: CacheConfig, has_encoder: bool) -> tuple[int | None, bool]:
+    """How many tokens of a conversation the decoder reads, and whether it has no end without one.
+
+    With an encoder what would leave a bounded cache is encoded; without one the cache lets it go.
+    """
+    if not cache.bounded:
+        return window, False
+    return (cache.window, False) if has_encoder else (None, True)
 
 
 def read_facts(
-    path: Path | str, tokenizer: Path | str | Tokenizer | None = None, window: int | None = None
+    path: Path | str,
+    tokenizer: Path | str | Tokenizer | None = None,
+    window: int | None = None,
+    cache: CacheConfig = FULL,
 ) -> ModelFacts:
     """Return the facts of the model at `path`, settings as of `load`; ValueError for what cannot be loaded."""
     path = Path(path)
@@ -237,12 +266,15 @@ def read_facts(
                 f"another model's tokenizer, give this one's"
             )
     positions = facts_at(path).get("max_position_embeddings")
-    if window is None:
+    if cache.bounded:
+        if window is not None:
+            raise ValueError(f"window is {window}: a {cache.kind} cache reads texts of any length, give cache.window")
+    elif window is None:
         window = positions
     elif window < 2 or (positions is not None and window > positions):
         most = "" if positions is None else f", and at most {positions}, what {path} was trained for"
         raise ValueError(f"window is {window}: give 2 or more{most}")
-    return ModelFacts(path, config, read, window, _stop_ids(path, read))
+    return ModelFacts(path, config, read, window, _stop_ids(path, read), cache.of(positions))
 
 
 def load(
@@ -250,13 +282,15 @@ def load(
     dtype: Literal["float32", "bfloat16"] = "float32",
     tokenizer: Path | str | Tokenizer | None = None,
     window: int | None = None,
+    cache: CacheConfig = FULL,
 ) -> TextModel:
     """Return the model at `path`, a directory of ours or one of Hugging Face's, with the tokenizer beside it.
 
     `tokenizer`: it, or where it is, if not beside the model. `window`: how many tokens the decoder reads at most, where
-    that is not the directory's max_position_embeddings. Under a mesh (`jax.set_mesh`) the weights are born sharded.
+    that is not the directory's max_position_embeddings. `cache`: what it keeps of them; with a bounded one it reads
+    texts of any length. Under a mesh (`jax.set_mesh`) the weights are born sharded.
     """
-    return read_facts(path, tokenizer, window).load(dtype)
+    return read_facts(path, tokenizer, window, cache).load(dtype)
 
 
 def _stop_ids(path: Path, tokenizer: Tokenizer) -> tuple[int, ...]:

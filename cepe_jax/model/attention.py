@@ -27,10 +27,19 @@ def native_backend(platform: str, dtype: str) -> Backend:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Mask:
-    """Which keys a query sees. `valid_BS`: true for keys that exist. `causal`: query i sees keys up to i."""
+    """Which keys a query sees. `valid_BS`: true for keys that exist. `causal`: query i sees keys up to i.
+
+    `seen_BTS`: true where a query sees a key, for XLA alone.
+    """
 
     causal: bool = dataclasses.field(default=False, metadata={"static": True})
     valid_BS: jax.Array | None = None
+    seen_BTS: jax.Array | None = None
+
+    @property
+    def may_hide_all(self) -> bool:
+        """Whether a query may see no key at all."""
+        return self.valid_BS is not None or self.seen_BTS is not None
 
     def dense(self, num_queries: int, num_keys: int) -> jax.Array:
         """Boolean (B or 1, 1, 1, T, S)."""
@@ -39,6 +48,8 @@ class Mask:
             seen &= jnp.tril(seen)
         if self.valid_BS is not None:
             seen &= self.valid_BS[:, None, None, None, :]
+        if self.seen_BTS is not None:
+            seen &= self.seen_BTS[:, None, None]
         return seen
 
 
@@ -84,7 +95,7 @@ def _queries(x_BKGTX: jax.Array) -> jax.Array:
 
 def _scores(q_BKGTH: jax.Array, k_BKSH: jax.Array, mask: Mask, scale: float) -> jax.Array:
     scores_BKQS = _product("BKQH,BKSH->BKQS", _queries(q_BKGTH), k_BKSH) * scale
-    if not mask.causal and mask.valid_BS is None:
+    if not mask.causal and not mask.may_hide_all:
         return scores_BKQS
     T, S = q_BKGTH.shape[3], k_BKSH.shape[2]
     scores_BKGTS = scores_BKQS.reshape(*q_BKGTH.shape[:4], S)
@@ -97,7 +108,7 @@ def _product(equation: str, left: jax.Array, right: jax.Array) -> jax.Array:
 
 def _seen_alone(mask: Mask, peak: jax.Array, *parts: jax.Array) -> list[jax.Array]:
     """The parts, zero for queries without a valid key: the exponentials of their scores are all 1."""
-    return [part if mask.valid_BS is None else jnp.where(peak == _NEVER, 0, part) for part in parts]
+    return [part if not mask.may_hide_all else jnp.where(peak == _NEVER, 0, part) for part in parts]
 
 
 def _attend_to_heads_forward(*inputs):

@@ -1,63 +1,56 @@
-"""The decoder's key/value cache."""
+"""What a decoder keeps of the tokens it has read. A policy is a `Cache`; `cepe_jax.inference.caches` has them."""
 
-import dataclasses
-from dataclasses import dataclass
+from typing import Protocol, Self
 
 import jax
-import jax.numpy as jnp
 
 from cepe_jax.config import DecoderConfig
-from cepe_jax.sharding import constrain
+from cepe_jax.model.attention import Partial
+
+Array = jax.Array
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class KVCache:
-    """Rotated keys, and values, of every layer in S slots; slots fill from the left, rows may leave holes.
+class Reading(Protocol):
+    """A cache beside the new tokens of one call, ready for the layers' queries; what the layers share is made once.
 
-    Heads stand before slots, as the products of a step want them: the other way each step would turn all of it around.
-    `k_ZBKSH`, `v_ZBKSH`: Z layers. `valid_BS`: slots that hold a real token. `length`: slots up to the last real token
-    of any row. `empty` is static: attention over an empty cache is left out of the compiled program.
+    `positions_BT`: where the new tokens stand to each other, (B or 1, T): their queries and keys are turned by it.
     """
 
-    k_ZBKSH: jax.Array
-    v_ZBKSH: jax.Array
-    valid_BS: jax.Array
-    length: jax.Array
-    empty: bool = dataclasses.field(metadata={"static": True})
+    positions_BT: Array
 
-    @classmethod
-    def create(cls, config: DecoderConfig, batch: int, slots: int) -> "KVCache":
-        shape = (config.num_layers, batch, config.num_kv_heads, slots, config.head_dim)
-        k, v = jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype)  # two buffers: both are donated
-        k, v = (constrain(x, "layer", "batch", "kv_heads", "length", "head_dim") for x in (k, v))
-        return cls(k, v, jnp.zeros((batch, slots), bool), jnp.zeros((), jnp.int32), empty=True)
+    def attend(self, index: Array, q_BTNH: Array, turned_BTNH: Array) -> Partial:
+        """The attention of the new queries to what the cache keeps of layer `index`.
+
+        `q_BTNH` is not turned, so that a policy may choose other angles; `turned_BTNH` is, by `positions_BT`.
+        """
+
+    def keep(self, k_BTKH: Array, turned_BTKH: Array, v_BTKH: Array):
+        """What of a layer's new keys, as they are and turned, and values `Cache.append` gets, with layers in front."""
+
+
+class Cache(Protocol):
+    """A pytree, so that it is an argument and a result of programs. Rows do not know of each other.
+
+    `empty` is static: nothing is kept yet, and attention to it is left out of the program.
+    """
 
     @property
-    def slots(self) -> int:
-        return self.k_ZBKSH.shape[3]
+    def empty(self) -> bool: ...
+
+    def piece(self, config: DecoderConfig, rows: int, length: int) -> int:
+        """How many of `length` new tokens of so many rows are read at once. Those that do not divide are filled up."""
 
     def grows_by(self, rows: int) -> bool:
         """Whether tokens of so many rows are appended: a cache of one row is read by several and stays as it is."""
-        return self.k_ZBKSH.shape[1] == rows
 
-    def check_room(self, count: int) -> None:
-        """ValueError where it is known that `count` more slots do not fit (outside of a trace, all of it)."""
-        used = 0 if isinstance(self.length, jax.core.Tracer) else int(self.length)
-        if used + count > self.slots:
-            raise ValueError(f"{count} tokens after {used} exceed the cache of {self.slots} slots: create a longer one")
+    def repeated(self, rows: int) -> Self:
+        """A cache to be read in pieces: one of one row `rows` times, which is not `empty` for a program."""
 
-    def append(self, k_ZBTKH: jax.Array, v_ZBTKH: jax.Array, valid_BT: jax.Array) -> "KVCache":
-        """The cache with T more slots written after the present ones. The caller sees to it that they fit.
+    def reading(self, config: DecoderConfig, real_BT: Array) -> Reading:
+        """Beside new tokens, of which those in `real_BT` are real."""
 
-        It goes on after the last of them that is real in any row: padding on the right is written over by what follows.
-        """
-        write = jax.lax.dynamic_update_slice_in_dim
-        end_T = jnp.arange(1, valid_BT.shape[1] + 1)
-        return KVCache(
-            write(self.k_ZBKSH, k_ZBTKH.swapaxes(2, 3), self.length, 3),
-            write(self.v_ZBKSH, v_ZBTKH.swapaxes(2, 3), self.length, 3),
-            write(self.valid_BS, valid_BT, self.length, 1),
-            self.length + jnp.where(valid_BT.any(axis=0), end_T, 0).max(),
-            empty=False,
-        )
+    def append(self, kept_Z, real_BT: Array) -> Self:
+        """The cache with these tokens. What `Reading.keep` gave is stacked over layers."""
+
+    def emptied(self, rows_B: Array) -> Self:
+        """The cache, new in the rows of this boolean mask: other texts begin there while the others go on."""

@@ -9,7 +9,7 @@ from flax import nnx
 
 from cepe_jax.checks import check_mask, check_tokens
 from cepe_jax.config import CepeConfig, CrossLayers, EncoderConfig
-from cepe_jax.model.cache import KVCache
+from cepe_jax.model.cache import Cache
 from cepe_jax.model.cross import CrossAttention, Memory
 from cepe_jax.model.encoder import Encoder
 from cepe_jax.model.layers import RMSNorm, normal
@@ -156,9 +156,9 @@ class Cepe(nnx.Module):
         self,
         tokens_BT: Array,
         memory: Memory | None = None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         token_mask_BT: Array | None = None,
-    ) -> tuple[Array, KVCache | None]:
+    ) -> tuple[Array, Cache | None]:
         """Hidden states (B, T, D) of the decoder reading the memory, and the cache with these tokens appended."""
         if memory is not None:
             B, E, states_BME = tokens_BT.shape[0], self.encoder.config.width, memory.states_BME
@@ -166,7 +166,7 @@ class Cepe(nnx.Module):
                 raise ValueError(f"the memory is {list(states_BME.shape)}: these tokens and encoder want [{B}, M, {E}]")
             check_mask("the memory's valid_BM", memory.valid_BM, states_BME.shape[:2])
             memory = Memory(states_BME.astype(self.decoder.config.dtype), memory.valid_BM)
-        return self.decoder.decode(tokens_BT, token_mask_BT, cache, self.cross, memory)
+        return self.decoder.decode(tokens_BT, memory, cache, token_mask_BT, cross=self.cross)
 
 
 def chunk_positions(num_chunks: int, width: int) -> np.ndarray:

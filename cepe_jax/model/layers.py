@@ -9,11 +9,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from cepe_jax.config import Backend, TransformerConfig
-from cepe_jax.model.attention import Mask, attend, attend_partial, attend_to_cache, merge
+from cepe_jax.model.attention import Mask, Partial, attend, attend_partial, merge
 from cepe_jax.model.rope import rotate
 from cepe_jax.sharding import constrain
 
 Array = jax.Array
+AttendKept = Callable[[Array, Array], Partial]  # of a layer's queries, as they are and turned: see `Reading.attend`
 
 
 def at(stack, index):
@@ -66,24 +67,22 @@ class SelfAttention(nnx.Module):
         self.o = normal(o, (Z, N, H, D), (2 * Z * N * H) ** -0.5, ("layer", "heads", "head_dim", "embed"))
 
     def __call__(
-        self, x_BTD: Array, table, mask: Mask, backend: Backend, cached=None
-    ) -> tuple[Array, tuple[Array, Array]]:
-        """The attention's output, and this call's own rotated keys and values.
+        self, x_BTD: Array, table, mask: Mask, backend: Backend, attend_kept: AttendKept | None = None
+    ) -> tuple[Array, tuple[Array, Array, Array]]:
+        """The attention's output; and this call's own keys, as they are and turned by `table`, and values.
 
-        `mask` is over the call's own T keys; `cached` = (k_BKSH, v_BKSH, valid_BS) are keys before them, read in
-        place by XLA whatever the back end.
+        `mask` is over the call's own T keys; `attend_kept` is the attention to those before them, merged with it.
         """
-        q_BTNH = rotate(project("BTD,DNH->BTNH", x_BTD, self.q), table)
-        k_BTKH = rotate(project("BTD,DKH->BTKH", x_BTD, self.k), table)
+        q_BTNH = project("BTD,DNH->BTNH", x_BTD, self.q)
+        k_BTKH = project("BTD,DKH->BTKH", x_BTD, self.k)
         v_BTKH = project("BTD,DKH->BTKH", x_BTD, self.v)
-        if cached is None:
-            out_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, mask, backend)
+        turned_BTNH, turned_BTKH = rotate(q_BTNH, table), rotate(k_BTKH, table)
+        if attend_kept is None:
+            out_BTNH = attend(turned_BTNH, turned_BTKH, v_BTKH, mask, backend)
         else:
-            own = attend_partial(q_BTNH, k_BTKH, v_BTKH, mask)
-            k_BKSH, v_BKSH, valid_BS = cached
-            before = attend_to_cache(q_BTNH, k_BKSH, v_BKSH, Mask(valid_BS=valid_BS))
-            out_BTNH = merge(own, before).astype(x_BTD.dtype)
-        return project("BTNH,NHD->BTD", out_BTNH, self.o), (k_BTKH, v_BTKH)
+            own = attend_partial(turned_BTNH, turned_BTKH, v_BTKH, mask)
+            out_BTNH = merge(own, attend_kept(q_BTNH, turned_BTNH)).astype(x_BTD.dtype)
+        return project("BTNH,NHD->BTD", out_BTNH, self.o), (k_BTKH, turned_BTKH, v_BTKH)
 
 
 def cut(x_BT: Array, chunk: int, fill: float = 0) -> Array:
@@ -150,11 +149,11 @@ class Block(nnx.Module):
         x_BTD: Array,
         table,
         mask: Mask,
-        cached=None,
+        attend_kept: AttendKept | None = None,
         read: Callable[[Array], Array] | None = None,
-    ) -> tuple[Array, tuple[Array, Array]]:
+    ) -> tuple[Array, tuple[Array, Array, Array]]:
         """x after self-attention, `read` (when given) and MLP, each added to it; and the call's keys and values."""
-        attended, kv = self.attention(self.attention_norm(x_BTD), table, mask, config.attention, cached)
+        attended, kv = self.attention(self.attention_norm(x_BTD), table, mask, config.attention, attend_kept)
         x_BTD = x_BTD + attended
         if read is not None:
             x_BTD = x_BTD + read(x_BTD)

@@ -10,9 +10,9 @@ from flax import nnx
 from cepe_jax.checks import check_mask, check_tokens
 from cepe_jax.config import DecoderConfig, TransformerConfig
 from cepe_jax.model.attention import Mask
-from cepe_jax.model.cache import KVCache
+from cepe_jax.model.cache import Cache
 from cepe_jax.model.cross import CrossAttention, Memory
-from cepe_jax.model.layers import Block, RMSNorm, at, embed, normal
+from cepe_jax.model.layers import Block, RMSNorm, at, cut, embed, joined, normal
 from cepe_jax.model.rope import rope_table
 from cepe_jax.sharding import constrain
 
@@ -49,7 +49,7 @@ class Llama(nnx.Module):
 
     def __call__(self, tokens_BT: Array, token_mask_BT: Array | None = None) -> Array:
         """Logits (B, T, V) in fp32. `token_mask_BT`: true for real tokens; positions count real tokens from 0."""
-        hidden_BTD, _ = self.decode(tokens_BT, token_mask_BT)
+        hidden_BTD, _ = self.decode(tokens_BT, token_mask_BT=token_mask_BT)
         return self.logits(hidden_BTD)
 
     def logits(self, hidden_BTD: Array) -> Array:
@@ -71,49 +71,68 @@ class Llama(nnx.Module):
         """Itself: models that generate have a decoder."""
         return self
 
-    def new_cache(self, batch: int, slots: int) -> KVCache:
-        """An empty one, for `decode`."""
-        return KVCache.create(self.config, batch, slots)
-
     def decode(
         self,
         tokens_BT: Array,
-        token_mask_BT: Array | None = None,
-        cache: KVCache | None = None,
-        cross: CrossAttention | None = None,
         memory: Memory | None = None,
+        cache: Cache | None = None,
+        token_mask_BT: Array | None = None,
+        *,
+        cross: CrossAttention | None = None,
         positions_BT: Array | None = None,
-    ) -> tuple[Array, KVCache | None]:
+    ) -> tuple[Array, Cache | None]:
         """Hidden states (B, T, D) after the final norm, and the cache with these tokens appended (if one was given).
 
-        A cache of one row is read by all rows of tokens, and is not appended to where they are more than one.
-        `positions_BT`: where not given, real tokens are counted, those in the cache first.
-        `cross` reads the memory in its layers, between self-attention and MLP.
+        A cache of one row is read by all rows of tokens, and is not appended to where they are more than one. Without a
+        cache `positions_BT` may say where tokens stand, else the real ones are counted. `cross` reads the memory in its
+        layers, between self-attention and MLP.
         """
-        config = self.config
-        grows = cache is not None and cache.grows_by(tokens_BT.shape[0])
-        if grows:
-            cache.check_room(tokens_BT.shape[1])
-        check_tokens("tokens_BT", tokens_BT, 2, config.vocab_size)
+        check_tokens("tokens_BT", tokens_BT, 2, self.config.vocab_size)
         check_mask("token_mask_BT", token_mask_BT, tokens_BT.shape)
+        B, T = tokens_BT.shape
         real_BT = jnp.ones(tokens_BT.shape, bool) if token_mask_BT is None else token_mask_BT
-        if positions_BT is None:
-            positions_BT = jnp.cumsum(real_BT, axis=1) - 1
-            if cache is not None:
-                positions_BT += cache.valid_BS.sum(axis=1, keepdims=True)
-        table = rope_table(config.rope, config.head_dim, jnp.where(real_BT, positions_BT, 0))
+        if cache is None or (size := cache.piece(self.config, B, T)) == T:
+            return self._decode(tokens_BT, real_BT, token_mask_BT, memory, cache, cross, positions_BT)
+
+        def step(cache: Cache, piece: tuple[Array, Array]) -> tuple[Cache, Array]:
+            tokens_BT, real_BT = piece
+            return self._decode(tokens_BT, real_BT, real_BT, memory, cache, cross)[::-1]
+
+        pieces = cut(tokens_BT, size), cut(real_BT, size, fill=False)
+        grown, hidden = jax.lax.scan(step, cache.repeated(B), pieces)
+        return joined(hidden, T), grown if cache.grows_by(B) else cache
+
+    def _decode(
+        self,
+        tokens_BT: Array,
+        real_BT: Array,
+        token_mask_BT: Array | None,
+        memory: Memory | None,
+        cache: Cache | None,
+        cross: CrossAttention | None,
+        positions_BT: Array | None = None,
+    ) -> tuple[Array, Cache | None]:
+        """What `decode` says, of tokens that are read at once."""
+        config = self.config
+        reading = None if cache is None else cache.reading(config, real_BT)
+        if reading is not None:
+            positions_BT = reading.positions_BT
+        elif positions_BT is None:
+            positions_BT = jnp.where(real_BT, jnp.cumsum(real_BT, axis=1) - 1, 0)
+        table = rope_table(config.rope, config.head_dim, positions_BT)
         mask = Mask(causal=True, valid_BS=token_mask_BT)
+        grows = cache is not None and cache.grows_by(tokens_BT.shape[0])
 
         def layer(x_BTD, xs):
             index, block, reader = xs
-            cached = read = None
+            attend_kept = read = None
             if cache is not None and not cache.empty:
-                cached = at(cache.k_ZBKSH, index), at(cache.v_ZBKSH, index), cache.valid_BS
+                attend_kept = partial(reading.attend, index)
             if reader is not None:
                 given = {"backend": config.attention, "differentiable": cache is None}
                 read = partial(reader, memory=memory, **given)
-            x_BTD, kv = (block or at(self.layers, index))(config, x_BTD, table, mask, cached, read)
-            return constrain(x_BTD, "batch", "length", "embed"), kv if grows else None
+            x_BTD, keys = (block or at(self.layers, index))(config, x_BTD, table, mask, attend_kept, read)
+            return constrain(x_BTD, "batch", "length", "embed"), reading.keep(*keys) if grows else None
 
         def scan(x_BTD, indices, reader=None):
             # Layers are indexed inside the scan: slicing the stack would copy their weights. All of it is scanned over:
@@ -132,17 +151,16 @@ class Llama(nnx.Module):
         x_BTD = constrain(embed(self.embed, tokens_BT, config.dtype), "batch", "length", "embed")
         if memory is not None and cross.layers.kind == "every":
             groups = jnp.arange(Z).reshape(cross.layers.count, -1)
-            x_BTD, kv = jax.lax.scan(group, x_BTD, (groups, cross))
-            new_kv = [jax.tree.map(lambda a: a.reshape(Z, *a.shape[2:]), kv)]
+            x_BTD, of_groups = jax.lax.scan(group, x_BTD, (groups, cross))
+            kept = [jax.tree.map(lambda a: a.reshape(Z, *a.shape[2:]), of_groups)]
         else:
-            readers, new_kv = range(Z, Z) if memory is None else cross.layers.indices(Z), []
+            readers, kept = range(Z, Z) if memory is None else cross.layers.indices(Z), []
             for first, end, reader in (
                 (0, readers.start, None), (readers.start, readers.stop, cross), (readers.stop, Z, None)
             ):  # fmt: skip
                 if first < end:
-                    x_BTD, kv = scan(x_BTD, jnp.arange(first, end), reader)
-                    new_kv.append(kv)
+                    x_BTD, of_layers = scan(x_BTD, jnp.arange(first, end), reader)
+                    kept.append(of_layers)
         if grows:
-            k_ZBTKH, v_ZBTKH = jax.tree.map(lambda *kv: jnp.concatenate(kv), *new_kv)
-            cache = cache.append(k_ZBTKH, v_ZBTKH, real_BT)
+            cache = cache.append(jax.tree.map(lambda *parts: jnp.concatenate(parts), *kept), real_BT)
         return self.norm(x_BTD), cache

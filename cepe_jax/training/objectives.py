@@ -42,9 +42,7 @@ def token_nll(logits: Array, labels: Array) -> Array:
 
 def hidden_states(model: Cepe | Llama, batch: Batch) -> Array:
     """The decoder's (B, T, D) for a batch, with its context where the model reads one."""
-    if isinstance(model, Llama):
-        return model.decode(batch["tokens"], batch.get("token_mask"))[0]
-    memory = model.encode(batch["context"], batch.get("context_mask"))
+    memory = None if isinstance(model, Llama) else model.encode(batch["context"], batch.get("context_mask"))
     return model.decode(batch["tokens"], memory, token_mask_BT=batch.get("token_mask"))[0]
 
 

@@ -12,6 +12,7 @@ from support.tokenizers import WINDOW
 
 from cepe_jax.evaluation.language_model import LanguageModel, Prompt, generate
 from cepe_jax.evaluation.models import ModelConfig, check_model, load_model
+from cepe_jax.inference.caches import CacheConfig
 from cepe_jax.inference.scoring import Score
 from cepe_jax.model.llama import Llama
 from cepe_jax.model.rope import rope_table
@@ -199,8 +200,13 @@ def test_scaled_positions(home, rope, factor):
 def test_bad_input(home, encoder_reads, decoder_reads, tmp_path):
     long = Prompt([BOS, *range(100, 147)])
     for call, message in [
-        (lambda: ModelConfig(home, "both"), "reads is 'both': .*encoder, decoder, streaming, replug"),
+        (lambda: ModelConfig(home, "both"), "reads is 'both': .*encoder, decoder, replug"),
         (lambda: ModelConfig(home, window=1), "window is 1: .* 2 "),
+        (lambda: ModelConfig(home, "decoder", window=9, cache=CacheConfig("rolling")), "cache.kind is rolling.*window"),
+        (
+            lambda: ModelConfig(home, "replug", cache=CacheConfig("rolling")),
+            "cache.kind is rolling",
+        ),
         (lambda: ModelConfig(home, rope="ntk"), "rope is 'ntk': .*trained, linear, yarn"),
         (lambda: ModelConfig(home, rope="linear"), "rope linear .* 1.0: "),
         (lambda: ModelConfig(home, factor=2.0), "rope trained .* 2.0: "),
@@ -215,14 +221,16 @@ def test_bad_input(home, encoder_reads, decoder_reads, tmp_path):
 
 
 def test_windows_above_the_positions(home):
-    """Are refused where positions are those of the text; rope scaling gives more, and StreamingLLM needs none."""
+    """Are refused where positions are those of the text; rope scaling gives more, and a rolling cache needs none."""
     for reads in "encoder", "decoder", "replug":
         with pytest.raises(ValueError, match=f"window is 49: .* 48, .*{home.name} "):
             check_model(ModelConfig(home, reads, window=WINDOW + 1))
     with pytest.raises(ValueError, match="window is 97: .* 96"):
         check_model(ModelConfig(home, "decoder", window=2 * WINDOW + 1, rope="linear", factor=2.0))
     assert load_model(ModelConfig(home, "decoder", window=2 * WINDOW, rope="linear", factor=2.0)).window == 2 * WINDOW
-    assert load_model(ModelConfig(home, "streaming", window=WINDOW + 1)).model.window == WINDOW + 1
+    rolling = CacheConfig("rolling", window=WINDOW + 1)
+    assert load_model(ModelConfig(home, "decoder", cache=rolling)).cache.window == WINDOW + 1
+    assert load_model(ModelConfig(home, "decoder", cache=CacheConfig("rolling"))).cache.window == WINDOW
 
 
 def test_directories_that_cannot_be_read_so(home, weights, tmp_path):
@@ -241,5 +249,5 @@ def test_directories_that_cannot_be_read_so(home, weights, tmp_path):
         (tmp_path / "plain" / "config.json").write_text(json.dumps(written))
         with pytest.raises(ValueError, match=said):
             check_model(ModelConfig(tmp_path / "plain", "decoder", rope="yarn", factor=2.0))
-    with pytest.raises(ValueError, match="tokens .*StreamingLLM: .*window"):
-        check_model(ModelConfig(tmp_path / "plain", "streaming"))
+    with pytest.raises(ValueError, match="positions .*cache.window"):
+        check_model(ModelConfig(tmp_path / "plain", "decoder", cache=CacheConfig("rolling")))

@@ -11,7 +11,7 @@ from cepe_jax.evaluation import replug as module
 from cepe_jax.evaluation.language_model import Prompt
 from cepe_jax.evaluation.models import ModelConfig, load_model
 from cepe_jax.evaluation.replug import RePlug, log_weights, mixture
-from cepe_jax.inference import generate as generate_module
+from cepe_jax.inference.caches import full
 from cepe_jax.weights.huggingface import load
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -97,7 +97,7 @@ def test_stream(reader, mixed, monkeypatch):
 
 def test_long_continuations_in_pieces(reader, plain, monkeypatch):
     """Of one context the mixture is the decoder."""
-    monkeypatch.setattr(generate_module, "PAIRS", 0)
+    monkeypatch.setattr(full, "PAIRS", 0)
     reader = module.RePlug(reader.model, reader.tokenizer, (), None, 1.0)
     rng = np.random.default_rng(0)
     context, ids, continuation = (rng.integers(4, 330, count).tolist() for count in (100, 60, 260))

@@ -46,7 +46,7 @@ def test_a_conversation(chat, text_model, fresh):
             body, moved = ids[len(head) : end], []
             while len(head) + len(body) + 1 > WINDOW:
                 moved, body = [*moved, body[:CHUNK]], body[CHUNK:]
-            draws = Draws.of([HOT])._replace(number=number)
+            draws = Draws.of([HOT]).at(number)
             token = int(draw(fresh(head + body, moved)[None], draws)[0])
             assert token == ids[end] if end < len(ids) else token in (1, 3)
             number += 1

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import pytest
 from support.models import DECODER, ENCODER
 
+from cepe_jax.inference.caches.full import FullCache
 from cepe_jax.inference.generate import Draws, Sampling, next_token
-from cepe_jax.model.cache import KVCache
 from cepe_jax.model.cross import Memory
 from cepe_jax.training.hlo import arrays, instructions
 
@@ -18,7 +18,7 @@ ROWS, KV = 2, DECODER.num_kv_heads * DECODER.head_dim
 
 def program(cepe, tokens: int, slots: int, memory: int) -> str:
     """Of `tokens` tokens of each row after others in a cache of `slots`."""
-    cache = jax.eval_shape(lambda: KVCache.create(DECODER, ROWS, slots))
+    cache = jax.eval_shape(lambda: FullCache.create(DECODER, ROWS, slots))
     states = jax.ShapeDtypeStruct((ROWS, memory, ENCODER.width), jnp.float32)
     held = Memory(states, jax.ShapeDtypeStruct((ROWS, memory), bool))
     mask = None if tokens == 1 else jax.ShapeDtypeStruct((ROWS, tokens), bool)

@@ -28,7 +28,7 @@ draw = jax.jit(sample)
 def draws_of(rows: int, *settings, number: int = 0) -> Draws:
     """Each row with a seed of its own, from 0 on."""
     draws = Draws.of([Sampling(*settings)] * rows)
-    return draws._replace(seed_B=np.arange(rows, dtype=np.uint32), number=np.int32(number))
+    return draws._replace(seed_B=np.arange(rows, dtype=np.uint32)).at(number)
 
 
 def drawn(*settings) -> np.ndarray:
@@ -90,7 +90,7 @@ def test_a_draw_is_of_seed_and_number():
     """The key of a draw is that of the row's seed with the token's number folded in."""
     rows, logits = [5, 5, 6, 2**32 - 1], np.tile(LOGITS, (4, 1))
     draws = Draws.of([Sampling(2.0, seed=seed) for seed in rows])
-    tokens = [np.asarray(draw(logits, draws._replace(number=np.int32(number)))) for number in range(30)]
+    tokens = [np.asarray(draw(logits, draws.at(number))) for number in range(30)]
     for number, found in enumerate(tokens):
         keys = [jax.random.fold_in(jax.random.key(np.uint32(seed)), number) for seed in rows]
         assert found.tolist() == [int(jax.random.categorical(key, LOGITS / 2)) for key in keys]

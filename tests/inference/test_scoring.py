@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from support.models import DECODER, ENCODER
 
-from cepe_jax.inference import generate as generate_module
 from cepe_jax.inference import scoring as module
-from cepe_jax.inference.generate import generate, new_cache
+from cepe_jax.inference.caches import FULL, full, new_cache
+from cepe_jax.inference.generate import generate
 from cepe_jax.inference.scoring import score
 from cepe_jax.model.cepe import Cepe
+from cepe_jax.model.llama import Llama
 from cepe_jax.training.hlo import arrays
 
 PROMPT = [1, 2, 3, 4, 5, 6, 7]
@@ -87,9 +88,12 @@ def test_long_continuations_are_read_in_pieces(cepe, context, memory, forward, m
     monkeypatch.setattr(module, "log_probs", partial(noted, read[0]))
     monkeypatch.setattr(module, "log_probs_onwards", partial(noted, read[1]))
     monkeypatch.setattr(module, "PAIRS", 2**16)
-    monkeypatch.setattr(generate_module, "PAIRS", 2**16)
+    monkeypatch.setattr(full, "PAIRS", 2**16)
+    decode, widths = Llama._decode, []
+    monkeypatch.setattr(Llama, "_decode", lambda *given: widths.append(given[1].shape[1]) or decode(*given))
     scores = score(cepe, prompt, continuations, memory)
-    assert shapes == [(2, 4)] + [(1, 128)] * 4
+    assert shapes == [(2, 4), (1, 256), (1, 256)]
+    assert max(widths) == 128
     for continuation, found in zip(continuations, scores, strict=True):
         tokens_BT = np.zeros((1, 460), np.int32)
         tokens_BT[0, : len(prompt) + len(continuation)] = prompt + continuation
@@ -113,7 +117,7 @@ def test_logits_of_few_positions_exist_at_once(decoder):
     """No array of a scoring program is as large as all logits of a group."""
     rows, length = 16, 512
     given = [np.zeros((rows, length), kind) for kind in (int, int, bool)]
-    cache = dataclasses.replace(new_cache(decoder, 1, 128), empty=False)
+    cache = dataclasses.replace(new_cache(decoder.config, FULL, 1, 128), empty=False)
     program = module.log_probs.lower(decoder, *given, None, cache).compile().as_text()
     logits = [shape for _, shape in arrays(program) if DECODER.vocab_size in shape]
     assert logits

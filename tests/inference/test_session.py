@@ -9,8 +9,9 @@ from support.oracles import draw
 from support.tokenizers import CHUNK, WINDOW, chunks_of
 
 from cepe_jax.inference import session as module
+from cepe_jax.inference.caches import CacheConfig, new_cache
 from cepe_jax.inference.context import ContextCache, Passage, encode
-from cepe_jax.inference.generate import Draws, Sampling
+from cepe_jax.inference.generate import Draws, Sampling, generate
 from cepe_jax.inference.session import Session
 
 HOT = Sampling(temperature=1.0, seed=5)
@@ -32,7 +33,7 @@ def drawn(fresh):
         while len(head) + len(rest) + 1 > WINDOW:
             moved, rest = [*moved, rest[:CHUNK]], rest[CHUNK:]
         chunks = [chunk for passage in given for chunk in chunks_of(passage)] + moved
-        draws = Draws.of([HOT])._replace(number=number)
+        draws = Draws.of([HOT]).at(number)
         return int(draw(fresh(head + rest, chunks)[None], draws)[0])
 
     return drawn
@@ -78,7 +79,7 @@ def test_decoder_memory_is_constant(session, monkeypatch):
 
     def watched(*given):
         alive.append([old() for old in caches if old() is not None])
-        return given[0].new_cache(*given[1:])
+        return new_cache(*given)
 
     caches = []
     monkeypatch.setattr(module, "new_cache", watched)
@@ -203,3 +204,14 @@ def test_a_plain_decoder_may_drop_tokens(text_model, drawn):
     assert (moved[0], moved[3], moved[11], moved[12]) == (0, 1, 8, 1)
     with pytest.raises(ValueError, match=f"{CHUNK + 1} more .* {WINDOW}"):
         Session(text_model.model.decoder, WINDOW, 40, CHUNK, None, drops=True)
+
+
+def test_a_bounded_cache_has_no_end(text_model):
+    """Nothing is refused, dropped or read anew: what follows is what the cache's policy says of the whole text."""
+    keeps, decoder = CacheConfig("rolling", 12, 3), text_model.model.decoder
+    session = Session(decoder, None, HEAD, CHUNK, None, keeps=keeps)
+    text = random_ids(3 * WINDOW)
+    for count in (9, 40, 41, 3 * WINDOW):
+        session.replace(text[:count])
+        assert [[session.next()]] == generate(decoder, [text[:count]], max_new_tokens=1, keeps=keeps)
+        assert session.tokens == text[:count]

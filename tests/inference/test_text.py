@@ -35,7 +35,7 @@ def write(text_model, fresh):
     def write(tokens: list[int], contexts: list[list[int]], count: int, sampling: Sampling = GREEDY):
         chunks, new = [chunk for ids in contexts for chunk in chunks_of(ids)], []
         for number in range(count):
-            draws = Draws.of([sampling])._replace(number=number)
+            draws = Draws.of([sampling]).at(number)
             new.append(int(draw(fresh(tokens + new, chunks)[None], draws)[0]))
             if new[-1] in (1, 3):
                 new.pop()

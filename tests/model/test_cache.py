@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from support.models import DECODER, relative_error, with_config
 
-from cepe_jax.model.cache import KVCache
+from cepe_jax.inference.caches.full import FullCache
 from cepe_jax.model.cepe import Cepe
 from cepe_jax.model.cross import Memory
 
@@ -21,7 +21,7 @@ def step(model, tokens, memory, cache, token_mask):
 
 def run(model, tokens_BT, mask_BT, memory, sizes, slots):
     """Logits of all tokens, fed in pieces of these sizes; and the cache after them."""
-    cache, start, pieces = KVCache.create(model.decoder.config, tokens_BT.shape[0], slots), 0, []
+    cache, start, pieces = FullCache.create(model.decoder.config, tokens_BT.shape[0], slots), 0, []
     for size in sizes:
         part = slice(start, start + size)
         mask = None if mask_BT is None else mask_BT[:, part]
@@ -64,28 +64,33 @@ def test_what_the_cache_holds(cepe, tokens_BT, holes_BT, memory):
     for cache in (whole, pieces):
         assert not cache.empty
         assert cache.slots == 9
-        assert int(cache.length) == 7
-        np.testing.assert_array_equal(cache.valid_BS, np.pad(holes_BT, ((0, 0), (0, 2))))
         assert not cache.k_ZBKSH[:, :, :, 7:].any()
-    real = holes_BT.nonzero()
+    assert whole.length_B.tolist() == [7, 7]
+    np.testing.assert_array_equal(whole.valid_BS, np.pad(holes_BT, ((0, 0), (0, 2))))
+    # Row 0's second piece ended with a hole, and the next token took its slot.
+    assert pieces.length_B.tolist() == [6, 7]
+    assert pieces.valid_BS[0].nonzero()[0].tolist() == [0, 2, 3, 4, 5]
     for name in ("k_ZBKSH", "v_ZBKSH"):
-        ours, wanted = (np.asarray(getattr(c, name)).swapaxes(2, 3)[:, *real] for c in (pieces, whole))
-        assert relative_error(ours, wanted) < 1e-5
+        for row in range(2):
+            ours, wanted = (
+                np.asarray(getattr(c, name))[:, row][:, :, np.asarray(c.valid_BS)[row]] for c in (pieces, whole)
+            )
+            assert relative_error(ours, wanted) < 1e-5
 
 
 def test_padding_on_the_right_costs_no_slots(cepe, tokens_BT, memory, forward, context_BCL, context_mask_BCL):
-    """A prompt of 3 and one of 5 in 7 slots, then two more tokens of each: they follow the longer one.
+    """A prompt of 3 and one of 5 in 7 slots, then two more tokens of each, which follow the row's own.
 
     The slots that padding took are written again, and the logits are those of each row alone.
     """
     prompts, mask = [5, 3], np.arange(7) < np.array([[5], [3]])
-    cache = KVCache.create(DECODER, 2, 7)
+    cache = FullCache.create(DECODER, 2, 7)
     first, cache = step(cepe, tokens_BT, memory, cache, mask)
-    assert int(cache.length) == 5
+    assert cache.length_B.tolist() == [5, 3]
     second, cache = step(cepe, tokens_BT[:, :1], memory, cache, None)
     third, cache = step(cepe, tokens_BT[:, 1:2], memory, cache, None)
-    assert int(cache.length) == 7
-    np.testing.assert_array_equal(cache.valid_BS, [[1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 1, 1]])
+    assert cache.length_B.tolist() == [7, 5]
+    np.testing.assert_array_equal(cache.valid_BS, np.arange(7) < np.array([[7], [5]]))
     for row, count in enumerate(prompts):
         tokens = np.concatenate([tokens_BT[row, :count], tokens_BT[row, :2], np.zeros(5 - count, int)])
         wanted = forward(cepe, tokens[None], context_BCL[row : row + 1], context_mask_BCL[row : row + 1])[0]
@@ -97,7 +102,7 @@ def test_nothing_real_takes_no_slot(cepe, tokens_BT, memory):
     _, cache = run(cepe, tokens_BT, None, memory, (4,), slots=9)
     nothing = np.zeros((2, 2), bool)
     _, same = step(cepe, tokens_BT[:, :2], memory, cache, nothing)
-    assert int(same.length) == 4
+    assert same.length_B.tolist() == [4, 4]
     np.testing.assert_array_equal(same.valid_BS, cache.valid_BS)
 
 
@@ -117,18 +122,18 @@ def test_a_cache_of_one_row_is_read_by_all(cepe, tokens_BT, memory):
 
 def test_empty_is_a_statement_about_the_program(cepe, tokens_BT):
     """A new cache is empty and is not attended to; one whose slots are all invalid gives the same numbers."""
-    new = KVCache.create(DECODER, 2, 9)
+    new = FullCache.create(DECODER, 2, 9)
     assert new.empty
     assert jax.tree.structure(new) != jax.tree.structure(dataclasses.replace(new, empty=False))
     first, _ = step(cepe, tokens_BT[:, :4], None, new, None)
     attended, cache = step(cepe, tokens_BT[:, :4], None, dataclasses.replace(new, empty=False), None)
     assert relative_error(attended, first) < 1e-6
-    assert int(cache.length) == 4
+    assert cache.length_B.tolist() == [4, 4]
 
 
 def test_cache_has_the_dtype_of_activations(cepe, tokens_BT):
     narrow = with_config(cepe.decoder, dtype="bfloat16")
-    cache = KVCache.create(narrow.config, 2, 9)
+    cache = FullCache.create(narrow.config, 2, 9)
     assert cache.k_ZBKSH.dtype == jnp.bfloat16
     assert cache.k_ZBKSH.shape == (3, 2, 2, 9, 10)
     hidden, cache = jax.jit(lambda model, tokens, cache: model.decode(tokens, None, cache))(
@@ -149,7 +154,7 @@ def test_only_the_last_layers_read_the_memory(reading, cepe, tokens_BT, memory):
 
 def test_a_full_cache_says_so(decoder):
     """Never are the last slots written over: known from the shapes alone, or from how many are used."""
-    cache = KVCache.create(DECODER, 1, 4)
+    cache = FullCache.create(DECODER, 1, 4)
     with pytest.raises(ValueError, match=r"\b5 .* 0 .* 4 "):
         jax.eval_shape(decoder.decode, jnp.zeros((1, 5), int), None, cache)
     _, cache = decoder.decode(jnp.zeros((1, 3), int), None, cache)

@@ -3,6 +3,7 @@
 Run as a script it is a process of 8 devices that compares every split of the memory with one device.
 """
 
+import dataclasses
 import json
 import os
 import re
@@ -23,8 +24,8 @@ from support.models import DECODER, ENCODER, relative_error
 
 from cepe_jax.config import CrossLayers
 from cepe_jax.cost import ReadFlops, read_flops
+from cepe_jax.inference.caches.full import FullCache
 from cepe_jax.model import cross
-from cepe_jax.model.cache import KVCache
 from cepe_jax.model.cepe import Cepe
 from cepe_jax.model.cross import CrossAttention, Memory
 from cepe_jax.model.layers import RMSNorm
@@ -171,8 +172,8 @@ def test_the_form_follows_from_the_number_of_queries(monkeypatch, shape, even):
 def decode_program(cepe: Cepe, tokens: int, memory: int) -> jax.stages.Compiled:
     """The decoder reading `tokens` tokens after 8 others, with a memory of `memory` tokens for each of two rows."""
     shape = partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
-    cache = jax.eval_shape(lambda: KVCache.create(DECODER, 2, 8 + tokens))
-    cache = KVCache(cache.k_ZBKSH, cache.v_ZBKSH, cache.valid_BS, cache.length, empty=False)
+    cache = jax.eval_shape(lambda: FullCache.create(DECODER, 2, 8 + tokens))
+    cache = dataclasses.replace(cache, empty=False)
     read = Memory(shape((2, memory, ENCODER.width)), jax.ShapeDtypeStruct((2, memory), bool))
     given = jax.ShapeDtypeStruct((2, tokens), jnp.int32), read, cache
     return jax.jit(Cepe.decode).lower(cepe, *given).compile()

@@ -112,6 +112,6 @@ def recompute(call: Callable, prompts: list[list[int]], samplings: list[Sampling
         logits_BTV = call(tokens_BT)
         for row, sampling in enumerate(samplings):
             end = lengths[row] + step
-            draws = Draws.of([sampling])._replace(number=step)
+            draws = Draws.of([sampling]).at(step)
             tokens_BT[row, end] = draw(logits_BTV[row : row + 1, end - 1], draws)[0]
     return [tokens_BT[row, n : n + steps].tolist() for row, n in enumerate(lengths)]

@@ -1,0 +1,56 @@
+"""Policies of what a decoder keeps of the tokens it has read: a file for each, and the setting that chooses one."""
+
+import dataclasses
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import jax
+
+from cepe_jax.config import DecoderConfig
+from cepe_jax.inference.caches.full import FullCache
+from cepe_jax.inference.caches.rolling import RollingCache
+from cepe_jax.model.cache import Cache
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """The choice of a policy: `full` keeps every token, `rolling` the first and the last ones (StreamingLLM)."""
+
+    kind: Literal["full", "rolling"] = "full"
+    window: int | None = None  # tokens that rolling keeps; None: as many as the model has positions
+    sinks: int = 4  # of these, the first ones of the text
+
+    def __post_init__(self):
+        if self.kind not in ("full", "rolling"):
+            raise ValueError(f"cache.kind is {self.kind!r}: choose full or rolling")
+        if self.kind == "full" and (self.window is not None or self.sinks != CacheConfig.sinks):
+            raise ValueError("cache.window and cache.sinks are for cache.kind rolling: leave them out, or choose it")
+        if not 0 < self.sinks < (self.sinks + 1 if self.window is None else self.window):
+            raise ValueError(
+                f"cache.sinks is {self.sinks} and cache.window {self.window}: give 1 sink or more, and a larger window"
+            )
+
+    @property
+    def bounded(self) -> bool:
+        """Whether it keeps no more however long a text is."""
+        return self.kind == "rolling"
+
+    def of(self, positions: int | None) -> "CacheConfig":
+        """The same choice for a model of so many positions: a window that was not given is all of them."""
+        if not self.bounded or self.window is not None:
+            return self
+        if positions is None:
+            raise ValueError("nothing says how many positions the model has: give cache.window")
+        return dataclasses.replace(self, window=positions)
+
+
+FULL = CacheConfig()
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def new_cache(config: DecoderConfig, cache: CacheConfig, rows: int, slots: int) -> Cache:
+    """An empty cache for texts of up to `slots` tokens each, if the policy keeps all of them."""
+    if cache.kind == "rolling":
+        return RollingCache.create(config, rows, cache.window, cache.sinks)
+    return FullCache.create(config, rows, slots)

@@ -1,0 +1,122 @@
+"""The full cache: keys and values of every token."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from cepe_jax.config import DecoderConfig
+from cepe_jax.model.attention import Mask, Partial, attend_to_cache
+from cepe_jax.model.layers import at
+from cepe_jax.sharding import constrain, on_shards, rows_of_a_device
+
+Array = jax.Array
+PAIRS = 1 << 22  # of a query and a key whose scores in a head exist at once, where no kernel does without them
+LEAST_PIECE = 128  # tokens
+AXES = "layer", "batch", "kv_heads", "length", "head_dim"
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class FullCache:
+    """Turned keys, and values, of every layer in S slots. Each row fills its own from the left, and may leave holes.
+
+    Heads stand before slots, as the products of a step want them: the other way each step would turn all of it around.
+    `k_ZBKSH`, `v_ZBKSH`: Z layers. `valid_BS`: slots that hold a real token. `length_B`: slots up to the last of them.
+    """
+
+    k_ZBKSH: Array
+    v_ZBKSH: Array
+    valid_BS: Array
+    length_B: Array
+    empty: bool = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def create(cls, config: DecoderConfig, rows: int, slots: int) -> "FullCache":
+        shape = (config.num_layers, rows, config.num_kv_heads, slots, config.head_dim)
+        k, v = jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype)  # two buffers: both are donated
+        k, v = (constrain(x, *AXES) for x in (k, v))
+        return cls(k, v, jnp.zeros((rows, slots), bool), jnp.zeros(rows, jnp.int32), empty=True)
+
+    @property
+    def slots(self) -> int:
+        return self.k_ZBKSH.shape[3]
+
+    def piece(self, config: DecoderConfig, rows: int, length: int) -> int:
+        """A divisor of `length`, which programs give as a bucket: what fills a piece up would take slots.
+
+        Kernels store no scores, so they read all. They read no cache: what follows on others is read by XLA.
+        """
+        rows, keys = rows_of_a_device(rows), length if self.empty else self.slots
+        if (config.attention != "xla" and self.empty) or rows * length * keys <= PAIRS:
+            return length
+        most = 1 << (PAIRS // (rows * self.slots)).bit_length() >> 1  # a power of two
+        return math.gcd(length, max(most, LEAST_PIECE))
+
+    def grows_by(self, rows: int) -> bool:
+        return len(self.length_B) == rows
+
+    def repeated(self, rows: int) -> "FullCache":
+        if self.grows_by(rows):
+            return dataclasses.replace(self, empty=False)
+        k, v = (jnp.repeat(x, rows, axis=1) for x in (self.k_ZBKSH, self.v_ZBKSH))
+        return FullCache(k, v, jnp.repeat(self.valid_BS, rows, 0), jnp.repeat(self.length_B, rows), empty=False)
+
+    def reading(self, config: DecoderConfig, real_BT: Array) -> "_Reading":
+        """ValueError where it is known that the tokens do not fit (outside of a trace, all of it)."""
+        rows, count = real_BT.shape
+        if self.grows_by(rows):
+            used = 0 if isinstance(self.length_B, jax.core.Tracer) else int(max(self.length_B))
+            if used + count > self.slots:
+                raise ValueError(
+                    f"{count} tokens after {used} exceed the cache of {self.slots} slots: create a longer one"
+                )
+        positions_BT = jnp.cumsum(real_BT, axis=1) - 1 + self.valid_BS.sum(axis=1, keepdims=True)
+        return _Reading(self, jnp.where(real_BT, positions_BT, 0))
+
+    def append(self, kept_Z: tuple[Array, Array], real_BT: Array) -> "FullCache":
+        """Writes the slots after each row's. The caller sees to it that they fit.
+
+        A row goes on after the last of them that is real: padding on the right is written over by what follows.
+        """
+        k_ZBKTH, v_ZBKTH = (x_ZBTKH.swapaxes(2, 3) for x_ZBTKH in kept_Z)
+        end_T = jnp.arange(1, real_BT.shape[1] + 1)
+        return FullCache(
+            _written(self.k_ZBKSH, k_ZBKTH, self.length_B, AXES),
+            _written(self.v_ZBKSH, v_ZBKTH, self.length_B, AXES),
+            _written(self.valid_BS, real_BT, self.length_B, ("batch", "length")),
+            self.length_B + jnp.where(real_BT, end_T, 0).max(axis=1),
+            empty=False,
+        )
+
+    def emptied(self, rows_B: Array) -> "FullCache":
+        valid_BS, length_B = self.valid_BS & ~rows_B[:, None], jnp.where(rows_B, 0, self.length_B)
+        return dataclasses.replace(self, valid_BS=valid_BS, length_B=length_B)
+
+
+class _Reading(NamedTuple):
+    cache: FullCache
+    positions_BT: Array
+
+    def attend(self, index: Array, q_BTNH: Array, turned_BTNH: Array) -> Partial:
+        k_BKSH, v_BKSH = at(self.cache.k_ZBKSH, index), at(self.cache.v_ZBKSH, index)
+        return attend_to_cache(turned_BTNH, k_BKSH, v_BKSH, Mask(valid_BS=self.cache.valid_BS))
+
+    def keep(self, k_BTKH: Array, turned_BTKH: Array, v_BTKH: Array) -> tuple[Array, Array]:
+        return turned_BTKH, v_BTKH
+
+
+def _written(x: Array, new: Array, start_B: Array, axes: tuple[str, ...]) -> Array:
+    """`x` with `new` in each row from its own slot on. Of one row a device writes a block, of several it scatters."""
+    row, slot = axes.index("batch"), axes.index("length")
+
+    def write(x: Array, new: Array, start_B: Array) -> Array:
+        if len(start_B) == 1:
+            return jax.lax.dynamic_update_slice_in_dim(x, new, start_B[0], slot)
+        of_a_row = lambda x, new, start: jax.lax.dynamic_update_slice_in_dim(x, new, start, slot - 1)  # noqa: E731
+        return jax.vmap(of_a_row, (row, row, 0), row)(x, new, start_B)
+
+    return on_shards(write, (axes, axes, ("batch",)), axes)(x, new, start_B)

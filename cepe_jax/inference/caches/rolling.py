@@ -1,0 +1,110 @@
+"""StreamingLLM (Xiao et al. 2023): a text of any length, read with the keys of its first tokens and of its last ones.
+
+Positions are those in the cache, not in the text. Attention knows distances alone: the last tokens have their own, and
+from the first ones, the sinks, no token is further away than the cache is long. So pieces of tokens are read at once,
+by keys near by and by the sinks, with other angles for both, merged by log-sum-exp.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from cepe_jax.config import DecoderConfig
+from cepe_jax.model.attention import Mask, Partial, attend_partial, combine
+from cepe_jax.model.layers import at
+from cepe_jax.model.rope import rope_table, rotate
+
+Array = jax.Array
+PIECE = 256  # tokens that are read at once
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class RollingCache:
+    """Keys that are not turned, and values, of every layer in S slots: the sinks, then the last tokens, in a ring.
+
+    `read_B`: how many tokens each row has read. What comes later is written over the oldest of the ring.
+    """
+
+    k_ZBSKH: Array
+    v_ZBSKH: Array
+    read_B: Array
+    sinks: int = dataclasses.field(metadata={"static": True})
+    empty = False  # its slots are masked where there is nothing yet
+
+    @classmethod
+    def create(cls, config: DecoderConfig, rows: int, window: int, sinks: int) -> "RollingCache":
+        shape = (config.num_layers, rows, window, config.num_kv_heads, config.head_dim)
+        return cls(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype), jnp.zeros(rows, jnp.int32), sinks)
+
+    @property
+    def slots(self) -> int:
+        return self.k_ZBSKH.shape[2]
+
+    def piece(self, config: DecoderConfig, rows: int, length: int) -> int:
+        """So many that all see each other."""
+        return min(length, PIECE, self.slots - self.sinks)
+
+    def grows_by(self, rows: int) -> bool:
+        return len(self.read_B) == rows
+
+    def repeated(self, rows: int) -> "RollingCache":
+        if self.grows_by(rows):
+            return self
+        k, v = (jnp.repeat(x, rows, axis=1) for x in (self.k_ZBSKH, self.v_ZBSKH))
+        return RollingCache(k, v, jnp.repeat(self.read_B, rows), self.sinks)
+
+    def reading(self, config: DecoderConfig, real_BT: Array) -> "_Reading":
+        """Rows are padded on the right."""
+        T, sinks, recent = real_BT.shape[1], self.sinks, self.slots - self.sinks
+        read_B1 = self.read_B[:, None]
+        age_BS = 1 + (read_B1 - sinks - 1 - jnp.arange(recent)) % recent  # of the ring's, as the first new one comes
+        distance_BTS = jnp.arange(T)[:, None] + age_BS[:, None]
+        # Rows that share the cache of one row are its queries, one after the other.
+        near_BTS = jnp.tile(distance_BTS < recent, (1, len(real_BT) // len(read_B1), 1))
+        near = Mask(valid_BS=jnp.arange(recent) < read_B1 - sinks, seen_BTS=near_BTS)
+        first = Mask(valid_BS=jnp.arange(sinks) < read_B1)
+        positions_BT = recent + jnp.arange(T)[None]  # in the cache and the piece, so that they stay small
+        far_BT = jnp.minimum(read_B1 + jnp.arange(T), self.slots - 1)
+        tables = (
+            rope_table(config.rope, config.head_dim, at_BT)
+            for at_BT in (recent - age_BS, far_BT, jnp.arange(sinks)[None])
+        )
+        return _Reading(self, positions_BT, near, first, *tables)
+
+    def append(self, kept_Z: tuple[Array, Array], real_BT: Array) -> "RollingCache":
+        token_BT = self.read_B[:, None] + jnp.arange(real_BT.shape[1])
+        slot_BT = jnp.where(
+            token_BT < self.sinks, token_BT, self.sinks + (token_BT - self.sinks) % (self.slots - self.sinks)
+        )
+        where = slice(None), jnp.arange(len(real_BT))[:, None], jnp.where(real_BT, slot_BT, self.slots)
+        k_ZBSKH, v_ZBSKH = (
+            x.at[where].set(new, mode="drop") for x, new in zip((self.k_ZBSKH, self.v_ZBSKH), kept_Z, strict=True)
+        )
+        return RollingCache(k_ZBSKH, v_ZBSKH, self.read_B + real_BT.sum(axis=1), self.sinks)
+
+    def emptied(self, rows_B: Array) -> "RollingCache":
+        return dataclasses.replace(self, read_B=jnp.where(rows_B, 0, self.read_B))
+
+
+class _Reading(NamedTuple):
+    cache: RollingCache
+    positions_BT: Array
+    near: Mask
+    first: Mask
+    old_table: tuple[Array, Array]  # of the ring's keys
+    far_table: tuple[Array, Array]  # of queries to the sinks
+    sinks_table: tuple[Array, Array]
+
+    def attend(self, index: Array, q_BTNH: Array, turned_BTNH: Array) -> Partial:
+        k_BSKH, v_BSKH = at(self.cache.k_ZBSKH, index), at(self.cache.v_ZBSKH, index)
+        sinks = self.cache.sinks
+        near = attend_partial(turned_BTNH, rotate(k_BSKH[:, sinks:], self.old_table), v_BSKH[:, sinks:], self.near)
+        far_BTNH, first_BSKH = rotate(q_BTNH, self.far_table), rotate(k_BSKH[:, :sinks], self.sinks_table)
+        return combine(near, attend_partial(far_BTNH, first_BSKH, v_BSKH[:, :sinks], self.first))
+
+    def keep(self, k_BTKH: Array, turned_BTKH: Array, v_BTKH: Array) -> tuple[Array, Array]:
+        return k_BTKH, v_BTKH
