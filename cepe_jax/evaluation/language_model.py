@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from cepe_jax.data.tokenizer import Tokenizer
+from cepe_jax.inference.detokenize import pieces
 from cepe_jax.inference.scoring import Score
-from cepe_jax.inference.streaming import pieces
 
 
 @dataclass(frozen=True)

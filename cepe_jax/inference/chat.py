@@ -5,10 +5,10 @@ from collections.abc import Generator, Sequence
 
 from cepe_jax.inference.caches import CacheConfig
 from cepe_jax.inference.context import ContextCache
+from cepe_jax.inference.detokenize import Detokenizer, StopStrings
 from cepe_jax.inference.generate import GREEDY, Sampling
 from cepe_jax.inference.overflow import Overflow, check_window
 from cepe_jax.inference.session import Session, check_head
-from cepe_jax.inference.streaming import Detokenizer, StopStrings
 from cepe_jax.inference.template import Message, Template
 from cepe_jax.model.cepe import Cepe
 from cepe_jax.model.llama import Llama

@@ -8,7 +8,7 @@ import numpy as np
 
 from cepe_jax.checks import check_tokens
 from cepe_jax.inference.caches import FULL, CacheConfig, new_cache
-from cepe_jax.inference.caches.full import PAIRS
+from cepe_jax.inference.caches.full import PIECE_PAIRS
 from cepe_jax.inference.generate import (
     GREEDY,
     Draws,
@@ -80,7 +80,7 @@ def score(
     slots = bucket(len(prompt))
     before, last = prompt[:-1], prompt[-1]  # the last one is read with each continuation, whose first follows it
     lengths = [_filled(len(continuation)) for continuation in continuations]
-    rows = [PAIRS // (length * (slots + length)) for length in lengths]  # so many like it are read at once
+    rows = [PIECE_PAIRS // (length * (slots + length)) for length in lengths]  # so many like it are read at once
     together = [number for number, most in enumerate(rows) if most > 1]
     alone = [number for number, most in enumerate(rows) if most <= 1]
     if alone:

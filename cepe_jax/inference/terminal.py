@@ -16,9 +16,9 @@ from cepe_jax.directories import in_one_line
 from cepe_jax.inference.caches import FULL, CacheConfig
 from cepe_jax.inference.chat import MAX_NEW_TOKENS, check_chat
 from cepe_jax.inference.context import ContextCache
+from cepe_jax.inference.detokenize import StopStrings
 from cepe_jax.inference.generate import Sampling
 from cepe_jax.inference.overflow import Overflow, check_encoder, fit
-from cepe_jax.inference.streaming import StopStrings
 from cepe_jax.inference.template import Template
 from cepe_jax.inference.text import CHUNK_LENGTH, ModelFacts, TextModel, chat_window, prompt_window, read_facts
 from cepe_jax.sharding import make_mesh

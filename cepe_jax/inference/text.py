@@ -13,10 +13,10 @@ from cepe_jax.data.tokenizer import Tokenizer
 from cepe_jax.inference.caches import FULL, CacheConfig
 from cepe_jax.inference.chat import MAX_NEW_TOKENS, Chat, check_chat
 from cepe_jax.inference.context import ContextCache, DeviceMemories, encode, identity_of, stacked
+from cepe_jax.inference.detokenize import pieces
 from cepe_jax.inference.generate import GREEDY, Sampling, check_reads_contexts, stream
 from cepe_jax.inference.overflow import Overflow, check_encoder, fit, fit_continued
 from cepe_jax.inference.scoring import Score, score
-from cepe_jax.inference.streaming import pieces
 from cepe_jax.inference.template import Template
 from cepe_jax.model.cepe import Cepe
 from cepe_jax.model.cross import Memory

@@ -28,7 +28,7 @@ from cepe_jax.sharding import on_shards, rows_of_a_device, split_axes
 Array = jax.Array
 
 # Pairs of a query and a key whose scores in a head (XLA), or whose mask (cuDNN), exist at once.
-PAIRS: dict[Backend, int] = {"xla": 1 << 21, "cudnn": 1 << 28}
+BLOCK_PAIRS: dict[Backend, int] = {"xla": 1 << 21, "cudnn": 1 << 28}
 LEAST_BLOCK = 128  # tokens of memory
 KERNEL_BLOCK = 1 << 14  # tokens of memory whose keys and values exist at once beside splash, which stores no scores
 
@@ -79,7 +79,7 @@ class CrossAttention(nnx.Module):
         rows, M = memory.states_BME.shape[:2]
         whole = {
             "xla": False,
-            "cudnn": PAIRS["cudnn"] >= rows_of_a_device(B) * T * M,
+            "cudnn": BLOCK_PAIRS["cudnn"] >= rows_of_a_device(B) * T * M,
             "splash": differentiable or M <= KERNEL_BLOCK,
         }[backend]
         if whole and not split_axes("memory"):
@@ -123,7 +123,7 @@ def _materialised_part(backend: Backend, q_BTNH: Array, memory: Memory, k: Array
         return attend_partial(q_BTNH, k_BMKH, v_BMKH, Mask(valid_BS=memory.valid_BM))
 
     B, T = q_BTNH.shape[:2]
-    return _in_blocks(block, memory, KERNEL_BLOCK if backend == "splash" else PAIRS["xla"] // (B * T))
+    return _in_blocks(block, memory, KERNEL_BLOCK if backend == "splash" else BLOCK_PAIRS["xla"] // (B * T))
 
 
 def _absorbed_part(q_BTNH: Array, memory: Memory, k: Array, v: Array) -> Partial:
@@ -137,7 +137,7 @@ def _absorbed_part(q_BTNH: Array, memory: Memory, k: Array, v: Array) -> Partial
         memory_B1ME = memory.states_BME[:, None]
         return attend_to_heads(q_B11QE, memory_B1ME, memory_B1ME, Mask(valid_BS=memory.valid_BM), H**-0.5)
 
-    sums, *weights = (x.reshape(heads) for x in _in_blocks(block, memory, PAIRS["xla"] // (B * T)))
+    sums, *weights = (x.reshape(heads) for x in _in_blocks(block, memory, BLOCK_PAIRS["xla"] // (B * T)))
     values = jnp.einsum("BTKGE,EKH->BTKGH", sums.astype(v.dtype), v, preferred_element_type=sums.dtype)
     return values, *weights
 

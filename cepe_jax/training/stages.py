@@ -191,9 +191,9 @@ def run_stage(config: TrainConfig) -> Path | None:
     weights = list(config.mix.values()) or [1.0]
     data = examples(sources, weights, config.stage, config.examples, config.seed)
     unseen = None if config.evaluation.data is None else held_out_examples(config, tokenizer)
-    sizes = mesh_of(config, jax.device_count())
+    shares = mesh_of(config, jax.device_count())
     backend = backend_of(config, jax.default_backend())
-    mesh = make_mesh(**dataclasses.asdict(sizes))
+    mesh = make_mesh(**dataclasses.asdict(shares))
     devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     print(f"{devices}, mesh {dict(mesh.shape)}, processes: {jax.process_count()}, attention: {backend}")
     runs_as = at_run_time(sizes_of(config, tokenizer.vocab_size), config, backend)
@@ -227,7 +227,7 @@ def run_stage(config: TrainConfig) -> Path | None:
         meet()
         if not record.exists():
             raise ValueError(f"{record} is missing in process {jax.process_index()}: give an --out that all share")
-        objective, accumulate = objective_of(config), micro_batches(config, sizes.data * sizes.fsdp)
+        objective, accumulate = objective_of(config), micro_batches(config, shares.data * shares.fsdp)
         evaluate = None
         if unseen is not None:
             with contextlib.closing(batches_from(0, unseen, workers=0)) as some:

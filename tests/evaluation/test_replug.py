@@ -97,7 +97,7 @@ def test_stream(reader, mixed, monkeypatch):
 
 def test_long_continuations_in_pieces(reader, plain, monkeypatch):
     """Of one context the mixture is the decoder."""
-    monkeypatch.setattr(full, "PAIRS", 0)
+    monkeypatch.setattr(full, "PIECE_PAIRS", 0)
     reader = module.RePlug(reader.model, reader.tokenizer, (), None, 1.0)
     rng = np.random.default_rng(0)
     context, ids, continuation = (rng.integers(4, 330, count).tolist() for count in (100, 60, 260))

@@ -7,8 +7,8 @@ from support.oracles import draw
 from support.tokenizers import CHUNK, WINDOW
 
 from cepe_jax.inference import session
+from cepe_jax.inference.detokenize import Detokenizer
 from cepe_jax.inference.generate import Draws, Sampling, generate
-from cepe_jax.inference.streaming import Detokenizer
 
 HOT = Sampling(temperature=1.0, seed=5)
 SYSTEM = "Be brief."

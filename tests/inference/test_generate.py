@@ -165,7 +165,7 @@ def test_long_prompts_are_read_in_pieces(cepe, context, memory, forward, monkeyp
     prompts = [rng.integers(0, DECODER.vocab_size, count).tolist() for count in lengths]
     decode, widths = Llama._decode, []
     monkeypatch.setattr(Llama, "_decode", lambda *given: widths.append(given[1].shape[1]) or decode(*given))
-    monkeypatch.setattr(full, "PAIRS", 6 * 256 * 384)
+    monkeypatch.setattr(full, "PIECE_PAIRS", 6 * 256 * 384)
     shared, own = rows_of(memory, slice(1)), [part[:1] for part in context]
     tokens = generate(cepe, prompts, shared, max_new_tokens=2, sampling=HOT)
     assert set(widths) == {128, 1}  # no more than 256 would do, and 384 is three times 128

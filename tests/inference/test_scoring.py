@@ -87,8 +87,8 @@ def test_long_continuations_are_read_in_pieces(cepe, context, memory, forward, m
 
     monkeypatch.setattr(module, "log_probs", partial(noted, read[0]))
     monkeypatch.setattr(module, "log_probs_onwards", partial(noted, read[1]))
-    monkeypatch.setattr(module, "PAIRS", 2**16)
-    monkeypatch.setattr(full, "PAIRS", 2**16)
+    monkeypatch.setattr(module, "PIECE_PAIRS", 2**16)
+    monkeypatch.setattr(full, "PIECE_PAIRS", 2**16)
     decode, widths = Llama._decode, []
     monkeypatch.setattr(Llama, "_decode", lambda *given: widths.append(given[1].shape[1]) or decode(*given))
     scores = score(cepe, prompt, continuations, memory)

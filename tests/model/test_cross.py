@@ -129,7 +129,7 @@ def test_blocks_change_nothing(monkeypatch, form, memory, mask):
 
     both = []
     for pairs in (1 << 21, 1):
-        monkeypatch.setitem(cross.PAIRS, "xla", pairs)
+        monkeypatch.setitem(cross.BLOCK_PAIRS, "xla", pairs)
         both.append(jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(weights, x, held))
     assert relative_error(both[1][1], oracle(weights, *given)) < 1e-5
     for whole, blocks in zip(*map(jax.tree.leaves, both), strict=True):
@@ -192,7 +192,7 @@ def test_no_key_or_value_of_the_memory_exists_in_decoding(cepe):
 
 def test_memory_of_prefill_does_not_grow_with_the_context(cepe, monkeypatch):
     """Beside the context itself, which is an argument: with scores of 64 queries it would grow by 2 MiB and more."""
-    monkeypatch.setitem(cross.PAIRS, "xla", 1 << 15)
+    monkeypatch.setitem(cross.BLOCK_PAIRS, "xla", 1 << 15)
     short, long = (decode_program(cepe, 64, memory).memory_analysis().temp_size_in_bytes for memory in (2048, 8192))
     assert long - short < 2 * (8192 - 2048) * ENCODER.width * 4  # a copy of the memory at most
 
@@ -307,12 +307,12 @@ def main() -> None:
             x, *memory = (constrain(x, "batch", *[None] * (x.ndim - 1)) for x in given)
             return reading(weights, "materialised")(x, Memory(*memory), "xla").sum()
 
-        cross.PAIRS["xla"] = rows // 8 * T * 128  # 8 blocks
+        cross.BLOCK_PAIRS["xla"] = rows // 8 * T * 128  # 8 blocks
         for name, function in (("forward", loss), ("gradient", jax.value_and_grad(loss))):
             found[name] = collectives(jax.jit(function).lower(weights, *given).compile().as_text())
         found["calls of cuDNN"] = []
         for pairs in (rows // 8 * T * 1024, rows // 8 * T * 1024 // 2):
-            cross.PAIRS["cudnn"] = pairs
+            cross.BLOCK_PAIRS["cudnn"] = pairs
             read = jax.jit(lambda weights, x, *memory: reading(weights, "materialised")(x, Memory(*memory), "cudnn"))
             lowered = read.trace(weights, *cast(given[:2], jnp.bfloat16), mask).lower(lowering_platforms=("cuda",))
             found["calls of cuDNN"].append(len(kernels_of(lowered.as_text())))

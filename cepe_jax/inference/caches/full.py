@@ -14,7 +14,7 @@ from cepe_jax.model.layers import at
 from cepe_jax.sharding import constrain, on_shards, rows_of_a_device
 
 Array = jax.Array
-PAIRS = 1 << 22  # of a query and a key whose scores in a head exist at once, where no kernel does without them
+PIECE_PAIRS = 1 << 22  # of a query and a key whose scores in a head exist at once, where no kernel does without them
 LEAST_PIECE = 128  # tokens
 AXES = "layer", "batch", "kv_heads", "length", "head_dim"
 
@@ -51,9 +51,9 @@ class FullCache:
         Kernels store no scores, so they read all. They read no cache: what follows on others is read by XLA.
         """
         rows, keys = rows_of_a_device(rows), length if self.empty else self.slots
-        if (config.attention != "xla" and self.empty) or rows * length * keys <= PAIRS:
+        if (config.attention != "xla" and self.empty) or rows * length * keys <= PIECE_PAIRS:
             return length
-        most = 1 << (PAIRS // (rows * self.slots)).bit_length() >> 1  # a power of two
+        most = 1 << (PIECE_PAIRS // (rows * self.slots)).bit_length() >> 1  # a power of two
         return math.gcd(length, max(most, LEAST_PIECE))
 
     def grows_by(self, rows: int) -> bool:

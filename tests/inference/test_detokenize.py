@@ -8,7 +8,7 @@ from support.tokenizers import TEXTS, as_llama_2, byte_ids, byte_level, to_token
 
 from cepe_jax.data.tokenizer import Tokenizer
 from cepe_jax.data.tokenizer_training import train
-from cepe_jax.inference.streaming import TORN, Detokenizer, StopStrings
+from cepe_jax.inference.detokenize import TORN, Detokenizer, StopStrings
 
 KINDS = "ours", "as llama 2", "byte level", "byte fallback"
 
