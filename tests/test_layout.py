@@ -59,7 +59,8 @@ def test_rooms_import_only_rooms_above(module):
 
 
 def test_every_folder_is_a_known_room():
-    assert {path.parent.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py")} <= {".", *ROOMS}
+    folders = {path.parent.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py")}
+    assert folders <= {".", *ROOMS, "inference/caches"}
 
 
 def test_no_cycles():
