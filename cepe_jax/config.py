@@ -101,7 +101,7 @@ class EncoderConfig(TransformerConfig):
 
     norm_eps: float = 1e-6
     mlm_head: bool = False
-    chunk_positions: bool = False  # in a CEPE: of each chunk the memory says how many stand after it
+    chunk_positions: bool = False  # in a CEPE: the memory encodes how many chunks follow each chunk
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Encoded contexts: what the encoder wrote of each passage, kept on the host, and put on the devices to be read.
 
 Nothing of a layer is kept, and of the encoder's output real tokens alone: cross-attention has no positions, so a token
-that is masked is one that is not there. Where a model's chunks have positions, they are added when the memory is put
-together: of a passage alone nobody knows how many will follow.
+that is masked is one that is not there. Chunk positions, if the model has them, are added when a memory is assembled:
+only then is it known how many chunks follow each chunk.
 """
 
 import hashlib
@@ -43,7 +43,7 @@ encode_chunks = jax.jit(Cepe.encode_chunks)
 class Passage:
     digest: str  # sha256 of the chunks' length and the tokens
     states_LE: np.ndarray  # what the encoder wrote of each token, chunk after chunk
-    chunk_length: int = 0  # tokens, where the model gives chunks positions; they are not in the states
+    chunk_length: int = 0  # tokens; 0 if the model has no chunk positions. The states never contain positions
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,7 +120,7 @@ class ContextCache:
             raise ValueError(f"{path} is damaged, its sha256 differs from the stored one: encode its contexts anew")
         facts = json.loads(metadata["facts"])
         names = facts["passages"]
-        lengths = facts.get("chunk_lengths", [0] * len(names))  # which files have since chunks may have positions
+        lengths = facts.get("chunk_lengths", [0] * len(names))  # older files lack them
         passages = (Passage(name, states[name], length) for name, length in zip(names, lengths, strict=True))
         cache = cls(facts["identity"], tuple(passages))
         cache.check_is_of(identity, str(path))
@@ -253,10 +253,10 @@ def stacked(caches: Sequence[ContextCache], length: int | None = None) -> Memory
 
 
 class DeviceMemories:
-    """Memories that stay on the devices from call to call: those of the last two contexts that were read.
+    """The memories of the two contexts that were used last. They stay on the devices between calls.
 
-    A context that nobody holds any more takes its memory with it. Whoever lets a context grow reads the last one, and
-    the one before shares its passages, so that no more are kept.
+    A memory is freed together with its context. Two are kept so that contexts can be used in turn; more would hold the
+    memories of all earlier states of a context that grows.
     """
 
     KEPT = 2
@@ -265,7 +265,7 @@ class DeviceMemories:
         self._placed: WeakKeyDictionary[ContextCache, tuple[Mesh, Memory | None]] = WeakKeyDictionary()
 
     def of(self, context: ContextCache) -> Memory | None:
-        """The memory of this context alone, as `stacked` gives it."""
+        """Return the memory of this context, placed on the mesh in use."""
         mesh = jax.sharding.get_mesh()
         placed = self._placed.pop(context, None)
         if placed is None or placed[0] != mesh:
@@ -278,7 +278,7 @@ class DeviceMemories:
 
 
 def _add_positions(row_ME: np.ndarray, passages: Sequence[Passage]) -> None:
-    """Adds the vectors of their chunks to what the encoder wrote of these passages."""
+    """Add the position vectors of the passages' chunks to their states, in place."""
     lengths = [
         min(passage.chunk_length, len(passage.states_LE) - start)
         for passage in passages

@@ -84,7 +84,7 @@ class Draws(NamedTuple):
         return cls(*columns, number_B=np.zeros(len(seeded), np.int32))
 
     def at(self, number: int) -> "Draws":
-        """The draws of this token of every row, of which the first is 0."""
+        """Return the draws for token `number` of every row; the first token is number 0."""
         return self._replace(number_B=np.full_like(self.number_B, number))
 
 
@@ -168,13 +168,13 @@ def read(
 
 
 def check_reads_contexts(model: Cepe | Llama) -> None:
-    """ValueError for a plain decoder."""
+    """Raise ValueError for a plain decoder."""
     if isinstance(model, Llama):
         raise ValueError("a context needs a CEPE model: this one is a plain decoder")
 
 
 def check_prompts(model: Cepe | Llama, prompts: Sequence[Sequence[int]], memory: Memory | None) -> None:
-    """ValueError for what the model cannot read."""
+    """Raise ValueError for prompts that the model cannot read."""
     if len(prompts) == 0 or not all(len(prompt) for prompt in prompts):
         raise ValueError("an empty prompt: start it with the begin-of-sequence token")
     if memory is not None:
@@ -206,8 +206,7 @@ def stream(
     A row ends before the first of `stop_ids`; the steps end with the last row, at the latest after `max_new_tokens`.
     Memory of one row is read by all prompts. Each row is the one its prompt has alone, sampled ones too: the draws
     depend on the row's seed and the number of the token. Of one `sampling` for all prompts each row has its
-    `for_row`. `keeps`: what the decoder keeps of them. ValueError where the longest prompt and the new tokens exceed
-    `window`.
+    `for_row`. `keeps` selects the cache policy. ValueError where the longest prompt and the new tokens exceed `window`.
     """
     check_prompts(model, prompts, memory)
     if max_new_tokens < 1:

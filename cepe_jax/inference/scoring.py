@@ -70,7 +70,7 @@ def score(
 ) -> list[Score]:
     """How probable each continuation is after the prompt, which is read once, as the memory (of one row) is.
 
-    `keeps`: what the decoder keeps of them. Continuations are read together, those that are too long for it one by one.
+    `keeps` selects the cache policy. Continuations are read together, those that are too long for it one by one.
     """
     check_prompts(model, [prompt], memory)
     for number, continuation in enumerate(continuations):

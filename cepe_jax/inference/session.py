@@ -42,8 +42,8 @@ class Session:
     The decoder reads the first `head` tokens and, in what its window leaves, the last ones. What is between them is in
     `context`, after the passages given at first: when a token more would not fit, the oldest `chunk_length` tokens
     after the head are encoded and appended, and what remains is read anew from position 0. So what follows is what a
-    fresh model says of `tokens` and `context`, however the text came about. Without a window the decoder reads all of
-    the text, into a cache that is bounded by itself.
+    fresh model says of `tokens` and `context`, however the text came about. `window` is None for a bounded cache; the
+    decoder then reads the whole text.
     """
 
     def __init__(

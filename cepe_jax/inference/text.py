@@ -134,8 +134,8 @@ class TextModel:
         """Return a conversation by the chat template beside the tokenizer; of any length where there is an encoder.
 
         `overflow` is for a plain decoder: with "error" a turn is refused for which the window has no room, with
-        "truncate_left" the oldest tokens are dropped, `chunk_length` at a time. With a bounded cache a plain decoder
-        reads all of it, and an encoder what would leave the cache.
+        "truncate_left" the oldest tokens are dropped, `chunk_length` at a time. `chat_window` states the effect of a
+        bounded cache.
         """
         template, has_encoder = Template(self.tokenizer), isinstance(self.model, Cepe)
         window, endless = chat_window(self.window, self.cache, has_encoder)
@@ -228,16 +228,19 @@ class ModelFacts:
 
 
 def prompt_window(window: int | None, cache: CacheConfig, overflow: Overflow) -> int | None:
-    """How many tokens of a prompt the decoder reads: of a bounded cache all, or what it keeps if the rest moves."""
+    """Return how many tokens of a prompt the decoder reads at most; None is no limit.
+
+    A bounded cache imposes no limit, unless `overflow` moves the excess: then the limit is the size of the cache.
+    """
     if not cache.bounded:
         return window
     return None if overflow == "error" else cache.window
 
 
 def chat_window(window: int | None, cache: CacheConfig, has_encoder: bool) -> tuple[int | None, bool]:
-    """How many tokens of a conversation the decoder reads, and whether it has no end without one.
+    """Return how many tokens of a conversation the decoder reads at most, and whether the conversation may be endless.
 
-    With an encoder what would leave a bounded cache is encoded; without one the cache lets it go.
+    A model with an encoder encodes tokens before they would leave a bounded cache. A plain decoder forgets them.
     """
     if not cache.bounded:
         return window, False

@@ -29,7 +29,7 @@ def native_backend(platform: str, dtype: str) -> Backend:
 class Mask:
     """Which keys a query sees. `valid_BS`: true for keys that exist. `causal`: query i sees keys up to i.
 
-    `seen_BTS`: true where a query sees a key, for XLA alone.
+    `seen_BTS` is true if a query sees a key; only XLA's attention supports it.
     """
 
     causal: bool = dataclasses.field(default=False, metadata={"static": True})
@@ -38,7 +38,7 @@ class Mask:
 
     @property
     def may_hide_all(self) -> bool:
-        """Whether a query may see no key at all."""
+        """Whether there may be a query that sees no key."""
         return self.valid_BS is not None or self.seen_BTS is not None
 
     def dense(self, num_queries: int, num_keys: int) -> jax.Array:

@@ -1,4 +1,4 @@
-"""What a decoder keeps of the tokens it has read. A policy is a `Cache`; `cepe_jax.inference.caches` has them."""
+"""The interface of a decoder's cache. `cepe_jax.inference.caches` holds the policies."""
 
 from typing import Protocol, Self
 
@@ -11,46 +11,49 @@ Array = jax.Array
 
 
 class Reading(Protocol):
-    """A cache beside the new tokens of one call, ready for the layers' queries; what the layers share is made once.
+    """A cache together with the new tokens of one call. Values that all layers share are computed when it is made.
 
-    `positions_BT`: where the new tokens stand to each other, (B or 1, T): their queries and keys are turned by it.
+    `positions_BT`, (B or 1, T), are the positions of the new tokens; their queries and keys are rotated by these.
     """
 
     positions_BT: Array
 
-    def attend(self, index: Array, q_BTNH: Array, turned_BTNH: Array) -> Partial:
-        """The attention of the new queries to what the cache keeps of layer `index`.
+    def attend(self, index: Array, q_BTNH: Array, rotated_BTNH: Array) -> Partial:
+        """Return the attention of the new queries to the cached keys of layer `index`.
 
-        `q_BTNH` is not turned, so that a policy may choose other angles; `turned_BTNH` is, by `positions_BT`.
+        `q_BTNH` is not rotated, so that a policy can choose other angles. `rotated_BTNH` is rotated by `positions_BT`.
         """
 
-    def keep(self, k_BTKH: Array, turned_BTKH: Array, v_BTKH: Array):
-        """What of a layer's new keys, as they are and turned, and values `Cache.append` gets, with layers in front."""
+    def keep(self, k_BTKH: Array, rotated_BTKH: Array, v_BTKH: Array):
+        """Return the part of a layer's new keys (as projected, and rotated) and values that the cache stores.
+
+        The decoder stacks these trees over the layers and passes them to `Cache.append`.
+        """
 
 
 class Cache(Protocol):
-    """A pytree, so that it is an argument and a result of programs. Rows do not know of each other.
+    """A pytree that programs take and return. Its rows are independent of each other.
 
-    `empty` is static: nothing is kept yet, and attention to it is left out of the program.
+    `empty` is static. While it is true, programs leave out the attention to the cache.
     """
 
     @property
     def empty(self) -> bool: ...
 
     def piece(self, config: DecoderConfig, rows: int, length: int) -> int:
-        """How many of `length` new tokens of so many rows are read at once. Those that do not divide are filled up."""
+        """Return how many of `length` new tokens one pass reads. The decoder scans over such pieces."""
 
     def grows_by(self, rows: int) -> bool:
-        """Whether tokens of so many rows are appended: a cache of one row is read by several and stays as it is."""
+        """Return whether tokens of `rows` rows are appended. Several rows may read a cache of one row, unchanged."""
 
     def repeated(self, rows: int) -> Self:
-        """A cache to be read in pieces: one of one row `rows` times, which is not `empty` for a program."""
+        """Return a cache of `rows` rows, never `empty`, for a scan over pieces. A cache of one row is copied."""
 
     def reading(self, config: DecoderConfig, real_BT: Array) -> Reading:
-        """Beside new tokens, of which those in `real_BT` are real."""
+        """Return the cache's reading of new tokens. Those marked in `real_BT` are real, the others are padding."""
 
     def append(self, kept_Z, real_BT: Array) -> Self:
-        """The cache with these tokens. What `Reading.keep` gave is stacked over layers."""
+        """Return the cache with the new tokens. `kept_Z` holds the layers' `Reading.keep`, stacked."""
 
     def emptied(self, rows_B: Array) -> Self:
-        """The cache, new in the rows of this boolean mask: other texts begin there while the others go on."""
+        """Return the cache without the texts of the rows marked in `rows_B`. New texts may begin there."""

@@ -125,7 +125,7 @@ class Cepe(nnx.Module):
         return self.decoder.logits(hidden_BTD)
 
     def encode(self, context_BCL: Array, context_mask_BCL: Array | None = None) -> Memory:
-        """The memory of chunks in the order of reading: the last one stands before the decoder's tokens."""
+        """Return the memory of the chunks, which are in reading order: the decoder's tokens follow the last chunk."""
         states_BME = self.encode_chunks(context_BCL, context_mask_BCL)
         B, C, L = context_BCL.shape
         if self.encoder.config.chunk_positions:
@@ -134,7 +134,7 @@ class Cepe(nnx.Module):
         return Memory(states_BME, None if context_mask_BCL is None else context_mask_BCL.reshape(B, C * L))
 
     def encode_chunks(self, context_BCL: Array, context_mask_BCL: Array | None = None) -> Array:
-        """What the encoder writes (B, M = C L, E): every chunk read by itself, positions from 0 in each.
+        """Return the encoder's output (B, M = C L, E). Each chunk is read by itself, with positions from 0.
 
         Chunks are rows of one batch. On a mesh whose devices share them the encoder is mapped over them, cut as the
         memory is, and so communicates nothing.
@@ -170,10 +170,10 @@ class Cepe(nnx.Module):
 
 
 def chunk_positions(num_chunks: int, width: int) -> np.ndarray:
-    """A vector for each chunk (C, width), added to all that the encoder wrote of it; of chunk c it says C - 1 - c.
+    """Return a vector for each chunk (C, width), which is added to the encoder's output for the chunk.
 
-    Sines and cosines of that number (Vaswani et al. 2017, section 3.5). A chunk's vector does not depend on how many
-    stand before it.
+    The vector of chunk c holds sines and cosines of C - 1 - c, the number of chunks after it (Vaswani et al. 2017,
+    section 3.5). It does not depend on the number of chunks before it.
     """
     numbers_C1 = np.arange(num_chunks)[::-1, None]
     angles_CE = numbers_C1 * 10_000.0 ** (-np.arange(0, width, 2) / width)

@@ -36,9 +36,9 @@ KERNEL_BLOCK = 1 << 14  # tokens of memory whose keys and values exist at once b
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Memory:
-    """The encoder's output for the decoder's contexts, which every layer that reads them reads.
+    """The encoder's output for the contexts. Every layer with cross-attention reads the same memory.
 
-    A memory of one row is read by all rows. `valid_BM`: true for real tokens; None where all are real.
+    All rows of tokens read a memory of one row. `valid_BM` is true for real tokens; None means that all are real.
     """
 
     states_BME: Array

@@ -14,7 +14,9 @@ from cepe_jax.model.rope import rotate
 from cepe_jax.sharding import constrain
 
 Array = jax.Array
-AttendKept = Callable[[Array, Array], Partial]  # of a layer's queries, as they are and turned: see `Reading.attend`
+AttendKept = Callable[
+    [Array, Array], Partial
+]  # takes a layer's queries, as projected and rotated: see `Reading.attend`
 
 
 def at(stack, index):
@@ -69,20 +71,20 @@ class SelfAttention(nnx.Module):
     def __call__(
         self, x_BTD: Array, table, mask: Mask, backend: Backend, attend_kept: AttendKept | None = None
     ) -> tuple[Array, tuple[Array, Array, Array]]:
-        """The attention's output; and this call's own keys, as they are and turned by `table`, and values.
+        """Return the attention's output, and this call's keys (as projected, and rotated by `table`) and values.
 
-        `mask` is over the call's own T keys; `attend_kept` is the attention to those before them, merged with it.
+        `mask` is over the call's own T keys. `attend_kept` gives the attention to cached keys, which is merged in.
         """
         q_BTNH = project("BTD,DNH->BTNH", x_BTD, self.q)
         k_BTKH = project("BTD,DKH->BTKH", x_BTD, self.k)
         v_BTKH = project("BTD,DKH->BTKH", x_BTD, self.v)
-        turned_BTNH, turned_BTKH = rotate(q_BTNH, table), rotate(k_BTKH, table)
+        rotated_BTNH, rotated_BTKH = rotate(q_BTNH, table), rotate(k_BTKH, table)
         if attend_kept is None:
-            out_BTNH = attend(turned_BTNH, turned_BTKH, v_BTKH, mask, backend)
+            out_BTNH = attend(rotated_BTNH, rotated_BTKH, v_BTKH, mask, backend)
         else:
-            own = attend_partial(turned_BTNH, turned_BTKH, v_BTKH, mask)
-            out_BTNH = merge(own, attend_kept(q_BTNH, turned_BTNH)).astype(x_BTD.dtype)
-        return project("BTNH,NHD->BTD", out_BTNH, self.o), (k_BTKH, turned_BTKH, v_BTKH)
+            own = attend_partial(rotated_BTNH, rotated_BTKH, v_BTKH, mask)
+            out_BTNH = merge(own, attend_kept(q_BTNH, rotated_BTNH)).astype(x_BTD.dtype)
+        return project("BTNH,NHD->BTD", out_BTNH, self.o), (k_BTKH, rotated_BTKH, v_BTKH)
 
 
 def cut(x_BT: Array, chunk: int, fill: float = 0) -> Array:

@@ -68,7 +68,7 @@ class Llama(nnx.Module):
 
     @property
     def decoder(self) -> "Llama":
-        """Itself: models that generate have a decoder."""
+        """The model itself, so that every model that generates has a decoder."""
         return self
 
     def decode(
@@ -112,7 +112,7 @@ class Llama(nnx.Module):
         cross: CrossAttention | None,
         positions_BT: Array | None = None,
     ) -> tuple[Array, Cache | None]:
-        """What `decode` says, of tokens that are read at once."""
+        """Return the result of `decode` for tokens that are read in one pass."""
         config = self.config
         reading = None if cache is None else cache.reading(config, real_BT)
         if reading is not None:

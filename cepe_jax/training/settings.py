@@ -72,7 +72,7 @@ class TrainConfig:
     cepe: str = ""  # a model directory, in place of decoder and encoder
     cross_layers: CrossLayers = CrossLayers()  # of the decoder: which read the memory
     cross_init: CrossInit = "copy"
-    chunk_positions: bool = False  # of each chunk the memory says how many stand after it
+    chunk_positions: bool = False  # the memory encodes how many chunks follow each chunk
     train: tuple[str, ...] = ("encoder", "cross")  # of the warm-up and main stage
     mix: dict[str, float] = field(default_factory=dict)  # dataset below `data` -> weight of its examples
     workers: int = 0  # processes that load data; 0 = threads of this one
@@ -175,7 +175,7 @@ def sizes_of(config: TrainConfig, vocab_size: int | None = None) -> Config:
 
 
 def of_a_cepe(encoder: EncoderConfig, config: TrainConfig) -> EncoderConfig:
-    """The encoder's config in the CEPE that a run starts from it."""
+    """Return the config of the encoder in the CEPE that a run builds from it."""
     return dataclasses.replace(encoder, mlm_head=False, chunk_positions=config.chunk_positions)
 
 

@@ -31,7 +31,7 @@ decode = jax.jit(Llama.decode)
 def definition(decoder: Llama, ids, attend: Callable) -> np.ndarray:
     """Logits (T, V): `attend(layer, q_NH, keys, values)` gives the heads (N, H) of each token's attention.
 
-    Queries and keys are not turned; the last key and value are the token's own.
+    Queries and keys are not rotated; the last key and value are the token's own.
     """
     w, config = float64(decoder), decoder.config
     kept, out = [([], []) for _ in range(config.num_layers)], []
@@ -51,7 +51,7 @@ def definition(decoder: Llama, ids, attend: Callable) -> np.ndarray:
     return np.array(out)
 
 
-def turned(x_SNH: np.ndarray, positions) -> np.ndarray:
+def rotated(x_SNH: np.ndarray, positions) -> np.ndarray:
     return rotate(x_SNH, np.asarray(positions), DECODER.rope.theta)
 
 
@@ -63,7 +63,7 @@ def by_token(decoder: Llama, cache) -> np.ndarray:
     return np.array(logits)
 
 
-# --- a selection of each layer, from keys that are not turned ---
+# --- a selection of each layer, from keys that are not rotated ---
 
 SELECTED = 5
 
@@ -108,7 +108,7 @@ class Selection(NamedTuple):
     positions_BT: jax.Array
     config: DecoderConfig
 
-    def attend(self, index, q_BTNH, turned_BTNH):
+    def attend(self, index, q_BTNH, rotated_BTNH):
         k_SKH, v_SKH = at(self.cache.k_ZBSKH, index)[0], at(self.cache.v_ZBSKH, index)[0]
         products_S = jnp.einsum("KGH,SKH->S", q_BTNH[0, 0].reshape(-1, GROUP, q_BTNH.shape[-1]), k_SKH)
         there_S = jnp.arange(len(k_SKH)) < self.cache.length_B
@@ -116,9 +116,9 @@ class Selection(NamedTuple):
         # Those that are not there have the largest numbers where there are few, and come last.
         table = rope.rope_table(self.config.rope, self.config.head_dim, jnp.arange(SELECTED)[None])
         keys_BSKH = rope.rotate(k_SKH[chosen][None], table)
-        return attend_partial(turned_BTNH, keys_BSKH, v_SKH[chosen][None], Mask(valid_BS=there_S[chosen][None]))
+        return attend_partial(rotated_BTNH, keys_BSKH, v_SKH[chosen][None], Mask(valid_BS=there_S[chosen][None]))
 
-    def keep(self, k_BTKH, turned_BTKH, v_BTKH):
+    def keep(self, k_BTKH, rotated_BTKH, v_BTKH):
         return k_BTKH, v_BTKH
 
 
@@ -127,8 +127,8 @@ def select(index, q_NH, keys_SKH, values_SKH):
     products_S = np.einsum("kgh,skh->s", q_NH.reshape(-1, GROUP, q_NH.shape[-1]), before)
     chosen = np.sort(np.argsort(-products_S)[:SELECTED]).astype(int)
     rows = [*chosen, len(keys_SKH) - 1]
-    k_SKH = turned(keys_SKH[rows], np.arange(len(rows)))
-    q_NH = turned(q_NH[None], [len(rows) - 1])[0]
+    k_SKH = rotated(keys_SKH[rows], np.arange(len(rows)))
+    q_NH = rotated(q_NH[None], [len(rows) - 1])[0]
     out = np.zeros(q_NH.shape)
     for n in range(len(q_NH)):
         weights = np.exp(k_SKH[:, n // GROUP] @ q_NH[n] / np.sqrt(q_NH.shape[-1]))
@@ -163,7 +163,7 @@ SHORT = [place for place in ALL if place not in WHOLE]
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Razor:
-    """Turned keys and values: of retrieval heads all, of the others the last ones and the sum of those dropped."""
+    """Rotated keys and values: of retrieval heads all, of the others the last ones and the sum of those dropped."""
 
     k_RBSH: jax.Array
     v_RBSH: jax.Array
@@ -219,7 +219,7 @@ class RazorReading(NamedTuple):
     cache: Razor
     positions_BT: jax.Array
 
-    def attend(self, index, q_BTNH, turned_BTNH):
+    def attend(self, index, q_BTNH, rotated_BTNH):
         cache, length = self.cache, self.cache.length_B
         whole_K, short_K = (jnp.asarray(numbers_of(heads))[index] for heads in (WHOLE, SHORT))
 
@@ -234,22 +234,22 @@ class RazorReading(NamedTuple):
 
         all_seen = Mask(valid_BS=jnp.arange(cache.k_RBSH.shape[2]) < length[:, None])
         last_seen = Mask(valid_BS=jnp.arange(RECENT) < length[:, None])
-        whole = attend_to_cache(turned_BTNH, of(cache.k_RBSH, whole_K), of(cache.v_RBSH, whole_K), all_seen)
-        last = attend_to_cache(turned_BTNH, of(cache.k_OBWH, short_K), of(cache.v_OBWH, short_K), last_seen)
+        whole = attend_to_cache(rotated_BTNH, of(cache.k_RBSH, whole_K), of(cache.v_RBSH, whole_K), all_seen)
+        last = attend_to_cache(rotated_BTNH, of(cache.k_OBWH, short_K), of(cache.v_OBWH, short_K), last_seen)
         dropped = jnp.maximum(length - RECENT, 0)[:, None, None]  # one key for all of them, so many times
         mean_k, mean_v = (of(x, short_K) / jnp.maximum(dropped, 1) for x in (cache.k_sum_OBH, cache.v_sum_OBH))
-        mean = attend_to_cache(turned_BTNH, mean_k[:, :, None], mean_v[:, :, None], Mask())
+        mean = attend_to_cache(rotated_BTNH, mean_k[:, :, None], mean_v[:, :, None], Mask())
         weight = dropped[..., None, None].astype(jnp.float32)
         rest = mean[0] * weight, mean[1] * weight, jnp.where(weight > 0, mean[2], jnp.finfo(jnp.float32).min)
         return combine(alone(whole, whole_K), alone(last, short_K), alone(rest, short_K))
 
-    def keep(self, k_BTKH, turned_BTKH, v_BTKH):
-        return turned_BTKH, v_BTKH
+    def keep(self, k_BTKH, rotated_BTKH, v_BTKH):
+        return rotated_BTKH, v_BTKH
 
 
 def razor(index, q_NH, keys_SKH, values_SKH):
     place = len(keys_SKH) - 1
-    k_SKH, q_NH = turned(keys_SKH, np.arange(place + 1)), turned(q_NH[None], [place])[0]
+    k_SKH, q_NH = rotated(keys_SKH, np.arange(place + 1)), rotated(q_NH[None], [place])[0]
     out = np.zeros(q_NH.shape)
     for n in range(len(q_NH)):
         k, v, counts = k_SKH[:, n // GROUP], values_SKH[:, n // GROUP], np.ones(place + 1)

@@ -1,4 +1,4 @@
-"""Policies of what a decoder keeps of the tokens it has read: a file for each, and the setting that chooses one."""
+"""Cache policies, one file each, and the setting that selects one."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -15,11 +15,11 @@ from cepe_jax.model.cache import Cache
 
 @dataclass(frozen=True)
 class CacheConfig:
-    """The choice of a policy: `full` keeps every token, `rolling` the first and the last ones (StreamingLLM)."""
+    """The selection of a policy. `full` keeps every token, `rolling` the first and the last ones (StreamingLLM)."""
 
     kind: Literal["full", "rolling"] = "full"
-    window: int | None = None  # tokens that rolling keeps; None: as many as the model has positions
-    sinks: int = 4  # of these, the first ones of the text
+    window: int | None = None  # tokens that a rolling cache keeps; None: as many as the model has positions
+    sinks: int = 4  # how many of these are the first tokens of the text
 
     def __post_init__(self):
         if self.kind not in ("full", "rolling"):
@@ -33,11 +33,11 @@ class CacheConfig:
 
     @property
     def bounded(self) -> bool:
-        """Whether it keeps no more however long a text is."""
+        """Whether the size does not grow with the text."""
         return self.kind == "rolling"
 
     def of(self, positions: int | None) -> "CacheConfig":
-        """The same choice for a model of so many positions: a window that was not given is all of them."""
+        """Return the setting for a model with this many positions, the default of `window`."""
         if not self.bounded or self.window is not None:
             return self
         if positions is None:
@@ -50,7 +50,7 @@ FULL = CacheConfig()
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def new_cache(config: DecoderConfig, cache: CacheConfig, rows: int, slots: int) -> Cache:
-    """An empty cache for texts of up to `slots` tokens each, if the policy keeps all of them."""
+    """Return an empty cache. `slots` bounds the length of a text if the policy keeps every token."""
     if cache.kind == "rolling":
         return RollingCache.create(config, rows, cache.window, cache.sinks)
     return FullCache.create(config, rows, slots)

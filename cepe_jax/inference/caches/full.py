@@ -1,4 +1,4 @@
-"""The full cache: keys and values of every token."""
+"""The full cache, which keeps the keys and values of every token."""
 
 import dataclasses
 import math
@@ -22,10 +22,10 @@ AXES = "layer", "batch", "kv_heads", "length", "head_dim"
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class FullCache:
-    """Turned keys, and values, of every layer in S slots. Each row fills its own from the left, and may leave holes.
+    """The rotated keys and the values of Z layers, in S slots. Each row fills its slots from the left.
 
-    Heads stand before slots, as the products of a step want them: the other way each step would turn all of it around.
-    `k_ZBKSH`, `v_ZBKSH`: Z layers. `valid_BS`: slots that hold a real token. `length_B`: slots up to the last of them.
+    `valid_BS` marks slots that hold a real token; padding between real tokens leaves holes. `length_B` counts the slots
+    up to a row's last real token. Heads come before slots: in the other order, every step would transpose the cache.
     """
 
     k_ZBKSH: Array
@@ -46,9 +46,10 @@ class FullCache:
         return self.k_ZBKSH.shape[3]
 
     def piece(self, config: DecoderConfig, rows: int, length: int) -> int:
-        """A divisor of `length`, which programs give as a bucket: what fills a piece up would take slots.
+        """Return a divisor of `length`, because padding would take slots.
 
-        Kernels store no scores, so they read all. They read no cache: what follows on others is read by XLA.
+        A kernel stores no scores and reads all tokens at once. Kernels cannot read a cache; once it holds tokens, XLA
+        computes the scores, of at most PIECE_PAIRS pairs at once.
         """
         rows, keys = rows_of_a_device(rows), length if self.empty else self.slots
         if (config.attention != "xla" and self.empty) or rows * length * keys <= PIECE_PAIRS:
@@ -66,7 +67,7 @@ class FullCache:
         return FullCache(k, v, jnp.repeat(self.valid_BS, rows, 0), jnp.repeat(self.length_B, rows), empty=False)
 
     def reading(self, config: DecoderConfig, real_BT: Array) -> "_Reading":
-        """ValueError where it is known that the tokens do not fit (outside of a trace, all of it)."""
+        """Return the reading. Raise ValueError if the tokens do not fit, as far as a trace can know."""
         rows, count = real_BT.shape
         if self.grows_by(rows):
             used = 0 if isinstance(self.length_B, jax.core.Tracer) else int(max(self.length_B))
@@ -78,9 +79,9 @@ class FullCache:
         return _Reading(self, jnp.where(real_BT, positions_BT, 0))
 
     def append(self, kept_Z: tuple[Array, Array], real_BT: Array) -> "FullCache":
-        """Writes the slots after each row's. The caller sees to it that they fit.
+        """Return the cache with the tokens in the slots after each row's last real token.
 
-        A row goes on after the last of them that is real: padding on the right is written over by what follows.
+        The caller ensures that they fit. Later tokens overwrite padding on the right.
         """
         k_ZBKTH, v_ZBKTH = (x_ZBTKH.swapaxes(2, 3) for x_ZBTKH in kept_Z)
         end_T = jnp.arange(1, real_BT.shape[1] + 1)
@@ -101,16 +102,19 @@ class _Reading(NamedTuple):
     cache: FullCache
     positions_BT: Array
 
-    def attend(self, index: Array, q_BTNH: Array, turned_BTNH: Array) -> Partial:
+    def attend(self, index: Array, q_BTNH: Array, rotated_BTNH: Array) -> Partial:
         k_BKSH, v_BKSH = at(self.cache.k_ZBKSH, index), at(self.cache.v_ZBKSH, index)
-        return attend_to_cache(turned_BTNH, k_BKSH, v_BKSH, Mask(valid_BS=self.cache.valid_BS))
+        return attend_to_cache(rotated_BTNH, k_BKSH, v_BKSH, Mask(valid_BS=self.cache.valid_BS))
 
-    def keep(self, k_BTKH: Array, turned_BTKH: Array, v_BTKH: Array) -> tuple[Array, Array]:
-        return turned_BTKH, v_BTKH
+    def keep(self, k_BTKH: Array, rotated_BTKH: Array, v_BTKH: Array) -> tuple[Array, Array]:
+        return rotated_BTKH, v_BTKH
 
 
 def _written(x: Array, new: Array, start_B: Array, axes: tuple[str, ...]) -> Array:
-    """`x` with `new` in each row from its own slot on. Of one row a device writes a block, of several it scatters."""
+    """Return `x` with `new` written to each row, starting at the row's own slot.
+
+    A device with one row writes a block in place; a device with several rows scatters.
+    """
     row, slot = axes.index("batch"), axes.index("length")
 
     def write(x: Array, new: Array, start_B: Array) -> Array:

@@ -1,8 +1,9 @@
-"""StreamingLLM (Xiao et al. 2023): a text of any length, read with the keys of its first tokens and of its last ones.
+"""The rolling cache of StreamingLLM (Xiao et al. 2023), which keeps the first tokens of a text and the last ones.
 
-Positions are those in the cache, not in the text. Attention knows distances alone: the last tokens have their own, and
-from the first ones, the sinks, no token is further away than the cache is long. So pieces of tokens are read at once,
-by keys near by and by the sinks, with other angles for both, merged by log-sum-exp.
+Positions are those in the cache, not in the text. Attention depends on distances only. Recent tokens are at their true
+distance. The first tokens, the sinks, are never further away than the cache is long. A piece of new tokens can
+therefore be read at once: its queries attend to recent keys and to the sinks with different angles, and the two results
+are merged by log-sum-exp.
 """
 
 import dataclasses
@@ -24,9 +25,9 @@ PIECE = 256  # tokens that are read at once
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class RollingCache:
-    """Keys that are not turned, and values, of every layer in S slots: the sinks, then the last tokens, in a ring.
+    """The keys (not rotated) and the values of Z layers, in S slots: first the sinks, then a ring of the last tokens.
 
-    `read_B`: how many tokens each row has read. What comes later is written over the oldest of the ring.
+    `read_B` counts the tokens that each row has read. A new token overwrites the oldest one in the ring.
     """
 
     k_ZBSKH: Array
@@ -45,7 +46,7 @@ class RollingCache:
         return self.k_ZBSKH.shape[2]
 
     def piece(self, config: DecoderConfig, rows: int, length: int) -> int:
-        """So many that all see each other."""
+        """Return the most tokens for which every token of a piece still sees the piece's first one."""
         return min(length, PIECE, self.slots - self.sinks)
 
     def grows_by(self, rows: int) -> bool:
@@ -58,16 +59,18 @@ class RollingCache:
         return RollingCache(k, v, jnp.repeat(self.read_B, rows), self.sinks)
 
     def reading(self, config: DecoderConfig, real_BT: Array) -> "_Reading":
-        """Rows are padded on the right."""
+        """Return the reading. Rows must be padded on the right."""
         T, sinks, recent = real_BT.shape[1], self.sinks, self.slots - self.sinks
         read_B1 = self.read_B[:, None]
-        age_BS = 1 + (read_B1 - sinks - 1 - jnp.arange(recent)) % recent  # of the ring's, as the first new one comes
+        age_BS = (
+            1 + (read_B1 - sinks - 1 - jnp.arange(recent)) % recent
+        )  # distance of the ring's tokens to the first new
         distance_BTS = jnp.arange(T)[:, None] + age_BS[:, None]
-        # Rows that share the cache of one row are its queries, one after the other.
+        # If several rows read a cache of one row, attention takes their queries as one row, one text after another.
         near_BTS = jnp.tile(distance_BTS < recent, (1, len(real_BT) // len(read_B1), 1))
         near = Mask(valid_BS=jnp.arange(recent) < read_B1 - sinks, seen_BTS=near_BTS)
         first = Mask(valid_BS=jnp.arange(sinks) < read_B1)
-        positions_BT = recent + jnp.arange(T)[None]  # in the cache and the piece, so that they stay small
+        positions_BT = recent + jnp.arange(T)[None]  # in the cache and the piece: they stay small in a long text
         far_BT = jnp.minimum(read_B1 + jnp.arange(T), self.slots - 1)
         tables = (
             rope_table(config.rope, config.head_dim, at_BT)
@@ -99,12 +102,12 @@ class _Reading(NamedTuple):
     far_table: tuple[Array, Array]  # of queries to the sinks
     sinks_table: tuple[Array, Array]
 
-    def attend(self, index: Array, q_BTNH: Array, turned_BTNH: Array) -> Partial:
+    def attend(self, index: Array, q_BTNH: Array, rotated_BTNH: Array) -> Partial:
         k_BSKH, v_BSKH = at(self.cache.k_ZBSKH, index), at(self.cache.v_ZBSKH, index)
         sinks = self.cache.sinks
-        near = attend_partial(turned_BTNH, rotate(k_BSKH[:, sinks:], self.old_table), v_BSKH[:, sinks:], self.near)
+        near = attend_partial(rotated_BTNH, rotate(k_BSKH[:, sinks:], self.old_table), v_BSKH[:, sinks:], self.near)
         far_BTNH, first_BSKH = rotate(q_BTNH, self.far_table), rotate(k_BSKH[:, :sinks], self.sinks_table)
         return combine(near, attend_partial(far_BTNH, first_BSKH, v_BSKH[:, :sinks], self.first))
 
-    def keep(self, k_BTKH: Array, turned_BTKH: Array, v_BTKH: Array) -> tuple[Array, Array]:
+    def keep(self, k_BTKH: Array, rotated_BTKH: Array, v_BTKH: Array) -> tuple[Array, Array]:
         return k_BTKH, v_BTKH
