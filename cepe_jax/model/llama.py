@@ -89,6 +89,8 @@ class Llama(nnx.Module):
         """
         check_tokens("tokens_BT", tokens_BT, 2, self.config.vocab_size)
         check_mask("token_mask_BT", token_mask_BT, tokens_BT.shape)
+        if memory is not None and cross is None:
+            raise ValueError("a memory needs a CEPE model: this one is a plain decoder")
         B, T = tokens_BT.shape
         real_BT = jnp.ones(tokens_BT.shape, bool) if token_mask_BT is None else token_mask_BT
         if cache is None or (size := cache.piece(self.config, B, T)) == T:

@@ -33,7 +33,7 @@ def test_the_references_numbers(name):
         read_CS = np.concatenate([golden["encoder_input_ids"][row], np.tile(tokens_T, (C, 1))], axis=1)
         mask_CS = np.concatenate([mask_BCL[row], np.ones((C, T), bool)], axis=1)
         positions_CS = np.tile(np.arange(L + T), (C, 1))
-        hidden_CSD, _ = decoder.decode(read_CS, mask_CS, positions_BT=positions_CS)
+        hidden_CSD, _ = decoder.decode(read_CS, token_mask_BT=mask_CS, positions_BT=positions_CS)
         weights_C = log_weights(golden["replug_scores"][row], float(golden["replug_temperature"]))
         log_probs_TV = mixture(decoder.logits(hidden_CSD[:, L:]), weights_C)
         assert relative_error(log_probs_TV, golden["replug_log_probs"][row, -T:]) <= 1e-4

@@ -49,6 +49,7 @@ def test_a_memory_of_the_wrong_shape(cepe):
     refused(r"valid_BM.* bool\[2, 14\].*\[2, 15\]", cepe.decode, TOKENS, Memory(states, np.ones((2, 14), bool)))
     refused(r"memory is \[2, 15, 15\].*\[2, M, 16\]", cepe.decode, TOKENS, Memory(states[..., :15]))
     refused(r"memory is \[2, 16\].*\[2, M, 16\]", cepe.decode, TOKENS, Memory(states[:, 0]))
+    refused(r"memory .*CEPE.* plain decoder", cepe.decoder.decode, TOKENS, Memory(states))
 
 
 def test_the_encoder_and_a_lone_decoder_check_too(encoder, decoder):
