@@ -27,7 +27,9 @@ class CepeReader:
     def stream(self, prompts: Sequence[Prompt], max_new_tokens: int) -> Iterator[list[int | None]]:
         rows = [self._ids(prompt, max_new_tokens) for prompt in prompts]
         memory = self._memory(prompts)
-        return stream(self.model, rows, memory, max_new_tokens=max_new_tokens, stop_ids=self.stop_ids, keeps=self.cache)
+        return stream(
+            self.model, rows, memory, max_new_tokens=max_new_tokens, stop_ids=self.stop_ids, policy=self.cache
+        )
 
     def score(self, prompt: Prompt, continuations: Sequence[Sequence[int]]) -> list[Score]:
         ids = self._ids(prompt, longest(continuations))
@@ -80,10 +82,10 @@ class DecoderReader:
 
     def stream(self, prompts: Sequence[Prompt], max_new_tokens: int) -> Iterator[list[int | None]]:
         rows = [self._ids(prompt, max_new_tokens) for prompt in prompts]
-        return stream(self.model, rows, max_new_tokens=max_new_tokens, stop_ids=self.stop_ids, keeps=self.cache)
+        return stream(self.model, rows, max_new_tokens=max_new_tokens, stop_ids=self.stop_ids, policy=self.cache)
 
     def score(self, prompt: Prompt, continuations: Sequence[Sequence[int]]) -> list[Score]:
-        return score(self.model, self._ids(prompt, longest(continuations)), continuations, keeps=self.cache)
+        return score(self.model, self._ids(prompt, longest(continuations)), continuations, policy=self.cache)
 
     def _ids(self, prompt: Prompt, new: int) -> list[int]:
         """What it reads of the text: where the text begins as its tokenizer says, so does this."""

@@ -65,13 +65,13 @@ class Chat:
         system: str | None,
         context: ContextCache | None,
         drops: bool,
-        keeps: CacheConfig,
+        policy: CacheConfig,
     ):
         self.messages = _first(system)
         self._template, self._stop_ids = template, set(stop_ids)
         self._parts: list[tuple[str, list[int]]] = []  # the rendered conversation so far, piece by piece, and its ids
         self._answer: Generator[str, None, None] | None = None
-        self.session = Session(model, window, head_length(template, system), chunk_length, context, drops, keeps)
+        self.session = Session(model, window, head_length(template, system), chunk_length, context, drops, policy)
 
     @property
     def context(self) -> ContextCache | None:

@@ -199,14 +199,15 @@ def stream(
     sampling: Sampling | Sequence[Sampling] = GREEDY,
     stop_ids: Sequence[int] = (),
     window: int | None = None,
-    keeps: CacheConfig = FULL,
+    policy: CacheConfig = FULL,
 ) -> Iterator[list[int | None]]:
     """The tokens that follow each prompt, step by step: one of each row, None where a row has ended.
 
     A row ends before the first of `stop_ids`; the steps end with the last row, at the latest after `max_new_tokens`.
     Memory of one row is read by all prompts. Each row is the one its prompt has alone, sampled ones too: the draws
     depend on the row's seed and the number of the token. Of one `sampling` for all prompts each row has its
-    `for_row`. `keeps` selects the cache policy. ValueError where the longest prompt and the new tokens exceed `window`.
+    `for_row`. `policy` selects what the cache keeps. ValueError where the longest prompt and the new tokens exceed
+    `window`.
     """
     check_prompts(model, prompts, memory)
     if max_new_tokens < 1:
@@ -220,7 +221,7 @@ def stream(
     draws = Draws.of(samplings)
 
     def dispatched() -> Iterator[Array]:
-        cache = new_cache(model.decoder.config, keeps, len(prompts), bucket(longest + max_new_tokens))
+        cache = new_cache(model.decoder.config, policy, len(prompts), bucket(longest + max_new_tokens))
         tokens_B1, cache = read(model, prompts, memory, cache, draws)
         yield tokens_B1
         for number in range(1, max_new_tokens):
@@ -253,9 +254,9 @@ def generate(
     sampling: Sampling | Sequence[Sampling] = GREEDY,
     stop_ids: Sequence[int] = (),
     window: int | None = None,
-    keeps: CacheConfig = FULL,
+    policy: CacheConfig = FULL,
 ) -> list[list[int]]:
     """The tokens that follow each prompt: what `stream` gives, row by row."""
-    limits = {"max_new_tokens": max_new_tokens, "stop_ids": stop_ids, "window": window, "keeps": keeps}
+    limits = {"max_new_tokens": max_new_tokens, "stop_ids": stop_ids, "window": window, "policy": policy}
     steps = list(stream(model, prompts, memory, sampling=sampling, **limits))
     return [[step[row] for step in steps if step[row] is not None] for row in range(len(prompts))]

@@ -66,11 +66,11 @@ def score(
     prompt: Sequence[int],
     continuations: Sequence[Sequence[int]],
     memory: Memory | None = None,
-    keeps: CacheConfig = FULL,
+    policy: CacheConfig = FULL,
 ) -> list[Score]:
     """How probable each continuation is after the prompt, which is read once, as the memory (of one row) is.
 
-    `keeps` selects the cache policy. Continuations are read together, those that are too long for it one by one.
+    `policy` selects what the cache keeps. Continuations are read together, those that are too long for it one by one.
     """
     check_prompts(model, [prompt], memory)
     for number, continuation in enumerate(continuations):
@@ -85,7 +85,7 @@ def score(
     alone = [number for number, most in enumerate(rows) if most <= 1]
     if alone:
         slots = bucket(len(prompt) + max(bucket(len(continuations[number])) for number in alone))
-    cache = new_cache(model.decoder.config, keeps, 1, slots)
+    cache = new_cache(model.decoder.config, policy, 1, slots)
     if before:
         _, cache = read(model, [before], memory, cache, Draws.of([GREEDY]))
     scores: dict[int, Score] = {}

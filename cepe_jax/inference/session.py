@@ -54,7 +54,7 @@ class Session:
         chunk_length: int,
         context: ContextCache | None,
         drops: bool = False,
-        keeps: CacheConfig = FULL,
+        policy: CacheConfig = FULL,
     ):
         """`context` is None for a plain decoder: then the text ends with the window, or the session `drops` tokens."""
         check_chunk_length(chunk_length)
@@ -62,7 +62,7 @@ class Session:
         self.model, self.window, self.head, self.chunk_length = model, window, head, chunk_length
         self.ids: list[int] = []  # of the whole text
         self.context, self.moved = context, 0  # and how many chunks of the text the decoder no longer reads
-        self._drops, self._keeps = drops, keeps
+        self._drops, self._policy = drops, policy
         self._given = 0 if context is None else len(context)
         # A few tokens more, filled up to a bucket, always fit. Without a window no cache needs slots for all of a text.
         self._slots = 0 if window is None else bucket(window) + bucket(1)
@@ -94,7 +94,7 @@ class Session:
             self._read = None  # its arrays are given away: if this is interrupted, all is read anew
         else:
             self._read = None  # freed before there is another
-            cache, fresh = new_cache(self.model.decoder.config, self._keeps, 1, self._slots), tokens
+            cache, fresh = new_cache(self.model.decoder.config, self._policy, 1, self._slots), tokens
         if len(fresh) == 1:
             tokens_BT, mask_BT = np.array([fresh], np.int32), None
         else:
@@ -121,7 +121,7 @@ class Session:
         _, before, context = read
         fresh = len(tokens) - len(before)
         room = self._slots - len(before) - (1 if fresh == 1 else bucket(fresh))
-        fits = self._keeps.bounded or room >= 0
+        fits = self._policy.bounded or room >= 0
         return context is self.context and fresh > 0 and fits and tokens[: len(before)] == before
 
     def _overflow(self, ids: list[int]) -> int:

@@ -153,7 +153,7 @@ class TextModel:
             system=system,
             context=context,
             drops=overflow == "truncate_left",
-            keeps=self.cache,
+            policy=self.cache,
         )
 
     def _rows(
@@ -200,7 +200,7 @@ class TextModel:
     ) -> Iterator[list[str]]:
         """The next piece of each row's text, step by step."""
         limits = {"max_new_tokens": max_new_tokens, "stop_ids": self.stop_ids}  # `fit` has looked at the window
-        steps = stream(self.model, rows, memory, sampling=sampling, keeps=self.cache, **limits)
+        steps = stream(self.model, rows, memory, sampling=sampling, policy=self.cache, **limits)
         return pieces(self.tokenizer, rows, steps, stop)
 
 

@@ -272,13 +272,13 @@ def test_heads_of_all_layers_in_one_array(decoder):
 # --- rows that come and go ---
 
 
-@pytest.mark.parametrize("keeps", [CacheConfig(), CacheConfig("rolling", 9, 2)], ids=lambda keeps: keeps.kind)
-def test_rows_join_and_leave(decoder, keeps):
+@pytest.mark.parametrize("policy", [CacheConfig(), CacheConfig("rolling", 9, 2)], ids=lambda policy: policy.kind)
+def test_rows_join_and_leave(decoder, policy):
     """Row 1 begins five steps after row 0, which then gets another text: each text is the one it is alone."""
     prompts = [TEXT[:5].tolist(), TEXT[5:12].tolist(), TEXT[12:15].tolist()]
     samplings = [Sampling(1.5, seed=seed) for seed in (3, 4, 5)]
     begins = {0: (0, 0), 5: (1, 1), 9: (0, 2)}  # step: (row, text)
-    cache, text_of, drawn = new_cache(DECODER, keeps, 2, 32), {}, {text: [] for text in range(3)}
+    cache, text_of, drawn = new_cache(DECODER, policy, 2, 32), {}, {text: [] for text in range(3)}
     for step in range(18):
         fresh = {}
         if step in begins:
@@ -295,5 +295,5 @@ def test_rows_join_and_leave(decoder, keeps):
             drawn[text].append(int(tokens_B1[row, 0]))
     assert [len(tokens) for tokens in drawn.values()] == [9, 13, 9]
     for text, tokens in drawn.items():
-        alone = {"max_new_tokens": len(tokens), "sampling": [samplings[text]], "keeps": keeps}
+        alone = {"max_new_tokens": len(tokens), "sampling": [samplings[text]], "policy": policy}
         assert generate(decoder, [prompts[text]], **alone) == [tokens]

@@ -30,7 +30,7 @@ decode = jax.jit(Llama.decode)
 def rolling(
     decoder: Llama, ids: Sequence[int], window: int = WINDOW, sinks: int = SINKS, cross=None, memory_ME=None
 ) -> np.ndarray:
-    """Logits (T, V). Each layer keeps keys as they were before they were turned, and turns them by where they lie.
+    """Logits (T, V). Each layer keeps keys that are not rotated, and rotates them by their place in the cache.
 
     `cross`: in the last layers, which read the memory too.
     """
@@ -115,7 +115,7 @@ def test_a_short_text_is_the_decoders(decoder, plain, expected):
 def test_rows_of_different_lengths(decoder):
     """Generated together, each as by itself; without a bound."""
     prompts = [TEXT[:5], TEXT[20:50], [33]]
-    rows = generate(decoder, prompts, max_new_tokens=14, keeps=ROLLING)
+    rows = generate(decoder, prompts, max_new_tokens=14, policy=ROLLING)
     for prompt, new in zip(prompts, rows, strict=True):
         logits = rolling(decoder, prompt + new)
         assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == new
@@ -125,8 +125,8 @@ def test_rows_of_different_lengths(decoder):
 def test_scores(decoder):
     """Continuations beside each other, shorter and longer than a piece, after one prompt that they share."""
     prompt, continuations = TEXT[:19], [[5, 9, 3, 8, 1, 0], [7], TEXT[30:52]]
-    scores = score(decoder, prompt, continuations[:2], keeps=ROLLING)
-    scores += score(decoder, prompt, continuations, keeps=ROLLING)[2:]
+    scores = score(decoder, prompt, continuations[:2], policy=ROLLING)
+    scores += score(decoder, prompt, continuations, policy=ROLLING)[2:]
     for found, continuation in zip(scores, continuations, strict=True):
         log_probs = log_softmax(rolling(decoder, prompt + continuation))[len(prompt) - 1 : -1]
         np.testing.assert_allclose(found.log_probs, log_probs[np.arange(len(continuation)), continuation], atol=2e-5)
@@ -157,7 +157,7 @@ def test_texts_longer_than_the_positions(home):
     with pytest.raises(ValueError, match="window of 48"):
         full.generate(prompt, max_new_tokens=4)
     ids = [text.tokenizer.bos_id, *text.tokenizer.encode(prompt)]
-    (new,) = generate(text.model, [ids], max_new_tokens=4, keeps=ROLLING)
+    (new,) = generate(text.model, [ids], max_new_tokens=4, policy=ROLLING)
     assert text.generate(prompt, max_new_tokens=4) == text.tokenizer.decode(new)
     assert len(ids) > WINDOW
     with pytest.raises(ValueError, match="window is 20: a rolling cache .*cache.window"):

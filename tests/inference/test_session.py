@@ -208,10 +208,10 @@ def test_a_plain_decoder_may_drop_tokens(text_model, drawn):
 
 def test_a_bounded_cache_has_no_end(text_model):
     """Nothing is refused, dropped or read anew: what follows is what the cache's policy says of the whole text."""
-    keeps, decoder = CacheConfig("rolling", 12, 3), text_model.model.decoder
-    session = Session(decoder, None, HEAD, CHUNK, None, keeps=keeps)
+    policy, decoder = CacheConfig("rolling", 12, 3), text_model.model.decoder
+    session = Session(decoder, None, HEAD, CHUNK, None, policy=policy)
     text = random_ids(3 * WINDOW)
     for count in (9, 40, 41, 3 * WINDOW):
         session.replace(text[:count])
-        assert [[session.next()]] == generate(decoder, [text[:count]], max_new_tokens=1, keeps=keeps)
+        assert [[session.next()]] == generate(decoder, [text[:count]], max_new_tokens=1, policy=policy)
         assert session.tokens == text[:count]
