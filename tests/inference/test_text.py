@@ -166,7 +166,7 @@ def test_score_of_a_long_prompt(text_model, context, monkeypatch, mode):
     monkeypatch.setattr(text, "score", lambda *read: scored.append(read) or [])
     prompt, continuations = "def f(x):\n\n" * 9 + "It i", ["s a test", "t"]
     text_model.score(prompt, continuations, context, overflow=mode, chunk_length=CHUNK)
-    (_, before, after, memory) = scored[0]
+    (_, before, after, memory, _) = scored[0]
     for ids, continuation in zip(after, continuations, strict=True):
         assert "".join(map(tokenizer.decode, [*moved, before + ids])) == prompt + continuation
         assert len(before) + len(ids) <= WINDOW

@@ -42,7 +42,7 @@ def test_cepe(name):
     assert isinstance(model, Cepe)
     tokens, context = golden["input_ids"], golden["encoder_input_ids"]
     mask = golden["encoder_attention_mask"].astype(bool)
-    hidden = jax.jit(Cepe.encode)(model, context, mask).reshape(golden["encoder_hidden"].shape)
+    hidden = jax.jit(Cepe.encode)(model, context, mask).states_BME.reshape(golden["encoder_hidden"].shape)
     assert error(hidden, golden["encoder_hidden"], mask) <= 1e-4
     assert error(forward(model, tokens, context, mask), golden["logits"]) <= 1e-4
     assert error(forward(model, tokens, context, np.ones_like(mask)), golden["logits_no_padding"]) <= 1e-4

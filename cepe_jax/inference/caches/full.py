@@ -113,14 +113,15 @@ class _Reading(NamedTuple):
 def _written(x: Array, new: Array, start_B: Array, axes: tuple[str, ...]) -> Array:
     """Return `x` with `new` written to each row, starting at the row's own slot.
 
-    A device with one row writes a block in place; a device with several rows scatters.
+    Rows are written one after another. A single scatter would first transpose all of `x`.
     """
-    row, slot = axes.index("batch"), axes.index("length")
+    row_axis, slot_axis = axes.index("batch"), axes.index("length")
 
     def write(x: Array, new: Array, start_B: Array) -> Array:
-        if len(start_B) == 1:
-            return jax.lax.dynamic_update_slice_in_dim(x, new, start_B[0], slot)
-        of_a_row = lambda x, new, start: jax.lax.dynamic_update_slice_in_dim(x, new, start, slot - 1)  # noqa: E731
-        return jax.vmap(of_a_row, (row, row, 0), row)(x, new, start_B)
+        def write_row(row: Array | int, x: Array) -> Array:
+            starts = [start_B[row] if axis == slot_axis else row * (axis == row_axis) for axis in range(x.ndim)]
+            return jax.lax.dynamic_update_slice(x, jax.lax.dynamic_slice_in_dim(new, row, 1, row_axis), starts)
+
+        return write_row(0, x) if len(start_B) == 1 else jax.lax.fori_loop(0, len(start_B), write_row, x)
 
     return on_shards(write, (axes, axes, ("batch",)), axes)(x, new, start_B)
