@@ -101,7 +101,11 @@ class EncoderConfig(TransformerConfig):
 
     norm_eps: float = 1e-6
     mlm_head: bool = False
-    chunk_positions: bool = False  # in a CEPE: the memory encodes how many chunks follow each chunk
+    chunk_positions: int = 0  # in a CEPE: distinct positions of chunks, counted from the last one; 0 = they have none
+
+    def __post_init__(self):
+        super().__post_init__()
+        _require(self.chunk_positions >= 0, f"chunk_positions is {self.chunk_positions}: give 0 or more")
 
 
 @dataclass(frozen=True)

@@ -70,8 +70,11 @@ def test_the_layers_that_are_named_read(layers, readers, forward, tokens_BT, con
     assert relative_error(jnp.stack(logits), wanted) < 1e-5
 
 
-def test_chunks_have_the_positions_that_the_method_gives_them(cepe, forward, tokens_BT, context_BCL, context_mask_BCL):
-    cepe = Cepe(cepe.decoder, with_config(cepe.encoder, chunk_positions=True), cepe.cross)
+@pytest.mark.parametrize("distinct", [2, 3])
+def test_chunks_have_the_positions_that_the_method_gives_them(
+    distinct, cepe, forward, tokens_BT, context_BCL, context_mask_BCL
+):
+    cepe = Cepe(cepe.decoder, with_config(cepe.encoder, chunk_positions=distinct), cepe.cross)
     weights, ours = float64(cepe), forward(cepe, tokens_BT, context_BCL, context_mask_BCL)
     for row in range(2):
         wanted = method(weights, cepe.config, tokens_BT[row], context_BCL[row], context_mask_BCL[row])

@@ -43,7 +43,8 @@ encode_chunks = jax.jit(Cepe.encode_chunks)
 class Passage:
     digest: str  # sha256 of the chunks' length and the tokens
     states_LE: np.ndarray  # what the encoder wrote of each token, chunk after chunk
-    chunk_length: int = 0  # tokens; 0 if the model has no chunk positions. The states never contain positions
+    chunk_length: int = 0  # tokens
+    chunk_positions: int = 0  # of the encoder's config. The states do not contain them
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,8 +95,8 @@ class ContextCache:
         path, states = Path(path), self._states()
         staged = staged_path(path)
         passages = [passage.digest for passage in self.passages]
-        lengths = [passage.chunk_length for passage in self.passages]
-        facts = json.dumps({"identity": self.identity, "passages": passages, "chunk_lengths": lengths})
+        chunks = [(passage.chunk_length, passage.chunk_positions) for passage in self.passages]
+        facts = json.dumps({"identity": self.identity, "passages": passages, "chunks": chunks})
         try:
             save_tensors(states, staged, {"facts": facts, "sha256": _sha256(facts, states)})
             staged.rename(path)
@@ -120,8 +121,8 @@ class ContextCache:
             raise ValueError(f"{path} is damaged, its sha256 differs from the stored one: encode its contexts anew")
         facts = json.loads(metadata["facts"])
         names = facts["passages"]
-        lengths = facts.get("chunk_lengths", [0] * len(names))  # older files lack them
-        passages = (Passage(name, states[name], length) for name, length in zip(names, lengths, strict=True))
+        chunks = facts.get("chunks", [()] * len(names))  # older files lack them
+        passages = (Passage(name, states[name], *of_passage) for name, of_passage in zip(names, chunks, strict=True))
         cache = cls(facts["identity"], tuple(passages))
         cache.check_is_of(identity, str(path))
         return cache
@@ -148,7 +149,7 @@ def identity_of(model: Cepe, tokenizer: Tokenizer) -> dict[str, str]:
     weights = digest({jax.tree_util.keystr(path): describe(np.asarray(leaf.copy())) for path, leaf in leaves})
     numbers = f"{weights}{encoder.config.norm_eps}{encoder.config.rope}"
     if encoder.config.chunk_positions:
-        numbers += "chunk positions"
+        numbers += f"{encoder.config.chunk_positions} chunk positions"
     return {  # in the order in which they are compared: another dtype is another encoder too
         "dtype": encoder.config.dtype,
         "tokenizer": tokenizer.fingerprint(),
@@ -183,7 +184,7 @@ def encode(
     digests = [_passage_digest(tokens, chunk_length) for tokens in passages]
     new = {name: tokens for name, tokens in zip(digests, passages, strict=True) if name not in found}
     for name, states_LE in zip(new, _encoded(model, list(new.values()), chunk_length), strict=True):
-        found[name] = Passage(name, states_LE, chunk_length * model.encoder.config.chunk_positions)
+        found[name] = Passage(name, states_LE, chunk_length, model.encoder.config.chunk_positions)
     return ContextCache(identity, tuple(found[name] for name in digests))
 
 
@@ -244,7 +245,7 @@ def stacked(caches: Sequence[ContextCache], length: int | None = None) -> Memory
     states_BME = np.zeros((len(caches), length, some.shape[1]), some.dtype)
     for row, cache in zip(states_BME, caches, strict=True):
         np.concatenate([p.states_LE for p in cache.passages] or [some[:0]], out=row[: cache.num_tokens])
-        if any(passage.chunk_length for passage in cache.passages):
+        if any(passage.chunk_positions for passage in cache.passages):
             _add_positions(row, cache.passages)
     valid_BM = np.arange(length) < np.array([cache.num_tokens for cache in caches])[:, None]
     return Memory(
@@ -285,7 +286,8 @@ def _add_positions(row_ME: np.ndarray, passages: Sequence[Passage]) -> None:
         for start in range(0, len(passage.states_LE), passage.chunk_length)
     ]
     ends = np.cumsum(lengths)
-    positions_CE = chunk_positions(len(lengths), row_ME.shape[1]).astype(row_ME.dtype)
+    distinct = passages[0].chunk_positions
+    positions_CE = chunk_positions(len(lengths), distinct, row_ME.shape[1]).astype(row_ME.dtype)
     for start, end, position_E in zip(ends - lengths, ends, positions_CE, strict=True):
         row_ME[start:end] += position_E
 

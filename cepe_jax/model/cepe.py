@@ -128,8 +128,8 @@ class Cepe(nnx.Module):
         """Return the memory of the chunks, which are in reading order: the decoder's tokens follow the last chunk."""
         states_BME = self.encode_chunks(context_BCL, context_mask_BCL)
         B, C, L = context_BCL.shape
-        if self.encoder.config.chunk_positions:
-            positions_CE = chunk_positions(C, states_BME.shape[-1]).astype(states_BME.dtype)
+        if distinct := self.encoder.config.chunk_positions:
+            positions_CE = chunk_positions(C, distinct, states_BME.shape[-1]).astype(states_BME.dtype)
             states_BME = (states_BME.reshape(B, C, L, -1) + positions_CE[:, None]).reshape(B, C * L, -1)
         return Memory(states_BME, None if context_mask_BCL is None else context_mask_BCL.reshape(B, C * L))
 
@@ -169,13 +169,13 @@ class Cepe(nnx.Module):
         return self.decoder.decode(tokens_BT, memory, cache, token_mask_BT, cross=self.cross)
 
 
-def chunk_positions(num_chunks: int, width: int) -> np.ndarray:
+def chunk_positions(num_chunks: int, distinct: int, width: int) -> np.ndarray:
     """Return a vector for each chunk (C, width), which is added to the encoder's output for the chunk.
 
     The vector of chunk c holds sines and cosines of C - 1 - c, the number of chunks after it (Vaswani et al. 2017,
-    section 3.5). It does not depend on the number of chunks before it.
+    section 3.5), or of `distinct` - 1 for chunks further away: a number that was never trained must not come up.
     """
-    numbers_C1 = np.arange(num_chunks)[::-1, None]
+    numbers_C1 = np.minimum(np.arange(num_chunks)[::-1, None], distinct - 1)
     angles_CE = numbers_C1 * 10_000.0 ** (-np.arange(0, width, 2) / width)
     return np.concatenate([np.sin(angles_CE), np.cos(angles_CE)], axis=1)[:, :width].astype(np.float32)
 

@@ -72,7 +72,7 @@ class TrainConfig:
     cepe: str = ""  # a model directory, in place of decoder and encoder
     cross_layers: CrossLayers = CrossLayers()  # of the decoder: which read the memory
     cross_init: CrossInit = "copy"
-    chunk_positions: bool = False  # the memory encodes how many chunks follow each chunk
+    chunk_positions: int = 0  # distinct positions of chunks, counted from the last one; 0 = chunks have none
     train: tuple[str, ...] = ("encoder", "cross")  # of the warm-up and main stage
     mix: dict[str, float] = field(default_factory=dict)  # dataset below `data` -> weight of its examples
     workers: int = 0  # processes that load data; 0 = threads of this one

@@ -103,7 +103,7 @@ def test_states_are_the_models_own(cepe, cache):
 
 def test_positions_count_the_chunks_that_stand_after_one(cepe, tmp_path):
     """As the model's own memory has them, whatever passages come to stand together, and after a file."""
-    cepe = Cepe(cepe.decoder, with_config(cepe.encoder, chunk_positions=True), cepe.cross)
+    cepe = Cepe(cepe.decoder, with_config(cepe.encoder, chunk_positions=4), cepe.cross)
     identity = identity_of(cepe, TOKENIZER)
     cache = encode(cepe, PASSAGES, identity, CHUNK)
     cache.save(tmp_path / "contexts")

@@ -89,7 +89,9 @@ def method(w, config, ids_T, context_CL, keep_CL, readers=(1, 2)):
     """
     chunks = [encode(w["encoder"], config.encoder, *chunk) for chunk in zip(context_CL, keep_CL, strict=True)]
     if config.encoder.chunk_positions:
-        chunks = [chunk + sinusoid(len(chunks) - 1 - c, config.encoder.width) for c, chunk in enumerate(chunks)]
+        last = config.encoder.chunk_positions - 1
+        numbers = [min(len(chunks) - 1 - c, last) for c in range(len(chunks))]
+        chunks = [chunk + sinusoid(number, config.encoder.width) for chunk, number in zip(chunks, numbers, strict=True)]
     memory_ME = np.concatenate([np.zeros((0, config.encoder.width)), *chunks])
     x_TD = w["decoder"]["embed"][ids_T]
     for i in range(config.decoder.num_layers):

@@ -47,7 +47,7 @@ def runs(data, tmp_path_factory):
         patch.setitem(DECODERS, "tiny", dataclasses.replace(DECODERS["tiny"], **small))
         patch.setitem(ENCODERS, "tiny", dataclasses.replace(ENCODERS["tiny"], **small | {"num_layers": 1}))
         decoder, encoder = str(root / "lm/model"), str(root / "mlm/model")
-        of_a_cepe = {"cross_layers": CrossLayers("last", 1), "chunk_positions": True}
+        of_a_cepe = {"cross_layers": CrossLayers("last", 1), "chunk_positions": 2}
         for stage, start in (
             ("lm", {"decoder": "tiny"}),
             ("mlm", {"decoder": decoder, "encoder": "tiny"}),
@@ -73,7 +73,7 @@ def test_each_stage_trains_what_it_should(runs):
     assert not warmup["encoder"].config.mlm_head
     assert mlm["encoder"].config.vocab_size == lm["decoder"].config.vocab_size + 1 == 401
     assert cepe["cross"].layers == CrossLayers("last", 1)
-    assert cepe["encoder"].config.chunk_positions
+    assert cepe["encoder"].config.chunk_positions == 2
     assert not mlm["encoder"].config.chunk_positions
 
 
@@ -296,7 +296,7 @@ def test_in_bfloat16_the_frozen_part_is_narrow_and_what_trains_is_not(runs, data
         ({"mix": {"a": 0.0}}, r"mix is \{'a': 0.0\}: .*above 0"),
         ({"workers": -1}, "workers is -1: .*processes"),
         ({"cross_layers": CrossLayers("last", 2)}, "cross_layers .*decoder .*encoder"),
-        ({"chunk_positions": True}, "chunk_positions .*decoder .*encoder"),
+        ({"chunk_positions": 2}, "chunk_positions .*decoder .*encoder"),
         ({"distill": DistillConfig()}, "stage is cepe: distill .*stage ceped"),
         ({"stage": "ceped"}, "stage is ceped: distill .*stage ceped"),
         (

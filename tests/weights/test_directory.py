@@ -208,12 +208,12 @@ def test_layers_that_read_are_kept_and_the_reference_has_the_last_alone(ours, tm
 def test_chunks_with_positions_are_ours_alone(ours, tmp_path):
     """A directory of before, which does not know of them, has none."""
     written = json.loads((ours / "config.json").read_text())
-    assert written["encoder"].pop("chunk_positions") is False
+    assert written["encoder"].pop("chunk_positions") == 0
     (ours / "config.json").write_text(json.dumps(written))
     assert not load(ours).encoder.config.chunk_positions
-    written["encoder"]["chunk_positions"] = True
+    written["encoder"]["chunk_positions"] = 4
     (ours / "config.json").write_text(json.dumps(written))
-    assert load(ours).encoder.config.chunk_positions
+    assert load(ours).encoder.config.chunk_positions == 4
     with pytest.raises(ValueError, match="chunk_positions"):
         to_hf(ours, tmp_path / "hf")
 
