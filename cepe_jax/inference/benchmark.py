@@ -105,7 +105,7 @@ class _Clock:
     speeds: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def __call__(self, name: str, flops: float, run: Callable[[], Result]) -> tuple[Result, float]:
-        """What `run` gives, and its seconds: of less than one the least of three, as the first loads programs."""
+        """Return the result of `run` and its seconds, if under one the least of three: the first run loads programs."""
         if (foreseen := flops / self.speeds.get(name, np.inf)) > self.limit:
             raise _LeftOut(f"{name} would take {foreseen:,.0f} s")
         seconds, result = np.inf, None
@@ -253,7 +253,7 @@ def _read(way: str, model: Cepe, context: ContextCache, config: InferenceBenchma
 
 
 def _longer(cache: FullCache, slots: int) -> FullCache:
-    """The cache with room for `slots`. Keys, then values move: not both exist twice at once."""
+    """Return the cache with room for `slots`. Keys move before values, so that only one of them exists twice."""
     more = slots - cache.slots
 
     def longer(x_ZBKSH: Array) -> Array:

@@ -14,7 +14,7 @@ NUMBER = 7  # of runs; the least counts
 
 
 class Reader:
-    """Reads a context and goes on after a prompt as the oracle's `Reader` does."""
+    """A reader of one context and prompt, with the methods of the oracle's `Reader`."""
 
     def __init__(self, model: Cepe, context_BCL: np.ndarray, prompt_BT: np.ndarray, slots: int):
         self.model, self.context_BCL, self.prompt_BT, self.slots = model, context_BCL, prompt_BT, slots

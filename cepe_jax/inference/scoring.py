@@ -80,7 +80,9 @@ def score(
     slots = bucket(len(prompt))
     before, last = prompt[:-1], prompt[-1]  # the last one is read with each continuation, whose first follows it
     lengths = [_filled(len(continuation)) for continuation in continuations]
-    rows = [PIECE_PAIRS // (length * (slots + length)) for length in lengths]  # so many like it are read at once
+    rows = [
+        PIECE_PAIRS // (length * (slots + length)) for length in lengths
+    ]  # how many of this length are read at once
     together = [number for number, most in enumerate(rows) if most > 1]
     alone = [number for number, most in enumerate(rows) if most <= 1]
     if alone:

@@ -101,7 +101,7 @@ def _check(facts: ModelFacts, config: GenerateConfig, has_context: bool) -> None
         limits = window, config.overflow, config.chunk_length, facts.has_encoder, endless
         check_chat(Template(facts.tokenizer), config.system, *limits)
         if facts.cache.bounded:
-            goes = "forgotten, but for the first ones" if endless else "encoded"
+            goes = "forgotten, except the first ones" if endless else "encoded"
             _note(f"of a conversation the cache keeps {facts.cache.window:,} tokens, and older ones are {goes}")
         return
     check_encoder(config.overflow, facts.has_encoder)

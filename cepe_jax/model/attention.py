@@ -27,7 +27,7 @@ def native_backend(platform: str, dtype: str) -> Backend:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Mask:
-    """Which keys a query sees. `valid_BS`: true for keys that exist. `causal`: query i sees keys up to i.
+    """The keys that a query sees. `valid_BS`: true for keys that exist. `causal`: query i sees keys up to i.
 
     `seen_BTS` is true if a query sees a key; only XLA's attention supports it.
     """
@@ -38,7 +38,7 @@ class Mask:
 
     @property
     def may_hide_all(self) -> bool:
-        """Whether there may be a query that sees no key."""
+        """True if a query may see no key at all."""
         return self.valid_BS is not None or self.seen_BTS is not None
 
     def dense(self, num_queries: int, num_keys: int) -> jax.Array:

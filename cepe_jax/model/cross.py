@@ -56,7 +56,7 @@ class CrossAttention(nnx.Module):
         self.norm, self.q, self.k, self.v, self.o, self.layers = norm, q, k, v, o, layers
 
     def __call__(self, x_BTD: Array, memory: Memory, backend: Backend, differentiable: bool = True) -> Array:
-        """What to add to x; zero in rows whose memory is wholly masked.
+        """Return the values to add to x; they are zero in rows whose memory is wholly masked.
 
         Where nothing asks for a gradient, TPUs need not hold keys and values of the whole memory.
         """

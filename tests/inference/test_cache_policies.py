@@ -4,7 +4,6 @@ Each is compared with its definition in fp64, token by token.
 """
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.models import DECODER, float64, relative_error
-from support.oracles import heads, layer, rms_norm, rotate
+from support.models import DECODER, relative_error
+from support.oracles import by_token_exactly, rotate
 
 from cepe_jax.config import DecoderConfig
 from cepe_jax.inference.caches import CacheConfig, new_cache
@@ -26,29 +25,6 @@ from cepe_jax.model.llama import Llama
 TEXT = np.random.default_rng(0).integers(0, DECODER.vocab_size, 24)
 GROUP = DECODER.num_heads // DECODER.num_kv_heads
 decode = jax.jit(Llama.decode)
-
-
-def definition(decoder: Llama, ids, attend: Callable) -> np.ndarray:
-    """Logits (T, V): `attend(layer, q_NH, keys, values)` gives the heads (N, H) of each token's attention.
-
-    Queries and keys are not rotated; the last key and value are the token's own.
-    """
-    w, config = float64(decoder), decoder.config
-    kept, out = [([], []) for _ in range(config.num_layers)], []
-    for token in ids:
-        x_1D = w["embed"][[token]]
-        for index, (keys, values) in enumerate(kept):
-            of_layer = layer(w["layers"], index)
-            a, y_1D = of_layer["attention"], rms_norm(x_1D, of_layer["attention_norm"], config.norm_eps)
-            keys.append(heads(y_1D, a["k"])[0])
-            values.append(heads(y_1D, a["v"])[0])
-            read_NH = attend(index, heads(y_1D, a["q"])[0], np.array(keys), np.array(values))
-            x_1D = x_1D + np.einsum("nh,nhd->d", read_NH, a["o"])
-            y_1D = rms_norm(x_1D, of_layer["mlp_norm"], config.norm_eps)
-            gate_1F = y_1D @ of_layer["mlp"]["gate"]
-            x_1D = x_1D + (gate_1F / (1 + np.exp(-gate_1F)) * (y_1D @ of_layer["mlp"]["up"])) @ of_layer["mlp"]["down"]
-        out.append(rms_norm(x_1D, w["norm"], config.norm_eps)[0] @ w["head"].T)
-    return np.array(out)
 
 
 def rotated(x_SNH: np.ndarray, positions) -> np.ndarray:
@@ -138,7 +114,7 @@ def select(index, q_NH, keys_SKH, values_SKH):
 
 def test_a_selection_of_each_layer(decoder):
     ours = by_token(decoder, Selecting.create(DECODER, len(TEXT)))
-    assert relative_error(ours, definition(decoder, TEXT, select)) < 1e-5
+    assert relative_error(ours, by_token_exactly(decoder, TEXT, select)) < 1e-5
 
 
 # --- heads that keep all, of all layers in one array, and heads that keep a window and a weighted mean of the rest ---
@@ -266,7 +242,7 @@ def test_heads_of_all_layers_in_one_array(decoder):
     cache = Razor.create(DECODER, len(TEXT))
     numbers = 2 * DECODER.head_dim * (3 * len(TEXT) + 3 * RECENT + 3)
     assert sum(x.size for x in jax.tree.leaves(dataclasses.replace(cache, length_B=None))) == numbers
-    assert relative_error(by_token(decoder, cache), definition(decoder, TEXT, razor)) < 1e-5
+    assert relative_error(by_token(decoder, cache), by_token_exactly(decoder, TEXT, razor)) < 1e-5
 
 
 # --- rows that come and go ---

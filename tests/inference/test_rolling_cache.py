@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 from support.models import DECODER, ENCODER, float64, relative_error, with_config
-from support.oracles import attention, heads, layer, rms_norm, rotate
+from support.oracles import by_token_exactly, rotate
 
 from cepe_jax.evaluation.language_model import Prompt
 from cepe_jax.evaluation.models import ModelConfig, load_model
@@ -34,36 +34,19 @@ def rolling(
 
     `cross`: in the last layers, which read the memory too.
     """
-    w, config, theta = float64(decoder), decoder.config, decoder.config.rope.theta
-    kept = [([], []) for _ in range(config.num_layers)]
-    out = []
-    for token in ids:
-        x_1D = w["embed"][[token]]
-        for index, (keys, values) in enumerate(kept):
-            of_layer = layer(w["layers"], index)
-            a, y_1D = of_layer["attention"], rms_norm(x_1D, of_layer["attention_norm"], config.norm_eps)
-            keys.append(heads(y_1D, a["k"])[0])
-            values.append(heads(y_1D, a["v"])[0])
-            if len(keys) > window:  # the oldest one that is no sink
-                del keys[sinks], values[sinks]
-            positions = np.arange(len(keys))
-            k_SKH, v_SKH = rotate(np.array(keys), positions, theta), np.array(values)
-            q_1NH = rotate(heads(y_1D, a["q"]), positions[-1:], theta)
-            group = config.num_heads // config.num_kv_heads
-            for head in range(config.num_heads):
-                weights = np.exp(k_SKH[:, head // group] @ q_1NH[0, head] / np.sqrt(config.head_dim))
-                x_1D = x_1D + weights / weights.sum() @ v_SKH[:, head // group] @ a["o"][head]
-            if cross is not None and index >= config.num_layers - len(cross["q"]):
-                reads = layer(cross, index - config.num_layers + len(cross["q"]))
-                q_1NH = heads(rms_norm(x_1D, reads["norm"], config.norm_eps), reads["q"])
-                of_memory = heads(memory_ME, reads["k"]), heads(memory_ME, reads["v"])
-                x_1D = x_1D + attention(q_1NH, *of_memory, reads["o"], causal=False)
-            y_1D = rms_norm(x_1D, of_layer["mlp_norm"], config.norm_eps)
-            gate_1F = y_1D @ of_layer["mlp"]["gate"]
-            up_1F = y_1D @ of_layer["mlp"]["up"]
-            x_1D = x_1D + (gate_1F / (1 + np.exp(-gate_1F)) * up_1F) @ of_layer["mlp"]["down"]
-        out.append(rms_norm(x_1D, w["norm"], config.norm_eps)[0] @ w["head"].T)
-    return np.array(out)
+
+    def attend(index, q_NH, keys_SKH, values_SKH):
+        count = len(keys_SKH)
+        rows = [i for i in range(count) if i < sinks or i >= count - (window - sinks)]
+        k_SKH = rotate(keys_SKH[rows], np.arange(len(rows)), decoder.config.rope.theta)
+        q_NH = rotate(q_NH[None], np.array([len(rows) - 1]), decoder.config.rope.theta)[0]
+        out, group = np.zeros(q_NH.shape), len(q_NH) // k_SKH.shape[1]
+        for n in range(len(q_NH)):
+            weights = np.exp(k_SKH[:, n // group] @ q_NH[n] / np.sqrt(q_NH.shape[-1]))
+            out[n] = weights / weights.sum() @ values_SKH[rows, n // group]
+        return out
+
+    return by_token_exactly(decoder, ids, attend, cross, memory_ME)
 
 
 def log_softmax(logits_TV: np.ndarray) -> np.ndarray:

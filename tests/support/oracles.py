@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from cepe_jax.inference.generate import Draws, Sampling, sample
+from support.models import float64
 
 draw = jax.jit(sample)
 NONE = np.zeros((2, 0, 5), int)  # a context without chunks
@@ -99,6 +100,35 @@ def method(w, config, ids_T, context_CL, keep_CL, readers=(1, 2)):
         w_i = layer(w["decoder"]["layers"], i)
         x_TD = block(x_TD, w_i, config.decoder, np.arange(len(ids_T)), True, cross, memory_ME)
     return rms_norm(x_TD, w["decoder"]["norm"], config.decoder.norm_eps) @ w["decoder"]["head"].T
+
+
+def by_token_exactly(decoder, ids, attend: Callable, cross=None, memory_ME=None) -> np.ndarray:
+    """Logits (T, V) of a decoder with a cache policy, one token at a time.
+
+    `attend(layer, q_NH, keys_SKH, values_SKH)` gives the heads (N, H) of a token's attention to all tokens so far;
+    queries and keys are not rotated. `cross`: weights of the last layers, which read the memory too.
+    """
+    w, config = float64(decoder), decoder.config
+    kept, out = [([], []) for _ in range(config.num_layers)], []
+    for token in ids:
+        x_1D = w["embed"][[token]]
+        for index, (keys, values) in enumerate(kept):
+            of_layer = layer(w["layers"], index)
+            a, y_1D = of_layer["attention"], rms_norm(x_1D, of_layer["attention_norm"], config.norm_eps)
+            keys.append(heads(y_1D, a["k"])[0])
+            values.append(heads(y_1D, a["v"])[0])
+            read_NH = attend(index, heads(y_1D, a["q"])[0], np.array(keys), np.array(values))
+            x_1D = x_1D + np.einsum("nh,nhd->d", read_NH, a["o"])
+            if cross is not None and index >= config.num_layers - len(cross["q"]):
+                reads = layer(cross, index - config.num_layers + len(cross["q"]))
+                q_1NH = heads(rms_norm(x_1D, reads["norm"], config.norm_eps), reads["q"])
+                of_memory = heads(memory_ME, reads["k"]), heads(memory_ME, reads["v"])
+                x_1D = x_1D + attention(q_1NH, *of_memory, reads["o"], causal=False)
+            y_1D = rms_norm(x_1D, of_layer["mlp_norm"], config.norm_eps)
+            gate_1F = y_1D @ of_layer["mlp"]["gate"]
+            x_1D = x_1D + (gate_1F / (1 + np.exp(-gate_1F)) * (y_1D @ of_layer["mlp"]["up"])) @ of_layer["mlp"]["down"]
+        out.append(rms_norm(x_1D, w["norm"], config.norm_eps)[0] @ w["head"].T)
+    return np.array(out)
 
 
 def recompute(call: Callable, prompts: list[list[int]], samplings: list[Sampling], steps: int) -> list[list[int]]:

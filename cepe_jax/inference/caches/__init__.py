@@ -33,7 +33,7 @@ class CacheConfig:
 
     @property
     def bounded(self) -> bool:
-        """Whether the size does not grow with the text."""
+        """True if the size does not grow with the text."""
         return self.kind == "rolling"
 
     def of(self, positions: int | None) -> "CacheConfig":
