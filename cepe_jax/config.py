@@ -9,6 +9,7 @@ M = C * L memory length.
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+Dtype = Literal["float32", "bfloat16"]
 Remat = Literal["none", "dots", "full"]
 Backend = Literal["xla", "splash", "cudnn"]
 
@@ -61,10 +62,6 @@ class TransformerConfig:
     mlp_width: int
     norm_eps: float = 1e-5
     rope: RopeConfig = RopeConfig()
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; weights are cast to it when used
-    remat: Remat = "none"  # what the backward pass recomputes in each layer
-    attention: Backend = "xla"  # splash: TPU; cudnn: GPU
-    mlp_chunk: int = 0  # positions whose MLP activations exist at once; 0 = all
 
     def __post_init__(self):
         sizes = ("vocab_size", "width", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_width")
@@ -76,15 +73,6 @@ class TransformerConfig:
             f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}",
         )
         _require(self.norm_eps > 0, f"norm_eps is {self.norm_eps}: give a number above 0")
-        _require(self.remat in ("none", "dots", "full"), f"remat {self.remat!r}: choose none, dots or full")
-        _require(self.attention in get_args(Backend), f"attention {self.attention!r}: choose xla, splash or cudnn")
-        _require(
-            self.attention != "cudnn" or (self.head_dim % 8 == 0 and self.head_dim <= 128),
-            f"head_dim {self.head_dim}: cuDNN's attention takes multiples of 8 up to 128: choose attention xla, or "
-            f"dtype float32, which is computed by it",
-        )
-        _require(self.mlp_chunk >= 0, f"mlp_chunk is {self.mlp_chunk}: give a number of positions, or 0 for all")
-        _require(self.dtype in ("float32", "bfloat16"), f"dtype {self.dtype!r}: choose float32 or bfloat16")
         _require(self.head_dim % 2 == 0, f"head_dim {self.head_dim} is odd: rotary positions turn pairs")
 
 
@@ -152,6 +140,36 @@ class CepeConfig:
     def __post_init__(self):
         object.__setattr__(self, "cross_layers", self.cross_layers.of(self.decoder.num_layers))
 
+
+@dataclass(frozen=True)
+class RematConfig:
+    """What the backward pass recomputes in each layer: nothing, all except matrix products, or all."""
+
+    decoder: Remat = "none"
+    encoder: Remat = "none"
+
+    def __post_init__(self):
+        for remat in (self.decoder, self.encoder):
+            _require(remat in get_args(Remat), f"remat {remat!r}: choose none, dots or full")
+
+
+@dataclass(frozen=True)
+class Compute:
+    """The choices of a run that do not change what a model is: no directory of weights holds them."""
+
+    dtype: Dtype = "float32"  # of activations; weights are cast to it when used
+    attention: Backend | Literal["auto"] = "auto"  # splash: TPU; cudnn: GPU, bfloat16; auto: the platform's own
+    remat: RematConfig = RematConfig()
+    mlp_chunk: int = 0  # positions whose MLP activations exist at once; 0 = all
+
+    def __post_init__(self):
+        known = "auto", *get_args(Backend)
+        _require(self.dtype in get_args(Dtype), f"dtype {self.dtype!r}: choose float32 or bfloat16")
+        _require(self.attention in known, f"attention {self.attention!r}: choose auto, xla, splash or cudnn")
+        _require(self.mlp_chunk >= 0, f"mlp_chunk is {self.mlp_chunk}: give a number of positions, or 0 for all")
+
+
+FLOAT32 = Compute()
 
 DECODERS = {
     "llama2_7b": DecoderConfig(

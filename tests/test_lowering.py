@@ -17,7 +17,7 @@ from cepe_jax.inference.aot import STEPS
 from cepe_jax.sharding import make_mesh
 from cepe_jax.training.aot import train_step, without_files
 from cepe_jax.training.objectives import DistillConfig
-from cepe_jax.training.settings import TrainConfig, at_run_time, backend_of, sizes_of
+from cepe_jax.training.settings import TrainConfig, compute_of, sizes_of
 
 EVEN = ExampleConfig(window=256, num_chunks=2, chunk_length=128)
 ODD = ExampleConfig(window=111, num_chunks=3, chunk_length=37)
@@ -41,9 +41,9 @@ def lower(step: str, platform: str, examples: ExampleConfig = EVEN, kv_heads: in
             patch.setitem(presets, "tiny", dataclasses.replace(presets["tiny"], num_kv_heads=kv_heads))
         config = TrainConfig(**without_files(config | dict.fromkeys(starts, "tiny")))
         kind = {"cuda": "gpu"}.get(platform, platform)
-        sizes = at_run_time(sizes_of(config), config, backend_of(config, kind))
+        sizes, compute = sizes_of(config), compute_of(config, kind)
     with jax.set_mesh(make_mesh()):
-        made = STEPS.get(step, train_step)(config, sizes)
+        made = STEPS.get(step, train_step)(config, sizes, compute)
         return made.function.trace(*made.arguments).lower(lowering_platforms=(platform,)).as_text()
 
 

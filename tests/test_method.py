@@ -6,7 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.models import DECODER, ENCODER, filled, float64, make_decoder, make_encoder, relative_error, with_config
+from support.models import (
+    DECODER,
+    ENCODER,
+    computed,
+    filled,
+    float64,
+    make_decoder,
+    make_encoder,
+    relative_error,
+    with_config,
+)
 from support.oracles import NONE, method
 
 from cepe_jax.config import CrossLayers
@@ -45,7 +55,7 @@ READERS = [
 
 
 def four_layers(layers: CrossLayers, remat: str = "none") -> Cepe:
-    decoder = make_decoder(dataclasses.replace(FOUR, remat=remat))
+    decoder = computed(make_decoder(FOUR), remat=remat)
 
     def cross():
         return cross_from_self_attention(decoder, ENCODER, layers, "normal", key=jax.random.key(0))
@@ -62,7 +72,7 @@ def test_the_layers_that_are_named_read(layers, readers, forward, tokens_BT, con
     wanted = method(weights, cepe.config, *given, readers)
     assert relative_error(forward(cepe, *(x[None] for x in given))[0], wanted) < 1e-5
     memory = cepe.encode(context_BCL[:1], context_mask_BCL[:1])
-    cache, logits = FullCache.create(FOUR, 1, tokens_BT.shape[1]), []
+    cache, logits = FullCache.create(FOUR, "float32", 1, tokens_BT.shape[1]), []
     step = jax.jit(lambda token, cache: cepe.decode(token, memory, cache))
     for token in tokens_BT[0]:
         hidden_BTD, cache = step(token[None, None], cache)

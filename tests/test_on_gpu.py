@@ -17,7 +17,7 @@ from cepe_jax.model.attention import Mask, attend
 from cepe_jax.model.cepe import assemble
 from cepe_jax.training.aot import without_files
 from cepe_jax.training.objectives import DistillConfig
-from cepe_jax.training.settings import TrainConfig, at_run_time, objective_of, sizes_of, trained_parts
+from cepe_jax.training.settings import TrainConfig, compute_of, objective_of, sizes_of, trained_parts
 from cepe_jax.weights.tensors import abstract_parts
 
 pytestmark = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
@@ -88,8 +88,8 @@ def test_cudnn_in_bfloat16_errs_no_more_than_xla_in_bfloat16(stage, num_chunks, 
     )
 
     def loss_and_gradient(dtype: str, backend: str):
-        sizes = at_run_time(sizes_of(config), dataclasses.replace(config, dtype=dtype), backend)
-        parts = jax.tree.unflatten(jax.tree.structure(abstract_parts(sizes)), values)
+        compute = compute_of(dataclasses.replace(config, dtype=dtype, attention=backend), "gpu")
+        parts = jax.tree.unflatten(jax.tree.structure(abstract_parts(sizes_of(config), compute)), values)
         trained = {name: parts.pop(name) for name in trained_parts(config)}
         frozen = jax.tree.map(lambda x: x.astype(dtype), parts)
 

@@ -22,7 +22,7 @@ import pytest
 from flax import nnx
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
 from jax.sharding import NamedSharding, PartitionSpec
-from support.models import CROSS_LAYERS, DECODER, ENCODER, make_cepe, make_encoder, relative_error, with_config
+from support.models import CROSS_LAYERS, DECODER, ENCODER, computed, make_cepe, make_encoder, relative_error
 
 from cepe_jax.config import DECODERS, ENCODERS, CepeConfig
 from cepe_jax.data.examples import IGNORE
@@ -170,8 +170,8 @@ def batch_of(step: int) -> dict[str, np.ndarray]:
 
 def model_of(**run_time) -> Cepe:
     cepe = make_cepe()
-    encoder = with_config(make_encoder(dataclasses.replace(ENCODER, mlm_head=False)), **run_time)
-    return Cepe(with_config(cepe.decoder, **run_time), encoder, cepe.cross)
+    encoder = computed(make_encoder(dataclasses.replace(ENCODER, mlm_head=False)), **run_time)
+    return Cepe(computed(cepe.decoder, **run_time), encoder, cepe.cross)
 
 
 def two_plain_steps(optimizer) -> list:

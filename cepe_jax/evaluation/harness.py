@@ -99,7 +99,7 @@ def run_harness(config: HarnessConfig) -> None:
 
 def _check(config: HarnessConfig) -> None:
     """ValueError for what the model's config and the task folder rule out; no weight is read."""
-    _, window, *_ = check_model(config.model)
+    window = check_model(config.model).window
     if window is not None and config.window > window:
         raise ValueError(f"window is {config.window} and {config.model.path} reads {window} tokens: lower one of them")
     if config.task_folder is not None and not config.task_folder.is_dir():

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from cepe_jax.config import RopeConfig
+from cepe_jax.config import CepeConfig, Dtype, RopeConfig
 from cepe_jax.evaluation.baselines import CepeReader, DecoderReader
 from cepe_jax.evaluation.language_model import LanguageModel
 from cepe_jax.evaluation.replug import RePlug
@@ -25,7 +25,7 @@ class ModelConfig:
     temperature: float = 1.0  # of the contexts' scores in RePlug
     rope: Rope = "trained"  # linear (position interpolation) or yarn: put on a decoder that was trained without it
     factor: float = 1.0  # of linear and yarn: how many times as many positions
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Dtype = "float32"
     tokenizer: Path | None = None  # None: beside the model
 
     def __post_init__(self):
@@ -47,11 +47,8 @@ class ModelConfig:
             )
 
 
-def check_model(config: ModelConfig) -> tuple[ModelFacts, int | None, RopeConfig, CacheConfig]:
-    """Return its facts, the tokens it reads at most, its decoder's positions and its cache; no weight is read.
-
-    ValueError where the model cannot be read in this way.
-    """
+def check_model(config: ModelConfig) -> ModelFacts:
+    """Return the facts of the model as it is to be read; no weight is read. ValueError where it cannot be."""
     facts = read_facts(config.path, config.tokenizer)
     rope, positions = facts.decoder.rope, facts.window
     if config.reads == "encoder" and not facts.has_encoder:
@@ -70,22 +67,20 @@ def check_model(config: ModelConfig) -> tuple[ModelFacts, int | None, RopeConfig
         positions = int(positions * config.factor)
     if positions is not None and (config.window or 0) > positions:
         raise ValueError(f"window is {config.window}: give at most {positions}, the positions that {config.path} has")
-    if config.cache.bounded:
-        return facts, None, rope, config.cache.of(positions)
-    return facts, positions if config.window is None else config.window, rope, config.cache
+    decoder = dataclasses.replace(facts.decoder, rope=rope)
+    sizes = dataclasses.replace(facts.config, decoder=decoder) if isinstance(facts.config, CepeConfig) else decoder
+    window = None if config.cache.bounded else config.window or positions
+    return dataclasses.replace(facts, config=sizes, window=window, cache=config.cache.of(positions))
 
 
 def load_model(config: ModelConfig) -> LanguageModel:
     """Return the model, ready to be asked. Under a mesh (`jax.set_mesh`) its weights are born sharded."""
-    facts, window, rope, cache = check_model(config)
-    text = facts.load(config.dtype)
-    decoder = text.model.decoder if facts.has_encoder else text.model
-    decoder.config = dataclasses.replace(decoder.config, rope=rope)
-    rest = text.tokenizer, text.stop_ids
+    text = check_model(config).load(config.dtype)
+    rest = text.tokenizer, text.stop_ids, text.window
     match config.reads:
         case "encoder":
-            return CepeReader(text.model, *rest, window, cache)
+            return CepeReader(text.model, *rest, text.cache)
         case "decoder":
-            return DecoderReader(decoder, *rest, window, cache)
+            return DecoderReader(text.model.decoder, *rest, text.cache)
         case "replug":
-            return RePlug(decoder, *rest, window, config.temperature)
+            return RePlug(text.model.decoder, *rest, config.temperature)

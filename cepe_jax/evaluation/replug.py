@@ -127,7 +127,7 @@ class RePlug:
 
     def _read(self, group: Rows, slots: int) -> Cache:
         """The group's rows, but the last token of each."""
-        cache = new_cache(self.model.config, FULL, len(group), bucket(slots))
+        cache = new_cache(self.model, FULL, len(group), bucket(slots))
         return read(self.model, [row[:-1] for row in group], None, cache, Draws.of([GREEDY] * len(group)))[1]
 
     def _drawn(self, rows: Rows, weights_C: np.ndarray, new: int) -> Iterator[Array]:

@@ -1,12 +1,10 @@
 """The steps of inference by shape and place, to be compiled ahead of time."""
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from cepe_jax.config import CepeConfig
+from cepe_jax.config import CepeConfig, Compute
 from cepe_jax.cost import encoder_flops, inference_flops
 from cepe_jax.inference.caches.full import FullCache
 from cepe_jax.inference.context import encode_chunks
@@ -14,7 +12,7 @@ from cepe_jax.inference.generate import Draws, Sampling, next_token
 from cepe_jax.model.cepe import Cepe, assemble
 from cepe_jax.model.cross import Memory
 from cepe_jax.sharding import partition_spec
-from cepe_jax.training.aot import Step, placed
+from cepe_jax.training.aot import Make, Step, placed
 from cepe_jax.training.settings import TrainConfig
 from cepe_jax.weights.tensors import Config, abstract_parts
 
@@ -23,28 +21,28 @@ def _array(shape: tuple[int, ...], dtype, *axes: str | None) -> jax.ShapeDtypeSt
     return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(jax.sharding.get_mesh(), partition_spec(axes)))
 
 
-def _model(config: TrainConfig, sizes: Config) -> Cepe:
+def _model(config: TrainConfig, sizes: Config, compute: Compute) -> Cepe:
     if not isinstance(sizes, CepeConfig):
         raise ValueError(f"stage {config.stage} has no context to read: give the config of a CEPE")
-    return assemble(placed(abstract_parts(sizes), jnp.dtype(config.dtype)))
+    return assemble(placed(abstract_parts(sizes, compute), jnp.dtype(compute.dtype)))
 
 
-def encode_step(config: TrainConfig, sizes: Config) -> Step:
+def encode_step(config: TrainConfig, sizes: Config, compute: Compute) -> Step:
     """All chunks of a batch."""
     B, C, L = config.batch_size, config.examples.num_chunks, config.examples.chunk_length
     contexts = [_array((B, C, L), dtype, "batch", "memory", None) for dtype in (jnp.int32, bool)]
     flops = B * encoder_flops(sizes.encoder, C, L).forward
-    return Step(encode_chunks, (_model(config, sizes), *contexts), flops, flops)
+    return Step(encode_chunks, (_model(config, sizes, compute), *contexts), flops, flops)
 
 
-def _read(config: TrainConfig, sizes: Config, tokens: int, cached: bool) -> Step:
-    model, decoder = _model(config, sizes), sizes.decoder
+def _read(config: TrainConfig, sizes: Config, compute: Compute, tokens: int, cached: bool) -> Step:
+    model, decoder = _model(config, sizes, compute), sizes.decoder
     B, window = config.batch_size, config.examples.window
     M = config.examples.num_chunks * config.examples.chunk_length
-    states = _array((B, M, sizes.encoder.width), decoder.dtype, "batch", "memory", None)
+    states = _array((B, M, sizes.encoder.width), compute.dtype, "batch", "memory", None)
     memory = Memory(states, _array((B, M), bool, "batch", "memory"))
     kv = (decoder.num_layers, B, decoder.num_kv_heads, window, decoder.head_dim)
-    k, v = (_array(kv, decoder.dtype, None, "batch", "kv_heads", None, None) for _ in range(2))
+    k, v = (_array(kv, compute.dtype, None, "batch", "kv_heads", None, None) for _ in range(2))
     cache = FullCache(k, v, _array((B, window), bool, "batch", None), _array((B,), jnp.int32, "batch"), not cached)
     given = _array((B, tokens), jnp.int32, "batch", None), None if cached else _array((B, tokens), bool, "batch", None)
     draws = jax.tree.map(lambda x: _array(x.shape, x.dtype, *("batch",)[: x.ndim]), Draws.of([Sampling()] * B))
@@ -54,17 +52,17 @@ def _read(config: TrainConfig, sizes: Config, tokens: int, cached: bool) -> Step
     return Step(next_token, arguments, flops, flops)
 
 
-def prefill_step(config: TrainConfig, sizes: Config) -> Step:
+def prefill_step(config: TrainConfig, sizes: Config, compute: Compute) -> Step:
     """A window of tokens read into an empty cache, and the token after them."""
-    return _read(config, sizes, config.examples.window, cached=False)
+    return _read(config, sizes, compute, config.examples.window, cached=False)
 
 
-def decode_step(config: TrainConfig, sizes: Config) -> Step:
+def decode_step(config: TrainConfig, sizes: Config, compute: Compute) -> Step:
     """One token, from a cache as long as the window."""
-    return _read(config, sizes, 1, cached=True)
+    return _read(config, sizes, compute, 1, cached=True)
 
 
-STEPS: dict[str, Callable[[TrainConfig, Config], Step]] = {
+STEPS: dict[str, Make] = {
     "encode": encode_step,
     "prefill": prefill_step,
     "decode": decode_step,

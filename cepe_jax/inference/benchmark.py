@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from cepe_jax.config import DECODERS, ENCODERS, CepeConfig, preset
+from cepe_jax.config import DECODERS, ENCODERS, CepeConfig, Compute, Dtype, preset
 from cepe_jax.cost import encoder_flops, gib, inference_flops, step_bytes
 from cepe_jax.inference import beside
 from cepe_jax.inference.caches.full import FullCache
@@ -33,7 +33,7 @@ from cepe_jax.model.layers import project
 from cepe_jax.progress import track
 from cepe_jax.training.aot import memory_of
 from cepe_jax.training.benchmark import filled
-from cepe_jax.weights.tensors import abstract_parts, with_dtype
+from cepe_jax.weights.tensors import abstract_parts
 
 Array = jax.Array
 WAYS = "absorbed", "stored", "recomputed", "full"
@@ -50,7 +50,7 @@ class InferenceBenchmarkConfig:
     prompt: int = 128  # tokens that the decoder reads after the context
     new_tokens: int = 48  # timed, until limit_seconds; the median counts
     limit_seconds: float = 40.0  # what would take longer by its speed at the length before is left out
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Dtype = "float32"
     beside: Literal["", "torch"] = ""  # torch: what we do and the tests' oracle in turn, instead of the four ways
     out: Path = Path("out/benchmark")  # gets inference.json, inference.md, inference.png; or beside.json, beside.md
 
@@ -123,8 +123,8 @@ class _Clock:
 def benchmark_inference(config: InferenceBenchmarkConfig) -> None:
     """All ways at all lengths, printed and in `config.out` as JSON, a table and a plot."""
     decoder, encoder = preset(DECODERS, config.decoder), preset(ENCODERS, config.encoder)
-    sizes = with_dtype(CepeConfig(decoder, encoder), config.dtype)
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, config.dtype), abstract_parts(sizes))
+    parts = abstract_parts(CepeConfig(decoder, encoder), Compute(config.dtype))
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, config.dtype), parts)
     model = assemble(filled(shapes, 0.02))
     if config.beside:
         return _beside(model, config)
@@ -203,7 +203,7 @@ def _read(way: str, model: Cepe, context: ContextCache, config: InferenceBenchma
     draws = Draws.of([Sampling()])
 
     def new_cache(slots: int, empty: bool = way != "full") -> FullCache:  # in pieces: one program for all of them
-        return dataclasses.replace(FullCache.create(decoder, 1, slots), empty=empty)
+        return dataclasses.replace(FullCache.create(decoder, config.dtype, 1, slots), empty=empty)
 
     def compiled(count: int, cache: FullCache):
         inputs = jax.ShapeDtypeStruct((1, count), jnp.int32), jax.ShapeDtypeStruct((1, count), bool)

@@ -24,7 +24,7 @@ class Reader:
 
     def first_token(self) -> jax.Array:
         self.memory = Memory(self.encode())
-        self.last_B1, self.cache = self.prompt_BT, new_cache(self.model.decoder.config, FULL, 1, self.slots)
+        self.last_B1, self.cache = self.prompt_BT, new_cache(self.model.decoder, FULL, 1, self.slots)
         return self.next_token()
 
     def next_token(self) -> jax.Array:
@@ -41,7 +41,7 @@ def measure_beside(
     `a token` is compared with the oracle that recomputes keys and values of the memory, as the reference does, and with
     one that keeps them.
     """
-    oracle, vocab_size, rows = torch_oracle(model.decoder.config.dtype), model.decoder.config.vocab_size, []
+    oracle, vocab_size, rows = torch_oracle(model.decoder.compute.dtype), model.decoder.config.vocab_size, []
     draw = np.random.default_rng(0)
     for length in contexts:
         context_BCL = draw.integers(0, vocab_size, (1, -(-length // chunk_length), chunk_length), np.int32)

@@ -151,7 +151,7 @@ def identity_of(model: Cepe, tokenizer: Tokenizer) -> dict[str, str]:
     if encoder.config.chunk_positions:
         numbers += f"{encoder.config.chunk_positions} chunk positions"
     return {  # in the order in which they are compared: another dtype is another encoder too
-        "dtype": encoder.config.dtype,
+        "dtype": encoder.compute.dtype,
         "tokenizer": tokenizer.fingerprint(),
         "encoder": hashlib.sha256(numbers.encode()).hexdigest(),
     }
@@ -174,7 +174,7 @@ def encode(
         if len(tokens) == 0:
             raise ValueError(f"passage {number} has no tokens: leave it out")
         check_tokens(f"passage {number}", np.asarray(tokens), 1, model.encoder.config.vocab_size)
-    width, dtype = model.encoder.config.width, np.dtype(model.encoder.config.dtype)
+    width, dtype = model.encoder.config.width, np.dtype(model.encoder.compute.dtype)
     copies = 2 if _on_host() else 0  # what is kept, and what `stacked` makes of it before it is placed
     _check_fits(1, sum(map(len, passages)), width, dtype, copies + 1)
     found = {}

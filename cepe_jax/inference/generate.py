@@ -221,7 +221,7 @@ def stream(
     draws = Draws.of(samplings)
 
     def dispatched() -> Iterator[Array]:
-        cache = new_cache(model.decoder.config, policy, len(prompts), bucket(longest + max_new_tokens))
+        cache = new_cache(model.decoder, policy, len(prompts), bucket(longest + max_new_tokens))
         tokens_B1, cache = read(model, prompts, memory, cache, draws)
         yield tokens_B1
         for number in range(1, max_new_tokens):

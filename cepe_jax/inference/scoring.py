@@ -87,7 +87,7 @@ def score(
     alone = [number for number, most in enumerate(rows) if most <= 1]
     if alone:
         slots = bucket(len(prompt) + max(bucket(len(continuations[number])) for number in alone))
-    cache = new_cache(model.decoder.config, policy, 1, slots)
+    cache = new_cache(model.decoder, policy, 1, slots)
     if before:
         _, cache = read(model, [before], memory, cache, Draws.of([GREEDY]))
     scores: dict[int, Score] = {}

@@ -94,7 +94,7 @@ class Session:
             self._read = None  # its arrays are given away: if this is interrupted, all is read anew
         else:
             self._read = None  # freed before there is another
-            cache, fresh = new_cache(self.model.decoder.config, self._policy, 1, self._slots), tokens
+            cache, fresh = new_cache(self.model.decoder, self._policy, 1, self._slots), tokens
         if len(fresh) == 1:
             tokens_BT, mask_BT = np.array([fresh], np.int32), None
         else:

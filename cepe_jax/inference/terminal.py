@@ -6,11 +6,11 @@ from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import jax
 
 from cepe_jax.checks import check_chunk_length
+from cepe_jax.config import Dtype
 from cepe_jax.data.sources import decoded
 from cepe_jax.directories import in_one_line
 from cepe_jax.inference.caches import FULL, CacheConfig
@@ -53,7 +53,7 @@ class GenerateConfig:
     stop: tuple[str, ...] = ()  # an answer ends before the first of these
     overflow: Overflow = "error"  # what becomes of what does not fit into the window
     sampling: Sampling = Sampling()
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Dtype = "float32"
     mesh: Devices = Devices()
     timings: bool = False  # on stderr
 

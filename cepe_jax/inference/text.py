@@ -4,11 +4,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
-from cepe_jax.config import CepeConfig, DecoderConfig, EncoderConfig
+from cepe_jax.config import CepeConfig, Compute, DecoderConfig, Dtype, EncoderConfig
 from cepe_jax.data.tokenizer import Tokenizer
 from cepe_jax.inference.caches import FULL, CacheConfig
 from cepe_jax.inference.chat import MAX_NEW_TOKENS, Chat, check_chat
@@ -223,8 +222,9 @@ class ModelFacts:
     def decoder(self) -> DecoderConfig:
         return self.config.decoder if isinstance(self.config, CepeConfig) else self.config
 
-    def load(self, dtype: Literal["float32", "bfloat16"]) -> TextModel:
-        return TextModel(huggingface.load(self.path, dtype), self.tokenizer, self.window, self.stop_ids, self.cache)
+    def load(self, dtype: Dtype) -> TextModel:
+        model = huggingface.load(self.path, Compute(dtype), config=self.config)
+        return TextModel(model, self.tokenizer, self.window, self.stop_ids, self.cache)
 
 
 def prompt_window(window: int | None, cache: CacheConfig, overflow: Overflow) -> int | None:
@@ -282,7 +282,7 @@ def read_facts(
 
 def load(
     path: Path | str,
-    dtype: Literal["float32", "bfloat16"] = "float32",
+    dtype: Dtype = "float32",
     tokenizer: Path | str | Tokenizer | None = None,
     window: int | None = None,
     cache: CacheConfig = FULL,

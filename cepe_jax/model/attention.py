@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
-from cepe_jax.config import Backend
+from cepe_jax.config import Backend, Compute
 from cepe_jax.sharding import on_shards
 
 _NEVER = jnp.finfo(jnp.float32).min
@@ -22,6 +22,21 @@ def native_backend(platform: str, dtype: str) -> Backend:
     if platform == "gpu":
         return "cudnn" if dtype == "bfloat16" else "xla"
     return "splash" if platform == "tpu" else "xla"
+
+
+def resolved(compute: Compute, head_dim: int) -> Compute:
+    """Return `compute` with this process's own back end in place of `auto`.
+
+    Raise ValueError if the back end cannot read heads of this width.
+    """
+    if compute.attention == "auto":
+        compute = dataclasses.replace(compute, attention=native_backend(jax.default_backend(), compute.dtype))
+    if compute.attention == "cudnn" and (head_dim % 8 or head_dim > 128):
+        raise ValueError(
+            f"head_dim {head_dim}: cuDNN's attention takes multiples of 8 up to 128: choose attention xla, or dtype "
+            f"float32, which is computed by it"
+        )
+    return compute
 
 
 @jax.tree_util.register_dataclass

@@ -4,7 +4,7 @@ from typing import Protocol, Self
 
 import jax
 
-from cepe_jax.config import DecoderConfig
+from cepe_jax.config import Backend, DecoderConfig
 from cepe_jax.model.attention import Partial
 
 Array = jax.Array
@@ -40,8 +40,11 @@ class Cache(Protocol):
     @property
     def empty(self) -> bool: ...
 
-    def piece(self, config: DecoderConfig, rows: int, length: int) -> int:
-        """Return how many of `length` new tokens one pass reads. The decoder scans over such pieces."""
+    def piece(self, rows: int, length: int, backend: Backend) -> int:
+        """Return how many of `length` new tokens one pass reads. The decoder scans over such pieces.
+
+        `backend` computes the attention of the new tokens to each other.
+        """
 
     def grows_by(self, rows: int) -> bool:
         """Return whether tokens of `rows` rows are appended. Several rows may read a cache of one row, unchanged."""

@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 
 from cepe_jax.checks import check_mask, check_tokens
-from cepe_jax.config import CepeConfig, CrossLayers, EncoderConfig
+from cepe_jax.config import FLOAT32, CepeConfig, Compute, CrossLayers, EncoderConfig
 from cepe_jax.model.cache import Cache
 from cepe_jax.model.cross import CrossAttention, Memory
 from cepe_jax.model.encoder import Encoder
@@ -69,7 +69,7 @@ def cross_from_self_attention(
     return CrossAttention(norm, attention.q, k, v, o, layers)
 
 
-def encoder_from_decoder(decoder: Llama, config: EncoderConfig, *, key: Array) -> Encoder:
+def encoder_from_decoder(decoder: Llama, config: EncoderConfig, compute: Compute = FLOAT32, *, key: Array) -> Encoder:
     """An encoder that starts with the decoder's embedding and first layers; the mask's embedding is their mean.
 
     It reads both ways what the decoder read one way: MLM training has less to learn, and the memory starts in the
@@ -87,7 +87,7 @@ def encoder_from_decoder(decoder: Llama, config: EncoderConfig, *, key: Array) -
             f"an encoder of {config.num_layers} layers and {config.vocab_size} ids cannot start from a decoder of "
             f"{ours.num_layers} and {ours.vocab_size}: give it fewer layers, and ids for the decoder's and the mask"
         )
-    encoder = Encoder(config, key=key)
+    encoder = Encoder(config, compute, key=key)
     layers = held_as(nnx.Param, decoder.layers)
     encoder.layers = jax.tree.map(lambda a: jnp.array(a[: config.num_layers], jnp.float32, copy=True), layers)
     rows = decoder.embed[...].astype(jnp.float32)
@@ -165,7 +165,7 @@ class Cepe(nnx.Module):
             if states_BME.ndim != 3 or states_BME.shape[0] not in (1, B) or states_BME.shape[2] != E:
                 raise ValueError(f"the memory is {list(states_BME.shape)}: these tokens and encoder want [{B}, M, {E}]")
             check_mask("the memory's valid_BM", memory.valid_BM, states_BME.shape[:2])
-            memory = Memory(states_BME.astype(self.decoder.config.dtype), memory.valid_BM)
+            memory = Memory(states_BME.astype(self.decoder.compute.dtype), memory.valid_BM)
         return self.decoder.decode(tokens_BT, memory, cache, token_mask_BT, cross=self.cross)
 
 

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from cepe_jax.checks import check_mask, check_tokens
-from cepe_jax.config import EncoderConfig
-from cepe_jax.model.attention import Mask
+from cepe_jax.config import FLOAT32, Compute, EncoderConfig
+from cepe_jax.model.attention import Mask, resolved
 from cepe_jax.model.layers import Block, RMSNorm, embed, normal, project
 from cepe_jax.model.llama import scan_layers
 from cepe_jax.model.rope import rope_table
@@ -29,8 +29,8 @@ class MLMHead(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    def __init__(self, config: EncoderConfig, *, key: Array):
-        self.config = config
+    def __init__(self, config: EncoderConfig, compute: Compute = FLOAT32, *, key: Array):
+        self.config, self.compute = config, resolved(compute, config.head_dim)
         embedding, layers, head = jax.random.split(key, 3)
         self.embed = normal(embedding, (config.vocab_size, config.width), 0.02, ("encoder_vocab", "embed"))
         self.layers = Block(config, key=layers)
@@ -40,17 +40,17 @@ class Encoder(nnx.Module):
 
     def __call__(self, tokens_BL: Array, mask_BL: Array | None = None) -> Array:
         """Hidden states (B, L, E) after the final norm; every token sees all real tokens of its own row."""
-        config = self.config
+        config, compute = self.config, self.compute
         check_tokens("tokens_BL", tokens_BL, 2, config.vocab_size)
         check_mask("mask_BL", mask_BL, tokens_BL.shape)
         table = rope_table(config.rope, config.head_dim, jnp.arange(tokens_BL.shape[1])[None])
 
         def layer(x_BLE, block):
-            x_BLE, _ = block(config, x_BLE, table, Mask(valid_BS=mask_BL))
+            x_BLE, _ = block(compute, x_BLE, table, Mask(valid_BS=mask_BL))
             return constrain(x_BLE, "batch", "length", "embed"), None
 
-        x_BLE = constrain(embed(self.embed, tokens_BL, config.dtype), "batch", "length", "embed")
-        x_BLE, _ = scan_layers(config, layer, x_BLE, self.layers)
+        x_BLE = constrain(embed(self.embed, tokens_BL, compute.dtype), "batch", "length", "embed")
+        x_BLE, _ = scan_layers(compute.remat.encoder, layer, x_BLE, self.layers)
         return self.norm(x_BLE)
 
     def mlm_logits(self, hidden_BLE: Array) -> Array:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from cepe_jax.config import Backend, TransformerConfig
+from cepe_jax.config import Backend, Compute, TransformerConfig
 from cepe_jax.model.attention import Mask, Partial, attend, attend_partial, merge
 from cepe_jax.model.rope import rotate
 from cepe_jax.sharding import constrain
@@ -147,7 +147,7 @@ class Block(nnx.Module):
 
     def __call__(
         self,
-        config: TransformerConfig,
+        compute: Compute,
         x_BTD: Array,
         table,
         mask: Mask,
@@ -155,8 +155,8 @@ class Block(nnx.Module):
         read: Callable[[Array], Array] | None = None,
     ) -> tuple[Array, tuple[Array, Array, Array]]:
         """x after self-attention, `read` (when given) and MLP, each added to it; and the call's keys and values."""
-        attended, kv = self.attention(self.attention_norm(x_BTD), table, mask, config.attention, attend_kept)
+        attended, kv = self.attention(self.attention_norm(x_BTD), table, mask, compute.attention, attend_kept)
         x_BTD = x_BTD + attended
         if read is not None:
             x_BTD = x_BTD + read(x_BTD)
-        return x_BTD + in_chunks(lambda x: self.mlp(self.mlp_norm(x)), x_BTD, config.mlp_chunk), kv
+        return x_BTD + in_chunks(lambda x: self.mlp(self.mlp_norm(x)), x_BTD, compute.mlp_chunk), kv

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from cepe_jax.checks import check_mask, check_tokens
-from cepe_jax.config import DecoderConfig, TransformerConfig
-from cepe_jax.model.attention import Mask
+from cepe_jax.config import FLOAT32, Compute, DecoderConfig, Remat
+from cepe_jax.model.attention import Mask, resolved
 from cepe_jax.model.cache import Cache
 from cepe_jax.model.cross import CrossAttention, Memory
 from cepe_jax.model.layers import Block, RMSNorm, at, cut, embed, joined, normal
@@ -24,9 +24,9 @@ def _not_a_weight(primitive, *_, **__) -> bool:
     return primitive.name not in ("dynamic_slice", "squeeze", "reshape", "convert_element_type", "transpose")
 
 
-def scan_layers(config: TransformerConfig, body: Callable, x_BTD: Array, xs) -> tuple[Array, object]:
-    """`body(x, layer) -> (x, ys)` over the layers in `xs`; the backward pass recomputes what `config.remat` says."""
-    match config.remat:
+def scan_layers(remat: Remat, body: Callable, x_BTD: Array, xs) -> tuple[Array, object]:
+    """`body(x, layer) -> (x, ys)` over the layers in `xs`; the backward pass recomputes what `remat` says."""
+    match remat:
         case "none":
             body = jax.checkpoint(body, policy=_not_a_weight)
         case "full":
@@ -37,8 +37,8 @@ def scan_layers(config: TransformerConfig, body: Callable, x_BTD: Array, xs) -> 
 
 
 class Llama(nnx.Module):
-    def __init__(self, config: DecoderConfig, *, key: Array):
-        self.config = config
+    def __init__(self, config: DecoderConfig, compute: Compute = FLOAT32, *, key: Array):
+        self.config, self.compute = config, resolved(compute, config.head_dim)
         V, D = config.vocab_size, config.width
         embedding, layers, head = jax.random.split(key, 3)
         self.embed = normal(embedding, (V, D), 0.02, ("vocab", "embed"))
@@ -93,7 +93,7 @@ class Llama(nnx.Module):
             raise ValueError("a memory needs a CEPE model: this one is a plain decoder")
         B, T = tokens_BT.shape
         real_BT = jnp.ones(tokens_BT.shape, bool) if token_mask_BT is None else token_mask_BT
-        if cache is None or (size := cache.piece(self.config, B, T)) == T:
+        if cache is None or (size := cache.piece(B, T, self.compute.attention)) == T:
             return self._decode(tokens_BT, real_BT, token_mask_BT, memory, cache, cross, positions_BT)
 
         def step(cache: Cache, piece: tuple[Array, Array]) -> tuple[Cache, Array]:
@@ -115,7 +115,7 @@ class Llama(nnx.Module):
         positions_BT: Array | None = None,
     ) -> tuple[Array, Cache | None]:
         """Return the result of `decode` for tokens that are read in one pass."""
-        config = self.config
+        config, compute = self.config, self.compute
         reading = None if cache is None else cache.reading(config, real_BT)
         if reading is not None:
             positions_BT = reading.positions_BT
@@ -131,16 +131,16 @@ class Llama(nnx.Module):
             if cache is not None and not cache.empty:
                 attend_kept = partial(reading.attend, index)
             if reader is not None:
-                given = {"backend": config.attention, "differentiable": cache is None}
+                given = {"backend": compute.attention, "differentiable": cache is None}
                 read = partial(reader, memory=memory, **given)
-            x_BTD, keys = (block or at(self.layers, index))(config, x_BTD, table, mask, attend_kept, read)
+            x_BTD, keys = (block or at(self.layers, index))(compute, x_BTD, table, mask, attend_kept, read)
             return constrain(x_BTD, "batch", "length", "embed"), reading.keep(*keys) if grows else None
 
         def scan(x_BTD, indices, reader=None):
             # Layers are indexed inside the scan: slicing the stack would copy their weights. All of it is scanned over:
             # were it indexed, each step of its backward pass would add to the whole gradient.
             whole = self.layers if len(indices) == config.num_layers else None
-            return scan_layers(config, layer, x_BTD, (indices, whole, reader))
+            return scan_layers(compute.remat.decoder, layer, x_BTD, (indices, whole, reader))
 
         def group(x_BTD, xs):
             """Layers of which the last one reads."""
@@ -150,7 +150,7 @@ class Llama(nnx.Module):
             return x_BTD, jax.tree.map(lambda *kv: jnp.concatenate(kv), plain, last)
 
         Z = config.num_layers
-        x_BTD = constrain(embed(self.embed, tokens_BT, config.dtype), "batch", "length", "embed")
+        x_BTD = constrain(embed(self.embed, tokens_BT, compute.dtype), "batch", "length", "embed")
         if memory is not None and cross.layers.kind == "every":
             groups = jnp.arange(Z).reshape(cross.layers.count, -1)
             x_BTD, of_groups = jax.lax.scan(group, x_BTD, (groups, cross))

@@ -19,14 +19,14 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import NamedSharding
 
+from cepe_jax.config import Compute
 from cepe_jax.cost import CHIPS, Chip, gib
 from cepe_jax.data.loader import blank
 from cepe_jax.sharding import batch_axes, is_variable, make_mesh, partition_spec, shardings_of
 from cepe_jax.training.hlo import collectives
 from cepe_jax.training.settings import (
     TrainConfig,
-    at_run_time,
-    backend_of,
+    compute_of,
     flops_of,
     mesh_of,
     micro_batches,
@@ -62,7 +62,10 @@ class Step:
     done_flops: float  # with what the backward pass recomputes, where that is all
 
 
-def compile_step(what: CompileConfig, config: TrainConfig, make: Callable[[TrainConfig, Config], Step]) -> dict:
+Make = Callable[[TrainConfig, Config, Compute], Step]
+
+
+def compile_step(what: CompileConfig, config: TrainConfig, make: Make) -> dict:
     """The step that `make` gives, compiled for a topology: bytes a chip, collectives, and the time they allow.
 
     Written to `what.out` as JSON too. What a chip's memory does not hold is said as well: see `check_fits`.
@@ -73,7 +76,7 @@ def compile_step(what: CompileConfig, config: TrainConfig, make: Callable[[Train
     elif what.stage != "train":
         config = dataclasses.replace(config, batch_size=max(len(devices) // config.mesh.tensor // what.context, 1))
     shares = dataclasses.asdict(mesh_of(config, len(devices) // what.context)) | {"context": what.context}
-    sizes = at_run_time(sizes_of(config), config, backend_of(config, "tpu"))
+    sizes, compute = sizes_of(config), compute_of(config, "tpu")
     result = {
         "topology": what.topology,
         "chips": len(devices),
@@ -84,7 +87,7 @@ def compile_step(what: CompileConfig, config: TrainConfig, make: Callable[[Train
     }
     begun = time.monotonic()
     with jax.set_mesh(make_mesh(**shares, devices=devices)):
-        step = make(config, sizes)
+        step = make(config, sizes, compute)
         try:
             compiled = step.function.lower(*step.arguments).compile()
         except jax.errors.JaxRuntimeError as error:
@@ -161,12 +164,12 @@ def placed_batch(batch: dict, rows: int) -> dict:
     return jax.tree.map(place, batch)
 
 
-def train_step(config: TrainConfig, sizes: Config) -> Step:
+def train_step(config: TrainConfig, sizes: Config, compute: Compute) -> Step:
     """The step of training, under the mesh of the moment."""
     mesh = jax.sharding.get_mesh()
     shares = mesh_of(config, mesh.size)
     optimizer = config.optimizer.build(config.optimizer.schedule(config.steps))
-    parts, trains = abstract_parts(sizes), trained_parts(config)
+    parts, trains = abstract_parts(sizes, compute), trained_parts(config)
     frozen = {name: placed(part, jnp.dtype(config.dtype)) for name, part in parts.items() if name not in trains}
     trainable = {name: part for name, part in parts.items() if name in trains}
     state = jax.eval_shape(lambda trainable: initial_state(trainable, optimizer), trainable)

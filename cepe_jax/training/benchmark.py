@@ -25,8 +25,7 @@ from cepe_jax.training.aot import CompileConfig, compile_step, devices_of, memor
 from cepe_jax.training.logs import peak_memory
 from cepe_jax.training.settings import (
     TrainConfig,
-    at_run_time,
-    backend_of,
+    compute_of,
     mesh_of,
     resolved_settings,
     sizes_of,
@@ -50,12 +49,11 @@ def benchmark_train(what: TrainBenchmarkConfig, config: TrainConfig) -> None:
     """The time of a step on random weights and tokens, its speed and memory, printed and in `what.out`."""
     oracle = torch_oracle(config.dtype) if what.beside else None
     shares = mesh_of(config, jax.device_count())
-    backend = backend_of(config, jax.default_backend())
-    sizes = at_run_time(sizes_of(config), config, backend)
+    sizes, compute = sizes_of(config), compute_of(config, jax.default_backend())
     if oracle and not isinstance(sizes, CepeConfig):
         raise ValueError(f"--beside=torch measures a CEPE, and stage {config.stage} trains none")
     with jax.set_mesh(make_mesh(**dataclasses.asdict(shares))):
-        step = train_step(config, sizes)
+        step = train_step(config, sizes, compute)
         begun = time.monotonic()
         compiled = step.function.lower(*step.arguments).compile()
         compile_seconds = time.monotonic() - begun
@@ -84,7 +82,7 @@ def benchmark_train(what: TrainBenchmarkConfig, config: TrainConfig) -> None:
         "parameters": sum(x.size for x in jax.tree.leaves(abstract_parts(sizes))),
         "batch": config.batch_size,
         "tokens": tokens_of_step(config),
-        "attention": backend,
+        "attention": compute.attention,
         "loss": loss,
         "compile_seconds": compile_seconds,
         "step_seconds": median,
@@ -101,7 +99,7 @@ def benchmark_train(what: TrainBenchmarkConfig, config: TrainConfig) -> None:
     memory = result["memory"]
     rows = {
         "device": result["device"],
-        "model": f"{result['stage']}, {result['parameters']:,} parameters, attention {backend}",
+        "model": f"{result['stage']}, {result['parameters']:,} parameters, attention {compute.attention}",
         "step": f"{config.batch_size} sequences, {result['tokens']:,} tokens, {median:.3f} s",
         "tokens a second": f"{result['tokens_per_second']:,.0f}",
         "model FLOPs": f"{step.model_flops:.4g} a step, {result['flops_per_second']:.4g} a second",

@@ -13,8 +13,7 @@ from cepe_jax.cost import CHIPS, Chip, chip_of, gib
 from cepe_jax.sharding import abstract_mesh, shardings_of
 from cepe_jax.training.settings import (
     TrainConfig,
-    at_run_time,
-    backend_of,
+    compute_of,
     flops_of,
     mesh_of,
     tokens_of_step,
@@ -49,7 +48,6 @@ def forecast(config: TrainConfig, sizes: Config, taught: bool) -> Iterator[str]:
         chips={kind: chip} if (chip := chip_of(kind)) else CHIPS,
     )
     mesh_of(config, here)
-    sizes = at_run_time(sizes, config, backend_of(config, jax.default_backend()))
     held = held_bytes(config, sizes, mesh)
     each = ", ".join(f"{name} {gib(size)}" for name, size in held.items())
     yield f"memory a device: {gib(sum(held.values()))} and activations ({each})"
@@ -88,7 +86,7 @@ def held_bytes(config: TrainConfig, sizes: Config, mesh: AbstractMesh) -> dict[s
 
     ValueError where the mesh does not divide the model.
     """
-    trains, parts = trained_parts(config), abstract_parts(sizes)
+    trains, parts = trained_parts(config), abstract_parts(sizes, compute_of(config, jax.default_backend()))
     trainable = {name: part for name, part in parts.items() if name in trains}
     frozen = {name: part for name, part in parts.items() if name not in trains}
     optimizer = config.optimizer.build(config.optimizer.schedule(config.steps))

@@ -13,10 +13,12 @@ from cepe_jax.config import (
     ENCODERS,
     Backend,
     CepeConfig,
+    Compute,
     CrossLayers,
     DecoderConfig,
+    Dtype,
     EncoderConfig,
-    Remat,
+    RematConfig,
     preset,
 )
 from cepe_jax.cost import Flops, cepe_flops, decoder_flops, encoder_flops, teacher_flops
@@ -30,8 +32,6 @@ from cepe_jax.training.objectives import Distill, DistillConfig, MaskedLM, NextT
 from cepe_jax.training.trainer import OptimizerConfig, Run
 from cepe_jax.weights.huggingface import read_config
 from cepe_jax.weights.tensors import Config
-
-Dtype = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -50,14 +50,6 @@ class MeshConfig:
         """This mesh with a number for `fsdp`: all that the other axes leave of `devices`, if it has none."""
         fsdp = self.fsdp or max(devices // (self.data * self.tensor), 1)
         return dataclasses.replace(self, fsdp=fsdp)
-
-
-@dataclass(frozen=True)
-class RematConfig:
-    """What the backward pass recomputes in each layer: nothing, all but matrix products, all."""
-
-    decoder: Remat = "none"
-    encoder: Remat = "none"
 
 
 @dataclass(frozen=True)
@@ -83,7 +75,7 @@ class TrainConfig:
     loss_chunk: int = 0  # positions whose logits exist at once; 0 = all
     mlp_chunk: int = 0  # positions whose MLP activations exist at once; 0 = all
     dtype: Dtype = "float32"  # of activations and of frozen weights; what trains is float32
-    attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"  # splash: TPU; cudnn: GPU, 16 bits
+    attention: Backend | Literal["auto"] = "auto"  # splash: TPU; cudnn: GPU, 16 bits
     remat: RematConfig = RematConfig()
     mesh: MeshConfig = MeshConfig()
     distributed: DistributedConfig = DistributedConfig()
@@ -144,9 +136,10 @@ def micro_batches(config: TrainConfig, shares: int) -> int:
     return config.batch_size // rows if config.micro_batch else 1
 
 
-def backend_of(config: TrainConfig, platform: str) -> Backend:
-    """The attention of this run: the one it names, or the platform's own."""
-    return native_backend(platform, config.dtype) if config.attention == "auto" else config.attention
+def compute_of(config: TrainConfig, platform: str) -> Compute:
+    """Return how the run computes on this platform of JAX's, whose own attention takes the place of `auto`."""
+    attention = native_backend(platform, config.dtype) if config.attention == "auto" else config.attention
+    return Compute(config.dtype, attention, config.remat, config.mlp_chunk)
 
 
 def sizes_of(config: TrainConfig, vocab_size: int | None = None) -> Config:
@@ -177,16 +170,6 @@ def sizes_of(config: TrainConfig, vocab_size: int | None = None) -> Config:
 def of_a_cepe(encoder: EncoderConfig, config: TrainConfig) -> EncoderConfig:
     """Return the config of the encoder in the CEPE that a run builds from it."""
     return dataclasses.replace(encoder, mlm_head=False, chunk_positions=config.chunk_positions)
-
-
-def at_run_time(sizes: Config, config: TrainConfig, backend: Backend) -> Config:
-    """The sizes, to compute as the configuration says."""
-    if isinstance(sizes, CepeConfig):
-        parts = {name: at_run_time(getattr(sizes, name), config, backend) for name in ("decoder", "encoder")}
-        return dataclasses.replace(sizes, **parts)
-    remat = config.remat.encoder if isinstance(sizes, EncoderConfig) else config.remat.decoder
-    run_time = {"dtype": config.dtype, "remat": remat, "attention": backend, "mlp_chunk": config.mlp_chunk}
-    return dataclasses.replace(sizes, **run_time)
 
 
 def trained_parts(config: TrainConfig) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cepe_jax.cli import STOPPED
-from cepe_jax.config import DECODERS, ENCODERS, Backend, preset
+from cepe_jax.config import DECODERS, ENCODERS, Compute, preset
 from cepe_jax.cost import peak_flops
 from cepe_jax.data.examples import TEACHER
 from cepe_jax.data.loader import Sequences, batches, examples, names_in, open_mix
@@ -38,8 +38,7 @@ from cepe_jax.training.heldout import HeldOut
 from cepe_jax.training.logs import StepFacts
 from cepe_jax.training.settings import (
     TrainConfig,
-    at_run_time,
-    backend_of,
+    compute_of,
     flops_of,
     identity_of,
     mesh_of,
@@ -55,14 +54,14 @@ from cepe_jax.training.settings import (
 from cepe_jax.training.trainer import init_state, make_train_step, train
 from cepe_jax.weights.checkpoint import Checkpoints, any_in, digests_of
 from cepe_jax.weights.directory import check_window, save
-from cepe_jax.weights.huggingface import load
+from cepe_jax.weights.huggingface import load, read_config
 from cepe_jax.weights.tensors import abstract_parts
 
 
-def starting_model(config: TrainConfig, vocab_size: int) -> Cepe | Llama | Encoder:
+def starting_model(config: TrainConfig, compute: Compute, vocab_size: int) -> Cepe | Llama | Encoder:
     """The model of the stage before its first step: presets are initialised at random, directories loaded.
 
-    `vocab_size` is the tokenizer's; an encoder has one more id, the mask.
+    `vocab_size` is the tokenizer's; an encoder has one more id, the mask. The parts that train are float32.
     """
     key = jax.random.key(config.seed)
     for name, presets in (("decoder", DECODERS), ("encoder", ENCODERS)):
@@ -71,28 +70,28 @@ def starting_model(config: TrainConfig, vocab_size: int) -> Cepe | Llama | Encod
     match config.stage:
         case "lm" if config.decoder in DECODERS:
             sizes = dataclasses.replace(DECODERS[config.decoder], vocab_size=vocab_size)
-            return born_sharded(lambda key: Llama(sizes, key=key), key)
+            return born_sharded(lambda key: Llama(sizes, compute, key=key), key)
         case "lm":
-            return load(config.decoder)
+            return load(config.decoder, compute, trained_parts(config))
         case "mlm" if config.encoder in ENCODERS:
             sizes = dataclasses.replace(ENCODERS[config.encoder], vocab_size=vocab_size + 1, mlm_head=True)
             if config.decoder:
                 decoder = load(config.decoder)
-                return born_sharded(lambda key, decoder: encoder_from_decoder(decoder, sizes, key=key), key, decoder)
-            return born_sharded(lambda key: Encoder(sizes, key=key), key)
+                return born_sharded(
+                    lambda key, decoder: encoder_from_decoder(decoder, sizes, compute, key=key), key, decoder
+                )
+            return born_sharded(lambda key: Encoder(sizes, compute, key=key), key)
         case "mlm":
-            return load(config.encoder)
+            return load(config.encoder, compute, trained_parts(config))
     if config.cepe:
-        return load(config.cepe, config.dtype, config.train)
-    decoder = load(config.decoder, config.dtype, tuple({"decoder"} & set(config.train)))
+        return load(config.cepe, compute, config.train)
+    decoder = load(config.decoder, compute, tuple({"decoder"} & set(config.train)))
     if config.encoder in ENCODERS:
-        sizes = dataclasses.replace(ENCODERS[config.encoder], vocab_size=vocab_size + 1)
-        encoder = born_sharded(lambda key: Encoder(sizes, key=key), key)
+        sizes = of_a_cepe(dataclasses.replace(ENCODERS[config.encoder], vocab_size=vocab_size + 1), config)
+        encoder = born_sharded(lambda key: Encoder(sizes, compute, key=key), key)
     else:
-        encoder = load(config.encoder, config.dtype, tuple({"encoder"} & set(config.train)))
-    if encoder.config.mlm_head:
-        del encoder.mlm_head
-    encoder.config = of_a_cepe(encoder.config, config)
+        sizes = of_a_cepe(read_config(config.encoder), config)
+        encoder = load(config.encoder, compute, tuple({"encoder"} & set(config.train)), sizes)
     layers, init = config.cross_layers, config.cross_init
     cross = born_sharded(
         lambda key, decoder: cross_from_self_attention(decoder, encoder.config, layers, init, key=key), key, decoder
@@ -106,18 +105,17 @@ def born_sharded(make, *args):
     return jax.jit(make, out_shardings=shardings)(*args)
 
 
-def prepare_to_run(model: Cepe | Llama | Encoder, config: TrainConfig, vocab_size: int, backend: Backend) -> None:
-    """The model computes as the configuration says; ValueError when it cannot read the tokenizer's ids."""
+def check_reads_ids(model: Cepe | Llama | Encoder, config: TrainConfig, vocab_size: int) -> None:
+    """Raise ValueError if a part of the model has fewer ids than the tokenizer and, in stage mlm, the mask."""
     for name in ("decoder", "encoder"):
         if (part := parts_of(model).get(name)) is None:
             continue
-        needed = vocab_size + (config.stage == "mlm")  # the mask id
+        needed = vocab_size + (config.stage == "mlm")
         if part.config.vocab_size < needed:
             raise ValueError(
                 f"the {name}'s vocabulary of {part.config.vocab_size} is below the {needed} ids of {config.data}: "
                 f"prepare the data with the model's tokenizer"
             )
-        part.config = at_run_time(part.config, config, backend)
 
 
 def is_taught(source: Sequences) -> bool:
@@ -192,12 +190,12 @@ def run_stage(config: TrainConfig) -> Path | None:
     data = examples(sources, weights, config.stage, config.examples, config.seed)
     unseen = None if config.evaluation.data is None else held_out_examples(config, tokenizer)
     shares = mesh_of(config, jax.device_count())
-    backend = backend_of(config, jax.default_backend())
+    compute = compute_of(config, jax.default_backend())
     mesh = make_mesh(**dataclasses.asdict(shares))
     devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
-    print(f"{devices}, mesh {dict(mesh.shape)}, processes: {jax.process_count()}, attention: {backend}")
-    runs_as = at_run_time(sizes_of(config, tokenizer.vocab_size), config, backend)
-    shardings_of(abstract_parts(runs_as), mesh)  # refused before anything is loaded
+    print(f"{devices}, mesh {dict(mesh.shape)}, processes: {jax.process_count()}, attention: {compute.attention}")
+    sizes = sizes_of(config, tokenizer.vocab_size)
+    shardings_of(abstract_parts(sizes, compute), mesh)  # refused before anything is loaded
     with jax.set_mesh(mesh):
         rows = rows_of(jax.process_index(), mesh, config.batch_size)
 
@@ -208,8 +206,8 @@ def run_stage(config: TrainConfig) -> Path | None:
         for start in filter(None, (config.cepe, config.decoder, config.encoder)):
             if Path(start).is_dir():
                 tokenizer.check_is_of(start)
-        model = starting_model(config, tokenizer.vocab_size)
-        prepare_to_run(model, config, tokenizer.vocab_size, backend)
+        model = starting_model(config, compute, tokenizer.vocab_size)
+        check_reads_ids(model, config, tokenizer.vocab_size)
         trainable, frozen = split(model, trained_parts(config))
         counts = [sum(x.size for x in jax.tree.leaves(parts)) for parts in (trainable, frozen)]
         print(f"{config.stage}: {counts[0]:,} parameters train, {counts[1]:,} are frozen")

@@ -8,10 +8,10 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
+from cepe_jax.config import Compute, Dtype
 from cepe_jax.data.builder import Builder, ShardWriter, array, token_dtype
 from cepe_jax.data.examples import TEACHER
 from cepe_jax.data.records import Records, joins, opened, shard_path
@@ -29,7 +29,7 @@ class TeacherConfig(JobConfig):
     context: int = 2048  # tokens before them, which the student reads in chunks
     top_k: int = 50  # of the likeliest tokens
     batch_size: int = 8  # sequences at once
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of weights and activations
+    dtype: Dtype = "float32"  # of weights and activations
 
     def __post_init__(self):
         super().__post_init__()
@@ -98,14 +98,13 @@ def opened_teacher(config: TeacherConfig) -> Callable[[np.ndarray], dict[str, np
     """What `teacher_top` says of up to `batch_size` sequences; the model, cut over all devices, is loaded once."""
     import jax
 
-    from cepe_jax.model.cepe import parts_of
     from cepe_jax.sharding import make_mesh, place_batch
     from cepe_jax.training.objectives import teacher_top
     from cepe_jax.weights.huggingface import load
 
     mesh = make_mesh(fsdp=jax.device_count())
     with jax.set_mesh(mesh):
-        decoder = parts_of(load(config.model, config.dtype))["decoder"]
+        decoder = load(config.model, Compute(config.dtype)).decoder
     run = jax.jit(lambda decoder, tokens_BS: teacher_top(decoder, tokens_BS, config.window, config.top_k, CHUNK))
 
     def expects(tokens_BS: np.ndarray) -> dict[str, np.ndarray]:

@@ -22,7 +22,6 @@ from cepe_jax.weights.tensors import Config, Model, shapes, tensors_of
 FORMAT = "cepe_jax"
 GGUF = ".gguf"  # how a file in llama.cpp's format is called: all else that holds a model is a directory
 KINDS = {"llama": DecoderConfig, "encoder": EncoderConfig, "cepe": CepeConfig}
-RUN_TIME = ("dtype", "remat", "attention", "mlp_chunk")  # choices of a run, not facts about the weights
 ASSETS = *NAMES, *BESIDE, "chat_template.jinja", "chat_template.json", "generation_config.json"
 
 
@@ -156,9 +155,6 @@ def _config_to(config: Config) -> dict:
     fields = dataclasses.asdict(config)
     if kind != "cepe":
         fields = {"encoder" if kind == "encoder" else "decoder": fields}
-    for part in ("decoder", "encoder"):
-        for name in RUN_TIME if part in fields else ():
-            del fields[part][name]
     return {"format": FORMAT, "kind": kind} | fields
 
 
@@ -183,7 +179,7 @@ def _config_from(written: dict, where: str) -> Config:
 def _dataclass(cls: type, fields: dict | None, where: str):
     """`cls` of these fields; ValueError for unknown and missing ones."""
     fields = dict(fields or {})
-    known = {field.name: field for field in dataclasses.fields(cls) if field.name not in RUN_TIME}
+    known = {field.name: field for field in dataclasses.fields(cls)}
     if unknown := set(fields) - set(known):
         raise ValueError(f"{where}: unknown key {', '.join(sorted(unknown))}: it may be from a newer version")
     required = {name for name, field in known.items() if field.default is dataclasses.MISSING}

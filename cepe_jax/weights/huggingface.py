@@ -7,12 +7,11 @@ tensor of the model is filled by exactly one key, and every key is accounted for
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 import ml_dtypes  # noqa: F401 (makes numpy know the name bfloat16)
 import numpy as np
 
-from cepe_jax.config import CepeConfig, DecoderConfig, EncoderConfig
+from cepe_jax.config import FLOAT32, CepeConfig, Compute, DecoderConfig, Dtype, EncoderConfig
 from cepe_jax.directories import new_directory
 from cepe_jax.progress import track
 from cepe_jax.weights.directory import GGUF, Directory, check_names, config_at, copy_assets, is_ours, write
@@ -90,18 +89,21 @@ def _foreign(path: Path | str) -> HuggingFace | Gguf:
     return Gguf(path) if Path(path).suffix == GGUF else HuggingFace(path)
 
 
-def load(path: Path | str, dtype: Literal["float32", "bfloat16"] = "float32", master: tuple[str, ...] = ()) -> Model:
-    """The `Llama`, `Cepe` or `Encoder` at `path`, weights and activations in `dtype`.
+def load(
+    path: Path | str, compute: Compute = FLOAT32, master: tuple[str, ...] = (), config: Config | None = None
+) -> Model:
+    """Return the `Llama`, `Cepe` or `Encoder` at `path`, its weights in the dtype of activations.
 
-    `master` names parts (`decoder`, `encoder`, `cross`) whose weights are float32 all the same, to be trained.
-    `path` is a directory in our format, one of Hugging Face's, or a GGUF file. Under a mesh (`jax.set_mesh`) arrays are
-    born sharded; of our format each process reads only its slices, of the others whole tensors.
+    `master` names parts (`decoder`, `encoder`, `cross`) whose weights are float32 instead, to be trained. `config` is
+    the architecture to build from these tensors, or from some of them, if it is not the one in the directory. `path` is
+    a directory in our format, one of Hugging Face's, or a GGUF file. Under a mesh (`jax.set_mesh`) arrays are born
+    sharded; of our format each process reads only its slices, of the others whole tensors.
     """
     source = Directory(path) if is_ours(Path(path)) else _foreign(path)
-    return build(source.config, dtype, source.read, master)
+    return build(config or source.config, compute, source.read, master)
 
 
-def to_jax(source: Path | str, target: Path | str, dtype: Literal["float32", "bfloat16"] | None = None) -> None:
+def to_jax(source: Path | str, target: Path | str, dtype: Dtype | None = None) -> None:
     """The Hugging Face directory or GGUF file `source` is at `target` in our format, with its tokenizer.
 
     Tensors are as stored, those of a GGUF file in float32; or in `dtype`.

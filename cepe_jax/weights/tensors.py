@@ -4,9 +4,7 @@ Names are the paths in the model's parts with the layer's number after the stack
 `cross.0.q` (cross-attention counts in its own stack), `encoder.mlm_head.dense`.
 """
 
-import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +12,7 @@ import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 
-from cepe_jax.config import CepeConfig, CrossLayers, DecoderConfig, EncoderConfig
-from cepe_jax.model.attention import native_backend
+from cepe_jax.config import FLOAT32, CepeConfig, Compute, CrossLayers, DecoderConfig, EncoderConfig
 from cepe_jax.model.cepe import Cepe, Parts, assemble, parts_of
 from cepe_jax.model.cross import CrossAttention
 from cepe_jax.model.encoder import Encoder
@@ -28,20 +25,20 @@ Model = Llama | Encoder | Cepe
 Read = Callable[[str, tuple[slice, ...]], np.ndarray]  # (name, index in our axes) -> that part of the tensor
 
 
-def abstract_parts(config: Config) -> Parts:
-    """The parts of this config's model, shapes in place of arrays."""
+def abstract_parts(config: Config, compute: Compute = FLOAT32) -> Parts:
+    """The parts of this config's model, shapes in place of arrays. ValueError where it cannot be computed so."""
 
     def make() -> Parts:
         key = jax.random.key(0)
         match config:
             case DecoderConfig():
-                return {"decoder": Llama(config, key=key)}
+                return {"decoder": Llama(config, compute, key=key)}
             case EncoderConfig():
-                return {"encoder": Encoder(config, key=key)}
+                return {"encoder": Encoder(config, compute, key=key)}
             case CepeConfig():
-                decoder = Llama(config.decoder, key=key)
+                decoder = Llama(config.decoder, compute, key=key)
                 cross = _cross(decoder, config.encoder.width, config.cross_layers)
-                return parts_of(Cepe(decoder, Encoder(config.encoder, key=key), cross))
+                return parts_of(Cepe(decoder, Encoder(config.encoder, compute, key=key), cross))
 
     return jax.eval_shape(make)
 
@@ -97,14 +94,14 @@ def _fetch(x: jax.Array) -> np.ndarray:
     return np.asarray(x)
 
 
-def build(config: Config, dtype: Literal["float32", "bfloat16"], read: Read, master: tuple[str, ...] = ()) -> Model:
-    """The model of `config` with weights and activations in `dtype`, filled through `read`.
+def build(config: Config, compute: Compute, read: Read, master: tuple[str, ...] = ()) -> Model:
+    """The model of `config`, weights in the dtype of activations, filled through `read`.
 
     The weights of the parts named in `master` are float32 all the same.
 
     Under a mesh (`jax.set_mesh`) each array is born sharded, and only this process's slices of it are read.
     """
-    parts = abstract_parts(with_dtype(config, dtype))
+    parts = abstract_parts(config, compute)
     if unknown := set(master) - set(parts):
         raise ValueError(f"no part {', '.join(sorted(unknown))} to keep in float32: this model has {', '.join(parts)}")
     mesh = jax.sharding.get_mesh()
@@ -113,7 +110,7 @@ def build(config: Config, dtype: Literal["float32", "bfloat16"], read: Read, mas
     filled = []
     leaves = list(zip(_leaves(parts), shardings, strict=True))
     for (names, leaf), sharding in track(leaves, "loading weights"):
-        weights = "float32" if names[0].split(".")[0] in master else dtype
+        weights = "float32" if names[0].split(".")[0] in master else compute.dtype
         filled.append(leaf.replace(_fill(names, leaf, sharding, weights, read)))
     return assemble(jax.tree.unflatten(treedef, filled))
 
@@ -136,12 +133,3 @@ def _fill(names: list[str], leaf: nnx.Variable, sharding, dtype: str, read: Read
     if sharding is None:  # not committed to a device: beside what is made later, jit would compile again for it
         return jnp.asarray(slab((slice(None),) * len(leaf.shape)))
     return jax.make_array_from_callback(leaf.shape, sharding, slab)
-
-
-def with_dtype(config: Config, dtype: str) -> Config:
-    """The config with activations in `dtype` and the platform's attention; ValueError for an unknown dtype."""
-    if not isinstance(config, CepeConfig):
-        return dataclasses.replace(config, dtype=dtype, attention=native_backend(jax.default_backend(), dtype))
-    return dataclasses.replace(
-        config, decoder=with_dtype(config.decoder, dtype), encoder=with_dtype(config.encoder, dtype)
-    )

@@ -236,7 +236,7 @@ def test_needles_of_ruler(home, offline, tmp_path, monkeypatch):
         ModelConfig(home), ("niah_single_1",), tmp_path / "out", window=1024, limit=3, lengths=(4096,)
     )
     monkeypatch.setattr(harness, "load_model", lambda _: Scripted(says))
-    monkeypatch.setattr(harness, "check_model", lambda _: (None, None, None, None))
+    monkeypatch.setattr(harness, "check_model", lambda _: types.SimpleNamespace(window=None))
     run_harness(config)
     results = json.loads((config.out / "results.json").read_text())["results"]["niah_single_1"]
     assert results["4096,none"] == 1.0

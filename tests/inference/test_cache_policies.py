@@ -59,7 +59,7 @@ class Selecting:
         shape = config.num_layers, 1, slots, config.num_kv_heads, config.head_dim
         return cls(jnp.zeros(shape), jnp.zeros(shape), jnp.zeros(1, int))
 
-    def piece(self, config, rows: int, length: int) -> int:
+    def piece(self, rows: int, length: int, backend: str) -> int:
         return 1
 
     def grows_by(self, rows: int) -> bool:
@@ -156,7 +156,7 @@ class Razor:
         whole, short, sums = (len(WHOLE), 1, slots, H), (len(SHORT), 1, RECENT, H), (len(SHORT), 1, H)
         return cls(*(jnp.zeros(shape) for shape in (whole, whole, short, short, sums, sums)), jnp.zeros(1, int))
 
-    def piece(self, config, rows: int, length: int) -> int:
+    def piece(self, rows: int, length: int, backend: str) -> int:
         return 1
 
     def grows_by(self, rows: int) -> bool:
@@ -254,7 +254,7 @@ def test_rows_join_and_leave(decoder, policy):
     prompts = [TEXT[:5].tolist(), TEXT[5:12].tolist(), TEXT[12:15].tolist()]
     samplings = [Sampling(1.5, seed=seed) for seed in (3, 4, 5)]
     begins = {0: (0, 0), 5: (1, 1), 9: (0, 2)}  # step: (row, text)
-    cache, text_of, drawn = new_cache(DECODER, policy, 2, 32), {}, {text: [] for text in range(3)}
+    cache, text_of, drawn = new_cache(decoder, policy, 2, 32), {}, {text: [] for text in range(3)}
     for step in range(18):
         fresh = {}
         if step in begins:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
-from support.models import ENCODER, make_cepe, relative_error, with_config, with_leaf
+from support.models import ENCODER, computed, make_cepe, relative_error, with_config, with_leaf
 from support.oracles import recompute
 
 from cepe_jax.inference import context as module
@@ -61,7 +61,7 @@ def chunked(passages: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def narrow(cepe: Cepe) -> Cepe:
-    parts = (with_config(part, dtype="bfloat16") for part in (cepe.decoder, cepe.encoder))
+    parts = (computed(part, dtype="bfloat16") for part in (cepe.decoder, cepe.encoder))
     return Cepe(*parts, cepe.cross)
 
 
@@ -351,13 +351,13 @@ def test_identity(cepe, identity, tmp_path):
 
     save(cepe, tmp_path / "model")
     assert identity_of(load(tmp_path / "model"), TOKENIZER) == identity
-    assert with_encoder(with_config(cepe.encoder, remat="full", mlp_chunk=4)) == identity
+    assert with_encoder(computed(cepe.encoder, remat="full", mlp_chunk=4)) == identity
     scale = cepe.encoder.norm.scale[...]
     assert differing(with_encoder(with_leaf(cepe.encoder, "norm.scale", scale.at[3].add(1e-6)))) == {"encoder"}
     assert differing(with_encoder(with_config(cepe.encoder, norm_eps=2e-3))) == {"encoder"}
     rope = dataclasses.replace(ENCODER.rope, theta=101.0)
     assert differing(with_encoder(with_config(cepe.encoder, rope=rope))) == {"encoder"}
-    assert differing(with_encoder(with_config(cepe.encoder, dtype="bfloat16"))) == {"dtype"}
+    assert differing(with_encoder(computed(cepe.encoder, dtype="bfloat16"))) == {"dtype"}
     assert differing(identity_of(cepe, SimpleNamespace(fingerprint=lambda: "other"))) == {"tokenizer"}
 
 

@@ -1,6 +1,5 @@
 """Generation against golden tokens, against recomputing without a cache, and its bad input."""
 
-import dataclasses
 import re
 from pathlib import Path
 
@@ -183,13 +182,12 @@ def test_long_prompts_are_read_in_pieces(cepe, context, memory, forward, monkeyp
 )
 def test_how_much_is_read_at_once(attention, empty, rows, length, piece):
     """About 2 ** 22 pairs of a token and a slot of 8,192; all of a prompt where a kernel reads it."""
-    config = dataclasses.replace(DECODER, attention=attention, head_dim=8)
     slots = jax.ShapeDtypeStruct((1, 1, 1, 8192, 8), np.float32)
     cache = FullCache(slots, slots, None, None, empty)
-    assert cache.piece(config, rows, length) == piece
+    assert cache.piece(rows, length, attention) == piece
     mesh = jax.sharding.AbstractMesh((2, 4, 1, 1), MESH_AXES)
     with jax.sharding.use_abstract_mesh(mesh):  # 8 times the rows on 8 devices are as many on each
-        assert cache.piece(config, 8 * rows, length) == piece
+        assert cache.piece(8 * rows, length, attention) == piece
 
 
 def test_the_context_matters(cepe, context, hot):
@@ -270,7 +268,7 @@ def test_programs(cepe, memory, hot):
 
 def test_greedy_steps_do_not_sort(cepe, memory):
     """What sorts stands in a branch that is taken where a row is drawn."""
-    cache = module.new_cache(DECODER, FULL, 3, 128)
+    cache = module.new_cache(cepe.decoder, FULL, 3, 128)
     given = cepe, np.zeros((3, 1), int), None, memory, cache, Draws.of(MIXED)
     jaxpr = jax.make_jaxpr(next_token.__wrapped__)(*given).jaxpr
     names = [equation.primitive.name for equation in jaxpr.eqns]

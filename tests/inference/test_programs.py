@@ -18,7 +18,7 @@ ROWS, KV = 2, DECODER.num_kv_heads * DECODER.head_dim
 
 def program(cepe, tokens: int, slots: int, memory: int) -> str:
     """Of `tokens` tokens of each row after others in a cache of `slots`."""
-    cache = jax.eval_shape(lambda: FullCache.create(DECODER, ROWS, slots))
+    cache = jax.eval_shape(lambda: FullCache.create(DECODER, "float32", ROWS, slots))
     states = jax.ShapeDtypeStruct((ROWS, memory, ENCODER.width), jnp.float32)
     held = Memory(states, jax.ShapeDtypeStruct((ROWS, memory), bool))
     mask = None if tokens == 1 else jax.ShapeDtypeStruct((ROWS, tokens), bool)

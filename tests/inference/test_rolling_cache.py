@@ -6,7 +6,7 @@ from functools import partial
 import jax
 import numpy as np
 import pytest
-from support.models import DECODER, ENCODER, float64, relative_error, with_config
+from support.models import DECODER, ENCODER, computed, float64, relative_error
 from support.oracles import by_token_exactly, rotate
 
 from cepe_jax.evaluation.language_model import Prompt
@@ -60,14 +60,14 @@ def expected(decoder) -> np.ndarray:
 
 def test_a_text_in_pieces(decoder, expected):
     """All at once, which is cut into pieces of eight, the ring's length."""
-    hidden_BTD, _ = decode(decoder, np.array([TEXT]), None, new_cache(DECODER, ROLLING, 1, 0))
+    hidden_BTD, _ = decode(decoder, np.array([TEXT]), None, new_cache(decoder, ROLLING, 1, 0))
     assert relative_error(decoder.logits(hidden_BTD)[0], expected) < 1e-5
 
 
 @pytest.mark.parametrize("sizes", [[1] * 30, [2, 3, 1, 5, 8, 7, 1, 1, 6], [40, 9]])
 def test_a_text_bit_by_bit(decoder, expected, sizes):
     """However it comes: also where the sinks are not all there at first."""
-    cache, first = new_cache(DECODER, ROLLING, 1, 0), 0
+    cache, first = new_cache(decoder, ROLLING, 1, 0), 0
     for size in sizes:
         hidden_BTD, cache = decode(decoder, np.array([TEXT[first : first + size]]), None, cache)
         first += size
@@ -78,11 +78,11 @@ def test_a_text_bit_by_bit(decoder, expected, sizes):
 @pytest.mark.parametrize("changes", [{}, {"mlp_chunk": 3}, {"remat": "full"}], ids=str)
 def test_beside_a_memory(cepe, changes):
     """Cross-attention reads as ever, and what else the decoder is told of computing holds."""
-    decoder = with_config(cepe.decoder, **changes)
+    decoder = computed(cepe.decoder, **changes)
     run = partial(jax.jit(Cepe.decode), Cepe(decoder, cepe.encoder, cepe.cross))
     memory = Memory(np.random.default_rng(1).standard_normal((1, 7, ENCODER.width)).astype(np.float32))
     expected = rolling(cepe.decoder, TEXT[:30], cross=float64(cepe.cross), memory_ME=memory.states_BME[0])
-    cache = new_cache(DECODER, ROLLING, 1, 0)
+    cache = new_cache(decoder, ROLLING, 1, 0)
     hidden_BTD, cache = run(np.array([TEXT[:25]]), memory, cache)
     assert relative_error(decoder.logits(hidden_BTD)[0], expected[:25]) < 1e-5
     hidden_BTD, _ = run(np.array([TEXT[25:30]]), memory, cache)

@@ -117,7 +117,7 @@ def test_logits_of_few_positions_exist_at_once(decoder):
     """No array of a scoring program is as large as all logits of a group."""
     rows, length = 16, 512
     given = [np.zeros((rows, length), kind) for kind in (int, int, bool)]
-    cache = dataclasses.replace(new_cache(decoder.config, FULL, 1, 128), empty=False)
+    cache = dataclasses.replace(new_cache(decoder, FULL, 1, 128), empty=False)
     program = module.log_probs.lower(decoder, *given, None, cache).compile().as_text()
     logits = [shape for _, shape in arrays(program) if DECODER.vocab_size in shape]
     assert logits

@@ -8,9 +8,10 @@ import pytest
 from support.models import DECODER, ENCODER
 from support.refusals import one_line
 
-from cepe_jax.config import CepeConfig, CrossLayers, RopeConfig
+from cepe_jax.config import CepeConfig, Compute, CrossLayers, RematConfig, RopeConfig
 from cepe_jax.model.cepe import Cepe
 from cepe_jax.model.cross import Memory
+from cepe_jax.weights.tensors import abstract_parts
 
 TOKENS, CONTEXT = np.zeros((2, 7), np.int32), np.zeros((2, 3, 5), np.int32)
 
@@ -75,16 +76,37 @@ def test_an_id_outside_gives_nan_inside_a_trace(wrong, cepe, forward):
         (r"head_dim 9\b.*odd", {"head_dim": 9}),
         (r"\bwidth.* 0\b", {"width": 0}),
         (r"num_layers.* -1\b", {"num_layers": -1}),
-        (r"'float16'.*float32.*bfloat16", {"dtype": "float16"}),
-        (r"head_dim 12.* 8 .* 128.*xla.*float32", {"attention": "cudnn", "head_dim": 12}),
-        (r"head_dim 136.* 8 .* 128", {"attention": "cudnn", "head_dim": 136}),
-        (r"remat 'some'.*none.*dots.*full", {"remat": "some"}),
         (r"norm_eps.* 0", {"norm_eps": 0.0}),
     ],
 )
 @pytest.mark.parametrize("config", [DECODER, ENCODER], ids=["decoder", "encoder"])
 def test_configs(config, pattern, changes):
     refused(pattern, lambda: dataclasses.replace(config, **changes))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "changes"),
+    [
+        (r"'float16'.*float32.*bfloat16", {"dtype": "float16"}),
+        (r"'flash'.*auto.*xla.*splash.*cudnn", {"attention": "flash"}),
+        (r"mlp_chunk.* -1\b", {"mlp_chunk": -1}),
+    ],
+)
+def test_ways_to_compute(pattern, changes):
+    refused(pattern, lambda: Compute(**changes))
+
+
+def test_recomputing_by_no_policy():
+    for part in "decoder", "encoder":
+        refused("remat 'some'.*none.*dots.*full", lambda part=part: RematConfig(**{part: "some"}))
+
+
+@pytest.mark.parametrize("head_dim", [12, 136])
+def test_heads_that_cudnn_does_not_read(head_dim):
+    cudnn = Compute("bfloat16", "cudnn")
+    for config in DECODER, ENCODER:
+        sizes = dataclasses.replace(config, head_dim=head_dim)
+        refused(rf"head_dim {head_dim}.* 8 .* 128.*xla.*float32", abstract_parts, sizes, cudnn)
 
 
 @pytest.mark.parametrize(("kind", "count"), [("last", 4), ("first", 4), ("every", 2)])

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.models import DECODER, relative_error, with_config
+from support.models import DECODER, computed, relative_error
 
+from cepe_jax.inference.caches import FULL, new_cache
 from cepe_jax.inference.caches.full import FullCache
 from cepe_jax.model.cepe import Cepe
 from cepe_jax.model.cross import Memory
@@ -21,7 +22,7 @@ def step(model, tokens, memory, cache, token_mask):
 
 def run(model, tokens_BT, mask_BT, memory, sizes, slots):
     """Logits of all tokens, fed in pieces of these sizes; and the cache after them."""
-    cache, start, pieces = FullCache.create(model.decoder.config, tokens_BT.shape[0], slots), 0, []
+    cache, start, pieces = new_cache(model.decoder, FULL, tokens_BT.shape[0], slots), 0, []
     for size in sizes:
         part = slice(start, start + size)
         mask = None if mask_BT is None else mask_BT[:, part]
@@ -84,7 +85,7 @@ def test_padding_on_the_right_costs_no_slots(cepe, tokens_BT, memory, forward, c
     The slots that padding took are written again, and the logits are those of each row alone.
     """
     prompts, mask = [5, 3], np.arange(7) < np.array([[5], [3]])
-    cache = FullCache.create(DECODER, 2, 7)
+    cache = FullCache.create(DECODER, "float32", 2, 7)
     first, cache = step(cepe, tokens_BT, memory, cache, mask)
     assert cache.length_B.tolist() == [5, 3]
     second, cache = step(cepe, tokens_BT[:, :1], memory, cache, None)
@@ -122,7 +123,7 @@ def test_a_cache_of_one_row_is_read_by_all(cepe, tokens_BT, memory):
 
 def test_empty_is_a_statement_about_the_program(cepe, tokens_BT):
     """A new cache is empty and is not attended to; one whose slots are all invalid gives the same numbers."""
-    new = FullCache.create(DECODER, 2, 9)
+    new = FullCache.create(DECODER, "float32", 2, 9)
     assert new.empty
     assert jax.tree.structure(new) != jax.tree.structure(dataclasses.replace(new, empty=False))
     first, _ = step(cepe, tokens_BT[:, :4], None, new, None)
@@ -132,8 +133,8 @@ def test_empty_is_a_statement_about_the_program(cepe, tokens_BT):
 
 
 def test_cache_has_the_dtype_of_activations(cepe, tokens_BT):
-    narrow = with_config(cepe.decoder, dtype="bfloat16")
-    cache = FullCache.create(narrow.config, 2, 9)
+    narrow = computed(cepe.decoder, dtype="bfloat16")
+    cache = new_cache(narrow, FULL, 2, 9)
     assert cache.k_ZBKSH.dtype == jnp.bfloat16
     assert cache.k_ZBKSH.shape == (3, 2, 2, 9, 10)
     hidden, cache = jax.jit(lambda model, tokens, cache: model.decode(tokens, None, cache))(
@@ -154,7 +155,7 @@ def test_only_the_last_layers_read_the_memory(reading, cepe, tokens_BT, memory):
 
 def test_a_full_cache_says_so(decoder):
     """Never are the last slots written over: known from the shapes alone, or from how many are used."""
-    cache = FullCache.create(DECODER, 1, 4)
+    cache = FullCache.create(DECODER, "float32", 1, 4)
     with pytest.raises(ValueError, match=r"\b5 .* 0 .* 4 "):
         jax.eval_shape(decoder.decode, jnp.zeros((1, 5), int), None, cache)
     _, cache = decoder.decode(jnp.zeros((1, 3), int), None, cache)

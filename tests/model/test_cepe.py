@@ -11,11 +11,11 @@ from support.models import (
     CROSS_LAYERS,
     DECODER,
     ENCODER,
+    computed,
     relative_error,
-    with_config,
 )
 
-from cepe_jax.config import CrossLayers, EncoderConfig
+from cepe_jax.config import Compute, CrossLayers, EncoderConfig, RematConfig
 from cepe_jax.model.cepe import (
     Cepe,
     Frozen,
@@ -125,7 +125,7 @@ def test_decoder_stays_causal_with_a_memory(cepe, forward, tokens_BT, context_BC
 
 
 def test_a_bfloat16_decoder_reads_a_float32_encoder(cepe, forward, tokens_BT, context_BCL):
-    narrow = Cepe(with_config(cepe.decoder, dtype="bfloat16"), cepe.encoder, cepe.cross)
+    narrow = Cepe(computed(cepe.decoder, dtype="bfloat16"), cepe.encoder, cepe.cross)
     hidden, _ = jax.eval_shape(lambda c, t, context: c.decode(t, c.encode(context)), narrow, tokens_BT, context_BCL)
     assert hidden.dtype == jnp.bfloat16
     logits = forward(narrow, tokens_BT, context_BCL)
@@ -272,11 +272,12 @@ def test_frozen_stack_is_not_copied(remat):
     """Temporary memory of a compiled gradient stays far below the frozen layers' bytes: neither the scan's inputs nor
     what it keeps for the backward pass hold weights. (Two layers' worth is the loop's own; a copy would be eight.)"""
     sizes = {"num_layers": 8, "width": 128, "mlp_width": 512, "head_dim": 32}
-    decoder = dataclasses.replace(DECODER, **sizes, remat=remat)
+    decoder = dataclasses.replace(DECODER, **sizes)
+    compute = Compute(remat=RematConfig(remat, remat))
     abstract = jax.eval_shape(
         lambda: Cepe(
-            model := Llama(decoder, key=jax.random.key(0)),
-            Encoder(ENCODER, key=jax.random.key(0)),
+            model := Llama(decoder, compute, key=jax.random.key(0)),
+            Encoder(ENCODER, compute, key=jax.random.key(0)),
             cross_from_self_attention(model, ENCODER, CrossLayers(), "copy", key=jax.random.key(0)),
         )
     )

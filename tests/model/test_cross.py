@@ -172,7 +172,7 @@ def test_the_form_follows_from_the_number_of_queries(monkeypatch, shape, even):
 def decode_program(cepe: Cepe, tokens: int, memory: int) -> jax.stages.Compiled:
     """The decoder reading `tokens` tokens after 8 others, with a memory of `memory` tokens for each of two rows."""
     shape = partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
-    cache = jax.eval_shape(lambda: FullCache.create(DECODER, 2, 8 + tokens))
+    cache = jax.eval_shape(lambda: FullCache.create(DECODER, "float32", 2, 8 + tokens))
     cache = dataclasses.replace(cache, empty=False)
     read = Memory(shape((2, memory, ENCODER.width)), jax.ShapeDtypeStruct((2, memory), bool))
     given = jax.ShapeDtypeStruct((2, tokens), jnp.int32), read, cache
@@ -253,7 +253,7 @@ def test_weights_cross_the_network_before_blocks(split):
 def main() -> None:
     """Prints what splitting the memory over 8 devices gives."""
     from jax._src.cudnn import fused_attention_stablehlo
-    from support.models import make_cepe, with_config
+    from support.models import computed, make_cepe
 
     kernels = splash_attention_kernel
     kernels.make_splash_mha = partial(kernels.make_splash_mha, interpret=True)
@@ -291,7 +291,7 @@ def main() -> None:
         found["encode error"] = relative_error(memory.states_BME, alone.states_BME)
         found["memory"] = [str(axes) for axes in memory.states_BME.sharding.spec]
         fused_attention_stablehlo.check_cudnn_version = lambda: 92501
-        cepe.encoder = with_config(cepe.encoder, attention="cudnn", dtype="bfloat16")
+        cepe.encoder = computed(cepe.encoder, attention="cudnn", dtype="bfloat16")
         lowered = jax.jit(Cepe.encode).trace(cepe, context, real).lower(lowering_platforms=("cuda",)).as_text()
         found["encode for GPUs"] = [kernels_of(lowered)[0][0], kernels_of(lowered)[0][-1]]
     mesh, rows = make_mesh(fsdp=8), 16

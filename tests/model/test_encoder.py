@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from support.models import ENCODER, float64, make_encoder, relative_error, with_config, with_leaf
+from support.models import ENCODER, computed, float64, make_encoder, relative_error, with_leaf
 
 from cepe_jax.model.encoder import Encoder
 
@@ -60,7 +60,7 @@ def test_order_matters(encoder, encode):
 
 
 def test_hidden_states_are_bfloat16_when_asked(encoder, encode):
-    narrow = encode(with_config(encoder, dtype="bfloat16"), TOKENS)
+    narrow = encode(computed(encoder, dtype="bfloat16"), TOKENS)
     assert narrow.dtype == "bfloat16"
     assert 1e-4 < relative_error(narrow, encode(encoder, TOKENS)) < 0.05
 

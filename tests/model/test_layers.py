@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.models import DECODER, make_decoder, relative_error, with_config
+from support.models import DECODER, computed, make_decoder, relative_error
 
 from cepe_jax.model.layers import at, in_chunks
 from cepe_jax.training.hlo import arrays
@@ -58,7 +58,7 @@ def gradient():
         return jax.grad(lambda model: (model.decode(tokens)[0] ** 2).sum())(model)
 
     def of(remat: str, chunk: int):
-        model = with_config(decoder, remat=remat, mlp_chunk=chunk)
+        model = computed(decoder, remat=remat, mlp_chunk=chunk)
         compiled = run.lower(model).compile()
         return compiled.as_text(), jax.tree.leaves(compiled(model))
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.models import DECODER, make_decoder, relative_error, with_config, with_leaf
+from support.models import DECODER, computed, make_decoder, relative_error, with_leaf
 
 DISTINCT = np.arange(7)[None]
 
@@ -78,7 +78,7 @@ def test_tied_head_is_the_embedding(decoder, plain, tokens_BT):
 
 
 def test_bfloat16_activations_float32_logits(decoder, plain, tokens_BT):
-    narrow = with_config(decoder, dtype="bfloat16")
+    narrow = computed(decoder, dtype="bfloat16")
     hidden, cache = jax.eval_shape(lambda model, tokens: model.decode(tokens), narrow, tokens_BT)
     assert hidden.dtype == jnp.bfloat16
     assert cache is None
@@ -95,7 +95,7 @@ def test_remat_changes_no_gradient(decoder, tokens_BT):
 
     grads, programs = {}, {}
     for mode in ("none", "dots", "full"):
-        model = with_config(decoder, remat=mode)
+        model = computed(decoder, remat=mode)
         programs[mode] = str(jax.make_jaxpr(jax.grad(loss))(model))
         if mode != "dots":
             grads[mode] = jax.tree.leaves(jax.jit(jax.grad(loss))(model))
@@ -107,4 +107,4 @@ def test_remat_changes_no_gradient(decoder, tokens_BT):
 
 def test_remat_with_a_typo_is_refused(decoder):
     with pytest.raises(ValueError, match="remat 'fulll'.*none.*dots.*full"):
-        with_config(decoder, remat="fulll")
+        computed(decoder, remat="fulll")

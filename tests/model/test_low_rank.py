@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from support.models import relative_error, with_config
+from support.models import computed, relative_error
 
 from cepe_jax.model.cepe import Cepe, assemble, parts_of
 from cepe_jax.model.llama import Llama
@@ -46,7 +46,7 @@ def merged(decoder: Llama) -> Llama:
 
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_factors_are_added_and_train_alone(cepe, tokens_BT, context_BCL, remat):
-    decoder = with_factors(with_config(cepe.decoder, remat=remat))
+    decoder = with_factors(computed(cepe.decoder, remat=remat))
     model = Cepe(decoder, cepe.encoder, cepe.cross)
     whole = Cepe(merged(decoder), cepe.encoder, cepe.cross)
     run = jax.jit(Cepe.__call__)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from cepe_jax.config import CrossLayers, DecoderConfig, EncoderConfig, RopeConfig
+from cepe_jax.config import CrossLayers, DecoderConfig, EncoderConfig, RematConfig, RopeConfig
 from cepe_jax.model.cepe import Cepe, cross_from_self_attention
 from cepe_jax.model.encoder import Encoder
 from cepe_jax.model.llama import Llama
@@ -80,8 +80,18 @@ def make_cepe(layers: CrossLayers = CROSS_LAYERS, vocab_size: int = DECODER.voca
 
 def with_config(model, **changes):
     """The same weights under another config."""
-    config = dataclasses.replace(model.config, **changes)
-    abstract = jax.eval_shape(lambda: type(model)(config, key=jax.random.key(0)))
+    return _with(model, dataclasses.replace(model.config, **changes), model.compute)
+
+
+def computed(model, **changes):
+    """The same weights, computed in another way. `remat` is that of the model's part."""
+    if "remat" in changes:
+        changes["remat"] = RematConfig(changes["remat"], changes["remat"])
+    return _with(model, model.config, dataclasses.replace(model.compute, **changes))
+
+
+def _with(model, config, compute):
+    abstract = jax.eval_shape(lambda: type(model)(config, compute, key=jax.random.key(0)))
     return jax.tree.unflatten(jax.tree.structure(abstract), jax.tree.leaves(model))
 
 

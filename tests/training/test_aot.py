@@ -203,7 +203,7 @@ def print_held() -> None:
     from cepe_jax.sharding import make_mesh
     from cepe_jax.training.aot import devices_of, train_step
     from cepe_jax.training.hlo import arrays, instructions
-    from cepe_jax.training.settings import RematConfig, TrainConfig, at_run_time, sizes_of
+    from cepe_jax.training.settings import RematConfig, TrainConfig, compute_of, sizes_of
 
     shapes = ExampleConfig(*(SETTINGS[name] for name in ("window", "num_chunks", "chunk_length")))
     # Head dimensions of 64 and odd sizes of all else: no two axes are alike.
@@ -213,9 +213,9 @@ def print_held() -> None:
     base = dataclasses.replace(base, dtype="bfloat16", remat=RematConfig("full", "full"))
 
     def compiled(backend: str, **chunks: int) -> str:
-        config = dataclasses.replace(base, **chunks)
+        config = dataclasses.replace(base, attention=backend, **chunks)
         with jax.set_mesh(make_mesh(fsdp=4, devices=devices_of("v5e:2x2")[0])):
-            step = train_step(config, at_run_time(sizes_of(config), config, backend))
+            step = train_step(config, sizes_of(config), compute_of(config, "tpu"))
             return step.function.lower(*step.arguments).compile().as_text()
 
     def positions_of_logits(program: str) -> int:

@@ -58,8 +58,8 @@ def runs(tmp_path_factory):
     save(Llama(decoder, key=jax.random.key(1)), root / "decoder", assets=data / "docs")
     configs, starts, firsts = {}, {}, {}
 
-    def watched(config: TrainConfig, vocab_size: int):
-        model = starting_model(config, vocab_size)
+    def watched(config: TrainConfig, *given):
+        model = starting_model(config, *given)
         starts[config.out.name] = jax.tree.map(jnp.copy, model)  # what trains is donated
         return model
 

@@ -356,4 +356,4 @@ def test_a_batch_that_does_not_divide_is_refused(changes, devices):
     ],
 )
 def test_attention_is_the_platforms(changes, platform, backend):
-    assert settings.backend_of(dataclasses.replace(CONFIG, **changes), platform) == backend
+    assert settings.compute_of(dataclasses.replace(CONFIG, **changes), platform).attention == backend

@@ -14,7 +14,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from cepe_jax.config import CrossLayers
+from cepe_jax.config import Compute, CrossLayers
 from cepe_jax.weights import files
 from cepe_jax.weights.directory import Directory, save, write
 from cepe_jax.weights.huggingface import load, to_hf, to_jax
@@ -65,11 +65,11 @@ def test_bfloat16_and_several_shards(cepe_source, tmp_path, monkeypatch):
     assert all(shard.stat().st_mode == (tmp_path / "ours" / "config.json").stat().st_mode for shard in shards)
     with safe_open(shards[0], "np") as file:
         assert {file.get_slice(key).get_dtype() for key in file.keys()} == {"BF16"}  # noqa: SIM118
-    same(load(tmp_path / "ours", "bfloat16"), load(cepe_source.path, "bfloat16"))
+    same(load(tmp_path / "ours", Compute("bfloat16")), load(cepe_source.path, Compute("bfloat16")))
     to_hf(tmp_path / "ours", tmp_path / "back")
     written = json.loads((tmp_path / "back" / "config.json").read_text())
     assert written["torch_dtype"] == written["dtype"] == "bfloat16"
-    same(load(tmp_path / "back", "bfloat16"), load(cepe_source.path, "bfloat16"))
+    same(load(tmp_path / "back", Compute("bfloat16")), load(cepe_source.path, Compute("bfloat16")))
 
 
 @pytest.mark.parametrize("kind", ["cepe", "decoder", "encoder"])
@@ -309,7 +309,7 @@ def test_script_errors_are_one_line(cepe_source, tmp_path):
 
     done = convert("to-jax", cepe_source.path, tmp_path / "ours", "--dtype", "bfloat16")
     assert done.returncode == 0, done.stderr
-    assert load(tmp_path / "ours", "bfloat16").decoder.embed.dtype == jnp.bfloat16
+    assert load(tmp_path / "ours", Compute("bfloat16")).decoder.embed.dtype == jnp.bfloat16
     done = convert("to-jax", cepe_source.path, tmp_path / "ours")
     assert done.returncode == 1
     assert re.fullmatch(f"convert.py: {tmp_path}/ours exists.*\n", done.stderr)

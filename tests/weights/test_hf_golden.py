@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cepe_jax.config import EncoderConfig
+from cepe_jax.config import Compute, EncoderConfig
 from cepe_jax.model.cepe import Cepe
 from cepe_jax.model.encoder import Encoder
 from cepe_jax.weights.huggingface import load
@@ -18,7 +18,7 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 def read(name: str, dtype: str = "float32"):
     if list((GOLDEN / name).glob("*.bin")):
         pytest.importorskip("torch")
-    return load(GOLDEN / name, dtype), dict(np.load(GOLDEN / name / "expected.npz"))
+    return load(GOLDEN / name, Compute(dtype)), dict(np.load(GOLDEN / name / "expected.npz"))
 
 
 @jax.jit
@@ -75,16 +75,16 @@ def test_edge():
 def test_edge_in_bfloat16():
     model, golden = read("tiny_edge", "bfloat16")
     assert model.decoder.layers.mlp.gate.dtype == jnp.bfloat16
-    assert model.config.decoder.dtype == model.config.encoder.dtype == "bfloat16"
+    assert model.decoder.compute.dtype == model.encoder.compute.dtype == "bfloat16"
     logits = forward(model, golden["input_ids"], golden["encoder_input_ids"])
     assert error(logits, golden["logits"]) <= 1.5 * golden["bf16_error"]
 
 
 def test_master_weights_stay_in_float32():
-    model = load(GOLDEN / "tiny_edge", "bfloat16", master=("encoder", "cross"))
+    model = load(GOLDEN / "tiny_edge", Compute("bfloat16"), master=("encoder", "cross"))
     assert {leaf.dtype for leaf in jax.tree.leaves((model.encoder, model.cross))} == {jnp.dtype("float32")}
     assert {leaf.dtype for leaf in jax.tree.leaves(model.decoder)} == {jnp.dtype("bfloat16")}
-    assert model.config.encoder.dtype == "bfloat16"
+    assert model.encoder.compute.dtype == "bfloat16"
     with pytest.raises(ValueError, match=r"\bhead\b.*float32"):
         load(GOLDEN / "tiny_edge", master=("head",))
 

@@ -205,11 +205,6 @@ def test_no_weights_no_config(llama_source):
         load(llama_source.path / "nowhere")
 
 
-def test_unknown_dtype(llama_source):
-    with pytest.raises(ValueError, match="dtype 'float8'"):
-        load(llama_source.path, "float8")
-
-
 def test_torch_is_asked_for_by_name(llama_source, monkeypatch):
     (llama_source.path / "model.safetensors").rename(llama_source.path / "pytorch_model.bin")
     monkeypatch.setitem(sys.modules, "torch", None)

@@ -7,10 +7,11 @@ from typing import Literal
 
 import jax
 
-from cepe_jax.config import DecoderConfig
+from cepe_jax.config import DecoderConfig, Dtype
 from cepe_jax.inference.caches.full import FullCache
 from cepe_jax.inference.caches.rolling import RollingCache
 from cepe_jax.model.cache import Cache
+from cepe_jax.model.llama import Llama
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,13 @@ class CacheConfig:
 FULL = CacheConfig()
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def new_cache(config: DecoderConfig, cache: CacheConfig, rows: int, slots: int) -> Cache:
+def new_cache(decoder: Llama, cache: CacheConfig, rows: int, slots: int) -> Cache:
     """Return an empty cache. `slots` bounds the length of a text if the policy keeps every token."""
+    return _new_cache(decoder.config, decoder.compute.dtype, cache, rows, slots)
+
+
+@partial(jax.jit, static_argnums=range(5))
+def _new_cache(config: DecoderConfig, dtype: Dtype, cache: CacheConfig, rows: int, slots: int) -> Cache:
     if cache.kind == "rolling":
-        return RollingCache.create(config, rows, cache.window, cache.sinks)
-    return FullCache.create(config, rows, slots)
+        return RollingCache.create(config, dtype, rows, cache.window, cache.sinks)
+    return FullCache.create(config, dtype, rows, slots)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from cepe_jax.config import DecoderConfig
+from cepe_jax.config import Backend, DecoderConfig
 from cepe_jax.model.attention import Mask, Partial, attend_to_cache
 from cepe_jax.model.layers import at
 from cepe_jax.sharding import constrain, on_shards, rows_of_a_device
@@ -35,9 +35,9 @@ class FullCache:
     empty: bool = dataclasses.field(metadata={"static": True})
 
     @classmethod
-    def create(cls, config: DecoderConfig, rows: int, slots: int) -> "FullCache":
+    def create(cls, config: DecoderConfig, dtype: str, rows: int, slots: int) -> "FullCache":
         shape = (config.num_layers, rows, config.num_kv_heads, slots, config.head_dim)
-        k, v = jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype)  # two buffers: both are donated
+        k, v = jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)  # two buffers: both are donated
         k, v = (constrain(x, *AXES) for x in (k, v))
         return cls(k, v, jnp.zeros((rows, slots), bool), jnp.zeros(rows, jnp.int32), empty=True)
 
@@ -45,14 +45,14 @@ class FullCache:
     def slots(self) -> int:
         return self.k_ZBKSH.shape[3]
 
-    def piece(self, config: DecoderConfig, rows: int, length: int) -> int:
+    def piece(self, rows: int, length: int, backend: Backend) -> int:
         """Return a divisor of `length`, because padding would take slots.
 
         A kernel stores no scores and reads all tokens at once. Kernels cannot read a cache; once it holds tokens, XLA
         computes the scores, of at most PIECE_PAIRS pairs at once.
         """
         rows, keys = rows_of_a_device(rows), length if self.empty else self.slots
-        if (config.attention != "xla" and self.empty) or rows * length * keys <= PIECE_PAIRS:
+        if (backend != "xla" and self.empty) or rows * length * keys <= PIECE_PAIRS:
             return length
         most = 1 << (PIECE_PAIRS // (rows * self.slots)).bit_length() >> 1  # a power of two
         return math.gcd(length, max(most, LEAST_PIECE))

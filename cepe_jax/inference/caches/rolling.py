@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from cepe_jax.config import DecoderConfig
+from cepe_jax.config import Backend, DecoderConfig
 from cepe_jax.model.attention import Mask, Partial, attend_partial, combine
 from cepe_jax.model.layers import at
 from cepe_jax.model.rope import rope_table, rotate
@@ -37,15 +37,15 @@ class RollingCache:
     empty = False  # its slots are masked where there is nothing yet
 
     @classmethod
-    def create(cls, config: DecoderConfig, rows: int, window: int, sinks: int) -> "RollingCache":
+    def create(cls, config: DecoderConfig, dtype: str, rows: int, window: int, sinks: int) -> "RollingCache":
         shape = (config.num_layers, rows, window, config.num_kv_heads, config.head_dim)
-        return cls(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype), jnp.zeros(rows, jnp.int32), sinks)
+        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(rows, jnp.int32), sinks)
 
     @property
     def slots(self) -> int:
         return self.k_ZBSKH.shape[2]
 
-    def piece(self, config: DecoderConfig, rows: int, length: int) -> int:
+    def piece(self, rows: int, length: int, backend: Backend) -> int:
         """Return the most tokens for which every token of a piece still sees the piece's first one."""
         return min(length, PIECE, self.slots - self.sinks)
 
