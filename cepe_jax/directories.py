@@ -1,4 +1,4 @@
-"""Directories that are whole or absent, in a file system or a bucket (gs://), runs that go on there, refused places."""
+"""Directories and files that are whole or absent, in a file system or a bucket (gs://), and refused places."""
 
 import json
 import re
@@ -24,6 +24,31 @@ MENDS = {
 def staged_path(path: Path) -> Path:
     """Where to write what is then renamed to `path`: beside it, and no other process' of any machine."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+
+
+@contextmanager
+def staged(path: Path) -> Iterator[Path]:
+    """Yield a place for a file, which is called `path` only once the block has ended well, and else is removed."""
+    place = staged_path(path)
+    try:
+        yield place
+        place.rename(path)
+    finally:
+        place.unlink(missing_ok=True)
+
+
+def write_text(path: Path | epath.Path, text: str) -> None:
+    """Write a file that is whole or, if it cannot be written, what it was before."""
+    if is_remote(path):
+        path.write_text(text)
+        return
+    with staged(path) as place:
+        place.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path | epath.Path, value) -> None:
+    """Write a value as JSON, as `write_text` does."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def is_remote(path: Path | epath.Path | str) -> bool:
@@ -77,20 +102,3 @@ def new_directory(path: Path | epath.Path | str) -> Iterator[Path]:
         shutil.rmtree(partial)
         raise
     partial.rename(path)
-
-
-def refuse_another_run(where: Path, stored: dict, present: dict) -> None:
-    """ValueError that names the first setting in which two runs' identities differ."""
-    for key in sorted(set(stored) | set(present)):
-        if stored.get(key) != present.get(key):
-            differing = f"{key} is {json.dumps(stored.get(key))} there and {json.dumps(present.get(key))} here"
-            raise ValueError(f"{where}: is of another run, {differing}: use another directory, or remove it")
-
-
-def as_of(stored: dict, present: dict) -> dict:
-    """`present` without the settings that `stored` lacks, which are newer than it; those of settings in it too."""
-    return {
-        key: as_of(stored[key], value) if isinstance(value, dict) and isinstance(stored[key], dict) else value
-        for key, value in present.items()
-        if key in stored
-    }

@@ -49,7 +49,7 @@ class DistributedConfig:
 
 
 @contextmanager
-def joined(config: DistributedConfig, compiled: Path) -> Iterator[None]:
+def connected(config: DistributedConfig, compiled: Path) -> Iterator[None]:
     """In the block this process is one of the run's, and the first of them alone prints.
 
     Before the block nothing may have used a device. What is compiled is kept in `compiled`, for the next start, unless

@@ -24,7 +24,6 @@ RULES: dict[str | None, tuple[str, ...]] = {
     "length": (),
     "layer": (),
     "head_dim": (),
-    "encoder_embed": ("fsdp",),
     None: (),
 }
 

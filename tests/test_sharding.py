@@ -48,7 +48,7 @@ SPECS = Path(__file__).parent / "model" / "llama2_7b_specs.json"
         (("layer", "embed", "mlp"), PartitionSpec(None, "fsdp", "tensor")),
         (("layer", "heads", "head_dim", "embed"), PartitionSpec(None, "tensor", None, "fsdp")),
         (("vocab", "embed"), PartitionSpec("tensor", "fsdp")),
-        (("layer", "encoder_embed", "kv_heads", "head_dim"), PartitionSpec(None, "fsdp", "tensor", None)),
+        (("layer", "embed", "kv_heads", "head_dim"), PartitionSpec(None, "fsdp", "tensor", None)),
         (("batch", "length", "embed"), PartitionSpec(("data", "fsdp"), None, None)),  # batch took fsdp
         (("batch", "memory", None), PartitionSpec(("data", "fsdp"), "context", None)),
         ((), PartitionSpec()),

@@ -13,7 +13,6 @@ from pathlib import Path
 
 from cepe_jax.config import DECODERS, ENCODERS, CepeConfig
 from cepe_jax.cost import CHIPS, cepe_flops
-from cepe_jax.data.builder import write_json
 from cepe_jax.data.corpus import PrepareConfig, prepare
 from cepe_jax.data.examples import ExampleConfig
 from cepe_jax.data.loader import batches, examples, open_mix
@@ -21,6 +20,7 @@ from cepe_jax.data.records import Records
 from cepe_jax.data.sampling import SampleConfig, sample
 from cepe_jax.data.sources import plan, read
 from cepe_jax.data.tokenizer import Tokenizer
+from cepe_jax.directories import write_json, write_text
 
 POD = "v5e", 256, 0.4  # chip, number of chips, share of their peak
 
@@ -74,7 +74,7 @@ def benchmark(config: DataBenchmarkConfig) -> None:
         **facts,
     }
     page = markdown(report)
-    (config.out / "data.md").write_text(page)
+    write_text(config.out / "data.md", page)
     write_json(config.out / "data.json", report)
     print(page)
 

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from cepe_jax.data.records import INDEX, TFDS_FILES, check_shard, lengths_path, read_index, shard_path
+from cepe_jax.data.records import DATASET, TFDS_FILES, check_shard, lengths_path, read_index, shard_path
 from cepe_jax.data.tokenizer import BESIDE, NAMES, Tokenizer
-from cepe_jax.directories import refuse_another_run, staged_path
+from cepe_jax.directories import staged_path, write_json, write_text
+from cepe_jax.identity import as_json, refuse_another_run
 
 TOKENIZER_FILES = *NAMES, *BESIDE
 
@@ -36,13 +37,6 @@ def text():
 
 def token_dtype(vocab_size: int) -> type:
     return np.uint16 if vocab_size <= 1 << 16 else np.uint32
-
-
-def write_json(path: Path, value) -> None:
-    """`value` at `path`, whole or not at all."""
-    staged = staged_path(path)
-    staged.write_text(json.dumps(value, indent=1))
-    staged.rename(path)
 
 
 @contextmanager
@@ -124,7 +118,7 @@ class Builder:
 
         `identity` is what must be equal for a run to go on where another stopped. The tokenizer's files are copied.
         """
-        identity = _plain(identity)
+        identity = as_json(identity)
         self.out, self.units, self.identity = out, out / "units", identity
         stored = self.units / "identity.json"
         if self.finished:
@@ -152,13 +146,13 @@ class Builder:
 
     def mark(self, number: int, key, facts: dict) -> None:
         """Says that the unit is whole; `key` says of which input."""
-        write_json(self.units / f"{number:05}.json", {"key": _plain(key)} | facts)
+        write_json(self.units / f"{number:05}.json", {"key": as_json(key)} | facts)
 
     def marked(self, number: int, key) -> dict | None:
         """What `mark` was given for the unit, if it was for the same input."""
         path = self.units / f"{number:05}.json"
         facts = json.loads(path.read_text()) if path.exists() else {"key": None}
-        return facts if facts["key"] == _plain(key) else None
+        return facts if facts["key"] == as_json(key) else None
 
     def register(self, name: str, features: dict, marks: list[dict], facts: dict) -> None:
         """Makes the directory a dataset of the units with these marks, each of which has `splits`: {split: facts}.
@@ -185,8 +179,8 @@ class Builder:
                     ),
                 )
             )
-        write_json(self.out / INDEX, {"name": name, "identity": self.identity} | facts | {"splits": splits})
-        (self.out / "report.md").write_text(report(name, splits))
+        write_json(self.out / DATASET, {"name": name, "identity": self.identity} | facts | {"splits": splits})
+        write_text(self.out / "report.md", report(name, splits))
         staged = staged_path(self.units / "metadata")
         staged.mkdir(exist_ok=True)
         for split in splits:  # TFDS looks for the names of shards beside its metadata
@@ -202,11 +196,6 @@ class Builder:
         shutil.rmtree(staged)
         for left in self.out.glob(f".{name}-*"):  # of processes that were killed
             left.unlink(missing_ok=True)
-
-
-def _plain(value):
-    """`value` as JSON gives it back, dataclasses as objects and paths as text."""
-    return json.loads(json.dumps(value, default=lambda v: str(v) if isinstance(v, Path) else vars(v)))
 
 
 def report(name: str, splits: dict) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 
 from cepe_jax.data.tokenizer import Tokenizer
 
-INDEX = "dataset.json"  # our facts of a dataset
+DATASET = "dataset.json"  # our facts of a dataset
 TFDS_FILES = "features.json", "dataset_info.json"  # the second makes a directory a TFDS dataset
 
 
@@ -38,18 +38,18 @@ class NoDataset(FileNotFoundError):
 
 def is_dataset(path: Path) -> bool:
     """Return whether a dataset is at `path`, finished or not."""
-    return (path / INDEX).exists() or (path / "units").exists()
+    return (path / DATASET).exists() or (path / "units").exists()
 
 
 def read_index(path: Path) -> dict:
     """The facts of the dataset at `path`; NoDataset where there is none, or none yet."""
-    if not (path / TFDS_FILES[-1]).exists() or not (path / INDEX).exists():
+    if not (path / TFDS_FILES[-1]).exists() or not (path / DATASET).exists():
         state = "not finished: run the command that writes it again" if (path / "units").exists() else "no dataset"
         raise NoDataset(f"{path}: {state}: datasets are made with scripts/prepare_data.py")
     try:
-        return json.loads((path / INDEX).read_text())
+        return json.loads((path / DATASET).read_text())
     except ValueError as error:
-        raise ValueError(f"{path / INDEX} is damaged ({error}): prepare the dataset again") from None
+        raise ValueError(f"{path / DATASET} is damaged ({error}): prepare the dataset again") from None
 
 
 def _reason(error: Exception) -> str:
@@ -104,7 +104,7 @@ class Records:
             raise ValueError(f"{path}: TFDS cannot read its metadata ({_reason(error)}): prepare it again") from None
         if len(self._source) != self.facts["records"]:
             raise ValueError(
-                f"{path}: TFDS counts {len(self._source)} records and {INDEX} {self.facts['records']}: prepare it again"
+                f"{path}: TFDS counts {len(self._source)} records, {DATASET} {self.facts['records']}: prepare it again"
             )
 
     def __len__(self) -> int:

@@ -6,7 +6,7 @@ from pathlib import Path
 import sentencepiece
 
 from cepe_jax.data.tokenizer import Tokenizer
-from cepe_jax.directories import staged_path
+from cepe_jax.directories import staged
 
 MAX_SENTENCE = 1 << 20  # bytes of one text
 
@@ -26,7 +26,7 @@ def train(texts: Iterable[str], vocab_size: int, path: Path) -> Tokenizer:
 
     One character is not: U+2581, which SentencePiece writes for a space, comes back as one.
     """
-    staged, faults, refusal = staged_path(path), [], None
+    faults = []
 
     def watched() -> Iterator[str]:
         try:
@@ -34,28 +34,28 @@ def train(texts: Iterable[str], vocab_size: int, path: Path) -> Tokenizer:
         except Exception as error:  # of the texts: SentencePiece would make a RuntimeError of its traceback
             faults.append(error)
 
-    try:
-        with open(staged, "wb") as file:
-            sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=watched(),
-                model_writer=file,
-                model_type="bpe",
-                vocab_size=vocab_size,
-                byte_fallback=True,
-                normalization_rule_name="identity",
-                remove_extra_whitespaces=False,
-                add_dummy_prefix=False,
-                allow_whitespace_only_pieces=True,
-                user_defined_symbols=["\n"],
-                split_digits=True,
-                max_sentence_length=MAX_SENTENCE,
-                num_threads=2,
-                minloglevel=2,
-            )
-    except RuntimeError as error:
-        refusal = str(error).strip().splitlines()[-1]
-    if faults or refusal:
-        staged.unlink()
-        raise faults[0] if faults else ValueError(f"cannot train {vocab_size} pieces on these texts: {refusal}")
-    staged.rename(path)
+    with staged(path) as place:
+        try:
+            with open(place, "wb") as file:
+                sentencepiece.SentencePieceTrainer.train(
+                    sentence_iterator=watched(),
+                    model_writer=file,
+                    model_type="bpe",
+                    vocab_size=vocab_size,
+                    byte_fallback=True,
+                    normalization_rule_name="identity",
+                    remove_extra_whitespaces=False,
+                    add_dummy_prefix=False,
+                    allow_whitespace_only_pieces=True,
+                    user_defined_symbols=["\n"],
+                    split_digits=True,
+                    max_sentence_length=MAX_SENTENCE,
+                    num_threads=2,
+                    minloglevel=2,
+                )
+        except RuntimeError as error:
+            refusal = str(error).strip().splitlines()[-1]
+            faults.append(ValueError(f"cannot train {vocab_size} pieces on these texts: {refusal}"))
+        if faults:
+            raise faults[0]
     return Tokenizer(path)

@@ -4,7 +4,6 @@
 digest of the records. Where a cell failed, `cells/NAME.failed` says why until it is run again.
 """
 
-import dataclasses
 import glob
 import hashlib
 import json
@@ -18,11 +17,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
-from cepe_jax.data.records import INDEX
-from cepe_jax.directories import refuse_another_run, staged_path
+from cepe_jax.data.records import DATASET
+from cepe_jax.directories import staged, write_json
 from cepe_jax.evaluation.models import ModelConfig
 from cepe_jax.evaluation.perplexity import PerplexityConfig
 from cepe_jax.evaluation.tasks import TaskConfig
+from cepe_jax.identity import as_json, refuse_another_run
 from cepe_jax.weights.files import read_json
 
 SCHEMA = 2  # of the files of a cell and of results.json
@@ -65,21 +65,16 @@ class Cell:
         demonstrations for it in every draw; else nothing. Metrics are of what is recorded.
         """
         axis, unread = ("chunks", "kinds") if self.family == "perplexity" else ("axis", "metrics")
-        data = plain(self.data_config)
+        data = as_json(self.data_config)
         del data[unread]
         longest = max(data.pop(axis))
         if self.family == "perplexity" or data["family"] == "icl":
             data[axis] = longest
-        settings = {"model": plain(self.model_config), "data": data}
+        settings = {"model": as_json(self.model_config), "data": data}
         return {"schema": SCHEMA, "family": self.family} | dict(_dotted(settings))
 
     def path(self, out: Path, suffix: str) -> Path:
         return out / "cells" / f"{self.name}.{suffix}"
-
-
-def plain(config) -> dict:
-    """The settings as JSON has them."""
-    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
 
 
 def _dotted(settings: dict, group: str = "") -> Iterable[tuple[str, object]]:
@@ -100,9 +95,8 @@ def write(out: Path, cell: Cell, records: Iterable[dict], *facts: dict) -> None:
     ValueError, and nothing is there, for records that are no result.
     """
     path, ids, digest = cell.path(out, "jsonl"), set(), hashlib.sha256()
-    staged = staged_path(path)
-    try:
-        with open(staged, "wb") as file:
+    with staged(path) as place:
+        with open(place, "wb") as file:
             for record in records:
                 if lacking := [name for name in REQUIRED if name not in record]:
                     raise ValueError(f"a record of {cell.name} lacks {', '.join(lacking)}")
@@ -114,30 +108,12 @@ def write(out: Path, cell: Cell, records: Iterable[dict], *facts: dict) -> None:
                 file.write(line)
         if not ids:
             raise ValueError(f"{cell.name} has no record: its data is empty")
-        staged.rename(path)
-    finally:
-        staged.unlink(missing_ok=True)
     names = {name: getattr(cell, name) for name in ("family", "model", "data", "kind", "value")}
     counts = {"records": len(ids), "sha256": digest.hexdigest()}
     result = {"schema": SCHEMA, "name": cell.name} | names | counts
     for some in facts:
         result |= some
     write_json(cell.path(out, "json"), result | {"identity": cell.identity})
-
-
-def write_json(path: Path, value: dict) -> None:
-    """`value` is at `path`, whole, or what was there before."""
-    write_text(path, json.dumps(value, indent=1))
-
-
-def write_text(path: Path, text: str) -> None:
-    """`text` is at `path`, whole, or what was there before."""
-    staged = staged_path(path)
-    try:
-        staged.write_text(text)
-        staged.rename(path)
-    finally:
-        staged.unlink(missing_ok=True)
 
 
 def read(out: Path, cell: Cell) -> tuple[dict, list[dict]]:
@@ -203,8 +179,8 @@ def data_at(config: PerplexityConfig | TaskConfig, out: Path) -> str | None:
     for place in places(config):
         if not place.exists():
             return None
-        if (place / INDEX).exists():
-            digest.update((place / INDEX).read_bytes())
+        if (place / DATASET).exists():
+            digest.update((place / DATASET).read_bytes())
             continue
         # As `data.sources.plan`, into folders that are links.
         inside = glob.glob("**", root_dir=place, recursive=True, include_hidden=True) if place.is_dir() else [""]

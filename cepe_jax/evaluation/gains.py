@@ -1,6 +1,5 @@
 """The gain from contexts over runs that differ by their seed: sentences, a table, a plot, and one text continued."""
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -9,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cepe_jax.evaluation.cells import write_text
+from cepe_jax.directories import write_json, write_text
 from cepe_jax.evaluation.estimates import Estimate
 from cepe_jax.evaluation.perplexity import PerplexityConfig, windows
 from cepe_jax.evaluation.plots import ERRORS, save_figure
@@ -110,7 +109,7 @@ def gains(config: GainsConfig) -> str:
         for kind, row in runs.gains.items()
     }
     without = {"nll": asdict(runs.nll)}
-    write_text(config.out / "gains.json", json.dumps({"runs": len(runs.rows), "without": without} | numbers, indent=1))
+    write_json(config.out / "gains.json", {"runs": len(runs.rows), "without": without} | numbers)
     write_text(config.out / "gains.md", page)
     return page
 

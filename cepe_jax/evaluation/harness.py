@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cepe_jax.checks import check_chunk_length
-from cepe_jax.directories import refuse_another_run, staged_path
-from cepe_jax.evaluation.cells import plain, provenance, weights_at
+from cepe_jax.directories import write_json, write_text
+from cepe_jax.evaluation.cells import provenance, weights_at
 from cepe_jax.evaluation.models import ModelConfig, check_model, load_model
+from cepe_jax.identity import as_json, refuse_another_run
 from cepe_jax.inference.overflow import Overflow
 from cepe_jax.inference.template import Template
 from cepe_jax.inference.terminal import Devices, on_devices
@@ -88,10 +89,10 @@ def run_harness(config: HarnessConfig) -> None:
             metadata=facts,
         )
     for task, samples in found.pop("samples").items():
-        _write(config.out / f"samples_{task}.jsonl", "".join(f"{json.dumps(s, default=str)}\n" for s in samples))
+        write_text(config.out / f"samples_{task}.jsonl", "".join(f"{json.dumps(s, default=str)}\n" for s in samples))
     cuts = _cuts(config.out / CUT)
-    found["cepe_jax"] = {"config": plain(config), "cut": cuts} | provenance()
-    _write(config.out / "results.json", json.dumps(found, indent=1, default=str))
+    found["cepe_jax"] = {"config": as_json(config), "cut": cuts} | provenance()
+    write_json(config.out / "results.json", as_json(found))
     print(make_table(found))
     for task, count in cuts.items():
         print(f"{task}: {count} requests were cut to the window of {config.window}, see {config.out / CUT}")
@@ -121,16 +122,10 @@ def _cuts(path: Path) -> dict[str, int]:
 
 def _claim(config: HarnessConfig) -> None:
     """`config.out` has answers of this model to these tasks alone; ValueError where it has others."""
-    path, ours = config.out / "config.json", plain(config) | {"weights": weights_at(config.model.path)}
+    path, ours = config.out / "config.json", as_json(config) | {"weights": weights_at(config.model.path)}
     for pace in ("out", "mesh", "batch"):  # no answer depends on them
         del ours[pace]
     if path.exists():
         refuse_another_run(config.out, json.loads(path.read_text()), ours)
     config.out.mkdir(parents=True, exist_ok=True)
-    _write(path, json.dumps(ours, indent=1))
-
-
-def _write(path: Path, text: str) -> None:
-    staged = staged_path(path)
-    staged.write_text(text)
-    staged.rename(path)
+    write_json(path, ours)

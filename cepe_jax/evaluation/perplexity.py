@@ -16,7 +16,7 @@ from cepe_jax.checks import check_chunk_length
 from cepe_jax.data.corpus import Corpus, PrepareConfig
 from cepe_jax.data.examples import Document, ExampleConfig
 from cepe_jax.data.loader import Sequences
-from cepe_jax.data.records import INDEX, Records
+from cepe_jax.data.records import DATASET, Records
 from cepe_jax.data.retrieval import NAME as RETRIEVED
 from cepe_jax.data.sources import RawDocument, plan, read
 from cepe_jax.data.tokenizer import Tokenizer
@@ -130,7 +130,7 @@ def windows(config: PerplexityConfig, tokenizer: Tokenizer) -> Iterator[Window]:
     """The same windows whatever is asked about them. ValueError where there are none."""
     if not config.data.exists():
         raise FileNotFoundError(f"{config.data}: no such file or directory")
-    if not (config.data / INDEX).exists() and not (config.data / "units").exists():
+    if not (config.data / DATASET).exists() and not (config.data / "units").exists():
         return _in_documents(config, _raw_documents(config, tokenizer))
     records = Records(config.data, config.split)
     if records.index["tokenizer"] != tokenizer.fingerprint():

@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from cepe_jax.directories import staged_path
+from cepe_jax.directories import staged
 from cepe_jax.evaluation.results import LOWER_IS_BETTER, Result, Results
 
 ERRORS = 2  # standard errors that a bar is long, up and down
@@ -67,13 +67,11 @@ def save_figure(path: Path, **subplots) -> Iterator:
     from matplotlib import pyplot
 
     figure, panels = pyplot.subplots(**subplots, layout="constrained")
-    staged = staged_path(path)
     try:
         yield panels
-        figure.savefig(staged, dpi=120, format="png")
-        staged.rename(path)
+        with staged(path) as place:
+            figure.savefig(place, dpi=120, format="png")
     finally:
-        staged.unlink(missing_ok=True)
         pyplot.close(figure)
 
 

@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from cepe_jax.evaluation import cells as store
+from cepe_jax.directories import write_json, write_text
 from cepe_jax.evaluation.cells import SCHEMA
 from cepe_jax.evaluation.plots import plot
 from cepe_jax.evaluation.results import Result, Results, gather
 from cepe_jax.evaluation.tables import markdown
+from cepe_jax.identity import as_json
 
 
 @dataclass(frozen=True)
@@ -24,15 +25,15 @@ def report(config: ReportConfig) -> str:
     for name in results.data:
         plot(results, name, config.out / f"{name}.png")
     page = markdown(results)
-    store.write_text(config.out / "report.md", page)
-    store.write_json(config.out / "results.json", _as_json(results))
+    write_text(config.out / "report.md", page)
+    write_json(config.out / "results.json", _as_json(results))
     return page
 
 
 def _as_json(results: Results) -> dict:
     return {
         "schema": SCHEMA,
-        "config": store.plain(results.config),
+        "config": as_json(results.config),
         "cells": [dict(_cell(results, result)) for result in results.finished.values()],
         "averages": [
             {"family": family, "metric": metric, "model": model, "value": value} | dataclasses.asdict(estimate)

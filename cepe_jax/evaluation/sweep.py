@@ -14,7 +14,7 @@ from pathlib import Path
 
 from cepe_jax import progress
 from cepe_jax.data.units import end_with_parent
-from cepe_jax.directories import download_hint, in_one_line
+from cepe_jax.directories import download_hint, in_one_line, write_json
 from cepe_jax.evaluation import cells as store
 from cepe_jax.evaluation import perplexity, tasks
 from cepe_jax.evaluation.cells import Cell, Missing
@@ -22,6 +22,7 @@ from cepe_jax.evaluation.grid import PerplexityRun, SweepConfig, TaskRun
 from cepe_jax.evaluation.language_model import LanguageModel
 from cepe_jax.evaluation.models import ModelConfig, check_model, load_model
 from cepe_jax.evaluation.report import ReportConfig, report
+from cepe_jax.identity import as_json
 from cepe_jax.inference.terminal import on_devices
 from cepe_jax.training.logs import forget_peak_memory, peak_memory
 from cepe_jax.weights.files import read_json
@@ -64,7 +65,7 @@ def _held(out: Path) -> Iterator[None]:
 
 def _left(config: SweepConfig) -> list[list[Cell]]:
     """The cells without a result, of each model on each data."""
-    before, now = config.out / "sweep.json", store.plain(config)
+    before, now = config.out / "sweep.json", as_json(config)
     kept = read_json(before) if before.exists() else {}
     groups = "models", "perplexity", "tasks"
     if lost := [f"{group}.{name}" for group in groups for name in kept.get(group, {}) if name not in now[group]]:
@@ -113,7 +114,7 @@ def _data_faults(cell: Cell) -> list[str]:
 
 def _run(config: SweepConfig, groups: list[list[Cell]], lacking: list[str]) -> None:
     """The cells of groups that lack nothing have been run, and the report is written. ValueError where some failed."""
-    store.write_json(config.out / "sweep.json", store.plain(config))
+    write_json(config.out / "sweep.json", as_json(config))
     for cell in (cell for group in groups for cell in group):
         cell.path(config.out, "failed").unlink(missing_ok=True)
     failures: dict[str, str] = {}
@@ -243,9 +244,9 @@ def measure_group(config: SweepConfig, group: list[Cell], say: Callable[[str, st
         facts["tokenizer"] = model.tokenizer.fingerprint()
         facts["weights"] = store.weights_at(group[0].model_config.path)
         facts["data_digest"] = store.data_at(group[0].data_config, config.out)
-        facts["mesh"] = store.plain(config.mesh)
+        facts["mesh"] = as_json(config.mesh)
         if group[0].family == "tasks":
-            facts["protocol"] = store.plain(group[0].data_config.protocol)
+            facts["protocol"] = as_json(group[0].data_config.protocol)
         say("loaded", group[0].name, "", "")
         for cell in group:
             say("begun", cell.name, "", "")

@@ -6,7 +6,6 @@ the memory made once and kept for every layer; `recomputed`, made anew for every
 """
 
 import dataclasses
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +21,8 @@ from flax import nnx
 
 from cepe_jax.config import DECODERS, ENCODERS, CepeConfig, Compute, Dtype, preset
 from cepe_jax.cost import encoder_flops, gib, inference_flops, step_bytes
+from cepe_jax.directories import write_json, write_text
+from cepe_jax.identity import as_json
 from cepe_jax.inference import beside
 from cepe_jax.inference.caches.full import FullCache
 from cepe_jax.inference.context import ContextCache, encode, free_bytes, stacked
@@ -144,8 +145,8 @@ def benchmark_inference(config: InferenceBenchmarkConfig) -> None:
         "rows": rows,
     }
     config.out.mkdir(parents=True, exist_ok=True)
-    (config.out / "inference.json").write_text(json.dumps(result, indent=1, default=str))
-    (config.out / "inference.md").write_text(page := table(result))
+    write_json(config.out / "inference.json", as_json(result))
+    write_text(config.out / "inference.md", page := table(result))
     plot(result, config.out / "inference.png")
     print(page)
 
@@ -163,9 +164,9 @@ def _beside(model: Cepe, config: InferenceBenchmarkConfig) -> None:
     rows = beside.measure_beside(model, config.contexts, config.chunk_length, config.prompt)
     result = _facts(config) | {"rows": rows}
     config.out.mkdir(parents=True, exist_ok=True)
-    (config.out / "beside.json").write_text(json.dumps(result, indent=1, default=str))
+    write_json(config.out / "beside.json", as_json(result))
     head = f"{result['device']}, jax {result['jax']}, {result['date']}; minimum of {beside.NUMBER} in turn."
-    (config.out / "beside.md").write_text(page := beside.table(rows, head))
+    write_text(config.out / "beside.md", page := beside.table(rows, head))
     print(page)
 
 

@@ -7,7 +7,7 @@ from cepe_jax.inference.caches import CacheConfig
 from cepe_jax.inference.context import ContextCache
 from cepe_jax.inference.detokenize import Detokenizer, StopStrings
 from cepe_jax.inference.generate import GREEDY, Sampling
-from cepe_jax.inference.overflow import Overflow, check_window
+from cepe_jax.inference.overflow import Overflow, check_has_window
 from cepe_jax.inference.session import Session, check_head
 from cepe_jax.inference.template import Message, Template
 from cepe_jax.model.cepe import Cepe
@@ -41,7 +41,7 @@ def check_chat(
 ) -> None:
     """ValueError where no conversation fits into the window; one without an end needs none."""
     if not endless:
-        check_window(window)
+        check_has_window(window)
     if overflow == "passages":
         raise ValueError("overflow is passages: a conversation is cut anywhere, give truncate_left")
     moves = has_encoder or overflow == "truncate_left"

@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from cepe_jax.checks import check_chunk_length, check_tokens
 from cepe_jax.cost import gib
 from cepe_jax.data.tokenizer import Tokenizer
-from cepe_jax.directories import staged_path
+from cepe_jax.directories import staged
 from cepe_jax.inference.generate import bucket, check_reads_contexts, one_ahead, power_of_two
 from cepe_jax.model.cepe import Cepe, chunk_positions
 from cepe_jax.model.cross import Memory
@@ -51,7 +51,8 @@ class Passage:
 class ContextCache:
     """Encoded passages, in order; `a + b` appends those of b.
 
-    `identity`: what wrote them, from `identity_of`. Caches never change, and share the passages they have in common.
+    `identity`, from `encoder_identity`, says what wrote them. Caches never change, and share passages that they have in
+    common.
     """
 
     identity: dict[str, str]
@@ -93,16 +94,11 @@ class ContextCache:
     def save(self, path: Path | str) -> None:
         """Writes one safetensors file; where that fails, what was at `path` is still there and nothing else."""
         path, states = Path(path), self._states()
-        staged = staged_path(path)
         passages = [passage.digest for passage in self.passages]
         chunks = [(passage.chunk_length, passage.chunk_positions) for passage in self.passages]
         facts = json.dumps({"identity": self.identity, "passages": passages, "chunks": chunks})
-        try:
-            save_tensors(states, staged, {"facts": facts, "sha256": _sha256(facts, states)})
-            staged.rename(path)
-        except BaseException:
-            staged.unlink(missing_ok=True)
-            raise
+        with staged(path) as place:
+            save_tensors(states, place, {"facts": facts, "sha256": _sha256(facts, states)})
 
     @classmethod
     def load(cls, path: Path | str, identity: dict[str, str]) -> "ContextCache":
@@ -141,7 +137,7 @@ def _sha256(facts: str, states: dict[str, np.ndarray]) -> str:
     return hashlib.sha256(f"{facts}{described}".encode()).hexdigest()
 
 
-def identity_of(model: Cepe, tokenizer: Tokenizer) -> dict[str, str]:
+def encoder_identity(model: Cepe, tokenizer: Tokenizer) -> dict[str, str]:
     """What the states of a passage depend on beside its tokens. Reads all weights of the encoder: ask once a model."""
     encoder = model.encoder
     leaves = jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(nnx.state(encoder)))

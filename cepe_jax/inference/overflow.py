@@ -51,7 +51,7 @@ def by_passages(text: str, tokenizer: Tokenizer, room: int) -> tuple[list[str], 
     return passages[:first], rest(first)
 
 
-def check_window(window: int | None) -> None:
+def check_has_window(window: int | None) -> None:
     """ValueError where nothing says how much fits."""
     if window is None:
         raise ValueError(
@@ -161,7 +161,7 @@ def _moves(overflow: Overflow, window: int | None, chunk_length: int) -> bool:
         raise ValueError(f"overflow {overflow!r}: choose {', '.join(get_args(Overflow))}")
     if overflow == "error":
         return False
-    check_window(window)
+    check_has_window(window)
     check_chunk_length(chunk_length)
     return True
 

@@ -11,7 +11,7 @@ from cepe_jax.config import CepeConfig, Compute, DecoderConfig, Dtype, EncoderCo
 from cepe_jax.data.tokenizer import Tokenizer
 from cepe_jax.inference.caches import FULL, CacheConfig
 from cepe_jax.inference.chat import MAX_NEW_TOKENS, Chat, check_chat
-from cepe_jax.inference.context import ContextCache, DeviceMemories, encode, identity_of, stacked
+from cepe_jax.inference.context import ContextCache, DeviceMemories, encode, encoder_identity, stacked
 from cepe_jax.inference.detokenize import pieces
 from cepe_jax.inference.generate import GREEDY, Sampling, check_reads_contexts, stream
 from cepe_jax.inference.overflow import Overflow, check_encoder, fit, fit_continued
@@ -43,7 +43,7 @@ class TextModel:
     def identity(self) -> dict[str, str]:
         """Of the contexts that this model's encoder writes."""
         check_reads_contexts(self.model)
-        return identity_of(self.model, self.tokenizer)
+        return encoder_identity(self.model, self.tokenizer)
 
     def encode(
         self,

@@ -54,7 +54,7 @@ def cross_from_self_attention(
     attention = stack.attention
     norm = RMSNorm((layers.count, D), decoder.config.norm_eps, ("layer", "embed"))
     norm.scale = stack.mlp_norm.scale
-    memory_axes = ("layer", "encoder_embed", "kv_heads", "head_dim")
+    memory_axes = ("layer", "embed", "kv_heads", "head_dim")
     match init:
         case "copy":
             o = attention.o

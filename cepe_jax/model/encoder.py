@@ -22,9 +22,9 @@ class MLMHead(nnx.Module):
 
     def __init__(self, config: EncoderConfig, *, key: Array):
         E = config.width
-        self.dense = normal(key, (E, E), E**-0.5, ("encoder_embed", None))
+        self.dense = normal(key, (E, E), E**-0.5, ("embed", None))
         self.dense_bias = nnx.Param(jnp.zeros(E), axes=(None,))
-        self.norm = RMSNorm((E,), config.norm_eps, ("encoder_embed",))
+        self.norm = RMSNorm((E,), config.norm_eps, ("embed",))
         self.bias = nnx.Param(jnp.zeros(config.vocab_size), axes=("encoder_vocab",))
 
 

@@ -79,13 +79,11 @@ class Llama(nnx.Module):
         token_mask_BT: Array | None = None,
         *,
         cross: CrossAttention | None = None,
-        positions_BT: Array | None = None,
     ) -> tuple[Array, Cache | None]:
         """Hidden states (B, T, D) after the final norm, and the cache with these tokens appended (if one was given).
 
         A cache of one row is read by all rows of tokens, and is not appended to where they are more than one. Without a
-        cache `positions_BT` may say where tokens stand, else the real ones are counted. `cross` reads the memory in its
-        layers, between self-attention and MLP.
+        cache, positions count the real tokens. `cross` reads the memory in its layers, between self-attention and MLP.
         """
         check_tokens("tokens_BT", tokens_BT, 2, self.config.vocab_size)
         check_mask("token_mask_BT", token_mask_BT, tokens_BT.shape)
@@ -94,7 +92,7 @@ class Llama(nnx.Module):
         B, T = tokens_BT.shape
         real_BT = jnp.ones(tokens_BT.shape, bool) if token_mask_BT is None else token_mask_BT
         if cache is None or (size := cache.piece(B, T, self.compute.attention)) == T:
-            return self._decode(tokens_BT, real_BT, token_mask_BT, memory, cache, cross, positions_BT)
+            return self._decode(tokens_BT, real_BT, token_mask_BT, memory, cache, cross)
 
         def step(cache: Cache, piece: tuple[Array, Array]) -> tuple[Cache, Array]:
             tokens_BT, real_BT = piece
@@ -112,15 +110,14 @@ class Llama(nnx.Module):
         memory: Memory | None,
         cache: Cache | None,
         cross: CrossAttention | None,
-        positions_BT: Array | None = None,
     ) -> tuple[Array, Cache | None]:
         """Return the result of `decode` for tokens that are read in one pass."""
         config, compute = self.config, self.compute
         reading = None if cache is None else cache.reading(config, real_BT)
-        if reading is not None:
-            positions_BT = reading.positions_BT
-        elif positions_BT is None:
+        if reading is None:
             positions_BT = jnp.where(real_BT, jnp.cumsum(real_BT, axis=1) - 1, 0)
+        else:
+            positions_BT = reading.positions_BT
         table = rope_table(config.rope, config.head_dim, positions_BT)
         mask = Mask(causal=True, valid_BS=token_mask_BT)
         grows = cache is not None and cache.grows_by(tokens_BT.shape[0])

@@ -4,7 +4,6 @@ The compiler comes with `jax[tpu]` and runs on a CPU machine; nothing here touch
 """
 
 import dataclasses
-import json
 import math
 import os
 import re
@@ -22,6 +21,8 @@ from jax.sharding import NamedSharding
 from cepe_jax.config import Compute
 from cepe_jax.cost import CHIPS, Chip, gib
 from cepe_jax.data.loader import blank
+from cepe_jax.directories import write_json
+from cepe_jax.identity import as_json
 from cepe_jax.sharding import batch_axes, is_variable, make_mesh, partition_spec, shardings_of
 from cepe_jax.training.hlo import collectives
 from cepe_jax.training.settings import (
@@ -31,7 +32,6 @@ from cepe_jax.training.settings import (
     mesh_of,
     micro_batches,
     objective_of,
-    resolved_settings,
     sizes_of,
     trained_parts,
 )
@@ -83,7 +83,7 @@ def compile_step(what: CompileConfig, config: TrainConfig, make: Make) -> dict:
         "stage": config.stage if what.stage == "train" else what.stage,
         "batch": config.batch_size,
         "mesh": shares,
-        "config": resolved_settings(config),
+        "config": as_json(config),
     }
     begun = time.monotonic()
     with jax.set_mesh(make_mesh(**shares, devices=devices)):
@@ -102,7 +102,7 @@ def compile_step(what: CompileConfig, config: TrainConfig, make: Make) -> dict:
     what.out.mkdir(parents=True, exist_ok=True)
     mesh = "x".join(str(size) for size in result["mesh"].values())
     name = f"{result['stage']}_{what.topology.replace(':', '_')}_{mesh}_{config.batch_size}.json"
-    (what.out / name).write_text(json.dumps(result, indent=1))
+    write_json(what.out / name, result)
     return result
 
 

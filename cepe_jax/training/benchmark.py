@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.util
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +17,8 @@ import numpy as np
 from cepe_jax.config import CepeConfig
 from cepe_jax.cost import gib, peak_flops
 from cepe_jax.data.loader import blank
+from cepe_jax.directories import write_json, write_text
+from cepe_jax.identity import as_json
 from cepe_jax.model.cepe import assemble
 from cepe_jax.progress import track
 from cepe_jax.sharding import make_mesh, place_batch
@@ -27,7 +28,6 @@ from cepe_jax.training.settings import (
     TrainConfig,
     compute_of,
     mesh_of,
-    resolved_settings,
     sizes_of,
     tokens_of_step,
 )
@@ -77,7 +77,7 @@ def benchmark_train(what: TrainBenchmarkConfig, config: TrainConfig) -> None:
     result = {
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "date": date.today().isoformat(),
-        "config": resolved_settings(config),
+        "config": as_json(config),
         "stage": config.stage,
         "parameters": sum(x.size for x in jax.tree.leaves(abstract_parts(sizes))),
         "batch": config.batch_size,
@@ -115,8 +115,8 @@ def benchmark_train(what: TrainBenchmarkConfig, config: TrainConfig) -> None:
         )
     page = "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]) + "\n"
     what.out.mkdir(parents=True, exist_ok=True)
-    (what.out / "train.json").write_text(json.dumps(result, indent=1))
-    (what.out / "train.md").write_text(page)
+    write_json(what.out / "train.json", result)
+    write_text(what.out / "train.md", page)
     print(page)
 
 
@@ -211,7 +211,7 @@ def benchmark_memory(what: MemoryConfig, config: TrainConfig) -> None:
         memory = result["memory"]
         curve |= {"fits": result["fits"], "bytes": memory["peak"] if result["fits"] else memory["needed"]}
     report = {"topology": what.topology, "hbm": memory["hbm"], "curves": curves}
-    (what.out / "memory.json").write_text(json.dumps(report, indent=1))
+    write_json(what.out / "memory.json", report)
     _plot(report, config, what.out / "memory.png")
     print(what.out / "memory.png")
 

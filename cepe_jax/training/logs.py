@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 from etils import epath
 
-from cepe_jax.directories import is_remote, staged_path
+from cepe_jax.directories import is_remote, write_text
 from cepe_jax.distributed import is_first
 
 
@@ -38,12 +38,7 @@ class Log:
         self._writes = is_first()
         if self._writes:
             self._text = lines_until(first, self._path) if self._path.exists() else ""
-            if is_remote(out):
-                self._path.write_text(self._text)
-            else:  # renamed: a kill between truncation and writing would lose all
-                staged = staged_path(self._path)
-                staged.write_text(self._text)
-                staged.rename(self._path)
+            write_text(self._path, self._text)
         if self._writes and not is_remote(out):
             from tensorboardX import SummaryWriter  # here: where torch is installed, this imports it
 

@@ -1,7 +1,6 @@
 """A stage of training as one configuration, and what follows from it alone: mesh, sizes, objective, FLOPs."""
 
 import dataclasses
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -176,11 +175,6 @@ def trained_parts(config: TrainConfig) -> tuple[str, ...]:
     return {"lm": ("decoder",), "mlm": ("encoder",)}.get(config.stage, config.train)
 
 
-def resolved_settings(config: TrainConfig) -> dict:
-    """All settings, defaults too, as JSON has them."""
-    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
-
-
 def flops_of(config: TrainConfig, sizes: Config, taught: bool = False) -> Flops:
     """Of one sequence of the stage. `taught`: a teacher's probabilities are in the data."""
     shape = config.examples.window, config.examples.num_chunks, config.examples.chunk_length
@@ -213,7 +207,7 @@ def tokens_of_step(config: TrainConfig) -> int:
     return config.batch_size * (examples.span if config.stage in ("cepe", "ceped") else examples.window)
 
 
-def identity_of(resolved: dict) -> dict:
+def run_identity(resolved: dict) -> dict:
     """What two configurations must share for one to go on where the other stopped: all but places and pace.
 
     The contents of the places are compared instead. Pace may change the last bits of what follows, as another number

@@ -20,8 +20,9 @@ from cepe_jax.data.examples import TEACHER
 from cepe_jax.data.loader import Sequences, batches, examples, names_in, open_mix
 from cepe_jax.data.records import NoDataset
 from cepe_jax.data.tokenizer import Tokenizer, file_in
-from cepe_jax.directories import as_of, is_remote, refuse_another_run
-from cepe_jax.distributed import first_says, is_first, joined, meet
+from cepe_jax.directories import is_remote, write_json
+from cepe_jax.distributed import connected, first_says, is_first, meet
+from cepe_jax.identity import as_json, as_of, refuse_another_run
 from cepe_jax.model.cepe import (
     Cepe,
     assemble,
@@ -40,12 +41,11 @@ from cepe_jax.training.settings import (
     TrainConfig,
     compute_of,
     flops_of,
-    identity_of,
     mesh_of,
     micro_batches,
     objective_of,
     of_a_cepe,
-    resolved_settings,
+    run_identity,
     run_of,
     sizes_of,
     tokens_of_step,
@@ -53,7 +53,7 @@ from cepe_jax.training.settings import (
 )
 from cepe_jax.training.trainer import init_state, make_train_step, train
 from cepe_jax.weights.checkpoint import Checkpoints, any_in, digests_of
-from cepe_jax.weights.directory import check_window, save
+from cepe_jax.weights.directory import check_positions, save
 from cepe_jax.weights.huggingface import load, read_config
 from cepe_jax.weights.tensors import abstract_parts
 
@@ -151,7 +151,7 @@ def check_teacher(config: TrainConfig, data: Path, sources: Sequence[Sequences])
         raise ValueError(
             f"{data}: the decoder is the teacher and cannot train: leave it out, or prepare a teacher's data"
         )
-    check_window(config.cepe or config.decoder, config.examples.span)
+    check_positions(config.cepe or config.decoder, config.examples.span)
     print(f"teacher of {data}: the frozen decoder")
 
 
@@ -162,7 +162,7 @@ def launch(config: TrainConfig) -> Path:
     """
     if is_remote(config.out) and not config.dry_run and find_spec("gcsfs") is None:
         raise ValueError(f"{config.out} is in a bucket: pip install gcsfs to write there")
-    with joined(config.distributed, config.out / "compiled"):
+    with connected(config.distributed, config.out / "compiled"):
         ended = run_stage(config)
     return ended or sys.exit(0 if config.dry_run else STOPPED)
 
@@ -178,11 +178,11 @@ def run_stage(config: TrainConfig) -> Path | None:
     model_dir, record = config.out / "model", config.out / "config.json"
     sources = open_mix(config.data, config.mix, config.stage, config.examples)
     tokenizer = sources[0].records.tokenizer
-    resolved = resolved_settings(config)
+    resolved = as_json(config)
     resolved["dataset"] = {"tokenizer": tokenizer.fingerprint(), "sequences": [source.digest for source in sources]}
     if first_says((model_dir / "config.json").exists()):
-        stored = identity_of(json.loads(record.read_text()))
-        refuse_another_run(config.out, stored, as_of(stored, identity_of(resolved)))
+        stored = run_identity(json.loads(record.read_text()))
+        refuse_another_run(config.out, stored, as_of(stored, run_identity(resolved)))
         print(f"{model_dir} is finished: remove {config.out} to train again")
         return model_dir
     check_teacher(config, config.data, sources)
@@ -221,7 +221,7 @@ def run_stage(config: TrainConfig) -> Path | None:
         )
         if is_first() and not any_in(config.out / "checkpoints"):
             config.out.mkdir(parents=True, exist_ok=True)
-            record.write_text(json.dumps(resolved, indent=1))
+            write_json(record, resolved)
         meet()
         if not record.exists():
             raise ValueError(f"{record} is missing in process {jax.process_index()}: give an --out that all share")
@@ -230,7 +230,7 @@ def run_stage(config: TrainConfig) -> Path | None:
         if unseen is not None:
             with contextlib.closing(batches_from(0, unseen, workers=0)) as some:
                 evaluate = HeldOut(objective, frozen, list(islice(some, config.evaluation.batches)), accumulate)
-        identity = identity_of(resolved) | {"frozen": digests_of(frozen)}
+        identity = run_identity(resolved) | {"frozen": digests_of(frozen)}
         initial = init_state(trainable, optimizer)
         del model, trainable  # a resumed run would hold them beside the restored ones
         with contextlib.closing(Checkpoints(config.out / "checkpoints", identity)) as checkpoints:
@@ -291,7 +291,7 @@ def tell_ahead(config: TrainConfig) -> None:
             held_out_examples(config, tokenizer)
     except NoDataset as absent:
         print(absent)
-    print(json.dumps(resolved_settings(config), indent=1))
+    print(json.dumps(as_json(config), indent=1))
 
 
 def tokenizer_home(config: TrainConfig) -> Path:

@@ -68,7 +68,7 @@ def check(config: TeacherConfig, base: Records) -> tuple[int, str]:
     """The size of the teacher's vocabulary, and the hash of its weights; ValueError where it cannot teach the data."""
     import jax
 
-    from cepe_jax.weights.directory import Directory, check_window
+    from cepe_jax.weights.directory import Directory, check_positions
 
     span = config.context + config.window
     length = base.index.get("length", 0)
@@ -81,7 +81,7 @@ def check(config: TeacherConfig, base: Records) -> tuple[int, str]:
     directory = Directory(config.model)
     if directory.base_hash is None:
         raise ValueError(f"{config.model} is an encoder: give the directory of a decoder")
-    check_window(config.model, span)
+    check_positions(config.model, span)
     vocab_size = directory.files.tensors["decoder.embed"].shape[0]
     if vocab_size < (needed := max(base.tokenizer.vocab_size, config.top_k)):
         raise ValueError(

@@ -17,7 +17,8 @@ import orbax.checkpoint as ocp
 from etils import epath
 from flax import nnx
 
-from cepe_jax.directories import as_of, is_remote, refuse_another_run
+from cepe_jax.directories import is_remote
+from cepe_jax.identity import as_of, refuse_another_run
 
 # Orbax raises what goes wrong with a save, and logs it before, four times and with pages of traces.
 logging.getLogger("absl").addFilter(lambda record: not record.exc_info or "orbax" not in record.pathname)

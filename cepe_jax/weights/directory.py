@@ -12,10 +12,10 @@ import numpy as np
 
 from cepe_jax.config import CepeConfig, CrossLayers, DecoderConfig, EncoderConfig, RopeConfig
 from cepe_jax.data.tokenizer import BESIDE, NAMES
-from cepe_jax.directories import new_directory
+from cepe_jax.directories import new_directory, write_json
 from cepe_jax.distributed import is_first, meet
 from cepe_jax.progress import track
-from cepe_jax.weights.files import WeightFiles, describe, digest, read_json, write_json, write_shards
+from cepe_jax.weights.files import WeightFiles, describe, digest, read_json, write_shards
 from cepe_jax.weights.hf_config import facts_of
 from cepe_jax.weights.tensors import Config, Model, shapes, tensors_of
 
@@ -36,7 +36,7 @@ def facts_at(path: Path) -> dict:
     return config.get("huggingface", {}) if config.get("format") == FORMAT else facts_of(config)
 
 
-def check_window(path: Path | str, length: int) -> None:
+def check_positions(path: Path | str, length: int) -> None:
     """ValueError where the directory says that its decoder was trained for fewer positions."""
     positions = facts_at(Path(path)).get("max_position_embeddings")
     if positions is not None and length > positions:

@@ -16,14 +16,14 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from cepe_jax.directories import download_hint
+from cepe_jax.directories import download_hint, write_json
 
 # safetensors' names of the stored types that we read
 DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
 SHARD_BYTES = 1 << 30  # held in memory while a shard is collected; a larger tensor has a shard of its own
-INDEX = "model.safetensors.index.json"
+SHARD_INDEX = "model.safetensors.index.json"
 # What transformers looks for, in its order.
-CANDIDATES = ("model.safetensors", INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
+CANDIDATES = ("model.safetensors", SHARD_INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 def read_json(path: Path) -> dict:
@@ -48,7 +48,7 @@ def read_json(path: Path) -> dict:
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredTensor:
     """Where a tensor lies, and what it is."""
 
     file: Path
@@ -64,7 +64,7 @@ class WeightFiles:
         found = next((directory / name for name in CANDIDATES if (directory / name).is_file()), None)
         if found is None:
             raise ValueError(f"no weights in {directory}: it has none of {', '.join(CANDIDATES)}")
-        self.tensors: dict[str, Stored] = {}
+        self.tensors: dict[str, StoredTensor] = {}
         if found.suffix != ".json":
             self.tensors.update(_contents(found))
             return
@@ -104,7 +104,7 @@ def _open(path: Path):
         raise ValueError(f"{path} is not a whole safetensors file ({error}): download it again") from error
 
 
-def _contents(path: Path) -> dict[str, Stored]:
+def _contents(path: Path) -> dict[str, StoredTensor]:
     if path.suffix == ".safetensors":
         with _open(path) as file:
             slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
@@ -120,7 +120,7 @@ def _contents(path: Path) -> dict[str, Stored]:
     for key, (_, dtype) in found.items():
         if dtype not in DTYPES:
             raise ValueError(f"{path}: {key} is {dtype}: only {', '.join(DTYPES)} are read")
-    return {key: Stored(path, shape, DTYPES[dtype]) for key, (shape, dtype) in found.items()}
+    return {key: StoredTensor(path, shape, DTYPES[dtype]) for key, (shape, dtype) in found.items()}
 
 
 def _load_pickle(path: Path) -> dict:
@@ -178,7 +178,7 @@ def write_shards(directory: Path, tensors: Iterable[tuple[str, np.ndarray]]) -> 
     for number, file in final.items():
         (directory / f"{number}.safetensors").rename(directory / file)
     weight_map = {name: final[number] for name, number in shard_of.items()}
-    write_json(directory / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
+    write_json(directory / SHARD_INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
     return written
 
 
@@ -201,7 +201,3 @@ def describe(array: np.ndarray) -> dict:
 def digest(descriptions: dict[str, dict]) -> str:
     """One sha256 over names, shapes, dtypes and the tensors' own hashes, whatever their order."""
     return hashlib.sha256(json.dumps(descriptions, sort_keys=True).encode()).hexdigest()
-
-
-def write_json(path: Path, value: dict) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -77,7 +77,7 @@ DIVISORS = "rope_freqs.weight"  # of the rotary frequencies, in files of Llama 3
 PIECE = 1 << 24  # numbers that are dequantised at once: the library takes several times their room
 
 
-class Stored(NamedTuple):
+class GgufTensor(NamedTuple):
     """Where a tensor lies in the file, and what it is; `kind` is the library's GGMLQuantizationType."""
 
     shape: tuple[int, ...]
@@ -204,7 +204,7 @@ def _name_of(key: str) -> str:
     return KEYS[key]
 
 
-def _contents(path: Path) -> tuple[dict[str, Any], dict[str, Stored]]:
+def _contents(path: Path) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
     """The metadata, and where the tensors are. The file is closed again: its mapped pages would count as resident."""
     if not path.is_file():
         raise ValueError(f"no file {path}: give a GGUF file")
@@ -222,7 +222,7 @@ def _contents(path: Path) -> tuple[dict[str, Any], dict[str, Stored]]:
         raise ValueError(f"{path} is a big-endian file: convert the model again for this machine")
     shapes = {t.name: tuple(t.shape.tolist()[::-1]) for t in reader.tensors}  # the file's begin with the last axis
     return metadata, {
-        t.name: Stored(shapes[t.name], t.tensor_type, t.data_offset, int(t.n_bytes)) for t in reader.tensors
+        t.name: GgufTensor(shapes[t.name], t.tensor_type, t.data_offset, int(t.n_bytes)) for t in reader.tensors
     }
 
 

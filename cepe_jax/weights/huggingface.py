@@ -12,10 +12,10 @@ import ml_dtypes  # noqa: F401 (makes numpy know the name bfloat16)
 import numpy as np
 
 from cepe_jax.config import FLOAT32, CepeConfig, Compute, DecoderConfig, Dtype, EncoderConfig
-from cepe_jax.directories import new_directory
+from cepe_jax.directories import new_directory, write_json
 from cepe_jax.progress import track
 from cepe_jax.weights.directory import GGUF, Directory, check_names, config_at, copy_assets, is_ours, write
-from cepe_jax.weights.files import WeightFiles, read_json, write_json, write_shards
+from cepe_jax.weights.files import WeightFiles, read_json, write_shards
 from cepe_jax.weights.gguf import Gguf
 from cepe_jax.weights.hf_config import facts_of, from_hf, to_hf_config
 from cepe_jax.weights.table import table

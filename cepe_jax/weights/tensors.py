@@ -49,7 +49,7 @@ def _cross(decoder: Llama, encoder_width: int, layers: CrossLayers) -> CrossAtte
 
     def from_memory(weight: nnx.Param) -> nnx.Param:
         shape = (layers.count, encoder_width, *weight.shape[2:])
-        return nnx.Param(jnp.zeros(shape), axes=("layer", "encoder_embed", "kv_heads", "head_dim"))
+        return nnx.Param(jnp.zeros(shape), axes=("layer", "embed", "kv_heads", "head_dim"))
 
     return CrossAttention(norm, attention.q, from_memory(attention.k), from_memory(attention.v), attention.o, layers)
 

@@ -9,12 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cepe_jax.directories import write_json
 from cepe_jax.evaluation import cells as store
 from cepe_jax.evaluation.gains import GainsConfig, Runs, _cell, gains, sentences, table
 from cepe_jax.evaluation.grid import PerplexityRun, SweepConfig
 from cepe_jax.evaluation.models import ModelConfig
 from cepe_jax.evaluation.perplexity import PerplexityConfig
 from cepe_jax.evaluation.sweep import run_one
+from cepe_jax.identity import as_json
 from cepe_jax.inference.text import load
 
 FACTS = {"device": "1 x cpu", "jax": "0", "python": "3", "commit": None, "date": "2000-01-01"}
@@ -31,7 +33,7 @@ def write_run(
     """Records of a run at `out`, and their nll by kind and number of contexts."""
     sweep = SweepConfig(out=out, models={"model": ModelConfig(Path("m"))}, perplexity={"perplexity": data})
     (out / "cells").mkdir(parents=True)
-    store.write_json(out / "sweep.json", store.plain(sweep))
+    write_json(out / "sweep.json", as_json(sweep))
     rng, nll = np.random.default_rng(seed), {}
     for cell in itertools.chain(*sweep.cells()):
         nll[cell.kind, cell.value] = rng.normal(3, 1, len(windows))
@@ -86,7 +88,7 @@ def test_runs_that_cannot_be_compared_are_named(tmp_path):
         perplexity={"perplexity": DATA},
     )
     (tmp_path / "several").mkdir()
-    store.write_json(tmp_path / "several" / "sweep.json", store.plain(several))
+    write_json(tmp_path / "several" / "sweep.json", as_json(several))
     with pytest.raises(ValueError, match="several is of several models"):
         Runs(GainsConfig((tmp_path / "several",), 2, tmp_path))
     with pytest.raises(ValueError, match="trained is 4"):

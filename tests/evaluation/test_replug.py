@@ -1,6 +1,7 @@
 """RePlug against the reference's numbers, and behind the seam against the plain decoder read anew for each context."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +21,21 @@ PROMPT = Prompt([BOS, 11, 23, 59], [[91, 92, 93, 94, 95], [200, 201], [17, 18, 1
 CONTINUATIONS = [[5, 4, 9], [7]]
 
 
+class PaddingIsCounted:
+    """A cache that keeps nothing, and gives a token its place in the row for a position."""
+
+    empty = True
+
+    def piece(self, rows: int, length: int, backend: str) -> int:
+        return length
+
+    def grows_by(self, rows: int) -> bool:
+        return False
+
+    def reading(self, config, real_BT) -> SimpleNamespace:
+        return SimpleNamespace(positions_BT=np.arange(real_BT.shape[1])[None])
+
+
 @pytest.mark.parametrize("name", ["tiny_mha", "tiny_gqa_last2"])
 def test_the_references_numbers(name):
     """Right padding stands between chunk and input there: it is not seen, and it is counted."""
@@ -32,8 +48,7 @@ def test_the_references_numbers(name):
     for row, tokens_T in enumerate(tokens_BT):
         read_CS = np.concatenate([golden["encoder_input_ids"][row], np.tile(tokens_T, (C, 1))], axis=1)
         mask_CS = np.concatenate([mask_BCL[row], np.ones((C, T), bool)], axis=1)
-        positions_CS = np.tile(np.arange(L + T), (C, 1))
-        hidden_CSD, _ = decoder.decode(read_CS, token_mask_BT=mask_CS, positions_BT=positions_CS)
+        hidden_CSD, _ = decoder.decode(read_CS, cache=PaddingIsCounted(), token_mask_BT=mask_CS)
         weights_C = log_weights(golden["replug_scores"][row], float(golden["replug_temperature"]))
         log_probs_TV = mixture(decoder.logits(hidden_CSD[:, L:]), weights_C)
         assert relative_error(log_probs_TV, golden["replug_log_probs"][row, -T:]) <= 1e-4

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cepe_jax.directories import write_json
 from cepe_jax.evaluation import cells as store
 from cepe_jax.evaluation.estimates import Estimate, paired
 from cepe_jax.evaluation.grid import SweepConfig
@@ -16,6 +17,7 @@ from cepe_jax.evaluation.models import ModelConfig
 from cepe_jax.evaluation.perplexity import PerplexityConfig
 from cepe_jax.evaluation.report import ReportConfig, report
 from cepe_jax.evaluation.tasks import TaskConfig
+from cepe_jax.identity import as_json
 
 DOCUMENTS = [
     f"{domain}/{number}" for domain, count in (("book", 5), ("arxiv", 4), ("web", 1)) for number in range(count)
@@ -48,7 +50,7 @@ def nll_of(name: str, documents) -> dict[str, float]:
 def nll(config) -> dict[str, dict[str, float]]:
     """Of each cell that is written: all but the last of `plain`; `other` has other tokens."""
     (config.out / "cells").mkdir()
-    store.write_json(config.out / "sweep.json", store.plain(config))
+    write_json(config.out / "sweep.json", as_json(config))
     nll = {}
     for number, cell in enumerate(itertools.chain(*config.cells())):
         if cell.name == "plain.text.other.2":
@@ -220,7 +222,7 @@ def test_a_task(tmp_path):
     task = TaskConfig("qa", (0, 5), seeds=(1, 2), metrics=("exact_match", "rouge1", "rouge2", "rougeL"))
     config = SweepConfig(out=tmp_path, models={"cepe": ModelConfig(Path("a"))}, tasks={"nq": task})
     (tmp_path / "cells").mkdir()
-    store.write_json(tmp_path / "sweep.json", store.plain(config))
+    write_json(tmp_path / "sweep.json", as_json(config))
     answers = ["the red house", "a blue sea", "green"]
     for cell in itertools.chain(*config.cells()):
         records = [
@@ -256,7 +258,7 @@ def test_a_task(tmp_path):
 
 def test_no_result_at_all(config):
     (config.out / "cells").mkdir()
-    store.write_json(config.out / "sweep.json", store.plain(config))
+    write_json(config.out / "sweep.json", as_json(config))
     page = report(ReportConfig(config.out))
     assert "No cell" in page
     assert page.count("not run yet") == 9
@@ -307,7 +309,7 @@ def test_averages_over_tasks(tmp_path):
     asked = {"a": TaskConfig("qa", **same), "b": TaskConfig("qa", **same), "c": TaskConfig("document", (5,))}
     config = SweepConfig(out=tmp_path, models={"cepe": ModelConfig(Path("a"))}, tasks=asked)
     (tmp_path / "cells").mkdir()
-    store.write_json(tmp_path / "sweep.json", store.plain(config))
+    write_json(tmp_path / "sweep.json", as_json(config))
     right = {"cepe.a.0": [1, 0, 0, 1], "cepe.a.5": [1, 1, 1, 0], "cepe.b.5": [0, 1], "cepe.c.5": [1, 1]}
     for cell in itertools.chain(*config.cells()):
         records = [

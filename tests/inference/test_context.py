@@ -16,17 +16,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
-from support.models import ENCODER, computed, make_cepe, relative_error, with_config, with_leaf
+from support.models import DECODER, ENCODER, computed, make_cepe, relative_error, with_config, with_leaf
 from support.oracles import recompute
 
 from cepe_jax.inference import context as module
+from cepe_jax.inference.caches import CacheConfig, new_cache
 from cepe_jax.inference.context import (
     ContextCache,
     DeviceMemories,
     encode,
     encode_chunks,
+    encoder_identity,
     free_bytes,
-    identity_of,
     stacked,
 )
 from cepe_jax.inference.generate import Sampling, generate, next_token
@@ -67,7 +68,7 @@ def narrow(cepe: Cepe) -> Cepe:
 
 @pytest.fixture(scope="module")
 def identity(cepe):
-    return identity_of(cepe, TOKENIZER)
+    return encoder_identity(cepe, TOKENIZER)
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +105,7 @@ def test_states_are_the_models_own(cepe, cache):
 def test_positions_count_the_chunks_that_stand_after_one(cepe, tmp_path):
     """As the model's own memory has them, whatever passages come to stand together, and after a file."""
     cepe = Cepe(cepe.decoder, with_config(cepe.encoder, chunk_positions=4), cepe.cross)
-    identity = identity_of(cepe, TOKENIZER)
+    identity = encoder_identity(cepe, TOKENIZER)
     cache = encode(cepe, PASSAGES, identity, CHUNK)
     cache.save(tmp_path / "contexts")
     loaded = ContextCache.load(tmp_path / "contexts", identity)
@@ -256,7 +257,7 @@ def test_batches(cepe, identity, cache, monkeypatch, capsys):
 def test_disk(cepe, tmp_path, narrowed):
     """What is read has the bits that were written, and generates the same."""
     model = narrow(cepe) if narrowed else cepe
-    identity, path = identity_of(model, TOKENIZER), tmp_path / "contexts.safetensors"
+    identity, path = encoder_identity(model, TOKENIZER), tmp_path / "contexts.safetensors"
     written = encode(model, [*PASSAGES, PASSAGES[1]], identity, CHUNK)
     assert written.passages[0].states_LE.dtype == jnp.dtype(identity["dtype"])
     written.save(path)
@@ -344,13 +345,13 @@ def test_identity(cepe, identity, tmp_path):
     """Another weight, another number that the encoder computes with, dtype or tokenizer; not how it is computed."""
 
     def with_encoder(encoder) -> dict[str, str]:
-        return identity_of(Cepe(cepe.decoder, encoder, cepe.cross), TOKENIZER)
+        return encoder_identity(Cepe(cepe.decoder, encoder, cepe.cross), TOKENIZER)
 
     def differing(other: dict[str, str]) -> set[str]:
         return {key for key in identity if other[key] != identity[key]}
 
     save(cepe, tmp_path / "model")
-    assert identity_of(load(tmp_path / "model"), TOKENIZER) == identity
+    assert encoder_identity(load(tmp_path / "model"), TOKENIZER) == identity
     assert with_encoder(computed(cepe.encoder, remat="full", mlp_chunk=4)) == identity
     scale = cepe.encoder.norm.scale[...]
     assert differing(with_encoder(with_leaf(cepe.encoder, "norm.scale", scale.at[3].add(1e-6)))) == {"encoder"}
@@ -358,7 +359,7 @@ def test_identity(cepe, identity, tmp_path):
     rope = dataclasses.replace(ENCODER.rope, theta=101.0)
     assert differing(with_encoder(with_config(cepe.encoder, rope=rope))) == {"encoder"}
     assert differing(with_encoder(computed(cepe.encoder, dtype="bfloat16"))) == {"dtype"}
-    assert differing(identity_of(cepe, SimpleNamespace(fingerprint=lambda: "other"))) == {"tokenizer"}
+    assert differing(encoder_identity(cepe, SimpleNamespace(fingerprint=lambda: "other"))) == {"tokenizer"}
 
 
 @pytest.mark.parametrize(
@@ -443,6 +444,10 @@ def test_meshes():
         cut = bool({"tensor", "fsdp"} & mesh.keys())  # the weights are
         assert bool(result["collectives"]) == cut, f"{mesh} {result}"
         assert abs(result["score"]) < 1e-4
+        if {"data", "tensor"} & mesh.keys():
+            assert result["rolling"], f"{mesh} {result}"
+            heads = DECODER.num_kv_heads // mesh.get("tensor", 1)
+            assert result["a device's rolling cache"] == [DECODER.num_layers, 2 // rows, 6, heads, DECODER.head_dim]
     assert "6 devices of mesh.context" in done.stderr
 
 
@@ -454,6 +459,8 @@ def main() -> None:
     cepe, identity, prompts = make_cepe(), {"encoder": "the tiny one"}, PROMPTS[:2]
     alone = encode(cepe, PASSAGES, identity, CHUNK)
     wanted = generate(cepe, prompts, stacked([alone]), max_new_tokens=8, sampling=HOT)
+    rolling = {"policy": CacheConfig("rolling", window=6, sinks=2), "max_new_tokens": 8, "sampling": HOT}
+    rolling_wanted = generate(cepe, prompts, stacked([alone]), **rolling)
     (scored,), shapes = score(cepe, prompts[0], [[5, 6]], stacked([alone])), []
     module.encode_chunks = lambda *given: shapes.append(given[1].shape) or encode_chunks(*given)
     for sizes in MESHES:
@@ -481,6 +488,10 @@ def main() -> None:
                 "compiled": compiled,
                 "collectives": [kind for kind in COLLECTIVES if kind in program.as_text()],
             }
+            if {"data", "tensor"} & sizes.keys():
+                cache = new_cache(model.decoder, rolling["policy"], 2, 0)
+                result["rolling"] = generate(model, prompts, memory, **rolling) == rolling_wanted
+                result["a device's rolling cache"] = cache.k_ZBSKH.addressable_shards[0].data.shape
             print(json.dumps(result))
     with jax.set_mesh(make_mesh(context=6, devices=jax.devices()[:6])):
         try:

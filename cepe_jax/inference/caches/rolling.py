@@ -17,9 +17,11 @@ from cepe_jax.config import Backend, DecoderConfig
 from cepe_jax.model.attention import Mask, Partial, attend_partial, combine
 from cepe_jax.model.layers import at
 from cepe_jax.model.rope import rope_table, rotate
+from cepe_jax.sharding import constrain, on_shards
 
 Array = jax.Array
 PIECE = 256  # tokens that are read at once
+AXES = "layer", "batch", "length", "kv_heads", "head_dim"
 
 
 @jax.tree_util.register_dataclass
@@ -39,7 +41,8 @@ class RollingCache:
     @classmethod
     def create(cls, config: DecoderConfig, dtype: str, rows: int, window: int, sinks: int) -> "RollingCache":
         shape = (config.num_layers, rows, window, config.num_kv_heads, config.head_dim)
-        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(rows, jnp.int32), sinks)
+        k, v = (constrain(jnp.zeros(shape, dtype), *AXES) for _ in range(2))
+        return cls(k, v, jnp.zeros(rows, jnp.int32), sinks)
 
     @property
     def slots(self) -> int:
@@ -83,14 +86,18 @@ class RollingCache:
         slot_BT = jnp.where(
             token_BT < self.sinks, token_BT, self.sinks + (token_BT - self.sinks) % (self.slots - self.sinks)
         )
-        where = slice(None), jnp.arange(len(real_BT))[:, None], jnp.where(real_BT, slot_BT, self.slots)
-        k_ZBSKH, v_ZBSKH = (
-            x.at[where].set(new, mode="drop") for x, new in zip((self.k_ZBSKH, self.v_ZBSKH), kept_Z, strict=True)
-        )
+        slot_BT = jnp.where(real_BT, slot_BT, self.slots)
+        write = on_shards(_written, (AXES, AXES, ("batch", "length")), AXES)
+        k_ZBSKH, v_ZBSKH = (write(x, new, slot_BT) for x, new in zip((self.k_ZBSKH, self.v_ZBSKH), kept_Z, strict=True))
         return RollingCache(k_ZBSKH, v_ZBSKH, self.read_B + real_BT.sum(axis=1), self.sinks)
 
     def emptied(self, rows_B: Array) -> "RollingCache":
         return dataclasses.replace(self, read_B=jnp.where(rows_B, 0, self.read_B))
+
+
+def _written(x: Array, new: Array, slot_BT: Array) -> Array:
+    """Return `x` with `new` in these slots of each row. Slots that do not exist are left out."""
+    return x.at[:, jnp.arange(len(slot_BT))[:, None], slot_BT].set(new, mode="drop")
 
 
 class _Reading(NamedTuple):
