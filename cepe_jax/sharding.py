@@ -112,7 +112,8 @@ def on_shards(function, in_axes: tuple[tuple[str | None, ...], ...], out_axes: t
 
 
 def is_variable(x) -> bool:
-    return isinstance(x, nnx.Variable)
+    """Return true for a Variable with an array. Optax empties those that one of several optimisers leaves out."""
+    return isinstance(x, nnx.Variable) and bool(jax.tree.leaves(x))
 
 
 def shardings_of(tree, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh):

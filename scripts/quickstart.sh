@@ -15,7 +15,7 @@ while [ $# -gt 0 ]; do
     --seeds) seeds=${2:?--seeds needs a number} && shift 2 ;;
     --seeds=?*) seeds=${1#--seeds=} && shift ;;
     --out= | --seeds=) echo "quickstart.sh: $1 is empty: give a value" >&2 && exit 2 ;;
-    --longer) more=(--steps=1400) && shift ;;
+    --longer) more=(--steps=800) && shift ;;
     *) echo "quickstart.sh: unknown argument $1: only --out DIR, --seeds N and --longer" >&2 && exit 2 ;;
     esac
 done

@@ -31,8 +31,9 @@ from cepe_jax.model.encoder import Encoder
 from cepe_jax.model.llama import Llama
 from cepe_jax.sharding import MESH_AXES, constrain, make_mesh, partition_spec, place_batch, shardings_of
 from cepe_jax.training.objectives import NextToken
+from cepe_jax.training.optimizer import Kind, OptimizerConfig
 from cepe_jax.training.stages import born_sharded
-from cepe_jax.training.trainer import OptimizerConfig, init_state, make_train_step
+from cepe_jax.training.trainer import init_state, make_train_step
 from cepe_jax.weights.checkpoint import Checkpoints
 from cepe_jax.weights.directory import save
 from cepe_jax.weights.huggingface import load
@@ -251,7 +252,7 @@ def compare(sizes: dict[str, int], attention: str, optimizer, wanted: list, save
     }
 
 
-def check_meshes(attention: str, *meshes: dict[str, int]) -> None:
+def check_meshes(attention: str, *meshes: dict[str, int], optimizer: Kind = "adamw") -> None:
     """In a process of 8 devices: every mesh has the answer of none, and the compiler no complaint."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
@@ -259,7 +260,7 @@ def check_meshes(attention: str, *meshes: dict[str, int]) -> None:
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiles in half the time
         "TF_CPP_MIN_LOG_LEVEL": "1",  # warnings are written
     }
-    command = [sys.executable, __file__, attention, json.dumps(meshes)]
+    command = [sys.executable, __file__, attention, optimizer, json.dumps(meshes)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     results = [json.loads(line) for line in done.stdout.splitlines()]
@@ -289,14 +290,20 @@ def test_one_answer_on_a_mesh_of_splash_attention():
     check_meshes("splash", {"data": 2, "fsdp": 2, "tensor": 2})
 
 
-def main(attention: str, meshes: str) -> None:
+@pytest.mark.slow
+def test_one_answer_on_a_mesh_by_muon():
+    """Whose matrices, and what AdamW keeps beside them, are cut like the weights."""
+    check_meshes("xla", {"data": 2, "fsdp": 2, "tensor": 2}, optimizer="muon")
+
+
+def main(attention: str, kind: Kind, meshes: str) -> None:
     kernels = splash_attention_kernel
     kernels.make_splash_mha = partial(kernels.make_splash_mha, interpret=True)
     jax.config.update("jax_default_matmul_precision", "highest")
     jax.monitoring.register_event_duration_secs_listener(
         lambda name, *_, **__: COMPILED.append(name) if name.endswith("backend_compile_duration") else None
     )
-    setting = OptimizerConfig(learning_rate=1e-2, warmup_fraction=0, weight_decay=0.1, clip_norm=0.5, eps=1e-3)
+    setting = OptimizerConfig(kind, 1e-2, warmup_fraction=0, weight_decay=0.1, clip_norm=0.5, eps=1e-3)
     optimizer = setting.build(setting.schedule(10))
     wanted = two_plain_steps(optimizer)
     with tempfile.TemporaryDirectory() as home:

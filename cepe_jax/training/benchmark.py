@@ -48,6 +48,8 @@ class TrainBenchmarkConfig:
 def benchmark_train(what: TrainBenchmarkConfig, config: TrainConfig) -> None:
     """The time of a step on random weights and tokens, its speed and memory, printed and in `what.out`."""
     oracle = torch_oracle(config.dtype) if what.beside else None
+    if oracle and config.optimizer.kind != "adamw":
+        raise ValueError(f"--beside=torch trains with AdamW: leave out optimizer.kind {config.optimizer.kind}")
     shares = mesh_of(config, jax.device_count())
     sizes, compute = sizes_of(config), compute_of(config, jax.default_backend())
     if oracle and not isinstance(sizes, CepeConfig):

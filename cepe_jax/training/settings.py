@@ -28,7 +28,8 @@ from cepe_jax.model.attention import native_backend
 from cepe_jax.model.cepe import CrossInit
 from cepe_jax.training.heldout import EvalConfig
 from cepe_jax.training.objectives import Distill, DistillConfig, MaskedLM, NextToken
-from cepe_jax.training.trainer import OptimizerConfig, Run
+from cepe_jax.training.optimizer import OptimizerConfig
+from cepe_jax.training.trainer import Run
 from cepe_jax.weights.huggingface import read_config
 from cepe_jax.weights.tensors import Config
 

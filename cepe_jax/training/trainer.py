@@ -21,33 +21,6 @@ from cepe_jax.training.stop import StopRequests
 from cepe_jax.weights.checkpoint import Checkpoints
 
 
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """AdamW with linear warm-up from 0 and a cosine back to 0, as the reference's trainer runs it."""
-
-    learning_rate: float = 3e-4  # at the end of warm-up
-    warmup_fraction: float = 0.04  # of all steps
-    weight_decay: float = 0.0
-    clip_norm: float = 1.0  # of the gradient of everything that trains
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-8
-
-    def __post_init__(self):
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate is {self.learning_rate}: give a number above 0")
-        if not 0 <= self.warmup_fraction < 1:
-            raise ValueError(f"warmup_fraction is {self.warmup_fraction}: give a share of the steps below 1")
-
-    def schedule(self, steps: int) -> optax.Schedule:
-        warmup = int(self.warmup_fraction * steps)
-        return optax.warmup_cosine_decay_schedule(0.0, self.learning_rate, warmup, steps)
-
-    def build(self, schedule: optax.Schedule) -> optax.GradientTransformation:
-        adamw = optax.adamw(schedule, self.beta1, self.beta2, self.eps, weight_decay=self.weight_decay)
-        return optax.chain(optax.clip_by_global_norm(self.clip_norm), adamw)
-
-
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:

@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
-from flax import nnx
 
 from cepe_jax.directories import is_remote
 from cepe_jax.identity import as_of, refuse_another_run
+from cepe_jax.sharding import is_variable
 
 # Orbax raises what goes wrong with a save, and logs it before, four times and with pages of traces.
 logging.getLogger("absl").addFilter(lambda record: not record.exc_info or "orbax" not in record.pathname)
@@ -74,8 +74,8 @@ def _digests(flat: dict[str, jax.Array]) -> dict[str, jax.Array]:
 
 def _flat(state) -> dict[str, jax.Array]:
     """Path -> array of every leaf, in the tree's own order."""
-    leaves = jax.tree_util.tree_flatten_with_path(state, is_leaf=lambda x: isinstance(x, nnx.Variable))[0]
-    values = ((path, leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf) for path, leaf in leaves)
+    leaves = jax.tree_util.tree_flatten_with_path(state, is_leaf=is_variable)[0]
+    values = ((path, leaf.get_value() if is_variable(leaf) else leaf) for path, leaf in leaves)
     return {jax.tree_util.keystr(path, simple=True, separator="."): value for path, value in values}
 
 

@@ -16,7 +16,8 @@ from cepe_jax.data.examples import IGNORE
 from cepe_jax.model.cepe import assemble, parts_of, split
 from cepe_jax.model.llama import Llama
 from cepe_jax.training.objectives import Distill, MaskedLM, NextToken, sum_over_chunks, token_nll
-from cepe_jax.training.trainer import OptimizerConfig, init_state, make_train_step
+from cepe_jax.training.optimizer import OptimizerConfig
+from cepe_jax.training.trainer import init_state, make_train_step
 from cepe_jax.weights.huggingface import load, table
 from cepe_jax.weights.tensors import tensors_of
 

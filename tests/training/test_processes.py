@@ -29,9 +29,9 @@ from cepe_jax.model.cepe import Cepe, cross_from_self_attention
 from cepe_jax.model.encoder import Encoder
 from cepe_jax.model.llama import Llama
 from cepe_jax.training import stages
+from cepe_jax.training.optimizer import OptimizerConfig
 from cepe_jax.training.settings import TrainConfig
 from cepe_jax.training.stages import run_stage
-from cepe_jax.training.trainer import OptimizerConfig
 from cepe_jax.weights.directory import save
 from cepe_jax.weights.huggingface import load
 

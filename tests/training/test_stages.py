@@ -20,9 +20,9 @@ from cepe_jax.sharding import MESH_AXES
 from cepe_jax.training import settings, stages
 from cepe_jax.training.heldout import EvalConfig
 from cepe_jax.training.objectives import DistillConfig
+from cepe_jax.training.optimizer import OptimizerConfig
 from cepe_jax.training.settings import MeshConfig, RematConfig, TrainConfig
 from cepe_jax.training.stages import run_stage
-from cepe_jax.training.trainer import OptimizerConfig
 from cepe_jax.weights.huggingface import load
 
 EXAMPLES = {

@@ -20,7 +20,8 @@ from cepe_jax.model.cepe import split
 from cepe_jax.training import stop
 from cepe_jax.training.logs import StepFacts
 from cepe_jax.training.objectives import NextToken
-from cepe_jax.training.trainer import OptimizerConfig, Run, TrainState, init_state, make_train_step, train
+from cepe_jax.training.optimizer import OptimizerConfig
+from cepe_jax.training.trainer import Run, TrainState, init_state, make_train_step, train
 from cepe_jax.weights.checkpoint import Checkpoints
 
 TRAIN = "encoder", "cross"

@@ -6,6 +6,7 @@ import pytest
 
 from cepe_jax.data.examples import ExampleConfig
 from cepe_jax.training.benchmark import TrainBenchmarkConfig, benchmark_train
+from cepe_jax.training.optimizer import OptimizerConfig
 from cepe_jax.training.settings import TrainConfig
 
 SIZES = {"data": "none", "out": "none", "mix": {"none": 1.0}, "steps": 10, "decoder": "tiny", "encoder": "tiny"}
@@ -34,4 +35,7 @@ def test_what_has_no_oracle_is_refused(tmp_path):
     in_bfloat16 = TrainConfig(stage="cepe", batch_size=2, dtype="bfloat16", examples=EXAMPLES, **SIZES)
     with pytest.raises(ValueError, match="float32"):
         benchmark_train(what, in_bfloat16)
+    by_muon = TrainConfig(stage="cepe", batch_size=2, examples=EXAMPLES, optimizer=OptimizerConfig("muon"), **SIZES)
+    with pytest.raises(ValueError, match="AdamW.*muon"):
+        benchmark_train(what, by_muon)
     assert not list(tmp_path.iterdir())

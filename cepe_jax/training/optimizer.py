@@ -1,0 +1,75 @@
+"""The optimiser of a run: AdamW, with which the paper trained, or Muon."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import jax
+import optax
+from flax import nnx
+from optax.contrib import MuonDimensionNumbers
+
+Kind = Literal["adamw", "muon"]
+ADAMW_RMS = 0.2  # of AdamW's updates per learning rate, which Muon's are scaled to (Liu et al. 2025, section 2.2)
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """An optimiser with a linear warm-up from 0 and a cosine back to 0, as the reference's trainer runs it.
+
+    `muon` (Jordan et al. 2024) makes the updates of the layers' matrices orthogonal, scaled so that AdamW's learning
+    rate fits. AdamW with Nesterov momentum updates the rest: embeddings, norms and heads.
+    """
+
+    kind: Kind = "adamw"
+    learning_rate: float = 3e-4  # at the end of warm-up
+    warmup_fraction: float = 0.04  # of all steps
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0  # of the gradient of everything that trains
+    beta1: float = 0.9  # of AdamW, like the next two
+    beta2: float = 0.999
+    eps: float = 1e-8
+
+    def __post_init__(self):
+        if self.kind not in get_args(Kind):
+            raise ValueError(f"optimizer.kind is {self.kind!r}: choose {' or '.join(get_args(Kind))}")
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate is {self.learning_rate}: give a number above 0")
+        if not 0 <= self.warmup_fraction < 1:
+            raise ValueError(f"warmup_fraction is {self.warmup_fraction}: give a share of the steps below 1")
+
+    def schedule(self, steps: int) -> optax.Schedule:
+        warmup = int(self.warmup_fraction * steps)
+        return optax.warmup_cosine_decay_schedule(0.0, self.learning_rate, warmup, steps)
+
+    def build(self, schedule: optax.Schedule) -> optax.GradientTransformation:
+        adamw = optax.adamw(schedule, self.beta1, self.beta2, self.eps, weight_decay=self.weight_decay)
+        if self.kind == "adamw":
+            return optax.chain(optax.clip_by_global_norm(self.clip_norm), adamw)
+        muon = optax.contrib.muon(
+            schedule,
+            eps=self.eps,
+            weight_decay=self.weight_decay,
+            adam_b1=self.beta1,
+            adam_b2=self.beta2,
+            adam_weight_decay=self.weight_decay,
+            adam_learning_rate=schedule,
+            muon_weight_dimension_numbers=matrices,
+            consistent_rms=ADAMW_RMS,
+        )
+        return optax.chain(optax.clip_by_global_norm(self.clip_norm), muon)
+
+
+def matrices(params):
+    """Return a tree like `params` that says which axes of a stack of matrices are inputs and outputs; None elsewhere.
+
+    The heads of an attention are one axis of its matrix.
+    """
+
+    def dimensions(leaf: nnx.Variable) -> MuonDimensionNumbers | None:
+        stack, *axes = leaf.get_metadata()["axes"]
+        if stack != "layer" or len(axes) < 2:
+            return None
+        first_output = 2 if axes[0] == "embed" else len(axes)
+        return MuonDimensionNumbers(tuple(range(1, first_output)), tuple(range(first_output, len(axes) + 1)))
+
+    return jax.tree.map(dimensions, params, is_leaf=lambda x: isinstance(x, nnx.Variable))
