@@ -143,7 +143,7 @@ class CepeConfig:
 
 @dataclass(frozen=True)
 class RematConfig:
-    """What the backward pass recomputes in each layer: nothing, all except matrix products, or all."""
+    """The values of a layer that the backward pass recomputes: none, all except matrix products, or all."""
 
     decoder: Remat = "none"
     encoder: Remat = "none"

@@ -11,11 +11,11 @@
 `train` and `memory` take all settings of train.py too; sizes are the paper's where the configuration names no model.
 """
 
+from cepe_jax.benchmarks.compiled import without_files
+from cepe_jax.benchmarks.data import DataBenchmarkConfig, benchmark
+from cepe_jax.benchmarks.inference import InferenceBenchmarkConfig, benchmark_inference
+from cepe_jax.benchmarks.training import MemoryConfig, TrainBenchmarkConfig, benchmark_memory, benchmark_train
 from cepe_jax.cli import run_command
-from cepe_jax.data.benchmark import DataBenchmarkConfig, benchmark
-from cepe_jax.inference.benchmark import InferenceBenchmarkConfig, benchmark_inference
-from cepe_jax.training.aot import without_files
-from cepe_jax.training.benchmark import MemoryConfig, TrainBenchmarkConfig, benchmark_memory, benchmark_train
 from cepe_jax.training.settings import TrainConfig
 
 COMMANDS = {

@@ -11,9 +11,9 @@ import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # before jax is imported: the compiler's own devices are not at hand
 
+from cepe_jax.benchmarks.compiled import CompileConfig, check_fits, compile_step, table, train_step, without_files
+from cepe_jax.benchmarks.steps import STEPS
 from cepe_jax.cli import parse, run, take
-from cepe_jax.inference.aot import STEPS
-from cepe_jax.training.aot import CompileConfig, check_fits, compile_step, table, train_step, without_files
 from cepe_jax.training.settings import TrainConfig
 
 

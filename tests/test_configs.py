@@ -14,9 +14,12 @@ import pytest
 from support import datasets
 from support.models import make_cepe, make_decoder, make_encoder
 
+from cepe_jax.benchmarks.compiled import CompileConfig, without_files
+from cepe_jax.benchmarks.data import DataBenchmarkConfig
+from cepe_jax.benchmarks.inference import InferenceBenchmarkConfig
+from cepe_jax.benchmarks.training import MemoryConfig, TrainBenchmarkConfig
 from cepe_jax.cli import decode, parse, read_yaml, take
 from cepe_jax.config import DECODERS, ENCODERS
-from cepe_jax.data.benchmark import DataBenchmarkConfig
 from cepe_jax.data.corpus import PrepareConfig
 from cepe_jax.data.retrieval import RetrieveConfig
 from cepe_jax.data.sampling import SampleConfig
@@ -24,10 +27,7 @@ from cepe_jax.evaluation.gains import GainsConfig
 from cepe_jax.evaluation.grid import PerplexityRun, SweepConfig, TaskRun
 from cepe_jax.evaluation.harness import HarnessConfig
 from cepe_jax.evaluation.report import ReportConfig
-from cepe_jax.inference.benchmark import InferenceBenchmarkConfig
 from cepe_jax.inference.terminal import GenerateConfig
-from cepe_jax.training.aot import CompileConfig, without_files
-from cepe_jax.training.benchmark import MemoryConfig, TrainBenchmarkConfig
 from cepe_jax.training.settings import TrainConfig
 from cepe_jax.training.stages import run_stage
 from cepe_jax.training.teacher import TeacherConfig, features_of
@@ -56,7 +56,7 @@ CLASSES = {  # of a script, or of a script and its command
 AMONG_TRAINING = "benchmark.py train", "benchmark.py memory", "compile_tpu.py"  # its settings too
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 # In the order in which what one makes is read by another.
-FOLDERS = "weights", "data", "training", "inference", "evaluation"
+FOLDERS = "weights", "data", "training", "inference", "evaluation", "benchmarks"
 PAGES = [ROOT / place / "README.md" for place in ("", *(f"cepe_jax/{name}" for name in FOLDERS), "scripts", "configs")]
 
 

@@ -11,7 +11,7 @@ import pytest
 import cepe_jax
 
 ROOT = Path(cepe_jax.__file__).parent
-ROOMS = ("model", "data", "weights", "training", "inference", "evaluation")  # each imports only from those before it
+ROOMS = ("model", "data", "weights", "training", "inference", "evaluation", "benchmarks")  # in order of import
 TREES = {
     ".".join(("cepe_jax", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__"): ast.parse(
         path.read_text()
@@ -58,6 +58,10 @@ def test_rooms_import_only_rooms_above(module):
         assert room(other) <= room(module), f"{module} imports {other} from a room below it"
 
 
+def test_inference_needs_no_training():
+    assert not {name for m in TREES if m.startswith("cepe_jax.inference") for name in ours(m) if ".training" in name}
+
+
 def test_every_folder_is_a_known_room():
     folders = {path.parent.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py")}
     assert folders <= {".", *ROOMS, "inference/caches"}
@@ -78,7 +82,7 @@ def test_libraries_stay_in_their_room():
     assert users("lm_eval") <= {"cepe_jax.evaluation.adapters", "cepe_jax.evaluation.harness"}
     assert users("orbax") <= {"cepe_jax.weights.checkpoint"}
     of_data = "grain", "array_record", "tensorflow_datasets", "bm25s", "backports", "sentencepiece", "tokenizers"
-    assert all(m.startswith("cepe_jax.data.") for m in users(*of_data))
+    assert all(m.startswith(("cepe_jax.data.", "cepe_jax.benchmarks.")) for m in users(*of_data))
     assert not users("tensorflow", "transformers")
 
 

@@ -11,11 +11,11 @@ import jax
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo as cudnn_attention
 
+from cepe_jax.benchmarks.compiled import train_step, without_files
+from cepe_jax.benchmarks.steps import STEPS
 from cepe_jax.config import DECODERS, ENCODERS
 from cepe_jax.data.examples import ExampleConfig
-from cepe_jax.inference.aot import STEPS
 from cepe_jax.sharding import make_mesh
-from cepe_jax.training.aot import train_step, without_files
 from cepe_jax.training.objectives import DistillConfig
 from cepe_jax.training.settings import TrainConfig, compute_of, sizes_of
 

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cepe_jax.benchmarks.compiled import without_files
 from cepe_jax.data.examples import ExampleConfig
 from cepe_jax.data.loader import blank
 from cepe_jax.model.attention import Mask, attend
 from cepe_jax.model.cepe import assemble
-from cepe_jax.training.aot import without_files
 from cepe_jax.training.objectives import DistillConfig
 from cepe_jax.training.settings import TrainConfig, compute_of, objective_of, sizes_of, trained_parts
 from cepe_jax.weights.tensors import abstract_parts

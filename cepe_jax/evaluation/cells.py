@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 from cepe_jax.data.records import DATASET
+from cepe_jax.devices import describe
 from cepe_jax.directories import staged, write_json
 from cepe_jax.evaluation.models import ModelConfig
 from cepe_jax.evaluation.perplexity import PerplexityConfig
@@ -148,9 +149,8 @@ def provenance() -> dict:
     """What computes in this process, and by which code."""
     import jax
 
-    devices = jax.devices()
     return {
-        "device": f"{len(devices)} x {devices[0].device_kind}",
+        "device": describe(),
         "jax": jax.__version__,
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in ("cepe-jax", "jaxlib", "flax", "numpy")},

@@ -5,11 +5,11 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from cepe_jax.devices import Devices
 from cepe_jax.evaluation.cells import Cell
 from cepe_jax.evaluation.models import ModelConfig
 from cepe_jax.evaluation.perplexity import NONE, PerplexityConfig
 from cepe_jax.evaluation.tasks import TaskConfig
-from cepe_jax.inference.terminal import Devices
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cepe_jax.checks import check_chunk_length
+from cepe_jax.devices import Devices, on_devices
 from cepe_jax.directories import write_json, write_text
 from cepe_jax.evaluation.cells import provenance, weights_at
 from cepe_jax.evaluation.models import ModelConfig, check_model, load_model
 from cepe_jax.identity import as_json, refuse_another_run
 from cepe_jax.inference.overflow import Overflow
 from cepe_jax.inference.template import Template
-from cepe_jax.inference.terminal import Devices, on_devices
 from cepe_jax.inference.text import CHUNK_LENGTH
 
 if TYPE_CHECKING:

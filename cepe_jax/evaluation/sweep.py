@@ -14,6 +14,7 @@ from pathlib import Path
 
 from cepe_jax import progress
 from cepe_jax.data.units import end_with_parent
+from cepe_jax.devices import forget_peak_memory, on_devices, peak_memory
 from cepe_jax.directories import download_hint, in_one_line, write_json
 from cepe_jax.evaluation import cells as store
 from cepe_jax.evaluation import perplexity, tasks
@@ -23,8 +24,6 @@ from cepe_jax.evaluation.language_model import LanguageModel
 from cepe_jax.evaluation.models import ModelConfig, check_model, load_model
 from cepe_jax.evaluation.report import ReportConfig, report
 from cepe_jax.identity import as_json
-from cepe_jax.inference.terminal import on_devices
-from cepe_jax.training.logs import forget_peak_memory, peak_memory
 from cepe_jax.weights.files import read_json
 
 # What a process says of its work: what happened ("loaded", "begun", "record", "done", "failed"; last, "ended"), the

@@ -8,8 +8,6 @@ only then is it known how many chunks follow each chunk.
 import hashlib
 import json
 import math
-import os
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from cepe_jax.checks import check_chunk_length, check_tokens
 from cepe_jax.cost import gib
 from cepe_jax.data.tokenizer import Tokenizer
+from cepe_jax.devices import free_bytes
 from cepe_jax.directories import staged
 from cepe_jax.inference.generate import bucket, check_reads_contexts, one_ahead, power_of_two
 from cepe_jax.model.cepe import Cepe, chunk_positions
@@ -317,21 +316,3 @@ def _check_fits(rows: int, num_tokens: int, width: int, dtype: np.dtype, copies:
 def _on_host() -> bool:
     """Whether the host's memory is the devices' too."""
     return jax.default_backend() == "cpu"
-
-
-def _devices() -> list[jax.Device]:
-    mesh = jax.sharding.get_mesh()
-    return jax.local_devices()[:1] if mesh.empty else list(mesh.local_devices)
-
-
-def free_bytes() -> int:
-    """What each of this process' devices can still take; where they do not tell, as on a CPU, a share of the host's."""
-    devices = _devices()
-    if all(known := [device.memory_stats() for device in devices]):
-        return min(stats["bytes_limit"] - stats["bytes_in_use"] for stats in known)
-    linux = Path("/proc/meminfo")
-    if linux.exists():
-        available = int(re.search(r"MemAvailable: *(\d+) kB", linux.read_text())[1]) * 1024
-    else:
-        available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return available // len(devices)

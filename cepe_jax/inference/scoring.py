@@ -23,7 +23,7 @@ from cepe_jax.model.cepe import Cepe
 from cepe_jax.model.cross import Memory
 from cepe_jax.model.layers import cut, joined
 from cepe_jax.model.llama import Llama
-from cepe_jax.training.objectives import token_nll
+from cepe_jax.model.logits import token_nll
 
 Array = jax.Array
 SCORED_ROWS = 16  # continuations that are read at once

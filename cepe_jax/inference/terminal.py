@@ -3,15 +3,13 @@
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-
-import jax
 
 from cepe_jax.checks import check_chunk_length
 from cepe_jax.config import Dtype
 from cepe_jax.data.sources import decoded
+from cepe_jax.devices import Devices, on_devices, peak_memory
 from cepe_jax.directories import in_one_line
 from cepe_jax.inference.caches import FULL, CacheConfig
 from cepe_jax.inference.chat import MAX_NEW_TOKENS, check_chat
@@ -21,20 +19,6 @@ from cepe_jax.inference.generate import Sampling
 from cepe_jax.inference.overflow import Overflow, check_encoder, fit
 from cepe_jax.inference.template import Template
 from cepe_jax.inference.text import CHUNK_LENGTH, ModelFacts, TextModel, chat_window, prompt_window, read_facts
-from cepe_jax.sharding import make_mesh
-from cepe_jax.training.logs import peak_memory
-
-
-@dataclass(frozen=True)
-class Devices:
-    """Over how many devices things are cut, where there are several."""
-
-    tensor: int = 1  # the weights and the prompt, by heads
-    context: int = 0  # the contexts; 0 = all devices that tensor leaves
-
-    def __post_init__(self):
-        if self.tensor < 1 or self.context < 0:
-            raise ValueError(f"{self}: give numbers of devices above 0")
 
 
 @dataclass(frozen=True)
@@ -110,13 +94,6 @@ def _check(facts: ModelFacts, config: GenerateConfig, has_context: bool) -> None
     before, _ = fit(config.prompt, facts.tokenizer, window, *limits)
     if before and not facts.has_encoder:
         _note(f"the first {sum(map(len, before)):,} tokens of the prompt do not fit into the window and are not read")
-
-
-def on_devices(sizes: Devices) -> AbstractContextManager:
-    """All devices, as a mesh where there are several."""
-    devices = jax.device_count()
-    mesh = make_mesh(context=sizes.context or max(devices // sizes.tensor, 1), tensor=sizes.tensor)
-    return nullcontext() if devices == 1 else jax.set_mesh(mesh)
 
 
 def _context(model: TextModel, config: GenerateConfig, texts: list[str]) -> ContextCache | None:

@@ -1,16 +1,14 @@
 """What a run tells while it trains: a status line, `metrics.jsonl`, TensorBoard events; its speed and memory."""
 
 import json
-import re
-import resource
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import jax
 from etils import epath
 
+from cepe_jax.devices import peak_memory
 from cepe_jax.directories import is_remote, write_text
 from cepe_jax.distributed import is_first
 
@@ -103,23 +101,3 @@ def lines_until(step: int, path: Path | epath.Path) -> str:
         if entry["step"] <= step:
             kept.append(line)
     return "".join(kept)
-
-
-def peak_memory() -> int:
-    """Bytes in use at the worst moment so far: of the fullest device, or of this process where devices do not count."""
-    counted = [stats["peak_bytes_in_use"] for device in jax.local_devices() if (stats := device.memory_stats())]
-    return max(counted) if counted else _process_peak()
-
-
-def _process_peak() -> int:
-    """Of this process alone: on Linux `ru_maxrss` is at least that of the process which started it."""
-    status = Path("/proc/self/status")
-    if status.exists() and (found := re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(), re.MULTILINE)):
-        return int(found[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def forget_peak_memory() -> None:
-    """`peak_memory` of this process counts from now on, on Linux; what devices count stays."""
-    if (forget := Path("/proc/self/clear_refs")).exists():
-        forget.write_text("5")  # man 5 proc: resets VmHWM

@@ -15,6 +15,7 @@ from cepe_jax.model.cepe import Cepe
 from cepe_jax.model.encoder import Encoder
 from cepe_jax.model.layers import cut, joined
 from cepe_jax.model.llama import Llama
+from cepe_jax.model.logits import token_nll
 
 Array = jax.Array
 Batch = dict[str, Array]
@@ -32,12 +33,6 @@ def sum_over_chunks(terms: Callable, chunk: int, hidden_BTD: Array, *arrays_BT: 
     xs = [cut(hidden_BTD, chunk), *(cut(array, chunk, fill) for array, fill in arrays_BT)]
     sums = jax.lax.map(jax.checkpoint(lambda x: terms(*x)), xs)
     return jax.tree.map(lambda a: a.sum(axis=0), sums)
-
-
-def token_nll(logits: Array, labels: Array) -> Array:
-    """-log p(label) in nats at every position; 0 where the label is IGNORE."""
-    picked = jnp.take_along_axis(logits, jnp.maximum(labels, 0)[..., None], axis=-1)[..., 0]
-    return jnp.where(labels == IGNORE, 0.0, jax.nn.logsumexp(logits, axis=-1) - picked)
 
 
 def hidden_states(model: Cepe | Llama, batch: Batch) -> Array:

@@ -20,6 +20,7 @@ from cepe_jax.data.examples import TEACHER
 from cepe_jax.data.loader import Sequences, batches, examples, names_in, open_mix
 from cepe_jax.data.records import NoDataset
 from cepe_jax.data.tokenizer import Tokenizer, file_in
+from cepe_jax.devices import describe
 from cepe_jax.directories import is_remote, write_json
 from cepe_jax.distributed import connected, first_says, is_first, meet
 from cepe_jax.identity import as_json, as_of, refuse_another_run
@@ -192,8 +193,7 @@ def run_stage(config: TrainConfig) -> Path | None:
     shares = mesh_of(config, jax.device_count())
     compute = compute_of(config, jax.default_backend())
     mesh = make_mesh(**dataclasses.asdict(shares))
-    devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
-    print(f"{devices}, mesh {dict(mesh.shape)}, processes: {jax.process_count()}, attention: {compute.attention}")
+    print(f"{describe()}, mesh {dict(mesh.shape)}, processes: {jax.process_count()}, attention: {compute.attention}")
     sizes = sizes_of(config, tokenizer.vocab_size)
     shardings_of(abstract_parts(sizes, compute), mesh)  # refused before anything is loaded
     with jax.set_mesh(mesh):

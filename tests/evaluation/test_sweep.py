@@ -16,6 +16,7 @@ from support.datasets import make_tokenizer
 from support.fakes import Asked
 
 from cepe_jax.data.tokenizer import Tokenizer
+from cepe_jax.devices import Devices
 from cepe_jax.evaluation import cells as store
 from cepe_jax.evaluation import perplexity, sweep, tasks
 from cepe_jax.evaluation.cells import Cell
@@ -25,7 +26,6 @@ from cepe_jax.evaluation.perplexity import PerplexityConfig
 from cepe_jax.evaluation.report import ReportConfig, report
 from cepe_jax.evaluation.sweep import measure_group, run_one, run_sweep
 from cepe_jax.evaluation.tasks import TaskConfig
-from cepe_jax.inference.terminal import Devices
 from cepe_jax.weights.huggingface import load
 
 

@@ -19,6 +19,7 @@ from safetensors.numpy import save_file
 from support.models import DECODER, ENCODER, computed, make_cepe, relative_error, with_config, with_leaf
 from support.oracles import recompute
 
+from cepe_jax.devices import free_bytes
 from cepe_jax.inference import context as module
 from cepe_jax.inference.caches import CacheConfig, new_cache
 from cepe_jax.inference.context import (
@@ -27,7 +28,6 @@ from cepe_jax.inference.context import (
     encode,
     encode_chunks,
     encoder_identity,
-    free_bytes,
     stacked,
 )
 from cepe_jax.inference.generate import Sampling, generate, next_token

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import pytest
 from support.models import DECODER, ENCODER
 
+from cepe_jax.benchmarks.hlo import arrays, instructions
 from cepe_jax.inference.caches.full import FullCache
 from cepe_jax.inference.generate import Draws, Sampling, next_token
 from cepe_jax.model.cross import Memory
-from cepe_jax.training.hlo import arrays, instructions
 
 ROWS, KV = 2, DECODER.num_kv_heads * DECODER.head_dim
 

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from support.models import DECODER, ENCODER
 
+from cepe_jax.benchmarks.hlo import arrays
 from cepe_jax.inference import scoring as module
 from cepe_jax.inference.caches import FULL, full, new_cache
 from cepe_jax.inference.generate import generate
 from cepe_jax.inference.scoring import score
 from cepe_jax.model.cepe import Cepe
 from cepe_jax.model.llama import Llama
-from cepe_jax.training.hlo import arrays
 
 PROMPT = [1, 2, 3, 4, 5, 6, 7]
 

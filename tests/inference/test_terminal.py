@@ -13,10 +13,11 @@ import pytest
 from support.tokenizers import CHUNK, WINDOW
 
 from cepe_jax.data.tokenizer import Tokenizer
+from cepe_jax.devices import Devices
 from cepe_jax.inference import context, session
 from cepe_jax.inference.context import ContextCache
 from cepe_jax.inference.generate import Sampling
-from cepe_jax.inference.terminal import Devices, GenerateConfig, run_generate
+from cepe_jax.inference.terminal import GenerateConfig, run_generate
 from cepe_jax.inference.text import ModelFacts
 
 ROOT = Path(__file__).parents[2]

@@ -22,6 +22,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from support.models import DECODER, ENCODER, relative_error
 
+from cepe_jax.benchmarks.hlo import arrays, collectives
 from cepe_jax.config import CrossLayers
 from cepe_jax.cost import ReadFlops, read_flops
 from cepe_jax.inference.caches.full import FullCache
@@ -30,7 +31,6 @@ from cepe_jax.model.cepe import Cepe
 from cepe_jax.model.cross import CrossAttention, Memory
 from cepe_jax.model.layers import RMSNorm
 from cepe_jax.sharding import constrain, make_mesh
-from cepe_jax.training.hlo import arrays, collectives
 
 B, T, M, D, E, H = 2, 3, 300, 20, 16, 6
 FORMS = "materialised", "absorbed"

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from support.models import DECODER, computed, make_decoder, relative_error
 
+from cepe_jax.benchmarks.hlo import arrays
 from cepe_jax.model.layers import at, in_chunks
-from cepe_jax.training.hlo import arrays
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 4, 7, 8, 9])

@@ -8,8 +8,9 @@ import jax
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
+from cepe_jax.devices import peak_memory
 from cepe_jax.training import logs
-from cepe_jax.training.logs import Log, StepFacts, peak_memory
+from cepe_jax.training.logs import Log, StepFacts
 
 FACTS = StepFacts(learning_rates=[n / 8 for n in range(40)], tokens=1000, flops=3e9, peak_flops=1e10)
 METRICS = {"loss": 2.5, "nll": 2.5, "grad_norm": 0.5}
@@ -110,7 +111,7 @@ def test_a_line_that_is_no_entry_is_named(tmp_path):
 
 
 def test_of_many_processes_the_first_writes(tmp_path, monkeypatch):
-    monkeypatch.setattr(logs.jax, "process_index", lambda: 1)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
     log = Log(tmp_path, 0, FACTS)
     log.write(1, METRICS)
     log.close()

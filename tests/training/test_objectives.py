@@ -15,7 +15,8 @@ from support.models import DECODER, make_decoder
 from cepe_jax.data.examples import IGNORE
 from cepe_jax.model.cepe import assemble, parts_of, split
 from cepe_jax.model.llama import Llama
-from cepe_jax.training.objectives import Distill, MaskedLM, NextToken, sum_over_chunks, token_nll
+from cepe_jax.model.logits import token_nll
+from cepe_jax.training.objectives import Distill, MaskedLM, NextToken, sum_over_chunks
 from cepe_jax.training.optimizer import OptimizerConfig
 from cepe_jax.training.trainer import init_state, make_train_step
 from cepe_jax.weights.huggingface import load, table

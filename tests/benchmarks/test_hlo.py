@@ -1,6 +1,6 @@
 """Collectives counted in programs written by hand: loops, steps of two, work done piece by piece."""
 
-from cepe_jax.training.hlo import arrays, collectives
+from cepe_jax.benchmarks.hlo import arrays, collectives
 
 PROGRAM = """
 HloModule jit_step, entry_computation_layout={(f32[8])->f32[8]}

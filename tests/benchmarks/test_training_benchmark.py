@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from cepe_jax.benchmarks.training import TrainBenchmarkConfig, benchmark_train
 from cepe_jax.data.examples import ExampleConfig
-from cepe_jax.training.benchmark import TrainBenchmarkConfig, benchmark_train
 from cepe_jax.training.optimizer import OptimizerConfig
 from cepe_jax.training.settings import TrainConfig
 

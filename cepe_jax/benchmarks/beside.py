@@ -3,12 +3,12 @@
 import jax
 import numpy as np
 
+from cepe_jax.benchmarks.training import in_turn, torch_oracle
 from cepe_jax.inference.caches import FULL, new_cache
 from cepe_jax.inference.context import encode_chunks
 from cepe_jax.inference.generate import Draws, Sampling, bucket, next_token
 from cepe_jax.model.cepe import Cepe
 from cepe_jax.model.cross import Memory
-from cepe_jax.training.benchmark import in_turn, torch_oracle
 
 NUMBER = 7  # of runs; the least counts
 

@@ -176,8 +176,8 @@ def test_the_processes_of_a_pod_feed_the_batch():
 
 def print_rows() -> None:
     """For each pod (process, first row, last row + 1) of every device, and the rows that each process feeds."""
+    from cepe_jax.benchmarks.compiled import devices_of
     from cepe_jax.sharding import make_mesh, rows_of
-    from cepe_jax.training.aot import devices_of
 
     found = []
     for pod, tensor in PODS:
@@ -198,11 +198,11 @@ def print_held() -> None:
     """Compiles our step, and one that stores scores and logits, and prints what each holds."""
     import jax
 
+    from cepe_jax.benchmarks.compiled import devices_of, train_step
+    from cepe_jax.benchmarks.hlo import arrays, instructions
     from cepe_jax.config import DECODERS, ENCODERS
     from cepe_jax.data.examples import ExampleConfig
     from cepe_jax.sharding import make_mesh
-    from cepe_jax.training.aot import devices_of, train_step
-    from cepe_jax.training.hlo import arrays, instructions
     from cepe_jax.training.settings import RematConfig, TrainConfig, compute_of, sizes_of
 
     shapes = ExampleConfig(*(SETTINGS[name] for name in ("window", "num_chunks", "chunk_length")))

@@ -6,7 +6,7 @@ import pytest
 import sentencepiece
 from support import datasets
 
-from cepe_jax.data.benchmark import DataBenchmarkConfig, bare_loops, benchmark, demanded
+from cepe_jax.benchmarks.data import DataBenchmarkConfig, bare_loops, benchmark, demanded
 from cepe_jax.data.examples import ExampleConfig
 
 

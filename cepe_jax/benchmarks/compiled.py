@@ -18,13 +18,13 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import NamedSharding
 
+from cepe_jax.benchmarks.hlo import collectives
 from cepe_jax.config import Compute
 from cepe_jax.cost import CHIPS, Chip, gib
 from cepe_jax.data.loader import blank
 from cepe_jax.directories import write_json
 from cepe_jax.identity import as_json
 from cepe_jax.sharding import batch_axes, is_variable, make_mesh, partition_spec, shardings_of
-from cepe_jax.training.hlo import collectives
 from cepe_jax.training.settings import (
     TrainConfig,
     compute_of,

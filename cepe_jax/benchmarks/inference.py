@@ -19,11 +19,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from cepe_jax.benchmarks import beside
+from cepe_jax.benchmarks.compiled import memory_of
+from cepe_jax.benchmarks.training import filled
 from cepe_jax.config import DECODERS, ENCODERS, CepeConfig, Compute, Dtype, preset
 from cepe_jax.cost import encoder_flops, gib, inference_flops, step_bytes
+from cepe_jax.devices import describe
 from cepe_jax.directories import write_json, write_text
 from cepe_jax.identity import as_json
-from cepe_jax.inference import beside
 from cepe_jax.inference.caches.full import FullCache
 from cepe_jax.inference.context import ContextCache, encode, free_bytes, stacked
 from cepe_jax.inference.generate import Draws, Sampling, bucket, next_token, power_of_two
@@ -32,8 +35,6 @@ from cepe_jax.model.cepe import Cepe, assemble
 from cepe_jax.model.cross import CrossAttention, Memory
 from cepe_jax.model.layers import project
 from cepe_jax.progress import track
-from cepe_jax.training.aot import memory_of
-from cepe_jax.training.benchmark import filled
 from cepe_jax.weights.tensors import abstract_parts
 
 Array = jax.Array
@@ -153,7 +154,7 @@ def benchmark_inference(config: InferenceBenchmarkConfig) -> None:
 
 def _facts(config: InferenceBenchmarkConfig) -> dict:
     return {
-        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "device": describe(),
         "date": date.today().isoformat(),
         "jax": jax.__version__,
         "config": dataclasses.asdict(config),

@@ -14,15 +14,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cepe_jax.benchmarks.compiled import CompileConfig, compile_step, devices_of, memory_of, train_step
 from cepe_jax.config import CepeConfig
 from cepe_jax.cost import gib, peak_flops
 from cepe_jax.data.loader import blank
+from cepe_jax.devices import describe
 from cepe_jax.directories import write_json, write_text
 from cepe_jax.identity import as_json
 from cepe_jax.model.cepe import assemble
 from cepe_jax.progress import track
 from cepe_jax.sharding import make_mesh, place_batch
-from cepe_jax.training.aot import CompileConfig, compile_step, devices_of, memory_of, train_step
 from cepe_jax.training.logs import peak_memory
 from cepe_jax.training.settings import (
     TrainConfig,
@@ -77,7 +78,7 @@ def benchmark_train(what: TrainBenchmarkConfig, config: TrainConfig) -> None:
     seconds, loss = runs["ours"].seconds, runs["ours"].results[-1]
     median, peak = float(np.median(seconds)), peak_flops(jax.devices())
     result = {
-        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "device": describe(),
         "date": date.today().isoformat(),
         "config": as_json(config),
         "stage": config.stage,

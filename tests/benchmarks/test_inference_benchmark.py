@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cepe_jax.benchmarks.inference import WAYS, InferenceBenchmarkConfig, _Clock, _LeftOut, benchmark_inference
+from cepe_jax.benchmarks.training import torch_oracle
 from cepe_jax.inference import benchmark, beside
-from cepe_jax.inference.benchmark import WAYS, InferenceBenchmarkConfig, _Clock, _LeftOut, benchmark_inference
-from cepe_jax.training.benchmark import torch_oracle
 from cepe_jax.weights.huggingface import load
 
 GOLDEN = Path(__file__).parents[1] / "golden"

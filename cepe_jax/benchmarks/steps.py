@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
+from cepe_jax.benchmarks.compiled import Make, Step, placed
 from cepe_jax.config import CepeConfig, Compute
 from cepe_jax.cost import encoder_flops, inference_flops
 from cepe_jax.inference.caches.full import FullCache
@@ -12,7 +13,6 @@ from cepe_jax.inference.generate import Draws, Sampling, next_token
 from cepe_jax.model.cepe import Cepe, assemble
 from cepe_jax.model.cross import Memory
 from cepe_jax.sharding import partition_spec
-from cepe_jax.training.aot import Make, Step, placed
 from cepe_jax.training.settings import TrainConfig
 from cepe_jax.weights.tensors import Config, abstract_parts
 
