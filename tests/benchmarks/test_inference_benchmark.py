@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cepe_jax.benchmarks import beside
+from cepe_jax.benchmarks import inference as benchmark
 from cepe_jax.benchmarks.inference import WAYS, InferenceBenchmarkConfig, _Clock, _LeftOut, benchmark_inference
 from cepe_jax.benchmarks.training import torch_oracle
-from cepe_jax.inference import benchmark, beside
 from cepe_jax.weights.huggingface import load
 
 GOLDEN = Path(__file__).parents[1] / "golden"

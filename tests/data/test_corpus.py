@@ -390,8 +390,8 @@ def test_cut_off_at_any_renaming_it_goes_on(config, monkeypatch):
             prepare(stopped)
         assert shards_of(stopped.out) == shards_of(config.out.with_name("whole"))
     assert names[0] == "tokenizer.model"
-    assert names[-4:] == ["00000.json", "dataset.json", "features.json", "dataset_info.json"]
-    assert len(names) == 1 + 1 + 2 * 3 + 4
+    assert names[-5:] == ["00000.json", "dataset.json", "report.md", "features.json", "dataset_info.json"]
+    assert len(names) == 1 + 1 + 2 * 3 + 5
 
 
 KILLED = """
