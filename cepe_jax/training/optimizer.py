@@ -25,7 +25,7 @@ class OptimizerConfig:
     warmup_fraction: float = 0.04  # of all steps
     weight_decay: float = 0.0
     clip_norm: float = 1.0  # of the gradient of everything that trains
-    beta1: float = 0.9  # of AdamW, like the next two
+    beta1: float = 0.9  # of AdamW, as beta2 is
     beta2: float = 0.999
     eps: float = 1e-8
 
