@@ -15,6 +15,7 @@ import yaml
 from etils import epath
 
 from cepe_jax.directories import in_one_line, is_remote
+from cepe_jax.progress import show_notices
 
 Config = TypeVar("Config")
 # A setting of this type may be in a bucket. pathlib's would make gs:/ of gs://.
@@ -257,6 +258,7 @@ def run(main: Callable[[], None]) -> None:
     Bad input is a ValueError or what the file system refuses; what else it says (a full disk) is told in one line too,
     and any other exception keeps its traceback.
     """
+    show_notices()
     try:
         main()
     except (ValueError, OSError) as error:

@@ -1,5 +1,6 @@
-"""Progress of anything that takes more than a few seconds."""
+"""Progress of anything that takes more than a few seconds, and notices; both go through `logging`."""
 
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -8,13 +9,29 @@ from typing import TypeVar
 Item = TypeVar("Item")
 
 SECONDS_BETWEEN_LINES = 10.0
+log = logging.getLogger(__name__)
+_ours = logging.getLogger("cepe_jax")
 _silent = False
 
 
+class _ToStderr(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr, flush=True)
+
+
+def show_notices() -> None:
+    """Show this package's notices on stderr, as its scripts do; a program of one's own may set its own handlers."""
+    if not _ours.handlers:
+        _ours.addHandler(_ToStderr())
+        _ours.propagate = False  # libraries give the root a handler of their own
+    _ours.setLevel(logging.INFO)
+
+
 def silence() -> None:
-    """This process shows no progress from now on: of many that run as one, one speaks."""
+    """Show no notices and no progress from now on: of many processes that run as one, one speaks."""
     global _silent
     _silent = True
+    _ours.setLevel(logging.WARNING)
 
 
 def track(
@@ -24,9 +41,9 @@ def track(
     status: Callable[[], str] = lambda: "",
     amount: Callable[[Item], float] = lambda item: 1,
 ) -> Iterator[Item]:
-    """The items, with progress on stderr: a bar in a terminal, elsewhere a line every ten seconds and at the end.
+    """Yield the items and show progress: a bar in a terminal, elsewhere a notice every ten seconds and at the end.
 
-    `total` is needed where the iterable has no length, in the same unit as `amount` of an item. `status()` is shown
+    `total` is needed if the iterable has no length, in the same unit as `amount` of an item. `status()` is shown
     beside the count.
     """
     if _silent:
@@ -52,8 +69,8 @@ def track(
     of_total = "" if total is None else f" of {total:,.0f}"
 
     def line() -> None:
-        seconds = f"{time.monotonic() - start:.0f} s"
-        print(f"{description}: {done:,.0f}{of_total}, {seconds} {status()}", file=sys.stderr, flush=True)
+        seconds = time.monotonic() - start
+        log.info("%s", f"{description}: {done:,.0f}{of_total}, {seconds:.0f} s {status()}")
 
     for item in iterable:
         yield item

@@ -9,8 +9,8 @@ python scripts/convert.py verify llama-2-7b
 import argparse
 
 from cepe_jax.cli import run
-from cepe_jax.weights.directory import Directory
-from cepe_jax.weights.huggingface import to_hf, to_jax
+from cepe_jax.weights.convert import to_hf, to_jax
+from cepe_jax.weights.source import open_ours
 
 
 def main() -> None:
@@ -34,7 +34,7 @@ def main() -> None:
         case "to-hf":
             to_hf(arguments.source, arguments.target)
         case "verify":
-            Directory(arguments.source).verify()
+            open_ours(arguments.source).verify()
     print(f"{arguments.source}: whole" if arguments.command == "verify" else f"{arguments.target}: written")
 
 

@@ -1,8 +1,15 @@
 """One stage of training: a decoder from scratch (lm), the encoder (mlm), the warm-up, the main stage (cepe)."""
 
 from cepe_jax.cli import parse, run
+from cepe_jax.training.run import dry_run, launch
 from cepe_jax.training.settings import TrainConfig
-from cepe_jax.training.stages import launch
+
+
+def main() -> None:
+    config = parse(TrainConfig)
+    for line in dry_run(config) if config.dry_run else [launch(config)]:
+        print(line)
+
 
 if __name__ == "__main__":
-    run(lambda: print(launch(parse(TrainConfig))))
+    run(main)

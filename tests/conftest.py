@@ -1,6 +1,7 @@
 """How every test computes, and the tiny models of support/models.py, made once."""
 
 import json
+import logging
 import os
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from support.tokenizers import CHATML, CHATML_TOKENS, WINDOW, byte_level
 from cepe_jax.model.cepe import Cepe
 from cepe_jax.model.encoder import Encoder
 from cepe_jax.model.llama import Llama
-from cepe_jax.weights.directory import save
+from cepe_jax.weights.source import save
 
 if os.environ["JAX_PLATFORMS"] == "cpu" and jax.__version_info__ < (0, 12):  # else the first flag is not known
     flags = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
@@ -28,6 +29,15 @@ if os.environ["JAX_PLATFORMS"] == "cpu" and jax.__version_info__ < (0, 12):  # e
 nnx.set_graph_mode(False)
 nnx.set_graph_updates(False)
 jax.config.update("jax_default_matmul_precision", "highest")
+
+
+@pytest.fixture(autouse=True)
+def notices(caplog):
+    """The package's notices reach `caplog`, whatever a script has set in a test before."""
+    ours = logging.getLogger("cepe_jax")
+    ours.handlers.clear()
+    ours.propagate = True
+    caplog.set_level(logging.INFO, "cepe_jax")
 
 
 @pytest.fixture(scope="session")

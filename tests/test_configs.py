@@ -28,10 +28,10 @@ from cepe_jax.evaluation.grid import PerplexityRun, SweepConfig, TaskRun
 from cepe_jax.evaluation.harness import HarnessConfig
 from cepe_jax.evaluation.report import ReportConfig
 from cepe_jax.inference.terminal import GenerateConfig
+from cepe_jax.training.run import run_stage
 from cepe_jax.training.settings import TrainConfig
-from cepe_jax.training.stages import run_stage
 from cepe_jax.training.teacher import TeacherConfig, features_of
-from cepe_jax.weights.directory import save
+from cepe_jax.weights.source import save
 
 ROOT = Path(__file__).parents[1]
 CLASSES = {  # of a script, or of a script and its command

@@ -18,7 +18,8 @@ from cepe_jax.cost import (
 )
 from cepe_jax.data.examples import ExampleConfig
 from cepe_jax.training.objectives import DistillConfig
-from cepe_jax.training.settings import TrainConfig, flops_of
+from cepe_jax.training.settings import TrainConfig
+from cepe_jax.training.stages import STAGES
 
 CEPE_7B = CepeConfig(DECODERS["llama2_7b"], ENCODERS["mlm_large"])
 
@@ -104,8 +105,9 @@ def test_ceped_pays_for_the_teacher_that_runs_in_its_step():
     fields = {"decoder": "llama2_7b", "encoder": "mlm_large", "examples": examples, "distill": DistillConfig()}
     config = TrainConfig("ceped", Path("d"), Path("o"), 1, 1, **fields)
     plain = cepe_flops(CEPE_7B, 2048, 8, 256).train
-    assert flops_of(config, CEPE_7B, taught=True).train == plain
-    assert flops_of(config, CEPE_7B).train == plain + teacher_flops(DECODERS["llama2_7b"], 2048, 2048)
+    flops = STAGES["ceped"].flops
+    assert flops(config, CEPE_7B, [SimpleNamespace(joined=True)]).train == plain
+    assert flops(config, CEPE_7B, ()).train == plain + teacher_flops(DECODERS["llama2_7b"], 2048, 2048)
 
 
 def test_a_token_at_128k():

@@ -21,7 +21,8 @@ from support.oracles import NONE, method
 
 from cepe_jax.config import CrossLayers
 from cepe_jax.inference.caches.full import FullCache
-from cepe_jax.model.cepe import Cepe, assemble, cross_from_self_attention, split
+from cepe_jax.model.cepe import Cepe, cross_from_self_attention
+from cepe_jax.model.parts import split
 
 
 @pytest.mark.parametrize("case", ["all real", "holes, padding and an absent chunk", "no context", "all masked"])
@@ -99,7 +100,7 @@ def test_gradients_reach_the_layers_that_are_named(layers, readers, remat, token
     trainable, frozen = split(cepe, ("cross", "encoder"))
     given = tokens_BT[:1], context_BCL[:1], context_mask_BCL[:1]
     weight_TV = rng.standard_normal((tokens_BT.shape[1], FOUR.vocab_size))
-    loss = jax.jit(lambda trainable: (assemble(trainable | frozen)(*given)[0] * weight_TV).sum())
+    loss = jax.jit(lambda trainable: (Cepe.from_parts(trainable | frozen)(*given)[0] * weight_TV).sum())
     grads = {name: float64(part) for name, part in jax.grad(loss)(trainable).items()}
     weights, eps = float64(cepe), 1e-5
     for part, path in (("cross", ("q",)), ("encoder", ("layers", "mlp", "up"))):

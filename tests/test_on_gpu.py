@@ -13,12 +13,13 @@ import pytest
 
 from cepe_jax.benchmarks.compiled import without_files
 from cepe_jax.data.examples import ExampleConfig
-from cepe_jax.data.loader import blank
+from cepe_jax.data.recipes import blank
 from cepe_jax.model.attention import Mask, attend
-from cepe_jax.model.cepe import assemble
 from cepe_jax.training.objectives import DistillConfig
-from cepe_jax.training.settings import TrainConfig, compute_of, objective_of, sizes_of, trained_parts
-from cepe_jax.weights.tensors import abstract_parts
+from cepe_jax.training.settings import TrainConfig, compute_of, recipe_of, sizes_of, trained_parts
+from cepe_jax.training.stages import STAGES
+from cepe_jax.weights.build import abstract_parts
+from cepe_jax.weights.kinds import kind_of
 
 pytestmark = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
 BF16 = 2**-7  # what rounding inputs to bfloat16 may cost, as a share of the norm
@@ -77,12 +78,12 @@ def test_cudnn_in_bfloat16_errs_no_more_than_xla_in_bfloat16(stage, num_chunks, 
     settings = {"stage": stage, "batch_size": 2, "steps": 2, "distill": DistillConfig() if stage == "ceped" else None}
     settings |= {"examples": ExampleConfig(num_chunks * chunk_length, num_chunks, chunk_length)}
     config = TrainConfig(**without_files(settings | dict.fromkeys(starts, "tiny")))
-    rng, objective = np.random.default_rng(0), objective_of(config)
+    rng, objective = np.random.default_rng(0), STAGES[config.stage].objective(config)
     batch = {
         name: np.ones((2, *x.shape), bool) if x.dtype == bool else rng.integers(0, 2048, (2, *x.shape), np.int32)
-        for name, x in blank(stage, config.examples).items()
+        for name, x in blank(recipe_of(config)).items()
     }
-    abstract = abstract_parts(sizes_of(config))
+    model, abstract = kind_of(sizes_of(config)).model, abstract_parts(sizes_of(config))
     values = jax.tree.map(
         lambda x: jnp.asarray(0.05 * rng.standard_normal(x.shape), x.dtype), jax.tree.leaves(abstract)
     )
@@ -96,7 +97,7 @@ def test_cudnn_in_bfloat16_errs_no_more_than_xla_in_bfloat16(stage, num_chunks, 
         @jax.jit
         def run(trained, frozen):
             return jax.value_and_grad(
-                lambda trained: objective(assemble(trained | frozen), batch, objective.weights(batch))[0]
+                lambda trained: objective(model.from_parts(trained | frozen), batch, objective.weights(batch))[0]
             )(trained)
 
         loss, gradient = run(trained, frozen)

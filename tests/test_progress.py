@@ -6,41 +6,49 @@ import pytest
 import rich.console
 
 from cepe_jax import progress
-from cepe_jax.progress import track
+from cepe_jax.progress import show_notices, track
 
 
-def test_the_items_come_and_a_line_at_the_end(capsys):
+def test_the_items_come_and_a_line_at_the_end(caplog):
     assert list(track("abc", "letters")) == ["a", "b", "c"]
-    assert capsys.readouterr().err == "letters: 3 of 3, 0 s \n"
+    assert caplog.messages == ["letters: 3 of 3, 0 s "]
 
 
-def test_amounts_are_summed(capsys):
+def test_amounts_are_summed(caplog):
     """Of the total in the same unit; an item counts once it is done."""
     seen = []
     items = track(iter([1000.5, 500.0]), "bytes", 1500.5, lambda: f"status {len(seen)}", amount=lambda size: size)
     for item in items:
         seen.append(item)
-    assert capsys.readouterr().err == "bytes: 1,500 of 1,500, 0 s status 2\n"
+    assert caplog.messages == ["bytes: 1,500 of 1,500, 0 s status 2"]
 
 
-def test_without_a_total(capsys):
+def test_without_a_total(caplog):
     assert list(track((n for n in range(4)), "numbers", amount=lambda n: n)) == [0, 1, 2, 3]
-    assert capsys.readouterr().err == "numbers: 6, 0 s \n"
+    assert caplog.messages == ["numbers: 6, 0 s "]
 
 
 @pytest.mark.parametrize(("amounts", "lines"), [([2, 3, 5], ["2 of 10", "5 of 10", "10 of 10"]), ([], ["0 of 10"])])
-def test_a_line_every_so_often(capsys, monkeypatch, amounts, lines):
+def test_a_line_every_so_often(caplog, monkeypatch, amounts, lines):
     """And the last one once."""
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
     list(track(amounts, "work", 10, amount=float))
-    assert capsys.readouterr().err == "".join(f"work: {line}, 0 s \n" for line in lines)
+    assert caplog.messages == [f"work: {line}, 0 s " for line in lines]
 
 
-def test_lines_are_seconds_apart(capsys, monkeypatch):
+def test_lines_are_seconds_apart(caplog, monkeypatch):
     clock = iter([0.0, 4.0, 9.9, 10.0, 10.0, 10.0, 19.0, 19.0])  # the start; each item; a line asks twice more
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
     list(track(range(4), "work"))
-    assert capsys.readouterr().err.splitlines() == ["work: 3 of 4, 10 s ", "work: 4 of 4, 19 s "]
+    assert caplog.messages == ["work: 3 of 4, 10 s ", "work: 4 of 4, 19 s "]
+
+
+def test_notices_of_a_script_are_on_stderr(capsys):
+    """Once, however often a script asks for them."""
+    for _ in range(2):
+        show_notices()
+    list(track("ab", "letters"))
+    assert capsys.readouterr() == ("", "letters: 2 of 2, 0 s \n")
 
 
 def test_the_bar_of_a_terminal_counts_amounts(monkeypatch):

@@ -26,18 +26,18 @@ from support.models import CROSS_LAYERS, DECODER, ENCODER, computed, make_cepe, 
 
 from cepe_jax.config import DECODERS, ENCODERS, CepeConfig
 from cepe_jax.data.examples import IGNORE
-from cepe_jax.model.cepe import Cepe, assemble, cross_from_self_attention, split
+from cepe_jax.model.cepe import Cepe, cross_from_self_attention
 from cepe_jax.model.encoder import Encoder
 from cepe_jax.model.llama import Llama
+from cepe_jax.model.parts import split
 from cepe_jax.sharding import MESH_AXES, constrain, make_mesh, partition_spec, place_batch, shardings_of
 from cepe_jax.training.objectives import NextToken
 from cepe_jax.training.optimizer import Kind, OptimizerConfig
 from cepe_jax.training.stages import born_sharded
 from cepe_jax.training.trainer import init_state, make_train_step
+from cepe_jax.weights.build import abstract_parts
 from cepe_jax.weights.checkpoint import Checkpoints
-from cepe_jax.weights.directory import save
-from cepe_jax.weights.huggingface import load
-from cepe_jax.weights.tensors import abstract_parts
+from cepe_jax.weights.source import load, save
 
 TRAIN = "encoder", "cross"
 SPECS = Path(__file__).parent / "model" / "llama2_7b_specs.json"
@@ -179,7 +179,7 @@ def two_plain_steps(optimizer) -> list:
     """(loss, weights, optimiser's state) after each step: no mesh, no chunk, nothing recomputed, the batch at once."""
 
     def loss(trainable, frozen, batch):
-        logits = assemble(trainable | frozen)(batch["tokens"], batch["context"], batch["context_mask"])
+        logits = Cepe.from_parts(trainable | frozen)(batch["tokens"], batch["context"], batch["context_mask"])
         kept = batch["labels"] != IGNORE
         nll = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(kept, batch["labels"], 0))
         return jnp.where(kept, nll, 0).sum() / kept.sum()
@@ -227,7 +227,7 @@ def compare(sizes: dict[str, int], attention: str, optimizer, wanted: list, save
         trainable, frozen = split(loaded, TRAIN)
         state = init_state(trainable, optimizer)
         before = [leaf.sharding for leaf in jax.tree.leaves(state)]
-        step = make_train_step(NextToken(loss_chunk=4), optimizer, accumulate=2)
+        step = make_train_step(NextToken(loss_chunk=4), optimizer, Cepe, accumulate=2)
         for number, (loss, *then) in enumerate(wanted):
             batch, already = place_batch(batch_of(number), mesh, ROWS), len(COMPILED)
             state, metrics = step(state, frozen, batch)

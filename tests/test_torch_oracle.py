@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from support.models import relative_error
 
-from cepe_jax.weights.huggingface import load
+from cepe_jax.weights.source import load
 
 torch = pytest.importorskip("torch")
 from support.torch_cepe import Reader, copy_of, train_step  # noqa: E402 (needs torch)

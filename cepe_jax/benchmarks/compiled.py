@@ -21,22 +21,23 @@ from jax.sharding import NamedSharding
 from cepe_jax.benchmarks.hlo import collectives
 from cepe_jax.config import Compute
 from cepe_jax.cost import CHIPS, Chip, gib
-from cepe_jax.data.loader import blank
+from cepe_jax.data.recipes import blank
 from cepe_jax.directories import write_json
 from cepe_jax.identity import as_json
 from cepe_jax.sharding import batch_axes, is_variable, make_mesh, partition_spec, shardings_of
 from cepe_jax.training.settings import (
     TrainConfig,
     compute_of,
-    flops_of,
     mesh_of,
     micro_batches,
-    objective_of,
+    recipe_of,
     sizes_of,
     trained_parts,
 )
+from cepe_jax.training.stages import STAGES
 from cepe_jax.training.trainer import initial_state, make_train_step
-from cepe_jax.weights.tensors import Config, abstract_parts
+from cepe_jax.weights.build import abstract_parts
+from cepe_jax.weights.kinds import Config, kind_of
 
 
 @dataclass(frozen=True)
@@ -173,9 +174,14 @@ def train_step(config: TrainConfig, sizes: Config, compute: Compute) -> Step:
     frozen = {name: placed(part, jnp.dtype(config.dtype)) for name, part in parts.items() if name not in trains}
     trainable = {name: part for name, part in parts.items() if name in trains}
     state = jax.eval_shape(lambda trainable: initial_state(trainable, optimizer), trainable)
-    function = make_train_step(objective_of(config), optimizer, micro_batches(config, shares.data * shares.fsdp))
-    batch = placed_batch(blank(config.stage, config.examples), config.batch_size)
-    flops = flops_of(config, sizes)
+    stage, model, accumulate = (
+        STAGES[config.stage],
+        kind_of(sizes).model,
+        micro_batches(config, shares.data * shares.fsdp),
+    )
+    function = make_train_step(stage.objective(config), optimizer, model, accumulate)
+    batch = placed_batch(blank(recipe_of(config)), config.batch_size)
+    flops = stage.flops(config, sizes, ())
     everything = config.loss_chunk and {getattr(config.remat, name) for name in parts if name != "cross"} == {"full"}
     again = flops.forward - flops.ahead if everything else 0  # at least
     done = config.batch_size * (flops.train + again)

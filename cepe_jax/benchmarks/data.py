@@ -16,6 +16,7 @@ from cepe_jax.cost import CHIPS, cepe_flops
 from cepe_jax.data.corpus import PrepareConfig, prepare
 from cepe_jax.data.examples import ExampleConfig
 from cepe_jax.data.loader import batches, examples, open_mix
+from cepe_jax.data.recipes import WindowsInContext
 from cepe_jax.data.records import Records
 from cepe_jax.data.sampling import SampleConfig, sample
 from cepe_jax.data.sources import plan, read
@@ -130,8 +131,8 @@ def _measure(config: DataBenchmarkConfig, scratch: Path, rows: list[dict], facts
     sequences = len(records)
     row("sample, packed", sample_once, sequences * size)
     row("plain read of the sequences", lambda: [record["tokens"] for record in records], sequences * size)
-    source = open_mix(scratch / "packed", {}, "cepe", config.examples)
-    data = examples(source, [1.0], "cepe", config.examples, seed=0)
+    recipe = WindowsInContext(config.examples)
+    data = examples(open_mix(scratch / "packed", {}, recipe), [1.0], recipe, seed=0)
     steps = max(sequences // config.batch_size, 50)  # far more than are read ahead
 
     count = steps * config.batch_size * size

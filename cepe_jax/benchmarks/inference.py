@@ -31,11 +31,11 @@ from cepe_jax.inference.caches.full import FullCache
 from cepe_jax.inference.context import ContextCache, encode, free_bytes, stacked
 from cepe_jax.inference.generate import Draws, Sampling, bucket, next_token, power_of_two
 from cepe_jax.model.attention import Mask, attend_to_cache, merge
-from cepe_jax.model.cepe import Cepe, assemble
+from cepe_jax.model.cepe import Cepe
 from cepe_jax.model.cross import CrossAttention, Memory
 from cepe_jax.model.layers import project
 from cepe_jax.progress import track
-from cepe_jax.weights.tensors import abstract_parts
+from cepe_jax.weights.build import abstract_parts
 
 Array = jax.Array
 WAYS = "absorbed", "stored", "recomputed", "full"
@@ -127,7 +127,7 @@ def benchmark_inference(config: InferenceBenchmarkConfig) -> None:
     decoder, encoder = preset(DECODERS, config.decoder), preset(ENCODERS, config.encoder)
     parts = abstract_parts(CepeConfig(decoder, encoder), Compute(config.dtype))
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, config.dtype), parts)
-    model = assemble(filled(shapes, 0.02))
+    model = Cepe.from_parts(filled(shapes, 0.02))
     if config.beside:
         return _beside(model, config)
     clock, rows = _Clock(config.limit_seconds), []

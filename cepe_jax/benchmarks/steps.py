@@ -10,11 +10,12 @@ from cepe_jax.cost import encoder_flops, inference_flops
 from cepe_jax.inference.caches.full import FullCache
 from cepe_jax.inference.context import encode_chunks
 from cepe_jax.inference.generate import Draws, Sampling, next_token
-from cepe_jax.model.cepe import Cepe, assemble
+from cepe_jax.model.cepe import Cepe
 from cepe_jax.model.cross import Memory
 from cepe_jax.sharding import partition_spec
 from cepe_jax.training.settings import TrainConfig
-from cepe_jax.weights.tensors import Config, abstract_parts
+from cepe_jax.weights.build import abstract_parts
+from cepe_jax.weights.kinds import Config
 
 
 def _array(shape: tuple[int, ...], dtype, *axes: str | None) -> jax.ShapeDtypeStruct:
@@ -24,7 +25,7 @@ def _array(shape: tuple[int, ...], dtype, *axes: str | None) -> jax.ShapeDtypeSt
 def _model(config: TrainConfig, sizes: Config, compute: Compute) -> Cepe:
     if not isinstance(sizes, CepeConfig):
         raise ValueError(f"stage {config.stage} has no context to read: give the config of a CEPE")
-    return assemble(placed(abstract_parts(sizes, compute), jnp.dtype(compute.dtype)))
+    return Cepe.from_parts(placed(abstract_parts(sizes, compute), jnp.dtype(compute.dtype)))
 
 
 def encode_step(config: TrainConfig, sizes: Config, compute: Compute) -> Step:

@@ -17,11 +17,11 @@ import numpy as np
 from cepe_jax.benchmarks.compiled import CompileConfig, compile_step, devices_of, memory_of, train_step
 from cepe_jax.config import CepeConfig
 from cepe_jax.cost import gib, peak_flops
-from cepe_jax.data.loader import blank
+from cepe_jax.data.recipes import blank
 from cepe_jax.devices import describe
 from cepe_jax.directories import write_json, write_text
 from cepe_jax.identity import as_json
-from cepe_jax.model.cepe import assemble
+from cepe_jax.model.cepe import Cepe
 from cepe_jax.progress import track
 from cepe_jax.sharding import make_mesh, place_batch
 from cepe_jax.training.logs import peak_memory
@@ -29,10 +29,11 @@ from cepe_jax.training.settings import (
     TrainConfig,
     compute_of,
     mesh_of,
+    recipe_of,
     sizes_of,
     tokens_of_step,
 )
-from cepe_jax.weights.tensors import abstract_parts
+from cepe_jax.weights.build import abstract_parts
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def benchmark_train(what: TrainBenchmarkConfig, config: TrainConfig) -> None:
 
         steps = {"ours": step_of_ours}
         if oracle:
-            model, optimizer = assemble(trainable | frozen), config.optimizer
+            model, optimizer = Cepe.from_parts(trainable | frozen), config.optimizer
             steps["torch"] = oracle.train_step(model, batch, optimizer.learning_rate, optimizer.clip_norm)
         runs = in_turn(steps, what.timed_steps)
     seconds, loss = runs["ours"].seconds, runs["ours"].results[-1]
@@ -174,13 +175,13 @@ def filled(abstract, scale: float):
 def _tokens(config: TrainConfig, sizes) -> dict[str, jax.Array]:
     """A batch of random tokens, nothing masked."""
     rng = np.random.default_rng(0)
-    vocab_size = (sizes.decoder if isinstance(sizes, CepeConfig) else sizes).vocab_size
+    vocab_size = getattr(sizes, "decoder", sizes).vocab_size
 
     def draw(x):
         shape = (config.batch_size, *x.shape)
         return np.ones(shape, bool) if x.dtype == bool else rng.integers(0, vocab_size, shape, np.int32)
 
-    batch = {name: draw(x) for name, x in blank(config.stage, config.examples).items()}
+    batch = {name: draw(x) for name, x in blank(recipe_of(config)).items()}
     return place_batch(batch, jax.sharding.get_mesh(), config.batch_size)
 
 

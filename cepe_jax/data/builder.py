@@ -7,6 +7,7 @@ such metadata is not read.
 
 import hashlib
 import json
+import logging
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,8 @@ from cepe_jax.data.records import DATASET, TFDS_FILES, check_shard, lengths_path
 from cepe_jax.data.tokenizer import BESIDE, NAMES, Tokenizer
 from cepe_jax.directories import staged_path, write_json, write_text
 from cepe_jax.identity import as_json, refuse_another_run
+
+log = logging.getLogger(__name__)
 
 TOKENIZER_FILES = *NAMES, *BESIDE
 
@@ -123,7 +126,7 @@ class Builder:
         stored = self.units / "identity.json"
         if self.finished:
             refuse_another_run(out, read_index(out)["identity"], identity)
-            print(f"{out} is finished: remove it to make it again")
+            log.info("%s is finished: remove it to make it again", out)
             return
         if not stored.exists():
             inside = {path.name for path in out.iterdir()} if out.exists() else set()

@@ -1,6 +1,7 @@
 """Raw documents to tokenised ones: a dataset of documents, split by document."""
 
 import hashlib
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from cepe_jax.data.sources import Extent, holds_lines, plan, read
 from cepe_jax.data.tokenizer import Tokenizer, file_in
 from cepe_jax.data.tokenizer_training import train, training_pieces
 from cepe_jax.data.units import JobConfig, Work, run_units
+
+log = logging.getLogger(__name__)
 
 NAME = "documents"
 SPLITS = ("train", "test", "retrieval")
@@ -134,7 +137,7 @@ def prepare(config: PrepareConfig) -> None:
     counts = {name: sum(mark[name] for mark in marks) for name in ("documents", "skipped", "bad")}
     counts["faults"] = [fault for mark in marks for fault in mark["faults"]]
     for fault in counts["faults"]:
-        print(f"left out: {fault}")
+        log.warning("left out: %s", fault)
     check_share(counts, config)
     for split in ("train", "test"):
         if not any(mark["splits"][split]["records"] for mark in marks):
@@ -158,7 +161,7 @@ def train_tokenizer(config: PrepareConfig, units: list[list[Extent]]) -> None:
                 if room <= 0:
                     break
 
-    print(f"training a tokenizer of {config.vocab_size} pieces", flush=True)
+    log.info("training a tokenizer of %d pieces", config.vocab_size)
     train(texts(), config.vocab_size, config.out / "tokenizer.model")
 
 
@@ -208,7 +211,7 @@ class Corpus:
 
     def __getitem__(self, number: int) -> Document:
         record = self.records[number]
-        return Document(record["name"].decode(), record["tokens"], record["domain"].decode())
+        return Document(record["name"], record["tokens"], record["domain"])
 
     def __iter__(self) -> Iterator[Document]:
         return (self[number] for number in range(len(self)))

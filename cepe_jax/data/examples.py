@@ -1,19 +1,41 @@
 """Examples from sequences of tokens: pure functions of a record and a random generator.
 
-An example is a dict of arrays: `tokens` (T) and `labels` (T), where labels[t] is what follows tokens[t] or IGNORE;
-and for CEPE `context` (C, L) with `context_mask` (C, L), true for real tokens. No function reads past the window.
+No function reads past the window.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import NotRequired, TypedDict
 
 import numpy as np
 
 IGNORE = -100  # a label that is no target
 PAD = 0  # fills what the masks leave out
-TEACHER = "teacher"  # the name of a dataset of a teacher's probabilities
+RETRIEVED, TEACHER = "retrieved", "teacher"  # the names of datasets of passages, and of a teacher's probabilities
 
-Example = dict[str, np.ndarray]
+
+class Context(TypedDict):
+    """The chunks that the encoder reads. In a batch all arrays have an axis of rows before those given here."""
+
+    context: np.ndarray  # (C, L)
+    context_mask: np.ndarray  # (C, L), true for real tokens
+
+
+class Taught(TypedDict):
+    """A teacher's expectations for the window's last n positions."""
+
+    teacher_index: np.ndarray  # (n, K): its likeliest next tokens
+    teacher_prob: np.ndarray  # (n, K + 1): their probabilities, and the rest's mass
+
+
+class Example(TypedDict):
+    """A window, and what else the stage reads. A stage of one's own may have further arrays."""
+
+    tokens: np.ndarray  # (T)
+    labels: np.ndarray  # (T): labels[t] is what follows tokens[t], or IGNORE
+    context: NotRequired[np.ndarray]
+    context_mask: NotRequired[np.ndarray]
+    teacher_index: NotRequired[np.ndarray]
+    teacher_prob: NotRequired[np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -34,7 +56,6 @@ class ExampleConfig:
     chunk_mask_rate: float = 0.3  # of chunks are masked in part or whole
     whole_chunk_rate: float = 0.1  # of those are masked whole, of the others a random suffix
     mlm_rate: float = 0.3  # of tokens are masked in MLM
-    neighbours: Literal["none", "joint", "separate"] = "none"  # of retrieved passages: in the same chunk, or the next
 
     @property
     def span(self) -> int:
@@ -60,7 +81,7 @@ def window_at(tokens: np.ndarray, start: int, length: int) -> Example:
     return {"tokens": ahead[:length], "labels": labels}
 
 
-def chunks_before(tokens: np.ndarray, end: int, num_chunks: int, chunk_length: int) -> Example:
+def chunks_before(tokens: np.ndarray, end: int, num_chunks: int, chunk_length: int) -> Context:
     """The num_chunks * chunk_length tokens that end before `end`; what lies before the document is masked."""
     start = end - num_chunks * chunk_length
     missing = max(-start, 0)
@@ -78,61 +99,31 @@ def previous_document(tokens: np.ndarray, start: int, config: ExampleConfig) -> 
 
 
 def duplicate(tokens: np.ndarray, start: int, config: ExampleConfig) -> Example:
-    """The warm-up: the encoder reads what the decoder reads."""
-    if config.window != config.num_chunks * config.chunk_length:
-        raise ValueError(
-            f"the warm-up's window of {config.window} is not its {config.num_chunks} chunks x {config.chunk_length}"
-        )
+    """A window, and as its context the same tokens: the encoder reads what the decoder reads."""
     window = window_at(tokens, start, config.window)
     return window | chunks_before(tokens, start + config.window, config.num_chunks, config.chunk_length)
 
 
-def decoder_only(tokens: np.ndarray, start: int, config: ExampleConfig) -> Example:
-    """What a plain decoder is given for the same window: its context in front of it, the window's labels alone."""
-    context = config.num_chunks * config.chunk_length
-    example = window_at(tokens, start - context, context + config.window)
-    return example | {"labels": np.where(np.arange(context + config.window) < context, IGNORE, example["labels"])}
+def retrieved(record: dict, config: ExampleConfig) -> Example:
+    """A window, and as its context the passages that were retrieved for the window's first `query_tokens` tokens.
 
-
-def retrieved(record: dict[str, np.ndarray], config: ExampleConfig) -> Example:
-    """A window, and as its context the passages that were found for the window's first `query_tokens` tokens.
-
-    The record has `passages` and `next` (n, P), `lengths`, `next_lengths`, `scores` (n). A chunk is a passage; with
-    neighbours, "joint": a passage and what follows it, "separate": chunks of passages and of what follows them in
-    turn. What is missing is masked; `scores` (C) has each chunk's, -inf where there is none. Labels inside the query
-    are ignored: the passages were chosen by these tokens.
+    The record has `passages` (n, P) and `lengths` (n). A chunk is a passage; a missing one is masked. Labels inside the
+    query are ignored: the passages were chosen by these tokens.
     """
-    passages = _rows(record["passages"], record["lengths"])
-    following = _rows(record["next"], record["next_lengths"])
-    match config.neighbours:
-        case "none":
-            chunks, scores = passages, list(record["scores"])
-        case "joint":
-            chunks = [np.concatenate(pair) for pair in zip(passages, following, strict=True)]
-            scores = list(record["scores"])
-        case "separate":
-            chunks = [chunk for pair in zip(passages, following, strict=True) for chunk in pair]
-            scores = [score for score in record["scores"] for _ in range(2)]
     context = np.full((config.num_chunks, config.chunk_length), PAD, np.int32)
     real = np.zeros(context.shape, bool)
-    for row, chunk in enumerate(chunks[: config.num_chunks]):
-        if len(chunk) > config.chunk_length:
-            raise ValueError(f"a retrieved chunk has {len(chunk)} tokens, chunk_length is {config.chunk_length}")
-        context[row, : len(chunk)] = chunk
-        real[row, : len(chunk)] = True
-    all_scores = np.full(config.num_chunks, -np.inf, np.float32)
-    all_scores[: len(scores)] = scores[: config.num_chunks]
-    all_scores[~real.any(axis=1)] = -np.inf
+    passages = zip(record["passages"][: config.num_chunks], record["lengths"], strict=False)
+    for row, (passage, length) in enumerate(passages):
+        if length > config.chunk_length:
+            raise ValueError(f"a retrieved passage has {length} tokens, chunk_length is {config.chunk_length}")
+        context[row, :length] = passage[:length]
+        real[row, :length] = True
     window = window_at(record["tokens"], 0, config.window)
     window["labels"][: int(record["query_tokens"]) - 1] = IGNORE  # label t is token t + 1
-    return window | {"context": context, "context_mask": real, "scores": all_scores}
+    return window | {"context": context, "context_mask": real}
 
 
-def _rows(padded: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
-    return [row[:length] for row, length in zip(padded, lengths, strict=True)]
-
-
-def taught(record: dict[str, np.ndarray], config: ExampleConfig) -> Example:
+def taught(record: dict, config: ExampleConfig) -> Taught:
     """`teacher_index` (n, K) and `teacher_prob` (n, K + 1), fp16, for the window's last n positions."""
     index, prob = record["teacher_index"], record["teacher_prob"]
     if len(index) != len(prob) or len(index) > config.window or prob.shape[-1] != index.shape[-1] + 1:

@@ -1,43 +1,29 @@
-"""Batches for each stage of training: global batch n is a pure function of (seed, n), on any number of hosts."""
+"""Batches for training: global batch n is a pure function of (seed, n), on any number of hosts."""
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cepe_jax.data.examples import (
-    TEACHER,
-    Example,
-    ExampleConfig,
-    chunks_before,
-    duplicate,
-    mask_chunks,
-    masked_lm,
-    previous_document,
-    retrieved,
-    taught,
-    window_at,
-)
-from cepe_jax.data.records import NoDataset, Records, is_dataset
-from cepe_jax.data.retrieval import NAME as RETRIEVED
-from cepe_jax.data.sampling import documents_in
+from cepe_jax.data.recipes import Mixture, Recipe
+from cepe_jax.data.records import NoDataset, Record, Records, is_dataset
 
 if TYPE_CHECKING:
     import grain
 
-Stage = Literal["lm", "mlm", "warmup", "cepe", "ceped"]
 ENDLESS = 1 << 40  # batches; what repeats for ever has more, and Grain counts in floats, which round above its integers
 
 
 class Sequences:
     """The sequences of a dataset, cut into examples' worth of tokens: a random-access source for Grain.
 
-    What another dataset joined to a sequence (its passages, its teacher's probabilities) is in its record.
+    Another dataset may be joined to them (passages, a teacher's probabilities): its fields are in their records.
     """
 
-    def __init__(self, path: Path, stage: Stage, config: ExampleConfig, split: str = "train"):
-        """ValueError where the dataset has no sequences, too short ones, or does not join the one it was made for."""
+    def __init__(self, path: Path, recipe: Recipe, split: str = "train"):
+        """Raise ValueError if the dataset has no sequences or too short ones, or joins another than it was made for."""
         self.joined, self.query = None, {}
         self.records = Records(path, split)
         if joins := self.records.index.get("joins"):
@@ -47,34 +33,28 @@ class Sequences:
                     f"{path} does not join {self.records.path}: it has {len(self.joined)} records for others than the "
                     f"{len(self.records)} there: make it again"
                 )
+            self.query = {name: self.joined.index[name] for name in ("query_tokens",) if name in self.joined.index}
         if "length" not in self.records.index:
             raise ValueError(f"{path} holds {self.records.name}: sample sequences from it first")
-        self.size = config.window
-        if self.joined and self.joined.name == RETRIEVED:
-            self.query = {"query_tokens": self.joined.index["query_tokens"]}
-            check_retrieved(path, self.joined.index, config)
-        elif stage in ("cepe", "ceped"):
-            self.size = config.span
-        if self.joined and self.joined.name == TEACHER:
-            check_taught(path, self.joined.index, config)
+        self.size = recipe.size(self.joined)
         length = self.records.index["length"]
         if length < self.size:
             raise ValueError(
-                f"{path}: its sequences have {length} tokens, and an example of {stage} has {self.size}: "
-                f"sample longer ones, or lower the window"
+                f"{path}: its sequences have {length} tokens, and an example here has {self.size}: sample longer ones, "
+                f"or lower the window"
             )
         self.per_sequence = 1 if self.joined else length // self.size
 
     @property
     def digest(self) -> str:
-        """Of all that a record holds."""
+        """The digest of everything that a record holds."""
         return self.records.digest + (self.joined.digest if self.joined else "")
 
     def __len__(self) -> int:
         return len(self.records) * self.per_sequence
 
-    def __getitem__(self, number: int) -> dict:
-        """The record; its `tokens` are `size` and, where the document goes on, one more."""
+    def __getitem__(self, number: int) -> Record:
+        """Return the record; its `tokens` are `size` and, if the document goes on, one more."""
         number, part = divmod(int(number), self.per_sequence)
         record = self.records[number]
         start = part * self.size
@@ -82,95 +62,15 @@ class Sequences:
         return record | self.joined[number] | self.query if self.joined else record
 
 
-def check_retrieved(path: Path, index: dict, config: ExampleConfig) -> None:
-    """ValueError where a window would have no label, or a chunk no room for a passage."""
-    if index["query_tokens"] > config.window:
-        raise ValueError(
-            f"{path}: its passages were found for {index['query_tokens']} tokens, whose labels are ignored, and the "
-            f"window has {config.window}: retrieve with fewer --query_tokens"
-        )
-    needed = index["passage_length"] * (2 if config.neighbours == "joint" else 1)
-    if needed > config.chunk_length:
-        raise ValueError(f"{path}: its chunks have {needed} tokens, chunk_length is {config.chunk_length}: raise it")
-
-
-def check_taught(path: Path, index: dict, config: ExampleConfig) -> None:
-    """ValueError where the teacher read other tokens than an example has, or was asked about others."""
-    for name, size in ("window", config.window), ("context", config.span - config.window):
-        if index[name] != size:
-            raise ValueError(f"{path}: its teacher's {name} has {index[name]} tokens, here it has {size}: change one")
-
-
-class ToExample:
-    """A record and a random generator to an example of the stage; it can be sent to other processes."""
-
-    def __init__(self, sources: Sequence[Sequences], stage: Stage, config: ExampleConfig):
-        tokenizer = sources[0].records.tokenizer
-        self.special, self.mask_id = (tokenizer.bos_id, tokenizer.eos_id), tokenizer.mask_id
-        self.stage, self.config = stage, config
-        self.with_context = [source for source in sources if source.size > config.window]
-
-    def __call__(self, record: dict, rng: np.random.Generator) -> Example:
-        config, tokens = self.config, record["tokens"]
-        match self.stage:
-            case "lm":
-                return window_at(tokens, 0, config.window)
-            case "mlm":
-                return masked_lm(tokens[: config.window], self.special, self.mask_id, config.mlm_rate, rng)
-            case "warmup":
-                return duplicate(tokens, 0, config)
-            case "cepe" | "ceped":
-                return mask_chunks(self._with_context(record, rng), config, rng)
-
-    def _with_context(self, record: dict, rng: np.random.Generator) -> Example:
-        config = self.config
-        start = config.num_chunks * config.chunk_length
-        if "passages" in record:
-            example = retrieved(record, config)
-            del example["scores"]  # training reads none, and a mixture's examples have the same fields
-            return example
-        example = previous_document(record["tokens"], start, config)
-        if rng.random() < config.foreign_rate:
-            other = self._of_other_documents(record, rng)
-            example |= chunks_before(other["tokens"], start, config.num_chunks, config.chunk_length)
-        return example | taught(record, config) if "teacher_prob" in record else example
-
-    def _of_other_documents(self, record: dict, rng: np.random.Generator) -> dict:
-        """A record that shares no document with this one: its context could hold the window."""
-        own = documents_in(record["name"].decode())
-        for _ in range(100):
-            source = self.with_context[rng.integers(len(self.with_context))]
-            other = source[rng.integers(len(source))]
-            if not own & documents_in(other["name"].decode()):
-                return other
-        raise ValueError("foreign_rate needs sequences of several documents: in 100 draws all were of the same")
-
-
-def blank(stage: Stage, config: ExampleConfig) -> Example:
-    """An example of the stage with nothing in it: its arrays' names, shapes and dtypes."""
-    tokens, rng = np.zeros(config.span + 1, np.int32), np.random.default_rng(0)
-    match stage:
-        case "lm":
-            return window_at(tokens, 0, config.window)
-        case "mlm":
-            return masked_lm(tokens[: config.window], (), 0, config.mlm_rate, rng)
-        case "warmup":
-            return duplicate(tokens, 0, config)
-        case "cepe" | "ceped":
-            return previous_document(tokens, config.span - config.window, config)
-
-
-def examples(
-    sources: Sequence[Sequences], weights: Sequence[float], stage: Stage, config: ExampleConfig, seed: int
-) -> "grain.MapDataset":
-    """Example n at index n, for ever, of sources mixed by weight.
+def examples(sources: Sequence[Sequences], weights: Sequence[float], recipe: Recipe, seed: int) -> "grain.MapDataset":
+    """Return the examples by number, without end, of sources mixed by weight.
 
     Each piece of a source comes once before any comes again, in another order.
     """
     import grain  # takes a second or two: only what loads data pays for it
 
     mixed = grain.MapDataset.mix(_shuffled(sources, seed), weights)
-    return mixed.seed(seed).random_map(ToExample(sources, stage, config))
+    return mixed.seed(seed).random_map(partial(recipe, mixture=Mixture(sources)))
 
 
 def _shuffled(sources: Sequence[Sequences], seed: int) -> list["grain.MapDataset"]:
@@ -189,7 +89,7 @@ def names_in(
     import grain
 
     named = [
-        records.map(lambda record, path=source.records.path: f"{path.name}/{record['name'].decode().splitlines()[0]}")
+        records.map(lambda record, path=source.records.path: f"{path.name}/{record['name'].splitlines()[0]}")
         for source, records in zip(sources, _shuffled(sources, seed), strict=True)
     ]
     mixed = grain.MapDataset.mix(named, weights)
@@ -226,12 +126,10 @@ def batches(
         iterator.close()  # its processes and shared memory would stay
 
 
-def open_mix(
-    data: Path, mix: dict[str, float], stage: Stage, config: ExampleConfig, split: str = "train"
-) -> list[Sequences]:
-    """The datasets below `data` that `mix` names; `data` itself where it names none. All of one tokenizer."""
+def open_mix(data: Path, mix: dict[str, float], recipe: Recipe, split: str = "train") -> list[Sequences]:
+    """Return the datasets below `data` that `mix` names, or `data` itself if it names none. All have one tokenizer."""
     check_mix(data, mix)
-    sources = [Sequences(data / name, stage, config, split) for name in mix or [""]]
+    sources = [Sequences(data / name, recipe, split) for name in mix or [""]]
     fingerprints = {source.records.tokenizer.fingerprint() for source in sources}
     if len(fingerprints) > 1:
         raise ValueError(f"{data}: {', '.join(mix)} were tokenised with different tokenizers: prepare them again")

@@ -12,6 +12,7 @@ import numpy as np
 
 from cepe_jax.data.tokenizer import Tokenizer
 
+Record = dict[str, np.ndarray | str]
 DATASET = "dataset.json"  # our facts of a dataset
 TFDS_FILES = "features.json", "dataset_info.json"  # the second makes a directory a TFDS dataset
 
@@ -81,7 +82,7 @@ def opened(path: Path, split: str, digest: str) -> "Records":
 class Records:
     """One split of a dataset, a sequence of records; it can be sent to other processes.
 
-    A record is a dict of arrays and bytes, as TFDS reads it. `index` is the content of dataset.json.
+    `index` is the content of dataset.json.
     """
 
     def __init__(self, path: Path, split: str):
@@ -110,15 +111,16 @@ class Records:
     def __len__(self) -> int:
         return self.facts["records"]
 
-    def __getitem__(self, number: int) -> dict:
+    def __getitem__(self, number: int) -> Record:
         if not 0 <= number < len(self):
             raise IndexError(f"record {number} of {len(self)}")
         try:
-            return self._source[number]
+            fields = self._source[number]
+            return {key: value.decode() if isinstance(value, bytes) else value for key, value in fields.items()}
         except Exception as error:  # what the record format raises is a bare RuntimeError
             raise ValueError(f"{self.path}: record {number} of {self.split} is damaged ({_reason(error)})") from error
 
-    def __iter__(self) -> Iterator[dict]:
+    def __iter__(self) -> Iterator[Record]:
         return (self[number] for number in range(len(self)))
 
     def lengths(self, shard: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:

@@ -15,7 +15,7 @@ import numpy as np
 
 from cepe_jax.data.builder import Builder, ShardWriter, array, text, token_dtype
 from cepe_jax.data.corpus import Corpus
-from cepe_jax.data.examples import PAD
+from cepe_jax.data.examples import PAD, RETRIEVED
 from cepe_jax.data.records import Records, joins, opened, shard_path
 from cepe_jax.data.sampling import documents_in
 from cepe_jax.data.search import BATCH, BM25, Dense, Encoder, Searcher, load_encoder
@@ -23,7 +23,6 @@ from cepe_jax.data.units import JobConfig, Work, run_units
 from cepe_jax.directories import staged_path
 from cepe_jax.progress import track
 
-NAME = "retrieved"
 INDEX = "index"
 
 
@@ -79,16 +78,12 @@ class Passages:
         numbers = (self._documents[name] for name in names if name in self._documents)
         return np.concatenate([np.zeros(0, int), *(np.arange(*self._firsts[n : n + 2]) for n in numbers)])
 
-    def after(self, numbers: np.ndarray) -> np.ndarray:
-        """The number of the next passage of the same document, -1 where it has none."""
-        return np.where(numbers + 1 < self._firsts[self.document[numbers] + 1], numbers + 1, -1)
-
     def padded(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Their tokens (n, length) and how many of these are real (n,), none of passage -1."""
+        """Return the passages' tokens (n, length), and how many of these are real (n,)."""
         tokens = np.full((len(numbers), self.length), PAD, self._tokens.dtype)
-        lengths = np.where(numbers >= 0, self._end[numbers] - self._begin[numbers], 0).astype(np.int32)
+        lengths = (self._end[numbers] - self._begin[numbers]).astype(np.int32)
         for row, number, length in zip(tokens, numbers, lengths, strict=True):
-            row[:length] = self[number][:length]
+            row[:length] = self[number]
         return tokens, lengths
 
 
@@ -130,16 +125,13 @@ def build_index(config: RetrieveConfig, corpus: Corpus, encode: Encoder | None) 
 
 
 def features_of(dtype, passage_length: int) -> dict:
-    """A row for each passage, best first, and in `next` what follows it in its document.
+    """Return the features: a row for each passage, best first, and in `lengths` the number of its real tokens.
 
-    `lengths` and `next_lengths` count the real tokens of the rows. `names` has a line for each passage: the document,
-    and the passage's first token in it.
+    `names` has a line for each passage: the document, and the passage's first token in it.
     """
     return {
         "passages": array(dtype, None, passage_length),
         "lengths": array(np.int32, None),
-        "next": array(dtype, None, passage_length),
-        "next_lengths": array(np.int32, None),
         "scores": array(np.float32, None),
         "names": text(),
     }
@@ -176,7 +168,7 @@ def retrieve(config: RetrieveConfig) -> None:
         shutil.rmtree(left)
     facts = {name: getattr(config, name) for name in ("passage_length", "query_tokens")}
     facts |= {"tokenizer": base.index["tokenizer"], "joins": joins(base, config.out)}
-    builder.register(NAME, features_of(dtype, config.passage_length), marks, facts)
+    builder.register(RETRIEVED, features_of(dtype, config.passage_length), marks, facts)
 
 
 @functools.lru_cache(maxsize=1)
@@ -200,26 +192,23 @@ class RetrieveUnit:
         config = self.config
         base = opened(config.data, config.split, self.digest)
         tokenizer, (passages, searcher) = base.tokenizer, opened_index(config)
-        path = shard_path(config.out, NAME, config.split, number, self.num_units)
+        path = shard_path(config.out, RETRIEVED, config.split, number, self.num_units)
         shard = ShardWriter(path, features_of(self.dtype, config.passage_length))
         for start in range(first, first + count, BATCH):
             records = [base[n] for n in range(start, min(start + BATCH, first + count))]
             queries = [tokenizer.decode(record["tokens"][: config.query_tokens].tolist()) for record in records]
-            excluded = [passages.of(documents_in(record["name"].decode())) for record in records]
+            excluded = [passages.of(documents_in(record["name"])) for record in records]
             all_numbers, all_scores = searcher.search(queries, excluded, config.k)
             for record, numbers, scores in zip(records, all_numbers, all_scores, strict=True):
-                found = numbers[numbers >= 0]
-                tokens, lengths = passages.padded(found)
-                following, next_lengths = passages.padded(passages.after(found))
-                names = (f"{passages.names[passages.document[n]]}@{passages.start[n]}" for n in found)
+                numbers = numbers[numbers >= 0]
+                tokens, lengths = passages.padded(numbers)
+                names = (f"{passages.names[passages.document[n]]}@{passages.start[n]}" for n in numbers)
                 result = {
                     "passages": tokens,
                     "lengths": lengths,
-                    "next": following,
-                    "next_lengths": next_lengths,
-                    "scores": scores[: len(found)],
+                    "scores": scores[: len(numbers)],
                     "names": "\n".join(names),
                 }
-                shard.write(result, record["domain"].decode(), int(lengths.sum()), lengths.tolist())
+                shard.write(result, record["domain"], int(lengths.sum()), lengths.tolist())
                 yield 1, int(lengths.sum())
         return {"splits": {config.split: shard.close()}}

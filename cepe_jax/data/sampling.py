@@ -175,7 +175,7 @@ class SampleUnit:
             documents = {d: records[places[d]] for d in sorted({d for sequence in sequences for d, *_ in sequence})}
             for sequence in sequences:
                 tokens = np.concatenate([documents[d]["tokens"][start:end] for d, start, end in sequence])
-                name = "\n".join(f"{documents[d]['name'].decode()}@{start}" for d, start, _ in sequence)
+                name = "\n".join(f"{documents[d]['name']}@{start}" for d, start, _ in sequence)
                 pieces = [end - start for _, start, end in sequence]
                 shard.write({"tokens": tokens, "name": name, "domain": domain}, domain, config.length, pieces)
                 yield 1, config.length

@@ -1,5 +1,6 @@
 """Work that is divided into units, done by processes of this job and by other jobs, and not done twice."""
 
+import logging
 import multiprocessing
 import os
 import signal
@@ -14,6 +15,8 @@ from queue import Empty
 
 from cepe_jax.data.builder import Builder
 from cepe_jax.progress import track
+
+log = logging.getLogger(__name__)
 
 # Work on one unit: yields (progress in the unit's size, tokens) as it goes, and returns the facts of its mark.
 Work = Generator[tuple[float, int], None, dict]
@@ -73,7 +76,7 @@ def run_units(
             pass
     marks = [builder.marked(n, unit) for n, unit in enumerate(units)]
     if None in marks:
-        print(f"{builder.out}: {marks.count(None)} of {len(units)} units are left to other jobs")
+        log.info("%s: %d of %d units are left to other jobs", builder.out, marks.count(None), len(units))
         return None
     return marks
 

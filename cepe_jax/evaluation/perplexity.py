@@ -14,10 +14,10 @@ import numpy as np
 
 from cepe_jax.checks import check_chunk_length
 from cepe_jax.data.corpus import Corpus, PrepareConfig
-from cepe_jax.data.examples import Document, ExampleConfig
+from cepe_jax.data.examples import RETRIEVED, Document, ExampleConfig
 from cepe_jax.data.loader import Sequences
+from cepe_jax.data.recipes import WindowsInContext
 from cepe_jax.data.records import DATASET, Records
-from cepe_jax.data.retrieval import NAME as RETRIEVED
 from cepe_jax.data.sources import RawDocument, plan, read
 from cepe_jax.data.tokenizer import Tokenizer
 from cepe_jax.evaluation.language_model import LanguageModel, Prompt
@@ -206,7 +206,7 @@ def _prepared_documents(config: PerplexityConfig) -> Iterator[Document]:
 
 def _with_passages(config: PerplexityConfig) -> Iterator[Window]:
     sizes = ExampleConfig(window=config.window, chunk_length=config.chunk_length)
-    sequences, most = Sequences(config.data, "cepe", sizes, config.split), max(config.chunks)
+    sequences, most = Sequences(config.data, WindowsInContext(sizes), config.split), max(config.chunks)
     first_scored = config.window - config.scored
     if (query := sequences.query["query_tokens"]) > first_scored:
         raise ValueError(
@@ -215,11 +215,11 @@ def _with_passages(config: PerplexityConfig) -> Iterator[Window]:
         )
     for number in _numbers(sequences.records, config, config.windows, lambda length: 1):
         record = sequences[number]
-        document, _, start = record["name"].decode().split("\n")[0].rpartition("@")
+        document, _, start = record["name"].split("\n")[0].rpartition("@")
         rows = zip(record["passages"][:most], record["lengths"][:most], strict=True)
         yield Window(
             document,
-            record["domain"].decode(),
+            record["domain"],
             int(start),
             record["tokens"][: config.window],
             {"retrieved": [row[:length] for row, length in rows][::-1]},

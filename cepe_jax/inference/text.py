@@ -20,9 +20,9 @@ from cepe_jax.inference.template import Template
 from cepe_jax.model.cepe import Cepe
 from cepe_jax.model.cross import Memory
 from cepe_jax.model.llama import Llama
-from cepe_jax.weights import huggingface
-from cepe_jax.weights.directory import facts_at
+from cepe_jax.weights.build import build
 from cepe_jax.weights.files import read_json
+from cepe_jax.weights.source import Source, open_model
 
 CHUNK_LENGTH = 256  # tokens of a context that the encoder reads at once: the length of the paper's training
 Contexts = ContextCache | Sequence[ContextCache] | None
@@ -207,8 +207,8 @@ class TextModel:
 class ModelFacts:
     """The facts in the config and the tokenizer of a model that writes text; no weight is read yet."""
 
-    path: Path
-    config: CepeConfig | DecoderConfig
+    source: Source
+    config: CepeConfig | DecoderConfig  # the source's, unless a caller wants another over the same tensors
     tokenizer: Tokenizer
     window: int | None
     stop_ids: tuple[int, ...]
@@ -223,7 +223,7 @@ class ModelFacts:
         return self.config.decoder if isinstance(self.config, CepeConfig) else self.config
 
     def load(self, dtype: Dtype) -> TextModel:
-        model = huggingface.load(self.path, Compute(dtype), config=self.config)
+        model = build(self.config, Compute(dtype), self.source.read)
         return TextModel(model, self.tokenizer, self.window, self.stop_ids, self.cache)
 
 
@@ -254,8 +254,8 @@ def read_facts(
     cache: CacheConfig = FULL,
 ) -> ModelFacts:
     """Return the facts of the model at `path`, settings as of `load`; ValueError for what cannot be loaded."""
-    path = Path(path)
-    config = huggingface.read_config(path)
+    source = open_model(path)
+    config = source.config
     if isinstance(config, EncoderConfig):
         raise ValueError(f"{path} is an encoder, which writes no text: give a CEPE model or a decoder")
     read = tokenizer if isinstance(tokenizer, Tokenizer) else Tokenizer(path if tokenizer is None else tokenizer)
@@ -268,7 +268,7 @@ def read_facts(
                 f"{read.path} has {read.vocab_size} ids and the {name} of {path} knows {part.vocab_size}: it is "
                 f"another model's tokenizer, give this one's"
             )
-    positions = facts_at(path).get("max_position_embeddings")
+    positions = source.facts.get("max_position_embeddings")
     if cache.bounded:
         if window is not None:
             raise ValueError(f"window is {window}: a {cache.kind} cache reads texts of any length, give cache.window")
@@ -277,7 +277,7 @@ def read_facts(
     elif window < 2 or (positions is not None and window > positions):
         most = "" if positions is None else f", and at most {positions}, what {path} was trained for"
         raise ValueError(f"window is {window}: give 2 or more{most}")
-    return ModelFacts(path, config, read, window, _stop_ids(path, read), cache.of(positions))
+    return ModelFacts(source, config, read, window, _stop_ids(source, read), cache.of(positions))
 
 
 def load(
@@ -296,13 +296,13 @@ def load(
     return read_facts(path, tokenizer, window, cache).load(dtype)
 
 
-def _stop_ids(path: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
+def _stop_ids(source: Source, tokenizer: Tokenizer) -> tuple[int, ...]:
     """Return the end of sequence, and the ids that end a text by generation_config.json, or config.json without it."""
-    where = path / "generation_config.json"
+    where = source.path / "generation_config.json"
     if where.exists():
         setting = read_json(where).get("eos_token_id")
     else:
-        where, setting = path / "config.json", facts_at(path).get("eos_token_id")
+        where, setting = source.path / "config.json", source.facts.get("eos_token_id")
     ends = setting if isinstance(setting, list) else [] if setting is None else [setting]
     if not all(type(i) is int and i >= 0 for i in ends):
         raise ValueError(f"{where}: eos_token_id is {setting!r}: give an id, or a list of ids")

@@ -12,25 +12,13 @@ from cepe_jax.config import FLOAT32, CepeConfig, Compute, CrossLayers, EncoderCo
 from cepe_jax.model.cache import Cache
 from cepe_jax.model.cross import CrossAttention, Memory
 from cepe_jax.model.encoder import Encoder
-from cepe_jax.model.layers import RMSNorm, normal
+from cepe_jax.model.layers import normal
 from cepe_jax.model.llama import Llama
-from cepe_jax.sharding import constrain, is_variable, split_axes
+from cepe_jax.model.parts import Frozen, Parts, held_as
+from cepe_jax.sharding import constrain, split_axes
 
 Array = jax.Array
 CrossInit = Literal["copy", "zero", "normal"]
-
-
-class Frozen(nnx.Variable):
-    """A weight that does not train. It is no nnx.Param, so what selects these leaves it out."""
-
-
-def held_as(kind: type[nnx.Variable], module):
-    """The module with every Variable of this kind, over the same arrays."""
-
-    def held(leaf: nnx.Variable) -> nnx.Variable:
-        return leaf if type(leaf) is kind else kind.from_metadata(leaf.get_raw_value(), leaf.get_metadata())
-
-    return jax.tree.map(held, module, is_leaf=is_variable)
 
 
 def cross_from_self_attention(
@@ -45,28 +33,25 @@ def cross_from_self_attention(
     E, D = encoder.width, decoder.config.width
     if E > D:
         raise ValueError(f"encoder width {E} exceeds decoder width {D}: cross-attention cannot start as a copy")
-    layers = layers.of(decoder.config.num_layers)
-    chosen = layers.indices(decoder.config.num_layers)
+    cross = CrossAttention(CepeConfig(decoder.config, encoder, layers), key=key)
+    chosen = cross.layers.indices(decoder.config.num_layers)
     chosen = slice(chosen.start, chosen.stop, chosen.step)
     # Copies: what trains is donated, and must not share a buffer with what is frozen.
     stack = held_as(nnx.Param, decoder.layers)
     stack = jax.tree.map(lambda a: jnp.array(a[chosen], jnp.float32, copy=True), stack)
-    attention = stack.attention
-    norm = RMSNorm((layers.count, D), decoder.config.norm_eps, ("layer", "embed"))
-    norm.scale = stack.mlp_norm.scale
-    memory_axes = ("layer", "embed", "kv_heads", "head_dim")
+    cross.norm.scale, attention = stack.mlp_norm.scale, stack.attention
+    cross.q = attention.q
+    cross.k, cross.v = (own.replace(copied[:, :E]) for own, copied in ((cross.k, attention.k), (cross.v, attention.v)))
     match init:
         case "copy":
-            o = attention.o
+            cross.o = attention.o
         case "zero":
-            o = jax.tree.map(jnp.zeros_like, attention.o)
+            cross.o = jax.tree.map(jnp.zeros_like, attention.o)
         case "normal":
-            o = normal(key, attention.o.shape, 0.02, attention.o.get_metadata()["axes"])
+            cross.o = normal(key, attention.o.shape, 0.02, attention.o.get_metadata()["axes"])
         case _:
             raise ValueError(f"cross-attention init {init!r}: choose copy, zero or normal")
-    k = nnx.Param(attention.k[:, :E], axes=memory_axes)
-    v = nnx.Param(attention.v[:, :E], axes=memory_axes)
-    return CrossAttention(norm, attention.q, k, v, o, layers)
+    return cross
 
 
 def encoder_from_decoder(decoder: Llama, config: EncoderConfig, compute: Compute = FLOAT32, *, key: Array) -> Encoder:
@@ -103,6 +88,24 @@ class Cepe(nnx.Module):
         self.decoder, self.encoder, self.cross = decoder, encoder, cross
         for name in frozen:
             setattr(self, name, held_as(Frozen, getattr(self, name)))
+
+    @classmethod
+    def create(cls, config: CepeConfig, compute: Compute = FLOAT32, *, key: Array) -> "Cepe":
+        """Return a CEPE with random weights."""
+        decoder, encoder, cross = jax.random.split(key, 3)
+        return cls(
+            Llama(config.decoder, compute, key=decoder),
+            Encoder(config.encoder, compute, key=encoder),
+            CrossAttention(config, key=cross),
+        )
+
+    @property
+    def parts(self) -> Parts:
+        return {"cross": self.cross, "decoder": self.decoder, "encoder": self.encoder}
+
+    @classmethod
+    def from_parts(cls, parts: Parts) -> "Cepe":
+        return cls(**parts, frozen=())
 
     @property
     def config(self) -> CepeConfig:
@@ -178,34 +181,3 @@ def chunk_positions(num_chunks: int, distinct: int, width: int) -> np.ndarray:
     numbers_C1 = np.minimum(np.arange(num_chunks)[::-1, None], distinct - 1)
     angles_CE = numbers_C1 * 10_000.0 ** (-np.arange(0, width, 2) / width)
     return np.concatenate([np.sin(angles_CE), np.cos(angles_CE)], axis=1)[:, :width].astype(np.float32)
-
-
-Parts = dict[str, nnx.Module]
-
-
-def parts_of(model: Cepe | Llama | Encoder) -> Parts:
-    """The model's top-level parts by name: what trains is chosen among these names."""
-    match model:
-        case Cepe():
-            return {"cross": model.cross, "decoder": model.decoder, "encoder": model.encoder}
-        case Llama():
-            return {"decoder": model}
-        case Encoder():
-            return {"encoder": model}
-
-
-def assemble(parts: Parts) -> Cepe | Llama | Encoder:
-    """The model of these parts, what is frozen in them and what trains; the inverse of `parts_of`."""
-    return Cepe(**parts, frozen=()) if "cross" in parts else next(iter(parts.values()))
-
-
-def split(model: Cepe | Llama | Encoder, train: tuple[str, ...]) -> tuple[Parts, Parts]:
-    """(trainable, frozen): every leaf is in exactly one, as an nnx.Param or as `Frozen`.
-
-    `jax.grad` over the first is the whole gradient mask.
-    """
-    parts = parts_of(model)
-    if unknown := set(train) - set(parts):
-        raise ValueError(f"cannot train {', '.join(sorted(unknown))}: this model has {', '.join(parts)}")
-    trainable = {name: held_as(nnx.Param, part) for name, part in parts.items() if name in train}
-    return trainable, {name: held_as(Frozen, part) for name, part in parts.items() if name not in train}

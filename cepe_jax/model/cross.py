@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from cepe_jax.config import Backend, CrossLayers
+from cepe_jax.config import Backend, CepeConfig
 from cepe_jax.cost import read_flops
 from cepe_jax.model.attention import (
     Mask,
@@ -22,7 +22,7 @@ from cepe_jax.model.attention import (
     merge,
     splash_partial,
 )
-from cepe_jax.model.layers import RMSNorm, project
+from cepe_jax.model.layers import RMSNorm, normal, project
 from cepe_jax.sharding import on_shards, rows_of_a_device, split_axes
 
 Array = jax.Array
@@ -52,8 +52,16 @@ class CrossAttention(nnx.Module):
     query and the value projection after the sum, so that no key or value of the memory exists: q (W_k m) = (q W_k) m.
     """
 
-    def __init__(self, norm: RMSNorm, q: nnx.Param, k: nnx.Param, v: nnx.Param, o: nnx.Param, layers: CrossLayers):
-        self.norm, self.q, self.k, self.v, self.o, self.layers = norm, q, k, v, o, layers
+    def __init__(self, config: CepeConfig, *, key: Array):
+        decoder, self.layers = config.decoder, config.cross_layers
+        Z, E, D, N = self.layers.count, config.encoder.width, decoder.width, decoder.num_heads
+        K, H = decoder.num_kv_heads, decoder.head_dim
+        q, k, v, o = jax.random.split(key, 4)
+        self.norm = RMSNorm((Z, D), decoder.norm_eps, ("layer", "embed"))
+        self.q = normal(q, (Z, D, N, H), D**-0.5, ("layer", "embed", "heads", "head_dim"))
+        self.k = normal(k, (Z, E, K, H), E**-0.5, ("layer", "embed", "kv_heads", "head_dim"))
+        self.v = normal(v, (Z, E, K, H), E**-0.5, ("layer", "embed", "kv_heads", "head_dim"))
+        self.o = normal(o, (Z, N, H, D), (2 * Z * N * H) ** -0.5, ("layer", "heads", "head_dim", "embed"))
 
     def __call__(self, x_BTD: Array, memory: Memory, backend: Backend, differentiable: bool = True) -> Array:
         """Return the values to add to x; they are zero in rows whose memory is wholly masked.

@@ -11,6 +11,7 @@ from cepe_jax.config import FLOAT32, Compute, EncoderConfig
 from cepe_jax.model.attention import Mask, resolved
 from cepe_jax.model.layers import Block, RMSNorm, embed, normal, project
 from cepe_jax.model.llama import scan_layers
+from cepe_jax.model.parts import Parts
 from cepe_jax.model.rope import rope_table
 from cepe_jax.sharding import constrain
 
@@ -29,6 +30,8 @@ class MLMHead(nnx.Module):
 
 
 class Encoder(nnx.Module):
+    """The encoder (paper, section 3.1), with its MLM head if the config has one."""
+
     def __init__(self, config: EncoderConfig, compute: Compute = FLOAT32, *, key: Array):
         self.config, self.compute = config, resolved(compute, config.head_dim)
         embedding, layers, head = jax.random.split(key, 3)
@@ -52,6 +55,14 @@ class Encoder(nnx.Module):
         x_BLE = constrain(embed(self.embed, tokens_BL, compute.dtype), "batch", "length", "embed")
         x_BLE, _ = scan_layers(compute.remat.encoder, layer, x_BLE, self.layers)
         return self.norm(x_BLE)
+
+    @property
+    def parts(self) -> Parts:
+        return {"encoder": self}
+
+    @classmethod
+    def from_parts(cls, parts: Parts) -> "Encoder":
+        return parts["encoder"]
 
     def mlm_logits(self, hidden_BLE: Array) -> Array:
         """Logits (B, L, V) in fp32 of the masked tokens, from what the encoder returns."""

@@ -13,6 +13,7 @@ from cepe_jax.model.attention import Mask, resolved
 from cepe_jax.model.cache import Cache
 from cepe_jax.model.cross import CrossAttention, Memory
 from cepe_jax.model.layers import Block, RMSNorm, at, cut, embed, joined, normal
+from cepe_jax.model.parts import Parts
 from cepe_jax.model.rope import rope_table
 from cepe_jax.sharding import constrain
 
@@ -70,6 +71,14 @@ class Llama(nnx.Module):
     def decoder(self) -> "Llama":
         """The model itself, so that every model that generates has a decoder."""
         return self
+
+    @property
+    def parts(self) -> Parts:
+        return {"decoder": self}
+
+    @classmethod
+    def from_parts(cls, parts: Parts) -> "Llama":
+        return parts["decoder"]
 
     def decode(
         self,

@@ -8,31 +8,32 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
-from cepe_jax.config import CepeConfig
 from cepe_jax.cost import CHIPS, Chip, chip_of, gib
+from cepe_jax.data.loader import Sequences
 from cepe_jax.sharding import abstract_mesh, shardings_of
 from cepe_jax.training.settings import (
     TrainConfig,
     compute_of,
-    flops_of,
     mesh_of,
     tokens_of_step,
     trained_parts,
 )
-from cepe_jax.weights.tensors import Config, abstract_parts
+from cepe_jax.training.stages import STAGES
+from cepe_jax.weights.build import abstract_parts
+from cepe_jax.weights.kinds import Config
 
 USUAL_MFU = 0.4  # of a run that goes well
 
 
-def forecast(config: TrainConfig, sizes: Config, taught: bool) -> Iterator[str]:
-    """Yield what sizes alone say: parameters, tokens, FLOPs, chip hours and memory; then the devices.
+def forecast(config: TrainConfig, sizes: Config, sources: Sequence[Sequences]) -> Iterator[str]:
+    """Yield lines on parameters, tokens, FLOPs, chip hours and memory, which sizes alone say; then on the devices.
 
-    `taught`: a teacher's probabilities are in the data. ValueError, after the price, where the mesh does not divide the
+    `sources` are the data, as far as they are at hand. ValueError, after the price, where the mesh does not divide the
     batch or the model, or the attention does not take it. The mesh's devices need not be at hand.
     """
     counts = {name: sum(x.size for x in jax.tree.leaves(part)) for name, part in abstract_parts(sizes).items()}
     trained = sum(count for name, count in counts.items() if name in trained_parts(config))
-    vocabulary = (sizes.decoder if isinstance(sizes, CepeConfig) else sizes).vocab_size
+    vocabulary = getattr(sizes, "decoder", sizes).vocab_size
     frozen = sum(counts.values()) - trained
     yield f"{config.stage}: {trained:,} parameters train, {frozen:,} are frozen, vocabulary of {vocabulary:,}"
     here, kind = jax.device_count(), jax.devices()[0].device_kind
@@ -43,7 +44,7 @@ def forecast(config: TrainConfig, sizes: Config, taught: bool) -> Iterator[str]:
         batch_size=config.batch_size,
         tokens=tokens,
         counted="windows" if tokens == config.batch_size * config.examples.window else "contexts and windows",
-        flops=config.batch_size * flops_of(config, sizes, taught).train,
+        flops=config.batch_size * STAGES[config.stage].flops(config, sizes, sources).train,
         devices=mesh.size,
         chips={kind: chip} if (chip := chip_of(kind)) else CHIPS,
     )

@@ -8,8 +8,8 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from cepe_jax.model.cepe import Parts, assemble
-from cepe_jax.training.objectives import Batch
+from cepe_jax.model.parts import Model, Parts
+from cepe_jax.training.objectives import Batch, Objective
 from cepe_jax.training.trainer import sum_over_rows
 
 
@@ -31,11 +31,18 @@ class HeldOut:
     A batch is taken in `accumulate` micro-batches, as in training.
     """
 
-    def __init__(self, objective, frozen: Parts, batches: Sequence[Batch], accumulate: int = 1):
+    def __init__(
+        self,
+        objective: Objective,
+        model: type[Model],
+        frozen: Parts,
+        batches: Sequence[Batch],
+        accumulate: int = 1,
+    ):
         @jax.jit
         def terms_of(trainable: Parts, frozen: Parts, batch: Batch, weights):
             def terms(rows):
-                loss, terms = objective(assemble(trainable | frozen), rows, weights)
+                loss, terms = objective(model.from_parts(trainable | frozen), rows, weights)
                 return terms | {"loss": loss}
 
             return sum_over_rows(terms, batch, accumulate)

@@ -1,16 +1,13 @@
-"""What training minimises. Logits exist for one chunk of positions at a time, forward and backward.
-
-An objective is called as `objective(model, batch, weights)` and returns the loss and its terms. `weights` is
-`objective.weights(whole_batch)`, so the losses of a batch's micro-batches add up to the loss of the batch.
-"""
+"""The objectives of training. Logits exist for one chunk of positions at a time, forward and backward."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 
-from cepe_jax.data.examples import IGNORE
+from cepe_jax.data.examples import IGNORE, Example
 from cepe_jax.model.cepe import Cepe
 from cepe_jax.model.encoder import Encoder
 from cepe_jax.model.layers import cut, joined
@@ -18,7 +15,22 @@ from cepe_jax.model.llama import Llama
 from cepe_jax.model.logits import token_nll
 
 Array = jax.Array
-Batch = dict[str, Array]
+Batch = Example  # with an axis of rows (B) before the others
+
+
+class Objective(Protocol):
+    """A loss of a model over a batch, which may be taken in micro-batches."""
+
+    def weights(self, batch: Batch) -> dict[str, Array]:
+        """Return the weight of a whole batch for each term: the number of values that the term is a mean of."""
+        ...
+
+    def __call__(self, model, batch: Batch, weights: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
+        """Return the share of these rows in the loss, and in each of its terms.
+
+        `weights` are those of the whole batch, so the shares of a batch's micro-batches add up to its loss.
+        """
+        ...
 
 
 def sum_over_chunks(terms: Callable, chunk: int, hidden_BTD: Array, *arrays_BT: tuple[Array, float]):
@@ -36,9 +48,9 @@ def sum_over_chunks(terms: Callable, chunk: int, hidden_BTD: Array, *arrays_BT: 
 
 
 def hidden_states(model: Cepe | Llama, batch: Batch) -> Array:
-    """The decoder's (B, T, D) for a batch, with its context where the model reads one."""
-    memory = None if isinstance(model, Llama) else model.encode(batch["context"], batch.get("context_mask"))
-    return model.decode(batch["tokens"], memory, token_mask_BT=batch.get("token_mask"))[0]
+    """Return the decoder's (B, T, D) for a batch, with its context if it has one."""
+    memory = model.encode(batch["context"], batch["context_mask"]) if "context" in batch else None
+    return model.decode(batch["tokens"], memory)[0]
 
 
 def _mean(total: Array, weight: Array) -> Array:
@@ -80,8 +92,8 @@ class MaskedLM:
         def terms(hidden_BLE, labels_BL):
             return token_nll(logits(hidden_BLE), labels_BL).sum()
 
-        hidden_BLE = model(batch["tokens"], batch.get("token_mask"))
-        nll = _mean(sum_over_chunks(terms, self.loss_chunk, hidden_BLE, (batch["labels"], IGNORE)), weights["nll"])
+        total = sum_over_chunks(terms, self.loss_chunk, model(batch["tokens"]), (batch["labels"], IGNORE))
+        nll = _mean(total, weights["nll"])
         return nll, {"nll": nll}
 
 
@@ -109,7 +121,7 @@ def teacher_top(decoder: Llama, tokens_BS: Array, window: int, top_k: int, chunk
 
 @dataclass(frozen=True)
 class DistillConfig:
-    """What CEPED's loss weighs, and what of the teacher it reads."""
+    """The weights of CEPED's loss, and the part of the teacher's probabilities that it reads."""
 
     nll_weight: float = 1.0  # of the next token's cross entropy
     kl_weight: float = 2.0
@@ -125,7 +137,7 @@ class DistillConfig:
 
 
 @dataclass(frozen=True)
-class Distill(DistillConfig):
+class Distill:
     """CEPED: next-token cross entropy plus KL(teacher || student) over the teacher's top K tokens (section 3.3).
 
     The batch has `teacher_index` (B, n, K) and `teacher_prob` (B, n, K + 1), the last entry the rest's mass, for the
@@ -135,6 +147,7 @@ class Distill(DistillConfig):
     distributions' K + 1 entries.
     """
 
+    config: DistillConfig
     loss_chunk: int = 0
 
     def weights(self, batch: Batch) -> dict[str, Array]:
@@ -145,7 +158,7 @@ class Distill(DistillConfig):
         if "teacher_index" not in batch:
             B, T = batch["tokens"].shape
             tokens_BS = jnp.concatenate([batch["context"].reshape(B, -1), batch["tokens"]], axis=1)
-            batch = batch | teacher_top(model.decoder, tokens_BS, T, self.top_k, self.loss_chunk)
+            batch = batch | teacher_top(model.decoder, tokens_BS, T, self.config.top_k, self.loss_chunk)
 
         unembed = model.decoder.unembedding()
 
@@ -161,16 +174,16 @@ class Distill(DistillConfig):
         per_position = (batch["labels"], IGNORE), (prob_BTK, 0), (index_BTK, 0), (taught_BT, False)
         nll, kl = sum_over_chunks(terms, self.loss_chunk, hidden_states(model, batch), *per_position)
         nll, kl = _mean(nll, weights["nll"]), _mean(kl, weights["kl"])
-        return self.nll_weight * nll + self.kl_weight * kl, {"nll": nll, "kl": kl}
+        return self.config.nll_weight * nll + self.config.kl_weight * kl, {"nll": nll, "kl": kl}
 
     def _kl(self, log_student_BTV: Array, teacher_BTK: Array, index_BTK: Array) -> Array:
         log_student = jnp.take_along_axis(log_student_BTV, index_BTK, axis=-1)
-        if self.smooth:
+        if self.config.smooth:
             student = jnp.exp(log_student)
             student = jnp.concatenate([student, 1 - student.sum(axis=-1, keepdims=True)], axis=-1)
             entries = teacher_BTK.shape[-1]
-            teacher_BTK = (teacher_BTK + self.smooth) / (1 + self.smooth * entries)
-            log_student = jnp.log((student + self.smooth) / (1 + self.smooth * entries))
+            teacher_BTK = (teacher_BTK + self.config.smooth) / (1 + self.config.smooth * entries)
+            log_student = jnp.log((student + self.config.smooth) / (1 + self.config.smooth * entries))
         else:
             teacher_BTK = teacher_BTK[..., :-1]
         log_teacher = jnp.log(jnp.where(teacher_BTK > 0, teacher_BTK, 1.0))

@@ -1,4 +1,4 @@
-"""A stage of training as one configuration, and what follows from it alone: mesh, sizes, objective, FLOPs."""
+"""The settings of a run of training, and what follows from them alone: mesh, model, examples, identity."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -7,31 +7,18 @@ from typing import Literal
 
 from etils import epath
 
-from cepe_jax.config import (
-    DECODERS,
-    ENCODERS,
-    Backend,
-    CepeConfig,
-    Compute,
-    CrossLayers,
-    DecoderConfig,
-    Dtype,
-    EncoderConfig,
-    RematConfig,
-    preset,
-)
-from cepe_jax.cost import Flops, cepe_flops, decoder_flops, encoder_flops, teacher_flops
+from cepe_jax.config import Backend, Compute, CrossLayers, Dtype, RematConfig
 from cepe_jax.data.examples import ExampleConfig
-from cepe_jax.data.loader import Stage
+from cepe_jax.data.recipes import Recipe
 from cepe_jax.distributed import DistributedConfig
 from cepe_jax.model.attention import native_backend
 from cepe_jax.model.cepe import CrossInit
 from cepe_jax.training.heldout import EvalConfig
-from cepe_jax.training.objectives import Distill, DistillConfig, MaskedLM, NextToken
+from cepe_jax.training.objectives import DistillConfig
 from cepe_jax.training.optimizer import OptimizerConfig
+from cepe_jax.training.stages import STAGES, Start
 from cepe_jax.training.trainer import Run
-from cepe_jax.weights.huggingface import read_config
-from cepe_jax.weights.tensors import Config
+from cepe_jax.weights.kinds import Config
 
 
 @dataclass(frozen=True)
@@ -54,7 +41,7 @@ class MeshConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    stage: Stage  # lm: a decoder from scratch; mlm: an encoder; warmup, cepe and ceped: as in the paper
+    stage: str  # lm: a decoder from scratch; mlm: an encoder; warmup, cepe and ceped: as in the paper
     data: Path  # a dataset of sequences, or the directory of those that `mix` names
     out: epath.Path  # gets checkpoints/, metrics.jsonl, config.json, and at the end model/; may be gs://bucket/...
     steps: int
@@ -87,23 +74,23 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self):
-        needs = {"lm": [["decoder"]], "mlm": [["encoder"], ["decoder", "encoder"]]}.get(
-            self.stage, [["cepe"], ["decoder", "encoder"]]
-        )
-        given = [name for name in ("decoder", "encoder", "cepe") if getattr(self, name)]
-        if given not in needs:
-            wanted = " or ".join(" and ".join(names) for names in needs)
+        if self.stage not in STAGES:
+            raise ValueError(f"stage is {self.stage}: choose one of {', '.join(STAGES)}")
+        stage = STAGES[self.stage]
+        given = models_given(self)
+        if given not in [start.models for start in stage.starts]:
+            wanted = " or ".join(" and ".join(start.models) for start in stage.starts)
             raise ValueError(f"stage {self.stage} starts from {wanted}; given: {' and '.join(given) or 'none of them'}")
-        if needs == [["cepe"], ["decoder", "encoder"]] and not self.train:
+        if stage.trains is None and not self.train:
             raise ValueError("train is empty: name encoder, cross or decoder")
-        if given != ["decoder", "encoder"] or self.stage == "mlm":
-            for name in ("cross_layers", "cross_init", "chunk_positions"):
-                if getattr(self, name) != TrainConfig.__dataclass_fields__[name].default:
-                    raise ValueError(f"{name} is for a start from decoder and encoder: leave it out")
-        if (self.distill is not None) != (self.stage == "ceped"):
-            raise ValueError(f"stage is {self.stage}: distill is the loss of stage ceped, give both or neither")
-        if self.stage == "ceped" and self.examples.foreign_rate:
-            raise ValueError("foreign_rate is not for stage ceped: its teacher reads what stands before the window")
+        readers = [reader for of_table in STAGES.values() for reader in (of_table, *of_table.starts)]
+        read = stage.settings + start_of(self).settings
+        for name in sorted({name for reader in readers for name in reader.settings}):
+            if name not in read and getattr(self, name) != TrainConfig.__dataclass_fields__[name].default:
+                raise ValueError(f"{name} is not read in stage {self.stage} from {' and '.join(given)}: leave it out")
+            if name in read and getattr(self, name) is None:
+                raise ValueError(f"stage {self.stage} needs {name}: give it")
+        recipe_of(self)
         if any(weight <= 0 for weight in self.mix.values()):
             raise ValueError(f"mix is {self.mix}: give weights above 0")
         for name in ("micro_batch", "loss_chunk", "mlp_chunk"):
@@ -119,14 +106,14 @@ def run_of(config: TrainConfig) -> Run:
 
 
 def mesh_of(config: TrainConfig, devices: int) -> MeshConfig:
-    """The mesh over all devices; ValueError where they do not divide, or the batch does not over them."""
+    """Return the mesh over all devices; ValueError if they do not divide, or the batch does not over them."""
     mesh = config.mesh.over(devices)
     micro_batches(config, mesh.data * mesh.fsdp)
     return mesh
 
 
 def micro_batches(config: TrainConfig, shares: int) -> int:
-    """Into how many micro-batches a step's batch falls, where it is cut into `shares`."""
+    """Return the number of micro-batches of a step's batch, if it is cut into `shares`."""
     rows = shares * (config.micro_batch or 1)
     if config.batch_size % rows:
         raise ValueError(
@@ -142,74 +129,41 @@ def compute_of(config: TrainConfig, platform: str) -> Compute:
     return Compute(config.dtype, attention, config.remat, config.mlp_chunk)
 
 
+def models_given(config: TrainConfig) -> tuple[str, ...]:
+    """Return the settings that name models and have a value."""
+    return tuple(name for name in ("decoder", "encoder", "cepe") if getattr(config, name))
+
+
+def start_of(config: TrainConfig) -> Start:
+    return next(start for start in STAGES[config.stage].starts if start.models == models_given(config))
+
+
 def sizes_of(config: TrainConfig, vocab_size: int | None = None) -> Config:
-    """The config of the stage's model, nothing loaded.
+    """Return the config of the run's model; no weight is read.
 
     `vocab_size` is the tokenizer's. Without it a preset of a decoder has its own, and one of an encoder its decoder's.
     """
-
-    def part(name: str, presets: dict, vocab_size: int | None):
-        start = getattr(config, name)
-        if Path(start).is_dir():
-            return read_config(start)
-        sizes = preset(presets, start)
-        return sizes if vocab_size is None else dataclasses.replace(sizes, vocab_size=vocab_size)
-
-    if config.cepe:
-        return read_config(config.cepe)
-    decoder = part("decoder", DECODERS, vocab_size) if config.decoder else None
-    if config.stage == "lm":
-        return decoder
-    ids = vocab_size or (decoder and decoder.vocab_size)
-    encoder = part("encoder", ENCODERS, ids and ids + 1)
-    if config.stage == "mlm":
-        return dataclasses.replace(encoder, mlm_head=True)
-    return CepeConfig(decoder, of_a_cepe(encoder, config), config.cross_layers)
+    return start_of(config).config(config, vocab_size)
 
 
-def of_a_cepe(encoder: EncoderConfig, config: TrainConfig) -> EncoderConfig:
-    """Return the config of the encoder in the CEPE that a run builds from it."""
-    return dataclasses.replace(encoder, mlm_head=False, chunk_positions=config.chunk_positions)
+def recipe_of(config: TrainConfig) -> Recipe:
+    return STAGES[config.stage].recipe(config.examples)
 
 
 def trained_parts(config: TrainConfig) -> tuple[str, ...]:
-    return {"lm": ("decoder",), "mlm": ("encoder",)}.get(config.stage, config.train)
-
-
-def flops_of(config: TrainConfig, sizes: Config, taught: bool = False) -> Flops:
-    """Of one sequence of the stage. `taught`: a teacher's probabilities are in the data."""
-    shape = config.examples.window, config.examples.num_chunks, config.examples.chunk_length
-    match sizes:
-        case DecoderConfig():
-            return decoder_flops(sizes, config.examples.window)
-        case EncoderConfig():
-            return encoder_flops(sizes, 1, config.examples.window)
-    flops = cepe_flops(sizes, *shape, config.train)
-    if config.stage != "ceped" or taught:
-        return flops
-    return dataclasses.replace(flops, ahead=flops.ahead + teacher_flops(sizes.decoder, shape[0], shape[1] * shape[2]))
-
-
-def objective_of(config: TrainConfig) -> NextToken | MaskedLM | Distill:
-    match config.stage:
-        case "mlm":
-            return MaskedLM(config.loss_chunk)
-        case "ceped":
-            return Distill(**vars(config.distill), loss_chunk=config.loss_chunk)
-    return NextToken(config.loss_chunk)
+    return STAGES[config.stage].trains or config.train
 
 
 def tokens_of_step(config: TrainConfig) -> int:
-    """Tokens of the data that a step reads: windows, and the contexts before them.
+    """Return how many tokens of the data a step reads: windows, and the contexts before them.
 
     A warm-up's context is its window once more, and not counted, as in the paper.
     """
-    examples = config.examples
-    return config.batch_size * (examples.span if config.stage in ("cepe", "ceped") else examples.window)
+    return config.batch_size * recipe_of(config).size(None)
 
 
 def run_identity(resolved: dict) -> dict:
-    """What two configurations must share for one to go on where the other stopped: all but places and pace.
+    """Return the settings that two runs must share for one to go on where the other stopped: all but places and pace.
 
     The contents of the places are compared instead. Pace may change the last bits of what follows, as another number
     of devices does; it is what lets a run go on where there are others.

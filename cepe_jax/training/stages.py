@@ -1,300 +1,228 @@
-"""A stage of training from its start to its model: what is loaded, what trains, on which examples."""
+"""The stages of training as one table: where each starts, what trains, on which examples, towards which loss.
 
-import contextlib
+A stage of one's own is one more row of `STAGES`. Everything else goes by the rows; nothing compares their names.
+"""
+
 import dataclasses
-import json
-import sys
-from collections.abc import Iterator, Sequence
-from importlib.util import find_spec
-from itertools import islice
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
-from cepe_jax.cli import STOPPED
-from cepe_jax.config import DECODERS, ENCODERS, Compute, preset
-from cepe_jax.cost import peak_flops
-from cepe_jax.data.examples import TEACHER
-from cepe_jax.data.loader import Sequences, batches, examples, names_in, open_mix
-from cepe_jax.data.records import NoDataset
-from cepe_jax.data.tokenizer import Tokenizer, file_in
-from cepe_jax.devices import describe
-from cepe_jax.directories import is_remote, write_json
-from cepe_jax.distributed import connected, first_says, is_first, meet
-from cepe_jax.identity import as_json, as_of, refuse_another_run
-from cepe_jax.model.cepe import (
-    Cepe,
-    assemble,
-    cross_from_self_attention,
-    encoder_from_decoder,
-    parts_of,
-    split,
+from cepe_jax.config import DECODERS, ENCODERS, CepeConfig, Compute, DecoderConfig, EncoderConfig, preset
+from cepe_jax.cost import Flops, cepe_flops, decoder_flops, encoder_flops, teacher_flops
+from cepe_jax.data.examples import ExampleConfig
+from cepe_jax.data.loader import Sequences
+from cepe_jax.data.recipes import (
+    DuplicatedWindows,
+    MaskedWindows,
+    Recipe,
+    TaughtWindows,
+    Windows,
+    WindowsInContext,
 )
+from cepe_jax.model.cepe import Cepe, cross_from_self_attention, encoder_from_decoder
 from cepe_jax.model.encoder import Encoder
 from cepe_jax.model.llama import Llama
-from cepe_jax.sharding import make_mesh, place_batch, rows_of, shardings_of
-from cepe_jax.training.forecast import epochs, forecast
-from cepe_jax.training.heldout import HeldOut
-from cepe_jax.training.logs import StepFacts
-from cepe_jax.training.settings import (
-    TrainConfig,
-    compute_of,
-    flops_of,
-    mesh_of,
-    micro_batches,
-    objective_of,
-    of_a_cepe,
-    run_identity,
-    run_of,
-    sizes_of,
-    tokens_of_step,
-    trained_parts,
-)
-from cepe_jax.training.trainer import init_state, make_train_step, train
-from cepe_jax.weights.checkpoint import Checkpoints, any_in, digests_of
-from cepe_jax.weights.directory import check_positions, save
-from cepe_jax.weights.huggingface import load, read_config
-from cepe_jax.weights.tensors import abstract_parts
+from cepe_jax.model.parts import Model
+from cepe_jax.sharding import shardings_of
+from cepe_jax.training.objectives import Distill, MaskedLM, NextToken, Objective
+from cepe_jax.weights.kinds import Config, kind_of
+from cepe_jax.weights.source import check_positions, load, open_model
+
+log = logging.getLogger(__name__)
+
+Settings = Any  # a TrainConfig, which this table checks and which is therefore declared after it
 
 
-def starting_model(config: TrainConfig, compute: Compute, vocab_size: int) -> Cepe | Llama | Encoder:
-    """The model of the stage before its first step: presets are initialised at random, directories loaded.
+@dataclass(frozen=True)
+class Start:
+    """A way to begin: the model before the first step."""
 
-    `vocab_size` is the tokenizer's; an encoder has one more id, the mask. The parts that train are float32.
-    """
-    key = jax.random.key(config.seed)
-    for name, presets in (("decoder", DECODERS), ("encoder", ENCODERS)):
-        if (start := getattr(config, name)) and not Path(start).is_dir():
-            preset(presets, start)
-    match config.stage:
-        case "lm" if config.decoder in DECODERS:
-            sizes = dataclasses.replace(DECODERS[config.decoder], vocab_size=vocab_size)
-            return born_sharded(lambda key: Llama(sizes, compute, key=key), key)
-        case "lm":
-            return load(config.decoder, compute, trained_parts(config))
-        case "mlm" if config.encoder in ENCODERS:
-            sizes = dataclasses.replace(ENCODERS[config.encoder], vocab_size=vocab_size + 1, mlm_head=True)
-            if config.decoder:
-                decoder = load(config.decoder)
-                return born_sharded(
-                    lambda key, decoder: encoder_from_decoder(decoder, sizes, compute, key=key), key, decoder
-                )
-            return born_sharded(lambda key: Encoder(sizes, compute, key=key), key)
-        case "mlm":
-            return load(config.encoder, compute, trained_parts(config))
-    if config.cepe:
-        return load(config.cepe, compute, config.train)
-    decoder = load(config.decoder, compute, tuple({"decoder"} & set(config.train)))
-    if config.encoder in ENCODERS:
-        sizes = of_a_cepe(dataclasses.replace(ENCODERS[config.encoder], vocab_size=vocab_size + 1), config)
-        encoder = born_sharded(lambda key: Encoder(sizes, compute, key=key), key)
-    else:
-        sizes = of_a_cepe(read_config(config.encoder), config)
-        encoder = load(config.encoder, compute, tuple({"encoder"} & set(config.train)), sizes)
-    layers, init = config.cross_layers, config.cross_init
-    cross = born_sharded(
-        lambda key, decoder: cross_from_self_attention(decoder, encoder.config, layers, init, key=key), key, decoder
-    )
-    return Cepe(decoder, encoder, cross)
+    models: tuple[str, ...]  # the settings that name models: these and no others are given
+    config: Callable[[Settings, int | None], Config]  # of the model; the tokenizer's vocabulary size, None = not known
+    model: Callable[[Settings, Config, Compute, tuple[str, ...]], Model]  # of `config`; the last names what trains
+    settings: tuple[str, ...] = ()  # that only such starts read
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage of training."""
+
+    starts: tuple[Start, ...]
+    trains: tuple[str, ...] | None  # the model's parts that train; None = those that the setting `train` names
+    recipe: Callable[[ExampleConfig], Recipe]
+    objective: Callable[[Settings], Objective]
+    flops: Callable[[Settings, Config, Sequence[Sequences]], Flops]  # of one sequence of these sources
+    settings: tuple[str, ...] = ()  # that only such stages read; one without a value must be given
+    more_ids: int = 0  # that examples have beyond the tokenizer's
+    check: Callable[[Settings, Path, Sequence[Sequences]], None] = lambda config, data, sources: None  # refuses data
+
+
+def part_config(name: str, start: str, presets: dict[str, Config], vocab_size: int | None) -> Config:
+    """Return the config of the directory `start`, or of the preset with a vocabulary of this size (None = its own)."""
+    if not Path(start).exists():
+        sizes = preset(presets, start)
+        return sizes if vocab_size is None else dataclasses.replace(sizes, vocab_size=vocab_size)
+    sizes, wanted = open_model(start).config, type(next(iter(presets.values())))
+    if type(sizes) is not wanted:
+        raise ValueError(f"{name} {start} has a {type(sizes).__name__}: give the directory of a plain {name}")
+    return sizes
+
+
+def decoder_config(config: Settings, vocab_size: int | None) -> DecoderConfig:
+    return part_config("decoder", config.decoder, DECODERS, vocab_size)
+
+
+def encoder_config(config: Settings, vocab_size: int | None) -> EncoderConfig:
+    """Return the config of an encoder. A preset has an id more than the tokenizer, or than the decoder: the mask."""
+    if vocab_size is None and config.decoder:
+        vocab_size = decoder_config(config, None).vocab_size
+    return part_config("encoder", config.encoder, ENCODERS, vocab_size and vocab_size + 1)
+
+
+def masked_config(config: Settings, vocab_size: int | None) -> EncoderConfig:
+    return dataclasses.replace(encoder_config(config, vocab_size), mlm_head=True)
+
+
+def spliced_config(config: Settings, vocab_size: int | None) -> CepeConfig:
+    encoder = encoder_config(config, vocab_size)
+    encoder = dataclasses.replace(encoder, mlm_head=False, chunk_positions=config.chunk_positions)
+    return CepeConfig(decoder_config(config, vocab_size), encoder, config.cross_layers)
 
 
 def born_sharded(make, *args):
-    """`make(*args)`, every array created where it belongs on the mesh."""
+    """Return `make(*args)`, every array created where it belongs on the mesh."""
     shardings = shardings_of(jax.eval_shape(make, *args), jax.sharding.get_mesh())
     return jax.jit(make, out_shardings=shardings)(*args)
 
 
-def check_reads_ids(model: Cepe | Llama | Encoder, config: TrainConfig, vocab_size: int) -> None:
-    """Raise ValueError if a part of the model has fewer ids than the tokenizer and, in stage mlm, the mask."""
-    for name in ("decoder", "encoder"):
-        if (part := parts_of(model).get(name)) is None:
-            continue
-        needed = vocab_size + (config.stage == "mlm")
-        if part.config.vocab_size < needed:
-            raise ValueError(
-                f"the {name}'s vocabulary of {part.config.vocab_size} is below the {needed} ids of {config.data}: "
-                f"prepare the data with the model's tokenizer"
-            )
+def part_model(start: str, seed: int, sizes: Config, compute: Compute, master: tuple[str, ...]) -> Model:
+    """Return the model at `start` with this config, or at random if `start` is a preset."""
+    if Path(start).exists():
+        return load(start, compute, master, sizes)
+    create = kind_of(sizes).create
+    return born_sharded(lambda key: create(sizes, compute, key=key), jax.random.key(seed))
 
 
-def is_taught(source: Sequences) -> bool:
-    return source.joined is not None and source.joined.name == TEACHER
+def decoder_model(config: Settings, sizes: DecoderConfig, compute: Compute, master: tuple[str, ...]) -> Llama:
+    return part_model(config.decoder, config.seed, sizes, compute, master)
 
 
-def check_teacher(config: TrainConfig, data: Path, sources: Sequence[Sequences]) -> None:
-    """ValueError where the datasets in `data` are not what the stage's loss reads, or the decoder cannot teach them.
+def encoder_model(config: Settings, sizes: EncoderConfig, compute: Compute, master: tuple[str, ...]) -> Encoder:
+    return part_model(config.encoder, config.seed, sizes, compute, master)
+
+
+def encoder_after_decoder(config: Settings, sizes: EncoderConfig, compute: Compute, master: tuple[str, ...]) -> Encoder:
+    preset(ENCODERS, config.encoder)
+    return born_sharded(
+        lambda key, decoder: encoder_from_decoder(decoder, sizes, compute, key=key),
+        jax.random.key(config.seed),
+        load(config.decoder),
+    )
+
+
+def cepe_model(config: Settings, sizes: CepeConfig, compute: Compute, master: tuple[str, ...]) -> Cepe:
+    return load(config.cepe, compute, master)
+
+
+def spliced_model(config: Settings, sizes: CepeConfig, compute: Compute, master: tuple[str, ...]) -> Cepe:
+    decoder = load(config.decoder, compute, tuple({"decoder"} & set(master)))
+    encoder = part_model(config.encoder, config.seed, sizes.encoder, compute, tuple({"encoder"} & set(master)))
+    layers, init = config.cross_layers, config.cross_init
+    cross = born_sharded(
+        lambda key, decoder: cross_from_self_attention(decoder, sizes.encoder, layers, init, key=key),
+        jax.random.key(config.seed),
+        decoder,
+    )
+    return Cepe(decoder, encoder, cross)
+
+
+DECODER = Start(("decoder",), decoder_config, decoder_model)
+ENCODER = Start(("encoder",), masked_config, encoder_model)
+ENCODER_AFTER_DECODER = Start(("decoder", "encoder"), masked_config, encoder_after_decoder)
+CEPE = Start(("cepe",), lambda config, vocab_size: open_model(config.cepe).config, cepe_model)
+SPLICED = Start(
+    ("decoder", "encoder"), spliced_config, spliced_model, ("cross_layers", "cross_init", "chunk_positions")
+)
+
+
+def next_token(config: Settings) -> NextToken:
+    return NextToken(config.loss_chunk)
+
+
+def lm_flops(config: Settings, sizes: DecoderConfig, sources: Sequence[Sequences]) -> Flops:
+    return decoder_flops(sizes, config.examples.window)
+
+
+def mlm_flops(config: Settings, sizes: EncoderConfig, sources: Sequence[Sequences]) -> Flops:
+    return encoder_flops(sizes, 1, config.examples.window)
+
+
+def context_flops(config: Settings, sizes: CepeConfig, sources: Sequence[Sequences]) -> Flops:
+    examples = config.examples
+    return cepe_flops(sizes, examples.window, examples.num_chunks, examples.chunk_length, config.train)
+
+
+def distill_flops(config: Settings, sizes: CepeConfig, sources: Sequence[Sequences]) -> Flops:
+    """Return those of the student, and of its teacher unless all sources have a teacher's probabilities."""
+    flops, examples = context_flops(config, sizes, sources), config.examples
+    if sources and all(source.joined for source in sources):
+        return flops
+    teacher = teacher_flops(sizes.decoder, examples.window, examples.span - examples.window)
+    return dataclasses.replace(flops, ahead=flops.ahead + teacher)
+
+
+def check_teacher(config: Settings, data: Path, sources: Sequence[Sequences]) -> None:
+    """Raise ValueError if the datasets have another teacher than the loss reads, or the decoder cannot be the teacher.
 
     The teacher's probabilities are in the datasets, or else the decoder that the stage starts from computes them.
     """
-    taught = list(map(is_taught, sources))
-    if config.stage != "ceped":
-        if any(taught):
-            raise ValueError(f"{data}: holds a teacher's probabilities, and stage {config.stage} reads none")
-        return
-    for source, has_teacher in zip(sources, taught, strict=True):
-        if source.joined and not has_teacher:
+    for source in sources:
+        if source.joined and (top_k := source.joined.index["top_k"]) != config.distill.top_k:
             raise ValueError(
-                f"{source.joined.path}: its contexts are passages, and stage ceped needs what stood before"
+                f"{source.joined.path} has {top_k} tokens a position and distill.top_k is {config.distill.top_k}: set "
+                f"the one, or make the other again"
             )
-        if has_teacher and source.joined.index["top_k"] != config.distill.top_k:
-            raise ValueError(
-                f"{source.joined.path} has {source.joined.index['top_k']} tokens a position and distill.top_k is "
-                f"{config.distill.top_k}: set the one, or make the other again"
-            )
-    if all(taught):
-        print(f"teacher of {data}: probabilities in it")
+    if all(source.joined for source in sources):
+        log.info("teacher of %s: probabilities in it", data)
         return
-    if any(taught):
+    if any(source.joined for source in sources):
         raise ValueError(f"{data}: a part of mix holds a teacher's probabilities: give all of it one, or none")
     if "decoder" in config.train:
         raise ValueError(
             f"{data}: the decoder is the teacher and cannot train: leave it out, or prepare a teacher's data"
         )
-    check_positions(config.cepe or config.decoder, config.examples.span)
-    print(f"teacher of {data}: the frozen decoder")
+    check_positions(open_model(config.cepe or config.decoder), config.examples.span)
+    log.info("teacher of %s: the frozen decoder", data)
 
 
-def launch(config: TrainConfig) -> Path:
-    """`run_stage` by this process, which is alone or one of the many that its settings or its cluster name.
-
-    SystemExit with status 75 where the run was asked to stop before its end.
-    """
-    if is_remote(config.out) and not config.dry_run and find_spec("gcsfs") is None:
-        raise ValueError(f"{config.out} is in a bucket: pip install gcsfs to write there")
-    with connected(config.distributed, config.out / "compiled"):
-        ended = run_stage(config)
-    return ended or sys.exit(0 if config.dry_run else STOPPED)
-
-
-def run_stage(config: TrainConfig) -> Path | None:
-    """The directory `config.out/model`, trained; a run that was cut off goes on from its newest checkpoint.
-
-    None where the run was asked to stop before its end. A dry run tells what it would take and ends, with None too.
-    """
-    if config.dry_run:
-        tell_ahead(config)
-        return None
-    model_dir, record = config.out / "model", config.out / "config.json"
-    sources = open_mix(config.data, config.mix, config.stage, config.examples)
-    tokenizer = sources[0].records.tokenizer
-    resolved = as_json(config)
-    resolved["dataset"] = {"tokenizer": tokenizer.fingerprint(), "sequences": [source.digest for source in sources]}
-    if first_says((model_dir / "config.json").exists()):
-        stored = run_identity(json.loads(record.read_text()))
-        refuse_another_run(config.out, stored, as_of(stored, run_identity(resolved)))
-        print(f"{model_dir} is finished: remove {config.out} to train again")
-        return model_dir
-    check_teacher(config, config.data, sources)
-    weights = list(config.mix.values()) or [1.0]
-    data = examples(sources, weights, config.stage, config.examples, config.seed)
-    unseen = None if config.evaluation.data is None else held_out_examples(config, tokenizer)
-    shares = mesh_of(config, jax.device_count())
-    compute = compute_of(config, jax.default_backend())
-    mesh = make_mesh(**dataclasses.asdict(shares))
-    print(f"{describe()}, mesh {dict(mesh.shape)}, processes: {jax.process_count()}, attention: {compute.attention}")
-    sizes = sizes_of(config, tokenizer.vocab_size)
-    shardings_of(abstract_parts(sizes, compute), mesh)  # refused before anything is loaded
-    with jax.set_mesh(mesh):
-        rows = rows_of(jax.process_index(), mesh, config.batch_size)
-
-        def batches_from(first: int, data=data, workers: int = config.workers) -> Iterator[dict[str, jax.Array]]:
-            for batch in batches(data, config.batch_size, first, rows, workers):
-                yield place_batch(batch, mesh, config.batch_size)
-
-        for start in filter(None, (config.cepe, config.decoder, config.encoder)):
-            if Path(start).is_dir():
-                tokenizer.check_is_of(start)
-        model = starting_model(config, compute, tokenizer.vocab_size)
-        check_reads_ids(model, config, tokenizer.vocab_size)
-        trainable, frozen = split(model, trained_parts(config))
-        counts = [sum(x.size for x in jax.tree.leaves(parts)) for parts in (trainable, frozen)]
-        print(f"{config.stage}: {counts[0]:,} parameters train, {counts[1]:,} are frozen")
-        schedule = config.optimizer.schedule(config.steps)
-        optimizer = config.optimizer.build(schedule)
-        facts = StepFacts(
-            learning_rates=np.asarray(jax.vmap(schedule)(jnp.arange(config.steps))),
-            tokens=tokens_of_step(config),
-            flops=config.batch_size * flops_of(config, model.config, all(map(is_taught, sources))).train,
-            peak_flops=peak_flops(jax.devices()),
-        )
-        if is_first() and not any_in(config.out / "checkpoints"):
-            config.out.mkdir(parents=True, exist_ok=True)
-            write_json(record, resolved)
-        meet()
-        if not record.exists():
-            raise ValueError(f"{record} is missing in process {jax.process_index()}: give an --out that all share")
-        objective, accumulate = objective_of(config), micro_batches(config, shares.data * shares.fsdp)
-        evaluate = None
-        if unseen is not None:
-            with contextlib.closing(batches_from(0, unseen, workers=0)) as some:
-                evaluate = HeldOut(objective, frozen, list(islice(some, config.evaluation.batches)), accumulate)
-        identity = run_identity(resolved) | {"frozen": digests_of(frozen)}
-        initial = init_state(trainable, optimizer)
-        del model, trainable  # a resumed run would hold them beside the restored ones
-        with contextlib.closing(Checkpoints(config.out / "checkpoints", identity)) as checkpoints:
-            state = train(
-                run_of(config),
-                facts,
-                initial,
-                frozen,
-                make_train_step(objective, optimizer, accumulate),
-                batches_from,
-                lambda step: names_in(sources, weights, config.seed, config.batch_size, step),
-                checkpoints,
-                evaluate,
-            )
-        if int(state.step) < config.steps:
-            return None
-        save(assemble(state.trainable | frozen), model_dir, assets=tokenizer_home(config))
-    return model_dir
-
-
-def held_out_examples(config: TrainConfig, tokenizer: Tokenizer):
-    """The examples of the evaluation; ValueError where they are of another tokenizer or kind, or too few."""
-    where, wanted = config.evaluation.data, config.evaluation.batches * config.batch_size
-    (source,) = open_mix(where, {}, config.stage, config.examples, config.evaluation.split)
-    check_teacher(config, where, [source])
-    if source.records.tokenizer.fingerprint() != tokenizer.fingerprint():
-        raise ValueError(f"{where} was tokenised with another tokenizer than {config.data}: prepare it with the same")
-    if len(source) < wanted:
-        raise ValueError(
-            f"{where} has {len(source)} examples, and evaluation.batches of batch_size want {wanted}: lower batches"
-        )
-    return examples([source], [1.0], config.stage, config.examples, config.seed)
-
-
-def tell_ahead(config: TrainConfig) -> None:
-    """Print what the run will take: first what sizes alone say, then what the data add, last the resolved settings.
-
-    Data and devices need not be at hand. What else would refuse the run does so once its price is told.
-    """
-    sources, refusal = [], None
-    try:
-        sources = open_mix(config.data, config.mix, config.stage, config.examples)
-    except (ValueError, OSError) as error:
-        refusal = error
-    tokenizer = sources[0].records.tokenizer if sources else None
-    sizes = sizes_of(config, tokenizer and tokenizer.vocab_size)
-    for line in forecast(config, sizes, taught=bool(sources) and all(map(is_taught, sources))):
-        print(line)
-    try:
-        if refusal is not None:
-            raise refusal
-        check_teacher(config, config.data, sources)
-        names = (source.joined or source.records for source in sources)
-        examples = {records.path.name: len(source) for records, source in zip(names, sources, strict=True)}
-        for line in epochs(config.steps, config.batch_size, examples, list(config.mix.values()) or [1.0]):
-            print(line)
-        if config.evaluation.data is not None:
-            held_out_examples(config, tokenizer)
-    except NoDataset as absent:
-        print(absent)
-    print(json.dumps(as_json(config), indent=1))
-
-
-def tokenizer_home(config: TrainConfig) -> Path:
-    """The directory whose tokenizer, chat template and generation settings go with the trained model."""
-    candidates = [Path(path) for path in (config.cepe, config.decoder) if path]
-    return next(filter(file_in, candidates), config.data / next(iter(config.mix), ""))
+STAGES = {
+    # A decoder, from scratch or further.
+    "lm": Stage((DECODER,), ("decoder",), Windows, next_token, lm_flops),
+    # The encoder (paper, section 3.2).
+    "mlm": Stage(
+        (ENCODER, ENCODER_AFTER_DECODER),
+        ("encoder",),
+        MaskedWindows,
+        lambda config: MaskedLM(config.loss_chunk),
+        mlm_flops,
+        more_ids=1,
+    ),
+    # CEPE learns to copy (paper, section 3.2), then to use contexts.
+    "warmup": Stage((CEPE, SPLICED), None, DuplicatedWindows, next_token, context_flops),
+    "cepe": Stage((CEPE, SPLICED), None, WindowsInContext, next_token, context_flops),
+    # CEPED (paper, section 3.3).
+    "ceped": Stage(
+        (CEPE, SPLICED),
+        None,
+        TaughtWindows,
+        lambda config: Distill(config.distill, config.loss_chunk),
+        distill_flops,
+        settings=("distill",),
+        check=check_teacher,
+    ),
+}

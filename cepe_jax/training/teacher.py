@@ -68,7 +68,7 @@ def check(config: TeacherConfig, base: Records) -> tuple[int, str]:
     """The size of the teacher's vocabulary, and the hash of its weights; ValueError where it cannot teach the data."""
     import jax
 
-    from cepe_jax.weights.directory import Directory, check_positions
+    from cepe_jax.weights.source import check_positions, open_ours
 
     span = config.context + config.window
     length = base.index.get("length", 0)
@@ -78,10 +78,10 @@ def check(config: TeacherConfig, base: Records) -> tuple[int, str]:
             f"sample them with --length={span}"
         )
     base.tokenizer.check_is_of(config.model)
-    directory = Directory(config.model)
+    directory = open_ours(config.model)
     if directory.base_hash is None:
         raise ValueError(f"{config.model} is an encoder: give the directory of a decoder")
-    check_positions(config.model, span)
+    check_positions(directory, span)
     vocab_size = directory.files.tensors["decoder.embed"].shape[0]
     if vocab_size < (needed := max(base.tokenizer.vocab_size, config.top_k)):
         raise ValueError(
@@ -100,7 +100,7 @@ def opened_teacher(config: TeacherConfig) -> Callable[[np.ndarray], dict[str, np
 
     from cepe_jax.sharding import make_mesh, place_batch
     from cepe_jax.training.objectives import teacher_top
-    from cepe_jax.weights.huggingface import load
+    from cepe_jax.weights.source import load
 
     mesh = make_mesh(fsdp=jax.device_count())
     with jax.set_mesh(mesh):
@@ -136,6 +136,6 @@ class TeachUnit:
             taught = expects(np.stack(tokens).astype(np.int32))
             for record, index, prob in zip(records, *taught.values(), strict=True):
                 result = {"teacher_index": index.astype(self.dtype), "teacher_prob": prob.astype(np.float16)}
-                shard.write(result, record["domain"].decode(), config.window)
+                shard.write(result, record["domain"], config.window)
                 yield 1, config.window
         return {"splits": {"train": shard.close()}}

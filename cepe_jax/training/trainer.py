@@ -2,23 +2,27 @@
 
 import contextlib
 import dataclasses
+import logging
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from cepe_jax.distributed import peers
-from cepe_jax.model.cepe import Parts, assemble
+from cepe_jax.model.parts import Model, Parts
 from cepe_jax.progress import track
 from cepe_jax.sharding import constrain, constrain_like, shardings_of
 from cepe_jax.training.logs import Log, StepFacts
-from cepe_jax.training.objectives import Batch
+from cepe_jax.training.objectives import Batch, Objective
 from cepe_jax.training.stop import StopRequests
 from cepe_jax.weights.checkpoint import Checkpoints
+
+log = logging.getLogger(__name__)
 
 
 @jax.tree_util.register_dataclass
@@ -64,8 +68,10 @@ def sum_over_rows(function: Callable, batch: Batch, accumulate: int):
     return jax.lax.scan(add, zeros, micros)[0]
 
 
-def make_train_step(objective, optimizer: optax.GradientTransformation, accumulate: int = 1) -> Callable:
-    """`step(state, frozen, batch) -> (state, metrics)`, compiled; `state` is donated.
+def make_train_step(
+    objective: Objective, optimizer: optax.GradientTransformation, model: type[Model], accumulate: int = 1
+) -> Callable:
+    """Return `step(state, frozen, batch) -> (state, metrics)`, compiled; `state` is donated.
 
     The batch's rows are taken in `accumulate` micro-batches, weighted so that the result is the whole batch's:
     by kept labels, not by rows. Only what trains has gradients; the frozen parts are an argument like the batch.
@@ -77,7 +83,7 @@ def make_train_step(objective, optimizer: optax.GradientTransformation, accumula
         weights = objective.weights(batch)
 
         def loss(trainable, rows):
-            return objective(assemble(trainable | frozen), rows, weights)
+            return objective(model.from_parts(trainable | frozen), rows, weights)
 
         def gradient_of(rows):
             (total, terms), gradient = jax.value_and_grad(loss, has_aux=True)(state.trainable, rows)
@@ -115,6 +121,53 @@ class Run:
         if self.profile and not (len(self.profile) == 2 and 1 <= self.profile[0] <= self.profile[1] <= self.steps):
             raise ValueError(f"profile is {list(self.profile)}: give the first and the last step to trace, as [11, 13]")
 
+    def due(self, step: int, every: int) -> bool:
+        """Return true after every so many steps, and after the last step."""
+        return step % every == 0 or step == self.steps
+
+
+class Trace:
+    """A profile of some steps of a run, in `profile/`. Within the block it starts and stops by itself."""
+
+    def __init__(self, run: Run, first: int):
+        """Trace the run's steps after `first`, the one from which it resumes."""
+        self._out = str(run.out / "profile")
+        self._steps = range(max(run.profile[0], first + 1), run.profile[1] + 1) if run.profile else range(0)
+        self._open = contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._open.close()
+
+    def before(self, step: int, state: TrainState) -> None:
+        if step in self._steps[:1]:
+            jax.block_until_ready(state)
+            self._open.enter_context(jax.profiler.trace(self._out))
+
+    def is_last(self, step: int) -> bool:
+        return step in self._steps[-1:]
+
+    def close(self) -> None:
+        self._open.close()
+
+
+class Deferred:
+    """The metrics of a step, read one step late, so that the device never waits for the host."""
+
+    def __init__(self, read: Callable[[int, dict[str, float]], None]):
+        self._read, self._pending = read, None
+
+    def put(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        self._pending = step, metrics
+
+    def settle(self) -> None:
+        """Wait for the metrics that were put, if there are any, and read them."""
+        if self._pending is not None:
+            (step, metrics), self._pending = self._pending, None
+            self._read(step, {name: value.item() for name, value in jax.device_get(metrics).items()})
+
 
 def train(
     run: Run,
@@ -127,7 +180,7 @@ def train(
     checkpoints: Checkpoints,
     evaluate: Callable[[Parts], dict[str, float]] | None = None,
 ) -> TrainState:
-    """The state after `run.steps` steps, going on from the newest checkpoint where there is one; `state` is donated.
+    """Return the state after `run.steps` steps, resumed from the newest checkpoint if there is one; `state` is donated.
 
     SIGTERM, or preemption of one of many processes, saves the state and ends the run before its last step: then that
     state is returned. Ctrl-C does so too, and raises KeyboardInterrupt.
@@ -136,77 +189,72 @@ def train(
     is saved. The batches must be on the devices: between dispatches nothing is moved there, nor waited for.
     `evaluate` gets what trains, every `run.evaluate_every` steps and after the last.
     """
-    first = 0
-    if checkpoints.latest() is not None:
-        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-        jax.tree.map(lambda x: x.delete(), state)  # else it would stay beside the restored one, which steps donate
-        first, state = checkpoints.restore(like)
-        print(f"resumed at step {first} of {run.steps} from {checkpoints.directory}")
-    batches = batches_from(first)
-    pending: tuple[int, dict] | None = None  # read one step late, so that the device never waits for the host
-    done = first
+    first, state = resumed(run, state, checkpoints)
+    batches, number = batches_from(first), first
 
     def where() -> str:
-        return f" by step {done + 1}: start again, it goes on from step {checkpoints.latest_whole() or 0}"
+        return f" by step {number + 1}: start again, it goes on from step {checkpoints.latest_whole() or 0}"
 
-    traced = range(max(run.profile[0], first + 1), run.profile[1] + 1) if run.profile else range(0)
+    def read(done: int, values: dict[str, float]) -> None:
+        if values.pop("halted"):
+            raise ValueError(kept_before_halt(state, checkpoints, records_of))
+        if run.due(done, run.log_every):
+            journal.write(done, values)
+        elif done == first + 1:
+            journal.rest(done)
+
     with (
-        contextlib.closing(Log(run.out, first, facts)) as log,
+        contextlib.closing(Log(run.out, first, facts)) as journal,
         StopRequests() as stop,
         peers(where),
-        contextlib.ExitStack() as trace,
+        Trace(run, first) as trace,
     ):
-
-        def settle() -> None:
-            """What is pending is read and logged; it ends the run where it is not finite."""
-            nonlocal pending
-            if pending is None:
-                return
-            (done, metrics), pending = pending, None
-            values = {name: value.item() for name, value in jax.device_get(metrics).items()}
-            if values.pop("halted"):
-                raise ValueError(kept_before_halt(state, checkpoints, records_of))
-            if done % run.log_every == 0 or done == run.steps:
-                log.write(done, values)
-            elif done == first + 1:
-                log.rest(done)
-
-        for done in track(range(first + 1, run.steps + 1), run.out.name, run.steps - first, lambda: log.latest):
+        metrics_late = Deferred(read)
+        for number in track(range(first + 1, run.steps + 1), run.out.name, run.steps - first, lambda: journal.latest):
             batch = next(batches)
-            if done in traced[:1]:
-                jax.block_until_ready(state)
-                trace.enter_context(jax.profiler.trace(str(run.out / "profile")))
-            with jax.transfer_guard("disallow"), jax.profiler.StepTraceAnnotation("step", step_num=done):
+            trace.before(number, state)
+            with jax.transfer_guard("disallow"), jax.profiler.StepTraceAnnotation("step", step_num=number):
                 state, metrics = step(state, frozen, batch)
-            settle()
-            stopping = stop.after(done) and done < run.steps
-            saving = stopping or done % run.save_every == 0 or done == run.steps
-            evaluating = evaluate is not None and (done % run.evaluate_every == 0 or done == run.steps)
-            if saving or evaluating or done in traced[-1:] or done == first + 1 or done % run.log_every == 0:
-                pending = done, metrics
-            if saving or evaluating:
-                settle()  # waits for the step, as the save does: what a checkpoint holds is finite and logged
-            if done in traced[-1:]:
-                settle()
+            metrics_late.settle()
+            stopping = stop.after(number) and number < run.steps
+            saving = stopping or run.due(number, run.save_every)
+            evaluating = evaluate is not None and run.due(number, run.evaluate_every)
+            waiting = saving or evaluating or trace.is_last(number)  # what a checkpoint holds is finite and logged
+            if waiting or number == first + 1 or run.due(number, run.log_every):
+                metrics_late.put(number, metrics)
+            if waiting:
+                metrics_late.settle()
+            if trace.is_last(number):
                 trace.close()
-                log.rest(done)
+                journal.rest(number)
             if stopping:  # before an evaluation: whoever preempts does not wait for long
-                checkpoints.save(done, state)
+                checkpoints.save(number, state)
                 checkpoints.wait()
-                print(f"stopped after step {done} of {run.steps}, which is saved: the same command goes on from there")
+                log.info("stopped after step %d of %d, which is saved: the same command goes on", number, run.steps)
             if evaluating:
-                log.write_evaluation(done, evaluate(state.trainable))
+                journal.write_evaluation(number, evaluate(state.trainable))
+            if stopping and stop.received == signal.SIGINT:
+                raise KeyboardInterrupt
             if stopping:
-                if stop.received == signal.SIGINT:
-                    raise KeyboardInterrupt
                 break
             if saving:
-                checkpoints.save(done, state)
+                checkpoints.save(number, state)
     return state
 
 
+def resumed(run: Run, state: TrainState, checkpoints: Checkpoints) -> tuple[int, TrainState]:
+    """Return the newest checkpoint's step and state, whose arrays take the place of `state`'s; without one, step 0."""
+    if checkpoints.latest() is None:
+        return 0, state
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+    jax.tree.map(lambda x: x.delete(), state)  # else it would stay beside the restored one, which steps donate
+    first, state = checkpoints.restore(like)
+    log.info("resumed at step %d of %d from %s", first, run.steps, checkpoints.directory)
+    return first, state
+
+
 def kept_before_halt(state: TrainState, checkpoints: Checkpoints, records_of: Callable[[int], list[str]]) -> str:
-    """Saves the state before the step that was not finite, and says which step of which records that was."""
+    """Save the state before the step that was not finite; return a text that names the step and its records."""
     step = int(jax.device_get(state.step))
     if checkpoints.latest() != step:
         checkpoints.save(step, dataclasses.replace(state, halted=jnp.zeros_like(state.halted)))

@@ -6,75 +6,55 @@ Whole or absent: it is written under another name, its index and config last, an
 import dataclasses
 import shutil
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from cepe_jax.config import CepeConfig, CrossLayers, DecoderConfig, EncoderConfig, RopeConfig
 from cepe_jax.data.tokenizer import BESIDE, NAMES
 from cepe_jax.directories import new_directory, write_json
-from cepe_jax.distributed import is_first, meet
 from cepe_jax.progress import track
+from cepe_jax.weights.build import shapes
 from cepe_jax.weights.files import WeightFiles, describe, digest, read_json, write_shards
-from cepe_jax.weights.hf_config import facts_of
-from cepe_jax.weights.tensors import Config, Model, shapes, tensors_of
+from cepe_jax.weights.kinds import KINDS, Config
 
 FORMAT = "cepe_jax"
-GGUF = ".gguf"  # how a file in llama.cpp's format is called: all else that holds a model is a directory
-KINDS = {"llama": DecoderConfig, "encoder": EncoderConfig, "cepe": CepeConfig}
 ASSETS = *NAMES, *BESIDE, "chat_template.jinja", "chat_template.json", "generation_config.json"
 
 
-def is_ours(path: Path) -> bool:
-    """Whether config.json says that this directory is in our format; ValueError when there is none."""
-    return path.suffix != GGUF and read_json(path / "config.json").get("format") == FORMAT
-
-
-def facts_at(path: Path) -> dict:
-    """The Hugging Face facts of the directory, in either format."""
-    config = read_json(path / "config.json")
-    return config.get("huggingface", {}) if config.get("format") == FORMAT else facts_of(config)
-
-
-def check_positions(path: Path | str, length: int) -> None:
-    """ValueError where the directory says that its decoder was trained for fewer positions."""
-    positions = facts_at(Path(path)).get("max_position_embeddings")
-    if positions is not None and length > positions:
-        raise ValueError(f"{path} reads {positions} tokens, and context and window have {length}: lower one of them")
-
-
-def config_at(path: Path) -> Config:
-    """The config of the directory in our format at `path`."""
-    return _config_from(read_json(path / "config.json"), str(path / "config.json"))
-
-
 class Directory:
-    """A directory in our format, its names, shapes and types checked against its config and its hashes."""
+    """A directory in our format. `written` is its config.json."""
 
-    def __init__(self, path: Path | str):
-        path = Path(path)
-        if not is_ours(path):
-            raise ValueError(f"{path} is not in our format: run scripts/convert.py to-jax on it")
-        written = read_json(path / "config.json")
-        self.path = path
+    def __init__(self, path: Path, written: dict):
+        self.path, self.facts = path, written.get("huggingface", {})
         self.config = _config_from(written, str(path / "config.json"))
-        self.facts: dict = written.get("huggingface", {})
-        self.hashes = read_json(path / "hash.json")
-        if set(self.hashes) != {"base", "all", "tensors"}:
-            raise ValueError(f"{path}/hash.json is not one of ours: convert again")
-        self.files = WeightFiles(path)
+
+    @cached_property
+    def hashes(self) -> dict:
+        hashes = read_json(self.path / "hash.json")
+        if set(hashes) != {"base", "all", "tensors"}:
+            raise ValueError(f"{self.path}/hash.json is not one of ours: convert again")
+        return hashes
+
+    @cached_property
+    def files(self) -> WeightFiles:
+        """The weights, their names, shapes and types checked against the config and the hashes."""
+        path, files = self.path, WeightFiles(self.path)
         expected = {name: list(shape) for name, shape in shapes(self.config).items()}
-        found = {name: list(stored.shape) for name, stored in self.files.tensors.items()}
-        check_names(path, set(expected), set(found))
-        for name, stored in self.files.tensors.items():
-            if found[name] != expected[name]:
-                raise ValueError(f"{path}: {name} is {found[name]}, by config.json {expected[name]}: convert again")
+        check_names(path, set(expected), set(files.tensors))
+        for name, stored in files.tensors.items():
+            if (shape := list(stored.shape)) != expected[name]:
+                raise ValueError(f"{path}: {name} is {shape}, by config.json {expected[name]}: convert again")
             noted = self.hashes["tensors"].get(name, {})
-            if (noted.get("shape"), noted.get("dtype")) != (found[name], stored.dtype.name):
+            if (noted.get("shape"), noted.get("dtype")) != (shape, stored.dtype.name):
                 raise ValueError(f"{path}: {name} is not what hash.json describes: convert again")
+        return files
 
     def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
         return self.files.read(name, index)
+
+    def write_assets(self, to: Path) -> None:
+        copy_assets(self.path, to)
 
     @property
     def base_hash(self) -> str | None:
@@ -100,22 +80,6 @@ def check_names(where: Path | str, expected: set[str], found: set[str]) -> None:
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise ValueError(f"{where} {word} {', '.join(names[:3])}{more}: its config describes another model")
-
-
-def save(model: Model, path: Path | str, assets: Path | str | None = None) -> None:
-    """`model` is at `path` in our format, with the tokenizer files and Hugging Face facts of directory `assets`.
-
-    Of many processes, which all call this, the first writes.
-    """
-    has_config = assets is not None and (Path(assets) / "config.json").is_file()
-    facts = facts_at(Path(assets)) if has_config else {}
-    tensors = track(tensors_of(model), f"writing {path}", len(shapes(model.config)))
-    if is_first():
-        write(path, model.config, tensors, facts, assets)
-    else:
-        for _ in tensors:
-            pass  # the first process needs this one's part of each
-    meet()
 
 
 def write(
@@ -151,33 +115,26 @@ def copy_assets(source: Path | str | None, to: Path) -> None:
 
 
 def _config_to(config: Config) -> dict:
-    kind = next(name for name, cls in KINDS.items() if type(config) is cls)
+    name, kind = next((name, kind) for name, kind in KINDS.items() if type(config) is kind.config)
     fields = dataclasses.asdict(config)
-    if kind != "cepe":
-        fields = {"encoder" if kind == "encoder" else "decoder": fields}
-    return {"format": FORMAT, "kind": kind} | fields
+    return {"format": FORMAT, "kind": name} | ({kind.part: fields} if kind.part else fields)
 
 
 def _config_from(written: dict, where: str) -> Config:
-    kind = written.get("kind")
     fields = {key: value for key, value in written.items() if key not in ("format", "kind", "huggingface")}
-    match kind:
-        case "cepe":
-            parts = {"decoder": DecoderConfig, "encoder": EncoderConfig, "cross_layers": CrossLayers}
-            if "num_cross_layers" in fields:  # how the last layers were written before others could be chosen
-                fields["cross_layers"] = {"kind": "last", "count": fields.pop("num_cross_layers")}
-            fields |= {name: _dataclass(cls, fields.get(name), f"{where}: {name}") for name, cls in parts.items()}
-            return _dataclass(CepeConfig, fields, where)
-        case "llama" | "encoder":
-            part = "decoder" if kind == "llama" else "encoder"
-            if set(fields) != {part}:
-                raise ValueError(f"{where} of kind {kind} holds {', '.join(fields)}: it needs {part} alone")
-            return _dataclass(KINDS[kind], fields[part], f"{where}: {part}")
-    raise ValueError(f"{where}: kind {kind!r}: one of {', '.join(KINDS)}")
+    if (kind := KINDS.get(written.get("kind"))) is None:
+        raise ValueError(f"{where}: kind {written.get('kind')!r}: one of {', '.join(KINDS)}")
+    if "num_cross_layers" in fields:  # how the last layers were written before others could be chosen
+        fields["cross_layers"] = {"kind": "last", "count": fields.pop("num_cross_layers")}
+    if kind.part is None:
+        return _dataclass(kind.config, fields, where)
+    if set(fields) != {kind.part}:
+        raise ValueError(f"{where} of kind {written['kind']} holds {', '.join(fields)}: it needs {kind.part} alone")
+    return _dataclass(kind.config, fields[kind.part], f"{where}: {kind.part}")
 
 
 def _dataclass(cls: type, fields: dict | None, where: str):
-    """`cls` of these fields; ValueError for unknown and missing ones."""
+    """Return `cls` of these fields; ValueError for unknown and missing ones."""
     fields = dict(fields or {})
     known = {field.name: field for field in dataclasses.fields(cls)}
     if unknown := set(fields) - set(known):
@@ -185,6 +142,7 @@ def _dataclass(cls: type, fields: dict | None, where: str):
     required = {name for name, field in known.items() if field.default is dataclasses.MISSING}
     if missing := required - set(fields):
         raise ValueError(f"{where} lacks {', '.join(sorted(missing))}")
-    if "rope" in fields:
-        fields["rope"] = _dataclass(RopeConfig, fields["rope"], f"{where}: rope")
+    for name, value in fields.items():
+        if dataclasses.is_dataclass(known[name].type):
+            fields[name] = _dataclass(known[name].type, value, f"{where}: {name}")
     return cls(**fields)

@@ -7,6 +7,7 @@ made, and each tensor put in our layout, by what reads Hugging Face's directorie
 import math
 import re
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,8 +18,11 @@ from cepe_jax.data import tokenizer_gguf
 from cepe_jax.data.tokenizer import file_in
 from cepe_jax.model.rope import inverse_frequencies
 from cepe_jax.weights.directory import check_names, copy_assets
-from cepe_jax.weights.hf_config import LLAMA, ROPE_FIELDS, facts_of, from_hf
-from cepe_jax.weights.table import table
+from cepe_jax.weights.hf_config import ROPE_FIELDS, facts_of, read_llama
+from cepe_jax.weights.huggingface import table
+from cepe_jax.weights.torch_keys import Entry
+
+SUFFIX = ".gguf"  # of a file in this format: everything else that holds a model is a directory
 
 # Metadata after `llama.`: config.json's key. Where the optional ones are missing, llama.cpp and transformers agree.
 REQUIRED = {
@@ -87,10 +91,10 @@ class GgufTensor(NamedTuple):
 
 
 class Gguf:
-    """A GGUF file of a Llama, its names and shapes checked; tensors are read under our names, in our layout."""
+    """A GGUF file of a Llama; tensors are read under our names, in our layout."""
 
-    def __init__(self, path: Path | str):
-        self.path = Path(path)
+    def __init__(self, path: Path):
+        self.path = path
         self.metadata, self.tensors = _contents(self.path)
         architecture = self.metadata.get("general.architecture")
         if architecture != "llama":
@@ -98,18 +102,24 @@ class Gguf:
         if self.metadata.get("split.count", 1) > 1:
             raise ValueError(f"{path} is one of {self.metadata['split.count']} parts: llama-gguf-split --merge them")
         hf = self._as_hf()
-        self.config = from_hf(hf, str(path))
+        self.config = read_llama(hf, str(path))
         self.facts = facts_of(hf)
         width = self.config.head_dim
         for key in WIDTHS:
             if (found := self.metadata.get(f"llama.{key}", width)) != width:
                 raise ValueError(f"{path}: llama.{key} {found} is not computed here: only a head's width, {width}, is")
-        self.entries = {name: replace(entry, key=_name_of(entry.key)) for name, entry in table(self.config).items()}
-        check_names(path, {entry.key for entry in self.entries.values()}, set(self.tensors) - {DIVISORS})
-        for entry in self.entries.values():
-            if self.tensors[entry.key].shape != entry.shape:
-                found, expected = list(self.tensors[entry.key].shape), list(entry.shape)
-                raise ValueError(f"{path}: {entry.key} is {found}, by its metadata {expected}: one of them is wrong")
+
+    @cached_property
+    def entries(self) -> dict[str, Entry]:
+        """The entries by our names. All names and shapes of the file are checked."""
+        entries = {name: replace(entry, key=_name_of(entry.key)) for name, entry in table(self.config).items()}
+        check_names(self.path, {entry.key for entry in entries.values()}, set(self.tensors) - {DIVISORS})
+        for entry in entries.values():
+            if (shape := list(self.tensors[entry.key].shape)) != list(entry.shape):
+                raise ValueError(
+                    f"{self.path}: {entry.key} is {shape}, by its metadata {list(entry.shape)}: one of them is wrong"
+                )
+        return entries
 
     def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
         """The tensor in float32, or a slice of it; all of it is dequantised."""
@@ -166,7 +176,7 @@ class Gguf:
         if DIVISORS in self.tensors:
             rope = self._llama3(rope)
         tied = KEYS["lm_head.weight"] not in self.tensors
-        return hf | {"architectures": [LLAMA], "tie_word_embeddings": tied, "rope_parameters": rope}
+        return hf | {"tie_word_embeddings": tied, "rope_parameters": rope}
 
     def _llama3(self, rope: dict) -> dict:
         """Rope parameters of Llama 3.1 and later, of which a file has only what each frequency is divided by."""

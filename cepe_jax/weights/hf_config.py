@@ -1,4 +1,4 @@
-"""Hugging Face's config.json <-> our config. What we do not compute is refused by its name.
+"""Hugging Face's config.json <-> our config, for each of PyTorch's classes. What we do not compute is refused by name.
 
 Read: Llama (transformers 4 and 5), and the two classes of the CEPE reference. Keys that change nothing about the
 arithmetic (special ids, `max_position_embeddings`, ...) are kept as `facts` and written back on export.
@@ -7,9 +7,6 @@ arithmetic (special ids, `max_position_embeddings`, ...) are kept as `facts` and
 import dataclasses
 
 from cepe_jax.config import CepeConfig, CrossLayers, DecoderConfig, EncoderConfig, RopeConfig
-from cepe_jax.weights.tensors import Config
-
-LLAMA, CEPE, MLM = "LlamaForCausalLM", "LlamaForCausalContextLM", "LlamaForMLM"
 
 # Keys, each with the values under which it changes nothing; another value is refused. A missing key is such a value.
 HARMLESS = {
@@ -62,17 +59,18 @@ SIZES = {
 DEFAULT_FACTS = {"bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.02, "max_position_embeddings": 4096}
 
 
-def from_hf(hf: dict, where: str = "config.json") -> Config:
-    """The config of a Hugging Face config.json; ValueError names what we do not compute."""
-    architectures = hf.get("architectures") or ["none"]
-    if len(architectures) != 1 or architectures[0] not in (LLAMA, CEPE, MLM):
-        raise ValueError(f"{where}: architecture {', '.join(architectures)}: only {LLAMA}, {CEPE} and {MLM} are read")
-    if architectures[0] == LLAMA:
-        _refuse(hf, HARMLESS | OF_PLAIN, where)
-        return _decoder(hf, where)
-    if architectures[0] == MLM:
-        _refuse(hf, HARMLESS | OF_PLAIN | OF_ENCODER | {"tie_word_embeddings": (True, None)}, where)
-        return EncoderConfig(**_transformer(hf, where), mlm_head=True)
+def read_llama(hf: dict, where: str) -> DecoderConfig:
+    """Return our config of a Hugging Face config.json; so do the other readers."""
+    _refuse(hf, HARMLESS | OF_PLAIN, where)
+    return _decoder(hf, where)
+
+
+def read_mlm(hf: dict, where: str) -> EncoderConfig:
+    _refuse(hf, HARMLESS | OF_PLAIN | OF_ENCODER | {"tie_word_embeddings": (True, None)}, where)
+    return EncoderConfig(**_transformer(hf, where), mlm_head=True)
+
+
+def read_cepe(hf: dict, where: str) -> CepeConfig:
     _refuse(hf, HARMLESS | OF_CEPE, where)
     encoder = _get(hf, "encoder_config", dict, where)
     inside = f"{where}: encoder_config"
@@ -162,7 +160,7 @@ def _rope_of(rope: dict, hf: dict, where: str) -> RopeConfig:
 
 
 def facts_of(hf: dict) -> dict:
-    """What a Hugging Face config.json says beyond our config: kept, and written back by `to_hf_config`."""
+    """What a Hugging Face config.json says beyond our config: kept, and written back on export."""
     ours = {*SIZES, "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters", "model_type", "hidden_act"}
     ours |= {"attention_bias", "mlp_bias", "architectures", "torch_dtype", "dtype", "tie_word_embeddings"}
     ours |= {"encoder_hidden_size", "num_cross_attn_layers", *OF_CEPE}
@@ -173,42 +171,40 @@ def facts_of(hf: dict) -> dict:
     return facts
 
 
-def to_hf_config(config: Config, facts: dict, dtype: str) -> dict:
-    """The config.json that transformers (4 and 5) and the reference read; `dtype` is that of the stored tensors."""
-    facts = DEFAULT_FACTS | facts
-    stored = {"torch_dtype": dtype, "dtype": dtype}  # of transformers 4 and 5
-    inner_facts = facts.pop("encoder_config", {})
-    match config:
-        case DecoderConfig():
-            own = {"architectures": [LLAMA], "tie_word_embeddings": config.tied_head}
-            return facts | own | _sizes(config) | stored
-        case EncoderConfig():
-            own = {"architectures": [MLM], "is_encoder": True, "do_cross_attention": False, "tie_word_embeddings": True}
-            return facts | own | _sizes(config) | stored
-        case CepeConfig():
-            if config.cross_layers.kind != "last":
-                raise ValueError(
-                    f"cross_layers {config.cross_layers.kind}: the reference reads the memory in the last layers "
-                    f"alone, and has no class for this model"
-                )
-            if config.encoder.chunk_positions:
-                raise ValueError("chunk_positions: the reference gives chunks none, and has no class for this model")
-            # The encoder reads chunks: its own length is a fact nobody uses, and 512 is the released one's.
-            inner = DEFAULT_FACTS | {"max_position_embeddings": 512} | inner_facts
-            own_inner = {"architectures": None, "is_decoder": False, "tie_word_embeddings": False}
-            own = {
-                "architectures": [CEPE],
-                "do_cross_attention": True,
-                "encode_mode": "context_only",
-                "encoder_is_model": False,
-                "num_cross_attn_hidden_states": 1,
-                "num_cross_attn_layers": config.cross_layers.count,
-                "encoder_hidden_size": config.encoder.width,
-                "encoder_config": inner | own_inner | _sizes(config.encoder),
-                "tie_word_embeddings": config.decoder.tied_head,
-                "is_decoder": True,
-            }
-            return {"train_batch_mode": "none", "train_encoder": True} | facts | own | _sizes(config.decoder) | stored
+def write_llama(config: DecoderConfig, facts: dict) -> dict:
+    """Return the config.json of a model with these facts, all but the dtype of its tensors; so do the other writers."""
+    return facts | {"tie_word_embeddings": config.tied_head} | _sizes(config)
+
+
+def write_mlm(config: EncoderConfig, facts: dict) -> dict:
+    own = {"is_encoder": True, "do_cross_attention": False, "tie_word_embeddings": True}
+    return facts | own | _sizes(config)
+
+
+def write_cepe(config: CepeConfig, facts: dict) -> dict:
+    if config.cross_layers.kind != "last":
+        raise ValueError(
+            f"cross_layers {config.cross_layers.kind}: the reference reads the memory in the last layers alone, and "
+            f"has no class for this model"
+        )
+    if config.encoder.chunk_positions:
+        raise ValueError("chunk_positions: the reference gives chunks none, and has no class for this model")
+    facts = dict(facts)
+    # The encoder reads chunks: its own length is a fact nobody uses, and 512 is the released one's.
+    inner = DEFAULT_FACTS | {"max_position_embeddings": 512} | facts.pop("encoder_config", {})
+    own_inner = {"architectures": None, "is_decoder": False, "tie_word_embeddings": False}
+    own = {
+        "do_cross_attention": True,
+        "encode_mode": "context_only",
+        "encoder_is_model": False,
+        "num_cross_attn_hidden_states": 1,
+        "num_cross_attn_layers": config.cross_layers.count,
+        "encoder_hidden_size": config.encoder.width,
+        "encoder_config": inner | own_inner | _sizes(config.encoder),
+        "tie_word_embeddings": config.decoder.tied_head,
+        "is_decoder": True,
+    }
+    return {"train_batch_mode": "none", "train_encoder": True} | facts | own | _sizes(config.decoder)
 
 
 def _sizes(config: DecoderConfig | EncoderConfig) -> dict:

@@ -11,7 +11,7 @@ from cepe_jax.benchmarks import beside
 from cepe_jax.benchmarks import inference as benchmark
 from cepe_jax.benchmarks.inference import WAYS, InferenceBenchmarkConfig, _Clock, _LeftOut, benchmark_inference
 from cepe_jax.benchmarks.training import torch_oracle
-from cepe_jax.weights.huggingface import load
+from cepe_jax.weights.source import load
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 

@@ -286,16 +286,16 @@ def test_what_is_left_out(config):
     assert read_index(inside.out)["counts"] == {"documents": 18, "skipped": 2, "bad": 0, "faults": []}
 
 
-def test_few_bad_documents_are_counted_and_said(config, capsys):
+def test_few_bad_documents_are_counted_and_said(config, caplog):
     with open(config.input / "a" / "1.jsonl", "ab") as file:
         file.write(b'{"txt": "a"}\n')
     (config.input / "c" / "5.txt").write_bytes(b"\xff")
     places = [f"{config.input / 'a' / '1.jsonl'}:21: no text", f"{config.input / 'c' / '5.txt'}: not UTF-8 at byte 0"]
     prepare(dataclasses.replace(config, bad_share=2 / 37))
-    printed = capsys.readouterr().out.splitlines()
-    faults = [line.removeprefix("left out: ") for line in printed]
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    faults = [line.removeprefix("left out: ") for line in warnings]
     assert [fault[: len(place)] for fault, place in zip(faults, places, strict=True)] == places
-    assert printed == [f"left out: {fault}" for fault in faults]
+    assert warnings == [f"left out: {fault}" for fault in faults]
     assert len(read_all(config.out)) == 35
     assert read_index(config.out)["counts"] == {"documents": 37, "skipped": 0, "bad": 2, "faults": faults}
 
@@ -435,13 +435,13 @@ def test_killed_it_goes_on(config):
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
-def test_several_jobs_are_as_one(config, order, capsys):
+def test_several_jobs_are_as_one(config, order, caplog):
     prepare(elsewhere(config, "whole"))
     for number in order:
         with pytest.raises(FileNotFoundError):
             Corpus(config.out, "train")
         prepare(dataclasses.replace(config, shard=f"{number}/2"))
-    assert re.search(rf"{config.out}: \d+ of \d+ units", capsys.readouterr().out)
+    assert re.search(rf"{config.out}: \d+ of \d+ units", caplog.text)
     assert shards_of(config.out) == shards_of(config.out.with_name("whole"))
     for name in ("features.json", "dataset_info.json", "report.md", "dataset.json", "tokenizer.model"):
         assert (config.out / name).read_bytes() == (config.out.with_name("whole") / name).read_bytes()
@@ -486,13 +486,13 @@ def test_more_input_is_refused(config):
         prepare(config)
 
 
-def test_a_finished_dataset_is_left_alone(config, encodings, capsys):
+def test_a_finished_dataset_is_left_alone(config, encodings, caplog):
     prepare(config)
     before = {path: path.stat().st_mtime_ns for path in config.out.rglob("*")}
     encodings.count = 0
     prepare(dataclasses.replace(config, workers=2, bad_share=0.5, shard="1/3"))
     assert encodings.count == 0
-    assert re.fullmatch(f"{config.out} is finished.*\n", capsys.readouterr().out)
+    assert re.match(f"{config.out} is finished", caplog.messages[-1])
     assert {path: path.stat().st_mtime_ns for path in config.out.rglob("*")} == before
     (config.input / "one_more.txt").write_text("a small file that makes no other unit")
     with pytest.raises(ValueError, match="finished.*other files.*--out"):

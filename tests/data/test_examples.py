@@ -9,7 +9,6 @@ from cepe_jax.data.examples import (
     IGNORE,
     ExampleConfig,
     chunks_before,
-    decoder_only,
     duplicate,
     mask_chunks,
     masked_lm,
@@ -65,8 +64,6 @@ def test_bad_windows():
     for start in (55, 60, 100):
         with pytest.raises(ValueError, match=f" 6 tokens at {start} .* 60$"):
             previous_document(TOKENS, start, CONFIG)
-    with pytest.raises(ValueError, match="window of 6 .* 3 chunks x 4"):
-        duplicate(TOKENS, 0, CONFIG)
 
 
 @pytest.mark.parametrize(
@@ -107,63 +104,33 @@ def test_the_same_seed_gives_the_same_example():
     assert not any(map(equal, draw(3), draw(4)))
 
 
-def test_decoder_only():
-    """The context in front of the same window; the window's labels alone count."""
-    for start in (12, 30, 54):
-        example = decoder_only(TOKENS, start, CONFIG)
-        both = previous_document(TOKENS, start, CONFIG)
-        assert example["tokens"].tolist() == [*both["context"].ravel(), *both["tokens"]]
-        assert example["labels"].tolist() == [IGNORE] * 12 + both["labels"].tolist()
-
-
-def found(number: int = 2) -> dict:
-    """Passages of up to 4 tokens; the last is short, and nothing follows it."""
-    passages = 100 * np.arange(1, number + 1)[:, None] + np.arange(4)
-    ends = np.arange(number) == number - 1
+def passages(number: int = 2) -> dict:
+    """Passages of up to 4 tokens; the last is short."""
     return {
         "tokens": TOKENS[:30],
         "query_tokens": 3,
-        "passages": passages,
-        "next": passages + 50,
-        "lengths": np.where(ends, 3, 4),
-        "next_lengths": np.where(ends, 0, 4),
-        "scores": np.arange(number, 0, -1).astype(np.float32),
+        "passages": 100 * np.arange(1, number + 1)[:, None] + np.arange(4),
+        "lengths": np.where(np.arange(number) == number - 1, 3, 4),
     }
 
 
-@pytest.mark.parametrize(
-    ("neighbours", "chunk_length", "chunks", "scores"),
-    [
-        ("none", 4, [[100, 101, 102, 103], [200, 201, 202], []], [2, 1, -np.inf]),
-        ("separate", 4, [[100, 101, 102, 103], [150, 151, 152, 153], [200, 201, 202], []], [2, 2, 1, -np.inf]),
-        ("joint", 8, [[100, 101, 102, 103, 150, 151, 152, 153], [200, 201, 202], []], [2, 1, -np.inf]),
-    ],
-)
-def test_retrieved(neighbours, chunk_length, chunks, scores):
-    num_chunks = len(chunks)
-    config = dataclasses.replace(CONFIG, neighbours=neighbours, chunk_length=chunk_length, num_chunks=num_chunks)
-    example = retrieved(found(), config)
-    assert [row[real].tolist() for row, real in zip(example["context"], example["context_mask"], strict=True)] == chunks
+def test_retrieved():
+    example = retrieved(passages(), CONFIG)
+    chunks = [row[real].tolist() for row, real in zip(example["context"], example["context_mask"], strict=True)]
+    assert chunks == [[100, 101, 102, 103], [200, 201, 202], []]
     assert not example["context"][~example["context_mask"]].any()
-    assert example["context"].shape == (num_chunks, chunk_length)
-    assert example["scores"].tolist() == scores
+    assert example["context"].shape == (3, 4)
     assert example["tokens"].tolist() == TOKENS[:6].tolist()
     assert example["labels"].tolist() == [IGNORE, IGNORE, *TOKENS[3:7].tolist()]  # the query is tokens 0, 1, 2
 
 
 def test_more_passages_than_chunks_and_none():
-    example = retrieved(found(5), CONFIG)
+    example = retrieved(passages(5), CONFIG)
     assert example["context"][:, 0].tolist() == [100, 200, 300]
-    assert example["scores"].tolist() == [5, 4, 3]
-    empty = {
-        name: value[:0] if name in ("passages", "next") or "lengths" in name else value
-        for name, value in found().items()
-    }
-    example = retrieved(empty | {"scores": np.zeros(0, np.float32)}, CONFIG)
-    assert not example["context_mask"].any()
-    assert (example["scores"] == -np.inf).all()
+    none = {name: value[:0] if name in ("passages", "lengths") else value for name, value in passages().items()}
+    assert not retrieved(none, CONFIG)["context_mask"].any()
     with pytest.raises(ValueError, match=" 4 tokens, chunk_length is 3"):
-        retrieved(found(), dataclasses.replace(CONFIG, chunk_length=3))
+        retrieved(passages(), dataclasses.replace(CONFIG, chunk_length=3))
 
 
 def test_taught():

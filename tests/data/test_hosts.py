@@ -18,14 +18,15 @@ from support import datasets
 
 from cepe_jax.data.examples import ExampleConfig
 from cepe_jax.data.loader import batches, examples, open_mix
+from cepe_jax.data.recipes import WindowsInContext
 from cepe_jax.sharding import make_mesh, place_batch, rows_of
 
-CONFIG = ExampleConfig(window=4, num_chunks=1, chunk_length=4)
+RECIPE = WindowsInContext(ExampleConfig(window=4, num_chunks=1, chunk_length=4))
 BATCH = 8
 
 
 def data_at(path: Path):
-    return examples(open_mix(path, {}, "cepe", CONFIG), [1.0], "cepe", CONFIG, seed=3)
+    return examples(open_mix(path, {}, RECIPE), [1.0], RECIPE, seed=3)
 
 
 @pytest.fixture(scope="module")

@@ -12,10 +12,18 @@ from support import datasets
 from cepe_jax.data.builder import array
 from cepe_jax.data.examples import IGNORE, ExampleConfig
 from cepe_jax.data.loader import Sequences, batches, examples, names_in, open_mix
+from cepe_jax.data.recipes import DuplicatedWindows, MaskedWindows, TaughtWindows, Windows, WindowsInContext
 
 FAR = 4_000  # token = FAR * (its sequence + 1) + its place
 LENGTH = 50
 CONFIG = ExampleConfig(window=12, num_chunks=3, chunk_length=4)
+RECIPES = {
+    "lm": Windows,
+    "mlm": MaskedWindows,
+    "warmup": DuplicatedWindows,
+    "cepe": WindowsInContext,
+    "ceped": TaughtWindows,
+}
 STAGES = ["lm", "mlm", "warmup", "cepe"]
 COUNTS = {"a": 10, "b": 5}
 
@@ -41,8 +49,8 @@ def home(tokenizer, tmp_path_factory):
 
 def mixture(home, stage: str, seed: int = 0, mix=None, **changes):
     mix = {"a": 2.0, "b": 1.0} if mix is None else mix
-    config = dataclasses.replace(CONFIG, **changes)
-    return examples(open_mix(home, mix, stage, config), list(mix.values()) or [1.0], stage, config, seed)
+    recipe = RECIPES[stage](dataclasses.replace(CONFIG, **changes))
+    return examples(open_mix(home, mix, recipe), list(mix.values()) or [1.0], recipe, seed)
 
 
 def take(data, count: int, batch: int = 4, **options) -> list[dict]:
@@ -74,7 +82,7 @@ def test_a_batch_is_a_function_of_seed_and_number(home, stage):
 def test_the_sequences_of_a_batch_have_names(home):
     """Dataset and name of each row of batch n; a token says which sequence it is of."""
     mix = {"a": 2.0, "b": 1.0}
-    sources = open_mix(home, mix, "lm", CONFIG)
+    sources = open_mix(home, mix, Windows(CONFIG))
     batch = take(mixture(home, "lm"), 6)[5]
     owners = [int(row[0]) // FAR - 1 for row in batch["tokens"]]
     names = [f"a/{owner}@0" if owner < 10 else f"b/{owner - 10}@0" for owner in owners]
@@ -236,25 +244,16 @@ def test_cepe_masks_chunks(home):
 
 RETRIEVED = {
     "passages": array(np.uint16, None, 4),
-    "next": array(np.uint16, None, 4),
     "lengths": array(np.int32, None),
-    "next_lengths": array(np.int32, None),
     "scores": array(np.float32, None),
 }
 TAUGHT = {"teacher_index": array(np.uint16, None, 2), "teacher_prob": array(np.float16, None, 3)}
 
 
 def passages_of(number: int) -> dict:
-    """Two passages, whose tokens say for which sequence they were found; nothing follows the second."""
-    tokens = 1000 * (number + 1) + np.arange(16).reshape(2, 2, 4)
-    lengths, scores = np.array([4, 3]), np.array([2.0, 1.0], np.float32)
-    return {
-        "passages": tokens[:, 0],
-        "next": tokens[:, 1],
-        "lengths": lengths,
-        "next_lengths": np.array([4, 0]),
-        "scores": scores,
-    }
+    """Two passages, whose tokens say for which sequence they were retrieved; the second one is short."""
+    tokens = 1000 * (number + 1) + np.arange(8).reshape(2, 4)
+    return {"passages": tokens, "lengths": np.array([4, 3]), "scores": np.array([2.0, 1.0], np.float32)}
 
 
 def teacher_of(number: int) -> dict:
@@ -290,12 +289,20 @@ def test_passages_that_leave_nothing_to_learn_or_do_not_fit(joined):
         mixture(joined, "cepe", mix={"retrieved": 1}, window=4)
     with pytest.raises(ValueError, match=" 4 tokens, chunk_length is 3"):
         mixture(joined, "cepe", mix={"retrieved": 1}, chunk_length=3)
-    with pytest.raises(ValueError, match=" 8 tokens, chunk_length is 7"):
-        mixture(joined, "cepe", mix={"retrieved": 1}, chunk_length=7, neighbours="joint")
-    assert mixture(joined, "cepe", mix={"retrieved": 1}, chunk_length=8, neighbours="joint")[0]["context"].shape == (
-        3,
-        8,
-    )
+
+
+@pytest.mark.parametrize(
+    ("stage", "dataset"),
+    [("lm", "retrieved"), ("mlm", "teacher"), ("warmup", "teacher"), ("cepe", "teacher"), ("ceped", "retrieved")],
+)
+def test_a_stage_refuses_data_that_it_would_not_read(joined, stage, dataset):
+    with pytest.raises(ValueError, match=f"/{dataset} holds {dataset} .*/a"):
+        mixture(joined, stage, mix={dataset: 1})
+
+
+def test_a_warm_up_reads_what_its_window_holds():
+    with pytest.raises(ValueError, match=" 12 .* 3 chunks x 5"):
+        DuplicatedWindows(dataclasses.replace(CONFIG, chunk_length=5))
 
 
 def test_joined_records_go_through_processes(joined):
@@ -337,7 +344,7 @@ def test_datasets_that_do_not_join(joined, tokenizer, tmp_path):
             tmp_path / f"teacher_of_{name}", "teacher", TAUGHT, [[teacher_of(0)] * 10], tokenizer, **facts
         )
         with pytest.raises(ValueError, match=f"teacher_of_{name} .*join .*/{name}: .* 10 records .* {len(others)} "):
-            Sequences(path, "cepe", CONFIG)
+            Sequences(path, TaughtWindows(CONFIG))
     with pytest.raises(ValueError, match="teacher's window has 12 .* 10: "):
         mixture(joined, "ceped", mix={"teacher": 1}, window=10)
     with pytest.raises(ValueError, match="teacher's context has 12 .* 8: "):
@@ -345,19 +352,19 @@ def test_datasets_that_do_not_join(joined, tokenizer, tmp_path):
 
 
 def test_what_cannot_be_read(home, tokenizer, tmp_path):
-    with pytest.raises(ValueError, match="a: .* 50 tokens.* cepe .* 54: "):
+    with pytest.raises(ValueError, match="a: .* 50 tokens.* 54: "):
         mixture(home, "cepe", window=42)
-    assert len(Sequences(home / "a", "cepe", dataclasses.replace(CONFIG, window=38))) == 10
+    assert len(Sequences(home / "a", WindowsInContext(dataclasses.replace(CONFIG, window=38)))) == 10
     record = {"tokens": sequence(0), "name": "0", "domain": "d"}
     documents = datasets.write(tmp_path / "docs", "documents", datasets.SEQUENCE, [[record]], tokenizer)
     with pytest.raises(ValueError, match="docs holds documents.*sequences"):
-        Sequences(documents, "lm", CONFIG)
+        Sequences(documents, Windows(CONFIG))
     (tmp_path / "other").mkdir()
     other = datasets.train(["abcdefgh " * 9, "hgfedcba " * 9], 290, tmp_path / "other" / "tokenizer.model")
     datasets.write_sequences(tmp_path / "b", [sequence(0)], LENGTH, other, shards=1)
     (tmp_path / "a").symlink_to(home / "a")
     with pytest.raises(ValueError, match="a, b .*different tokenizers"):
-        open_mix(tmp_path, {"a": 1, "b": 1}, "lm", CONFIG)
+        open_mix(tmp_path, {"a": 1, "b": 1}, Windows(CONFIG))
 
 
 @pytest.mark.parametrize(
@@ -372,5 +379,5 @@ def test_what_cannot_be_read(home, tokenizer, tmp_path):
 )
 def test_missing_datasets_name_mix_and_mend(home, below, mix, path, mend):
     with pytest.raises(FileNotFoundError, match=mend) as refused:
-        open_mix(home / below, mix, "lm", CONFIG)
+        open_mix(home / below, mix, Windows(CONFIG))
     assert str(refused.value).startswith(f"{home / path}: ")

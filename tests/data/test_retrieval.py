@@ -77,7 +77,7 @@ def cut(corpus: Corpus, length: int = LENGTH) -> dict[tuple[str, int], np.ndarra
 
 
 def pieces(name: bytes) -> list[tuple[str, int]]:
-    return [(line.rpartition("@")[0], int(line.rpartition("@")[2])) for line in name.decode().split("\n") if line]
+    return [(line.rpartition("@")[0], int(line.rpartition("@")[2])) for line in name.split("\n") if line]
 
 
 def bag(texts: list[str]) -> np.ndarray:
@@ -150,27 +150,22 @@ def test_each_sequence_gets_its_best_passages(config, home, encoder, data):
 
 
 def test_the_record(config):
-    """Each passage and what follows it in its document are those tokens, padded; sizes and types."""
+    """Each passage is its document's tokens, padded; sizes and types."""
     retrieve(config)
     corpus, result = Corpus(config.passages, "train"), Records(config.out, "train")
     passages = cut(corpus)
-    seen = collections.Counter()
+    seen = set()
     for record in result:
-        found = pieces(record["names"])
-        assert record["passages"].shape == record["next"].shape == (5, LENGTH)
-        assert record["lengths"].shape == record["next_lengths"].shape == record["scores"].shape == (5,)
-        assert record["passages"].dtype == record["next"].dtype == np.uint16
-        assert record["lengths"].dtype == record["next_lengths"].dtype == np.int32
+        assert record["passages"].shape == (5, LENGTH)
+        assert record["lengths"].shape == record["scores"].shape == (5,)
+        assert record["passages"].dtype == np.uint16
+        assert record["lengths"].dtype == np.int32
         assert record["scores"].dtype == np.float32
-        for row, (document, start) in enumerate(found):
-            following = passages.get((document, start + LENGTH), [])
-            for name, expected in (("passages", passages[document, start]), ("next", following)):
-                length = record["lengths" if name == "passages" else "next_lengths"][row]
-                assert record[name][row].tolist() == [*expected, *[0] * (LENGTH - length)]
-                assert length == len(expected)
-                seen[name, int(length)] += 1
-    assert {("passages", LENGTH), ("next", LENGTH), ("next", 0)} <= set(seen)
-    assert {name for name, length in seen if 0 < length < LENGTH} == {"passages", "next"}
+        for row, (length, place) in enumerate(zip(record["lengths"], pieces(record["names"]), strict=True)):
+            assert record["passages"][row].tolist() == [*passages[place], *[0] * (LENGTH - length)]
+            assert length == len(passages[place])
+            seen.add(int(length))
+    assert max(seen) == LENGTH > min(seen)
 
 
 def test_the_index_of_the_dataset(config, home):
@@ -192,7 +187,7 @@ def test_the_index_of_the_dataset(config, home):
     assert [s["records"] for s in result.facts["shards"]] == [s["records"] for s in base.facts["shards"]]
     domains = collections.Counter()
     for sequence, record in zip(base, result, strict=True):
-        domains[sequence["domain"].decode()] += int(record["lengths"].sum())
+        domains[sequence["domain"]] += int(record["lengths"].sum())
     assert {name: counts["tokens"] for name, counts in result.facts["domains"].items()} == domains
 
 
@@ -208,8 +203,6 @@ def test_passages_hold_every_token_once(config, home, length):
     for number, ((name, start), tokens) in enumerate(expected.items()):
         assert (passages.names[passages.document[number]], passages.start[number]) == (name, start)
         np.testing.assert_array_equal(passages[number], tokens)
-        following = passages.after(np.array([number]))[0]
-        assert following == (number + 1 if (name, start + length) in expected else -1)
     everything = np.concatenate([passages[number] for number in range(len(passages))])
     np.testing.assert_array_equal(everything, np.concatenate([document.tokens for document in corpus]))
     names = [corpus[3].name, "elsewhere", corpus[0].name]
@@ -250,8 +243,8 @@ def test_fewer_than_k(config, home, encoder):
         own = {document for document, _ in pieces(sequence["name"])}
         others = [n for n in range(len(passages)) if passages.names[passages.document[n]] not in own]
         found = [f"{passages.names[passages.document[n]]}@{passages.start[n]}" for n in others]
-        assert sorted(record["names"].decode().split("\n")) == sorted(found or [""])
-        assert len(record["scores"]) == len(record["next"]) == len(record["passages"]) == len(others)
+        assert sorted(record["names"].split("\n")) == sorted(found or [""])
+        assert len(record["scores"]) == len(record["passages"]) == len(others)
         assert np.isfinite(record["scores"]).all()
         assert (np.diff(record["scores"]) <= 0).all()
         left[len(others)] += 1
@@ -266,8 +259,8 @@ def test_nothing_is_left(config, home):
     shapes = set()
     for sequence, record in zip(Records(home / "filtered", "train"), Records(config.out, "train"), strict=True):
         if pieces(sequence["name"])[0][0] == name:
-            assert record["names"] == b""
-            shapes.add((record["passages"].shape, record["next_lengths"].shape))
+            assert record["names"] == ""
+            shapes.add((record["passages"].shape, record["lengths"].shape))
     assert shapes == {((0, LENGTH), (0,))}
 
 

@@ -37,31 +37,33 @@ def log(builder: Builder) -> list[str]:
 EVERYTHING = ["0a", "1b", "2c", "3d", "4e", "5f", "6g"]
 
 
-def test_every_unit_once(builder, capsys):
+def test_every_unit_once(builder, caplog):
     marks = run(builder)
     assert [(mark["key"], mark["upper"]) for mark in marks] == [([name], name.upper()) for name in "abcdefg"]
     assert log(builder) == EVERYTHING
-    assert capsys.readouterr().err.startswith("note: 7 of 7, 0 s 77 tokens, ")
+    assert caplog.messages[-1].startswith("note: 7 of 7, 0 s 77 tokens, ")
+    caplog.clear()
     assert run(builder) == marks
     assert log(builder) == []
-    assert capsys.readouterr().err == ""
+    assert not caplog.messages
 
 
 @pytest.mark.parametrize("order", [[0, 1, 2], [2, 0, 1]])
-def test_jobs_share_the_units(builder, capsys, order):
+def test_jobs_share_the_units(builder, caplog, order):
     expected = {0: ["0a", "3d", "6g"], 1: ["1b", "4e"], 2: ["2c", "5f"]}
     results = []
     for left, number in zip([*order[1:], None], order, strict=True):
         results.append(run(builder, shard=f"{number}/3"))
         assert log(builder) == expected[number]
-        assert (f"{builder.out}: " in capsys.readouterr().out) == (left is not None)
+        assert (f"{builder.out}: " in caplog.text) == (left is not None)
+        caplog.clear()
     assert results[:2] == [None, None]
     assert [mark["upper"] for mark in results[2]] == list("ABCDEFG")
 
 
-def test_what_is_left_is_said(builder, capsys):
+def test_what_is_left_is_said(builder, caplog):
     assert run(builder, shard="1/4") is None
-    assert re.fullmatch(f"{builder.out}: 5 of 7 units.*\n", capsys.readouterr().out)
+    assert re.match(f"{builder.out}: 5 of 7 units", caplog.messages[-1])
 
 
 def test_a_unit_of_other_input_is_done_again(builder):
@@ -83,7 +85,7 @@ def test_an_error_leaves_what_is_finished(builder, ends):
     assert log(builder) == ["2c", "3d", "4e", "5f", "6g"]
 
 
-def test_processes(builder, capsys):
+def test_processes(builder, caplog):
     """An error in one, the death of one, and then they finish: by two processes, each unit once."""
     with pytest.raises(ValueError, match="^unit c is bad$"):
         run(builder, "ValueError", workers=2)
@@ -102,12 +104,11 @@ def test_processes(builder, capsys):
     for number in (2, 4, 5):
         (builder.units / f"{number:05}.json").unlink(missing_ok=True)
     before = {f"{n}{name}" for n, (name,) in enumerate(UNITS) if builder.marked(n, (name,))}
-    capsys.readouterr()
     marks = run(builder, workers=2)
     assert [mark["upper"] for mark in marks] == list("ABCDEFG")
     again = set(EVERYTHING) - before
     assert set(log(builder)) == again
-    said = capsys.readouterr().err.splitlines()[-1]
+    said = caplog.messages[-1]
     assert said.startswith(f"note: {len(again)} of {len(again)}, ")
     assert f" s {len(again) * 11} tokens, " in said
     assert os.getpid() not in {mark["pid"] for mark in marks}

@@ -16,8 +16,7 @@ from cepe_jax.inference.caches import CacheConfig
 from cepe_jax.inference.scoring import Score
 from cepe_jax.model.llama import Llama
 from cepe_jax.model.rope import rope_table
-from cepe_jax.weights.directory import save
-from cepe_jax.weights.huggingface import load
+from cepe_jax.weights.source import load, save
 
 BOS, STOPS = 0, (1, 3)
 LENGTH = 96  # that texts are filled up to: one program

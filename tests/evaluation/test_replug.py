@@ -13,7 +13,7 @@ from cepe_jax.evaluation.language_model import Prompt
 from cepe_jax.evaluation.models import ModelConfig, load_model
 from cepe_jax.evaluation.replug import RePlug, log_weights, mixture
 from cepe_jax.inference.caches import full
-from cepe_jax.weights.huggingface import load
+from cepe_jax.weights.source import load
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 BOS, STOPS, TEMPERATURE = 0, (1, 3), 0.5

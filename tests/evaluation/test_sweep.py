@@ -26,7 +26,7 @@ from cepe_jax.evaluation.perplexity import PerplexityConfig
 from cepe_jax.evaluation.report import ReportConfig, report
 from cepe_jax.evaluation.sweep import measure_group, run_one, run_sweep
 from cepe_jax.evaluation.tasks import TaskConfig
-from cepe_jax.weights.huggingface import load
+from cepe_jax.weights.source import load
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from support.tokenizers import CHUNK, LLAMA_2, as_llama_2
 import cepe_jax
 from cepe_jax.data.tokenizer import Tokenizer
 from cepe_jax.inference.text import TextModel
-from cepe_jax.weights.directory import save
+from cepe_jax.weights.source import save
 
 MOST_CHUNKS = 24
 

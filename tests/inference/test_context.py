@@ -34,8 +34,7 @@ from cepe_jax.inference.generate import Sampling, generate, next_token
 from cepe_jax.inference.scoring import score
 from cepe_jax.model.cepe import Cepe
 from cepe_jax.sharding import make_mesh, shardings_of
-from cepe_jax.weights.directory import save
-from cepe_jax.weights.huggingface import load
+from cepe_jax.weights.source import load, save
 
 CHUNK = 40  # tokens
 HOT = Sampling(temperature=1.5, seed=7)
@@ -234,7 +233,7 @@ def test_a_passage_is_encoded_once(cepe, identity, cache, encoded):
     assert sum(encoded) == 40
 
 
-def test_batches(cepe, identity, cache, monkeypatch, capsys):
+def test_batches(cepe, identity, cache, monkeypatch, caplog):
     """Of few shapes; whatever they hold, the states are the same. Progress counts real tokens."""
     shapes = []
     monkeypatch.setattr(module, "encode_chunks", lambda *given: shapes.append(given[1].shape) or encode_chunks(*given))
@@ -242,15 +241,16 @@ def test_batches(cepe, identity, cache, monkeypatch, capsys):
     at_once = encode(cepe, passages, identity, CHUNK)
     assert sorted(shapes) == [(1, 8, 32), (1, 32, 40)]
     shapes.clear()
-    capsys.readouterr()
+    caplog.clear()
     monkeypatch.setattr(module, "BATCH_TOKENS", 200)
     for ours, wanted in zip(encode(cepe, passages, identity, CHUNK).passages, at_once.passages, strict=True):
         assert ours.digest == wanted.digest
         assert relative_error(ours.states_LE, wanted.states_LE) < 1e-5
     assert set(shapes) == {(1, 5, 40), (1, 6, 32)}
-    assert "encode: 890 of 890" in capsys.readouterr().err
+    assert "encode: 890 of 890" in caplog.text
+    caplog.clear()
     encode(cepe, passages[:1], identity, CHUNK)
-    assert capsys.readouterr().err == ""
+    assert not caplog.messages
 
 
 @pytest.mark.parametrize("narrowed", [False, True], ids=["float32", "bfloat16"])

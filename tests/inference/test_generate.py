@@ -18,7 +18,7 @@ from cepe_jax.model.cepe import Cepe
 from cepe_jax.model.cross import Memory
 from cepe_jax.model.llama import Llama
 from cepe_jax.sharding import MESH_AXES
-from cepe_jax.weights.huggingface import load
+from cepe_jax.weights.source import load
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 HOT = Sampling(temperature=1.5, top_k=40, top_p=0.95, seed=7)

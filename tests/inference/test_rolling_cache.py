@@ -18,8 +18,7 @@ from cepe_jax.inference.text import load as load_text
 from cepe_jax.model.cepe import Cepe
 from cepe_jax.model.cross import Memory
 from cepe_jax.model.llama import Llama
-from cepe_jax.weights.directory import save
-from cepe_jax.weights.huggingface import load
+from cepe_jax.weights.source import load, save
 
 WINDOW, SINKS = 11, 3
 TEXT = np.random.default_rng(0).integers(0, DECODER.vocab_size, 60).tolist()

@@ -16,7 +16,7 @@ from cepe_jax.inference import text
 from cepe_jax.inference.context import ContextCache
 from cepe_jax.inference.generate import GREEDY, Draws, Sampling
 from cepe_jax.inference.text import TextModel
-from cepe_jax.weights.directory import save
+from cepe_jax.weights.source import save
 
 PROMPT = "def f(x):\n    return"
 TEXTS = ["The quick brown fox jumps over", "  what is it?\n\nIt is a test"]

@@ -11,7 +11,7 @@ from support.refusals import one_line
 from cepe_jax.config import CepeConfig, Compute, CrossLayers, RematConfig, RopeConfig
 from cepe_jax.model.cepe import Cepe
 from cepe_jax.model.cross import Memory
-from cepe_jax.weights.tensors import abstract_parts
+from cepe_jax.weights.build import abstract_parts
 
 TOKENS, CONTEXT = np.zeros((2, 7), np.int32), np.zeros((2, 3, 5), np.int32)
 

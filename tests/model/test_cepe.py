@@ -16,20 +16,12 @@ from support.models import (
 )
 
 from cepe_jax.config import Compute, CrossLayers, EncoderConfig, RematConfig
-from cepe_jax.model.cepe import (
-    Cepe,
-    Frozen,
-    assemble,
-    cross_from_self_attention,
-    encoder_from_decoder,
-    held_as,
-    parts_of,
-    split,
-)
+from cepe_jax.model.cepe import Cepe, cross_from_self_attention, encoder_from_decoder
 from cepe_jax.model.cross import Memory
 from cepe_jax.model.encoder import Encoder
 from cepe_jax.model.layers import at
 from cepe_jax.model.llama import Llama
+from cepe_jax.model.parts import Frozen, held_as, split
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +185,7 @@ def test_every_leaf_is_in_exactly_one_half(cepe, train):
     halves = [id(leaf) for half in (trainable, frozen) for leaf in jax.tree.leaves(half)]
     assert sorted(halves) == sorted(id(leaf) for leaf in jax.tree.leaves(cepe))
     assert set(trainable) == set(train)
-    whole = assemble(trainable | frozen)
+    whole = Cepe.from_parts(trainable | frozen)
     paths, again = jax.tree_util.tree_leaves_with_path(cepe), jax.tree_util.tree_leaves_with_path(whole)
     assert [(path, id(leaf)) for path, leaf in again] == [(path, id(leaf)) for path, leaf in paths]
     assert (parts_in(whole, nnx.Param), parts_in(whole, Frozen)) == (set(train), set(frozen))
@@ -208,7 +200,7 @@ def test_params_are_what_trains(cepe, tokens_BT, context_BCL):
     """The decoder of any Cepe is frozen, one that is built from Params too; neither it nor its starts is changed."""
     decoder = held_as(nnx.Param, cepe.decoder)
     built = Cepe(decoder, cepe.encoder, cepe.cross)
-    for model in (cepe, built, assemble(parts_of(cepe))):
+    for model in (cepe, built, Cepe.from_parts(cepe.parts)):
         assert (parts_in(model, nnx.Param), parts_in(model, Frozen)) == ({"encoder", "cross"}, {"decoder"})
     assert not parts_in(decoder, Frozen)
     for start in (
@@ -225,7 +217,7 @@ def test_parts_of_a_lone_model(decoder, encoder):
     for model, name in ((decoder, "decoder"), (encoder, "encoder")):
         trainable, frozen = split(model, (name,))
         assert (list(trainable), frozen) == ([name], {})
-        assert assemble(parts_of(model)) is model
+        assert type(model).from_parts(model.parts) is model
 
 
 def test_an_unknown_part_is_refused(cepe, decoder):
@@ -236,7 +228,7 @@ def test_an_unknown_part_is_refused(cepe, decoder):
 
 
 def loss(trainable, frozen, tokens_BT, context_BCL):
-    return (assemble(trainable | frozen)(tokens_BT, context_BCL) ** 2).mean()
+    return (Cepe.from_parts(trainable | frozen)(tokens_BT, context_BCL) ** 2).mean()
 
 
 def produced_shapes(jaxpr) -> set[tuple[int, ...]]:

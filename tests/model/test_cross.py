@@ -23,13 +23,12 @@ from jax.sharding import PartitionSpec as P
 from support.models import DECODER, ENCODER, relative_error
 
 from cepe_jax.benchmarks.hlo import arrays, collectives
-from cepe_jax.config import CrossLayers
+from cepe_jax.config import CepeConfig, DecoderConfig, EncoderConfig
 from cepe_jax.cost import ReadFlops, read_flops
 from cepe_jax.inference.caches.full import FullCache
 from cepe_jax.model import cross
 from cepe_jax.model.cepe import Cepe
 from cepe_jax.model.cross import CrossAttention, Memory
-from cepe_jax.model.layers import RMSNorm
 from cepe_jax.sharding import constrain, make_mesh
 
 B, T, M, D, E, H = 2, 3, 300, 20, 16, 6
@@ -41,9 +40,12 @@ def layer(N: int, K: int, seed: int = 0, width: int = E, head_dim: int = H) -> C
     rng = np.random.default_rng(seed)
     shapes = (D, N, head_dim), (width, K, head_dim), (width, K, head_dim), (N, head_dim, D)
     weights = [nnx.Param(rng.standard_normal(shape) * shape[0] ** -0.5) for shape in shapes]
-    norm = RMSNorm((D,), 1e-5, ("embed",))
-    norm.scale = nnx.Param(rng.standard_normal(D))
-    return CrossAttention(norm, *weights, CrossLayers())
+    sizes = {"vocab_size": 1, "num_layers": 1, "num_heads": N, "num_kv_heads": K, "head_dim": head_dim, "mlp_width": 1}
+    config = CepeConfig(DecoderConfig(width=D, **sizes), EncoderConfig(width=width, **sizes))
+    cross = CrossAttention(config, key=jax.random.key(0))
+    cross.q, cross.k, cross.v, cross.o = weights
+    cross.norm.scale = nnx.Param(rng.standard_normal(D))
+    return cross
 
 
 def inputs(rows: int = B, queries: int = T, memory: int = M, width: int = E, seed: int = 1):

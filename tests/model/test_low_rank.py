@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 from support.models import computed, relative_error
 
-from cepe_jax.model.cepe import Cepe, assemble, parts_of
+from cepe_jax.model.cepe import Cepe
 from cepe_jax.model.llama import Llama
 
 RANK = 2
@@ -54,12 +54,12 @@ def test_factors_are_added_and_train_alone(cepe, tokens_BT, context_BCL, remat):
     assert relative_error(logits, run(whole, tokens_BT, context_BCL)) < 1e-5
     assert relative_error(logits, run(cepe, tokens_BT, context_BCL)) > 1e-2
 
-    others = {name: part for name, part in parts_of(model).items() if name != "decoder"}
+    others = {name: part for name, part in model.parts.items() if name != "decoder"}
 
     def loss(down: jax.Array) -> jax.Array:
         attention = jax.tree.map(lambda x: x, decoder)
         attention.layers.attention.q.down = nnx.Param(down)
-        return (assemble(others | {"decoder": attention})(tokens_BT, context_BCL) ** 2).mean()
+        return (Cepe.from_parts(others | {"decoder": attention})(tokens_BT, context_BCL) ** 2).mean()
 
     down, direction = decoder.layers.attention.q.down[...], np.random.default_rng(1).standard_normal((3, 24, RANK))
     slope = (jax.jit(jax.grad(loss))(down) * direction).sum()

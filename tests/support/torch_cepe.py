@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from cepe_jax.config import CepeConfig, RopeConfig, TransformerConfig
 from cepe_jax.model.cepe import Cepe
-from cepe_jax.weights.table import table
-from cepe_jax.weights.tensors import tensors_of
+from cepe_jax.weights.build import tensors_of
+from cepe_jax.weights.huggingface import table
 
 KeysAndValues = tuple[Tensor, Tensor]
 Angles = tuple[Tensor, Tensor]  # cosines and sines

@@ -13,13 +13,13 @@ from support import models
 
 from cepe_jax import cli
 from cepe_jax.directories import new_directory
-from cepe_jax.training import stages
+from cepe_jax.training import run
 from cepe_jax.training.logs import Log, StepFacts
+from cepe_jax.training.run import launch
 from cepe_jax.training.settings import TrainConfig
-from cepe_jax.training.stages import launch
 from cepe_jax.weights import checkpoint
 from cepe_jax.weights.checkpoint import Checkpoints
-from cepe_jax.weights.directory import Directory, save
+from cepe_jax.weights.source import open_ours, save
 
 RUN = epath.Path("gs://bucket/run")
 
@@ -60,7 +60,7 @@ def test_settings_keep_the_address():
 
 
 def test_a_run_in_a_bucket_needs_its_library(monkeypatch):
-    monkeypatch.setattr(stages, "find_spec", lambda name: None)
+    monkeypatch.setattr(run, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="gs://bucket/run .*pip install gcsfs"):
         launch(TrainConfig("lm", Path("d"), RUN, 3, 4, decoder="tiny"))
 
@@ -73,7 +73,7 @@ def test_a_model_is_there_once_its_config_is(tmp_path):
     copied.mkdir()
     for file in (RUN / "model").iterdir():
         file.copy(copied / file.name)
-    Directory(copied).verify()
+    open_ours(copied).verify()
     assert (copied / "hash.json").read_bytes() == (tmp_path / "model/hash.json").read_bytes()
     with pytest.raises(ValueError, match="gs://bucket/run/model exists"):
         save(models.make_decoder(), RUN / "model")

@@ -12,8 +12,9 @@ from support.models import DECODER, float64, make_cepe
 from support.oracles import NONE, method
 
 from cepe_jax.data.examples import IGNORE
-from cepe_jax.model.cepe import assemble, split
+from cepe_jax.model.cepe import Cepe
 from cepe_jax.model.llama import Llama
+from cepe_jax.model.parts import split
 from cepe_jax.training.objectives import Distill, DistillConfig, teacher_top
 
 K = 5
@@ -65,7 +66,7 @@ def test_the_loss_is_the_papers(cepe, batch, log_teacher):
     kl = (np.exp(log_p) * (log_p - log_q)).sum(-1).mean()
     kept = batch["labels"] != IGNORE
     nll = -np.take_along_axis(log_student, np.where(kept, batch["labels"], 0)[..., None], -1)[..., 0][kept].mean()
-    objective = Distill(top_k=K, loss_chunk=3)
+    objective = Distill(DistillConfig(top_k=K), 3)
     loss, terms = jax.jit(lambda cepe, batch: objective(cepe, batch, objective.weights(batch)))(cepe, batch)
     assert float(terms["nll"]) == pytest.approx(nll, rel=1e-5)
     assert float(terms["kl"]) == pytest.approx(kl, rel=1e-5)
@@ -78,7 +79,7 @@ def test_stored_probabilities_teach_the_same(cepe, batch):
     tokens_BS = np.concatenate([batch["context"].reshape(B, -1), batch["tokens"]], axis=1)
     taught = jax.jit(lambda decoder, tokens: teacher_top(decoder, tokens, T, K, 0))(cepe.decoder, tokens_BS)
     stored = {"teacher_index": np.uint16(taught["teacher_index"]), "teacher_prob": np.float16(taught["teacher_prob"])}
-    objective = Distill(top_k=K, smooth=1e-6)
+    objective = Distill(DistillConfig(top_k=K, smooth=1e-6))
     both = batch, batch | stored
     run = jax.jit(lambda cepe, both: [objective(cepe, one, objective.weights(one))[1] for one in both])
     online, stored = run(cepe, both)
@@ -97,15 +98,16 @@ def test_no_gradient_passes_the_teacher(cepe, batch):
 def test_no_logits_of_the_whole_window_are_stored():
     """The largest array of the compiled gradient, teacher and all, is one chunk's logits."""
     B, T, C, L, V, chunk = 2, 48, 2, 8, 2048, 16
+    context = {"context": jnp.int32, "context_mask": bool}
     shapes = jax.eval_shape(make_cepe)
     shapes.decoder = jax.eval_shape(lambda: Llama(dataclasses.replace(DECODER, vocab_size=V), key=jax.random.key(0)))
-    objective = Distill(top_k=K, loss_chunk=chunk)
+    objective = Distill(DistillConfig(top_k=K), chunk)
 
     def loss(trainable, frozen, batch):
-        return objective(assemble(trainable | frozen), batch, objective.weights(batch))[0]
+        return objective(Cepe.from_parts(trainable | frozen), batch, objective.weights(batch))[0]
 
     batch = {name: jax.ShapeDtypeStruct((B, T), jnp.int32) for name in ("tokens", "labels")}
-    batch["context"] = jax.ShapeDtypeStruct((B, C, L), jnp.int32)
+    batch |= {name: jax.ShapeDtypeStruct((B, C, L), dtype) for name, dtype in context.items()}
     text = jax.jit(jax.grad(loss)).lower(*split(shapes, ("encoder", "cross")), batch).compile().as_text()
     arrays = {math.prod(map(int, shape.split(","))) for shape in re.findall(r"f32\[([\d,]+)\]", text)}
     assert max(arrays) == B * chunk * V

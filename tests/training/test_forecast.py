@@ -12,11 +12,11 @@ from support.models import make_cepe
 
 from cepe_jax.cost import CHIPS, gib
 from cepe_jax.data.examples import ExampleConfig
-from cepe_jax.model.cepe import split
+from cepe_jax.model.parts import split
 from cepe_jax.sharding import abstract_mesh
 from cepe_jax.training.forecast import epochs, forecast, held_bytes, price
+from cepe_jax.training.run import dry_run
 from cepe_jax.training.settings import MeshConfig, TrainConfig, sizes_of, tokens_of_step
-from cepe_jax.training.stages import run_stage
 from cepe_jax.training.trainer import initial_state
 
 PAPER = TrainConfig(
@@ -43,10 +43,10 @@ def test_epochs_of_each_dataset():
     ]
 
 
-@pytest.mark.parametrize(("stage", "tokens"), [("lm", 12), ("mlm", 12), ("warmup", 12), ("cepe", 42), ("ceped", 42)])
+@pytest.mark.parametrize(("stage", "tokens"), [("lm", 12), ("mlm", 12), ("warmup", 30), ("cepe", 42), ("ceped", 42)])
 def test_tokens_are_counted_once(stage, tokens):
     """A warm-up's contexts are its windows once more."""
-    examples = ExampleConfig(window=4, num_chunks=2, chunk_length=5)
+    examples = ExampleConfig(window=10 if stage == "warmup" else 4, num_chunks=2, chunk_length=5)
     config = dataclasses.replace(PAPER, batch_size=3, micro_batch=0, examples=examples)
     object.__setattr__(config, "stage", stage)
     assert tokens_of_step(config) == tokens
@@ -82,7 +82,7 @@ def test_held_bytes_are_those_of_arrays():
 def test_price_comes_before_refusals(mesh, lines, reason):
     """Devices that are elsewhere are no reason to refuse."""
     config = dataclasses.replace(PAPER, mesh=mesh)
-    told = forecast(config, sizes_of(config), taught=False)
+    told = forecast(config, sizes_of(config), ())
     assert list(islice(told, 4))[-1].startswith("chip hours")
     with pytest.raises(ValueError, match=reason) if reason else contextlib.nullcontext():
         assert len(list(told)) == lines - 4
@@ -90,19 +90,18 @@ def test_price_comes_before_refusals(mesh, lines, reason):
 
 def test_readme_shows_what_a_dry_run_tells():
     config = dataclasses.replace(PAPER, mesh=MeshConfig(fsdp=16))
-    told = "\n".join(islice(forecast(config, sizes_of(config), taught=False), 5))
+    told = "\n".join(islice(forecast(config, sizes_of(config), ()), 5))
     assert f"```\n{told}\n```" in (Path(__file__).parents[2] / "cepe_jax" / "training" / "README.md").read_text()
 
 
-def test_dry_run_needs_no_data_and_no_weights(tmp_path, capsys):
+def test_dry_run_needs_no_data_and_no_weights(tmp_path):
     """A preset, or a directory of a config.json, is enough: the price comes first, the settings last."""
     decoder = {"vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     decoder |= {"intermediate_size": 32, "model_type": "llama", "architectures": ["LlamaForCausalLM"]}
     decoder |= {"rms_norm_eps": 1e-5, "num_key_value_heads": 2}
     (tmp_path / "config.json").write_text(json.dumps(decoder))
-    config = dataclasses.replace(PAPER, decoder=str(tmp_path), encoder="tiny", data=tmp_path / "data", dry_run=True)
-    run_stage(config)
-    lines = capsys.readouterr().out.splitlines()
+    config = dataclasses.replace(PAPER, decoder=str(tmp_path), encoder="tiny", data=tmp_path / "data")
+    lines = list(dry_run(config))
     assert lines[0].endswith("vocabulary of 64")
     assert [line.split()[0] for line in (lines[1], lines[3], lines[4])] == ["20,000", "chip", "memory"]
     assert lines[6].startswith(f"{tmp_path}/data/filtered: no dataset, and mix names filtered")

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from cepe_jax.data.examples import IGNORE
-from cepe_jax.model.cepe import assemble, split
+from cepe_jax.model.parts import split
 from cepe_jax.training.heldout import EvalConfig, HeldOut
-from cepe_jax.training.objectives import Distill, NextToken
+from cepe_jax.training.objectives import Distill, DistillConfig, NextToken
 
 
 def batch_of(number: int) -> dict[str, np.ndarray]:
@@ -21,7 +21,7 @@ def batch_of(number: int) -> dict[str, np.ndarray]:
     return {"tokens": rng.integers(0, 64, (4, 8)), "labels": labels, "context": context, "context_mask": mask} | teacher
 
 
-@pytest.mark.parametrize("objective", [NextToken(), Distill(top_k=3)])
+@pytest.mark.parametrize("objective", [NextToken(), Distill(DistillConfig(top_k=3))])
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_the_mean_is_over_the_whole(cepe, objective, accumulate):
     """Not the mean of the batches' means: those are another number."""
@@ -30,9 +30,9 @@ def test_the_mean_is_over_the_whole(cepe, objective, accumulate):
     evaluate = jax.jit(lambda model, batch: objective(model, batch, objective.weights(batch)))
     trainable, frozen = split(cepe, ("encoder", "cross"))
     loss, terms = evaluate(cepe, whole)
-    found = HeldOut(objective, frozen, batches, accumulate)(trainable)
+    found = HeldOut(objective, type(cepe), frozen, batches, accumulate)(trainable)
     assert found == pytest.approx({"loss": float(loss)} | {name: float(x) for name, x in terms.items()}, rel=1e-5)
-    means = np.mean([evaluate(assemble(trainable | frozen), batch)[1]["nll"] for batch in batches])
+    means = np.mean([evaluate(type(cepe).from_parts(trainable | frozen), batch)[1]["nll"] for batch in batches])
     assert abs(means - found["nll"]) > 1e-2
 
 

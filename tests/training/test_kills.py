@@ -23,7 +23,7 @@ from cepe_jax.config import CrossLayers
 from cepe_jax.model.cepe import Cepe, cross_from_self_attention
 from cepe_jax.model.encoder import Encoder
 from cepe_jax.model.llama import Llama
-from cepe_jax.weights.directory import save
+from cepe_jax.weights.source import save
 
 ROOT = Path(__file__).parents[2]
 STEPS, SAVE_EVERY = 100, 5
@@ -99,7 +99,7 @@ class Process:
     def end(self) -> tuple[int, str, str]:
         """Exit status, stdout, stderr; checks that the run began where the one before could have left off."""
         out, err = self.process.communicate(timeout=200)
-        assert (f"resumed at step {self.first} of {STEPS} from" in out) == bool(self.first)
+        assert (f"resumed at step {self.first} of {STEPS} from" in err) == bool(self.first)
         return self.process.returncode, out, err
 
     def kill(self) -> None:

@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 from support.models import relative_error
 
-from cepe_jax.model.cepe import split
+from cepe_jax.model.parts import split
 from cepe_jax.training.optimizer import OptimizerConfig
 
 RATE, DECAY = 0.1, 0.3

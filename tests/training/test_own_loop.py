@@ -10,9 +10,7 @@ from support.datasets import make_tokenizer, write_sequences
 from support.models import make_cepe
 
 from cepe_jax.config import Compute, CrossLayers
-from cepe_jax.model.cepe import parts_of
-from cepe_jax.weights.directory import save
-from cepe_jax.weights.huggingface import load
+from cepe_jax.weights.source import load, save
 
 README = Path(__file__).parents[2] / "cepe_jax" / "training" / "README.md"
 
@@ -35,7 +33,7 @@ def test_readme_loop_trains_encoder_and_cross(tmp_path, monkeypatch, capsys):
     losses = [float(line) for line in capsys.readouterr().out.split()]
     assert len(losses) == 5
     assert np.isfinite(losses).all()
-    before, after = (parts_of(load(path, Compute("bfloat16"), ("encoder", "cross"))) for path in ("cepe-7b", "my-cepe"))
+    before, after = (load(path, Compute("bfloat16"), ("encoder", "cross")).parts for path in ("cepe-7b", "my-cepe"))
     for part, moves in ("decoder", False), ("encoder", True), ("cross", True):
         leaves = zip(jax.tree.leaves(before[part]), jax.tree.leaves(after[part]), strict=True)
         changed = [not np.array_equal(a, b) for a, b in leaves]

@@ -15,13 +15,11 @@ from cepe_jax.cli import decode, read_yaml
 from cepe_jax.config import DECODERS, ENCODERS
 from cepe_jax.data.examples import IGNORE
 from cepe_jax.data.loader import batches, examples, open_mix
-from cepe_jax.model.cepe import parts_of
 from cepe_jax.model.llama import Llama
-from cepe_jax.training import stages
-from cepe_jax.training.settings import TrainConfig
-from cepe_jax.training.stages import run_stage, starting_model
-from cepe_jax.weights.directory import save
-from cepe_jax.weights.huggingface import load
+from cepe_jax.training import run
+from cepe_jax.training.run import run_stage, starting_model
+from cepe_jax.training.settings import TrainConfig, recipe_of
+from cepe_jax.weights.source import load, save
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 VOCAB = 400
@@ -64,13 +62,13 @@ def runs(tmp_path_factory):
         return model
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stages, "starting_model", watched)
+        patch.setattr(run, "starting_model", watched)
         encoder = dataclasses.replace(ENCODERS["mlm_large"], vocab_size=1, num_layers=1, **SIZES)
         patch.setitem(ENCODERS, "mlm_large", encoder)
         for name in STARTS:
             configs[name] = config = tiny(name, data, root)
-            sources = open_mix(data, config.mix, config.stage, config.examples)
-            drawn = examples(sources, list(config.mix.values()), config.stage, config.examples, config.seed)
+            sources = open_mix(data, config.mix, recipe_of(config))
+            drawn = examples(sources, list(config.mix.values()), recipe_of(config), config.seed)
             firsts[name] = next(batches(drawn, config.batch_size))
             run_stage(config)
     return root, configs, starts, firsts
@@ -117,7 +115,7 @@ def test_the_first_loss_is_that_of_the_start(runs, name):
 def test_what_trains(runs, name):
     """Every array of encoder and cross-attention moves and no bit of the decoder does; the sizes are the config's."""
     root, configs, starts, _ = runs
-    trained, start = parts_of(load(root / name / "model")), parts_of(starts[name])
+    trained, start = load(root / name / "model").parts, starts[name].parts
     assert set(trained) == ({"encoder"} if name == "mlm" else {"decoder", "encoder", "cross"})
     for part, model in trained.items():
         before, after = bits(start[part]), bits(model)

@@ -28,12 +28,11 @@ from cepe_jax.distributed import LOST_STATUS, DistributedConfig, tells_of_a_lost
 from cepe_jax.model.cepe import Cepe, cross_from_self_attention
 from cepe_jax.model.encoder import Encoder
 from cepe_jax.model.llama import Llama
-from cepe_jax.training import stages
+from cepe_jax.training import run
 from cepe_jax.training.optimizer import OptimizerConfig
+from cepe_jax.training.run import run_stage
 from cepe_jax.training.settings import TrainConfig
-from cepe_jax.training.stages import run_stage
-from cepe_jax.weights.directory import save
-from cepe_jax.weights.huggingface import load
+from cepe_jax.weights.source import load, save
 
 SCRIPT = Path(__file__).parents[2] / "scripts/train.py"
 DEVICES = 4
@@ -291,7 +290,7 @@ def test_a_lost_peer_is_told_by_the_runtime_alone(kind, message, lost):
 
 
 def main(stop: int, dying: int, how: str) -> None:
-    unlimited = stages.batches
+    unlimited = run.batches
 
     def cut_off(data, batch_size, first, *rest):
         for number, batch in enumerate(unlimited(data, batch_size, first, *rest), first):
@@ -301,7 +300,7 @@ def main(stop: int, dying: int, how: str) -> None:
                 os.kill(os.getpid(), getattr(signal, f"SIG{how}"))
             yield batch
 
-    stages.batches = cut_off
+    run.batches = cut_off
     sys.argv = [str(SCRIPT), *sys.argv[4:]]
     runpy.run_path(str(SCRIPT), run_name="__main__")
 

@@ -18,11 +18,10 @@ from cepe_jax.model.encoder import Encoder
 from cepe_jax.model.llama import Llama
 from cepe_jax.training.heldout import EvalConfig
 from cepe_jax.training.objectives import DistillConfig
+from cepe_jax.training.run import run_stage
 from cepe_jax.training.settings import TrainConfig
-from cepe_jax.training.stages import run_stage
 from cepe_jax.training.teacher import TeacherConfig, teach
-from cepe_jax.weights.directory import save
-from cepe_jax.weights.huggingface import load
+from cepe_jax.weights.source import load, save
 
 VOCAB, WINDOW, CONTEXT, K = 400, 20, 12, 6
 EXAMPLES = ExampleConfig(window=WINDOW, num_chunks=3, chunk_length=4)
@@ -74,9 +73,9 @@ def test_the_dataset_is_what_the_decoder_expects(taught):
         np.testing.assert_allclose(record["teacher_prob"], np.concatenate([top, rest], axis=-1), rtol=1e-3)
 
 
-def test_a_dataset_is_made_once_and_of_one_teacher(taught, capsys):
+def test_a_dataset_is_made_once_and_of_one_teacher(taught, caplog):
     teach(preparation(taught, batch_size=7))
-    assert "is finished" in capsys.readouterr().out
+    assert f"{taught}/taught is finished" in caplog.text
     with pytest.raises(ValueError, match="another run, top_k .* 6 .* 5 "):
         teach(preparation(taught, top_k=5))
 
@@ -115,18 +114,18 @@ def test_both_teachers_teach_the_same(taught, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"stage": "cepe", "distill": None}, "teacher's probabilities, .*stage cepe"),
+        ({"stage": "cepe", "distill": None}, "taught holds teacher .*filtered"),
         ({"distill": DistillConfig(top_k=5)}, "taught has 6 .*distill.top_k is 5"),
         ({"mix": {"taught": 1.0, "filtered": 1.0}}, "mix .*teacher's probabilities"),
-        ({"mix": {"retrieved": 1.0}}, "retrieved: .*passages"),
+        ({"mix": {"retrieved": 1.0}}, "retrieved holds retrieved .*filtered"),
         ({"mix": {"filtered": 1.0}, "train": ("cross", "decoder")}, "decoder .*teacher .*train"),
         ({"mix": {"filtered": 1.0}, "decoder": "short"}, "short reads 31 .* 32: "),
         ({"evaluation": "filtered", "train": ("cross", "decoder")}, "filtered: .*decoder .*teacher"),
         ({"evaluation": "filtered", "decoder": "short"}, "short reads 31 .* 32: "),
-        ({"evaluation": "retrieved"}, "retrieved: .*passages"),
+        ({"evaluation": "retrieved"}, "retrieved holds retrieved .*filtered"),
         (
             {"stage": "cepe", "distill": None, "mix": {"filtered": 1.0}, "evaluation": "taught"},
-            "taught: .*teacher's probabilities, .*stage cepe",
+            "taught holds teacher .*filtered",
         ),
     ],
 )

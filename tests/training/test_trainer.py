@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 
 from cepe_jax.data.examples import IGNORE
-from cepe_jax.model.cepe import split
+from cepe_jax.model.cepe import Cepe
+from cepe_jax.model.parts import split
 from cepe_jax.training import stop
 from cepe_jax.training.logs import StepFacts
 from cepe_jax.training.objectives import NextToken
@@ -54,7 +55,7 @@ def optimizer():
 
 @pytest.fixture(scope="module")
 def step(optimizer):
-    return make_train_step(NextToken(), optimizer)
+    return make_train_step(NextToken(), optimizer, Cepe)
 
 
 def a_copy(model):
@@ -109,7 +110,7 @@ def test_micro_batches_add_up_to_the_batch(cepe, optimizer, step):
     5 CPU-seconds: a step is compiled for each number of micro-batches.
     """
     results = []
-    for make in (step, make_train_step(NextToken(), optimizer, accumulate=4)):
+    for make in (step, make_train_step(NextToken(), optimizer, Cepe, accumulate=4)):
         trainable, frozen = split(a_copy(cepe), TRAIN)
         results.append(make(init_state(trainable, optimizer), frozen, batch_of(0))[1])
     for name in ("nll", "grad_norm"):
@@ -243,7 +244,7 @@ def test_a_step_that_is_not_finite_is_not_taken(run, step, tmp_path, bad, log_ev
     assert int(run().step) == STEPS  # without the poison it goes on from there
 
 
-def test_sigterm_saves_and_ends(run, step, tmp_path, capsys):
+def test_sigterm_saves_and_ends(run, step, tmp_path, caplog):
     """After the step in flight; the second signal would kill. What goes on from there equals an uninterrupted run."""
     whole = bits(run())
     lines = without_times(lines_in(tmp_path))
@@ -265,10 +266,10 @@ def test_sigterm_saves_and_ends(run, step, tmp_path, capsys):
         return wrapped
 
     assert int(run(step=stopped_in(3, signal.SIGTERM), log_every=2).step) == 3
-    assert "stopped after step 3 of 6" in capsys.readouterr().out
+    assert "stopped after step 3 of 6" in caplog.text
     with pytest.raises(KeyboardInterrupt):
         run(step=stopped_in(1, signal.SIGINT), save_every=5, log_every=2)
-    assert "stopped after step 4 of 6" in capsys.readouterr().out
+    assert "stopped after step 4 of 6" in caplog.text
     assert handlers == [signal.SIG_DFL, signal.default_int_handler]
     assert signal.getsignal(signal.SIGTERM) == before
     assert bits(run(log_every=2)) == whole

@@ -16,9 +16,10 @@ from safetensors.numpy import load_file
 
 from cepe_jax.config import Compute, CrossLayers
 from cepe_jax.weights import files
-from cepe_jax.weights.directory import Directory, save, write
-from cepe_jax.weights.huggingface import load, to_hf, to_jax
-from cepe_jax.weights.tensors import tensors_of
+from cepe_jax.weights.build import tensors_of
+from cepe_jax.weights.convert import to_hf, to_jax
+from cepe_jax.weights.directory import write
+from cepe_jax.weights.source import load, open_ours, save
 
 
 def same(a, b) -> None:
@@ -77,7 +78,7 @@ def test_save_and_load(kind, tmp_path, request):
     model = request.getfixturevalue(kind)
     save(model, tmp_path / "ours")
     same(load(tmp_path / "ours"), model)
-    Directory(tmp_path / "ours").verify()
+    open_ours(tmp_path / "ours").verify()
     if kind != "cepe":  # this one's encoder has an MLM head
         to_hf(tmp_path / "ours", tmp_path / "hf")
         same(load(tmp_path / "hf"), model)
@@ -100,11 +101,11 @@ def test_an_encoder_without_its_head_has_no_class(cepe_source, tmp_path):
 def test_base_hash_is_that_of_the_decoder_alone(cepe, decoder, tmp_path):
     save(cepe, tmp_path / "cepe")
     save(decoder, tmp_path / "decoder")
-    base = Directory(tmp_path / "decoder").base_hash
-    assert base == Directory(tmp_path / "cepe").base_hash
+    base = open_ours(tmp_path / "decoder").base_hash
+    assert base == open_ours(tmp_path / "cepe").base_hash
     changed = jax.tree.map(lambda a: a.at[(0,) * a.ndim].add(1e-3), decoder)
     save(changed, tmp_path / "changed")
-    assert Directory(tmp_path / "changed").base_hash != base
+    assert open_ours(tmp_path / "changed").base_hash != base
 
 
 def test_facts_and_tokenizer_of_the_base_travel(llama_source, tmp_path):
@@ -182,13 +183,13 @@ def ours(cepe_source, tmp_path):
 
 
 def test_flipped_bit_is_found(ours):
-    Directory(ours).verify()
+    open_ours(ours).verify()
     file = next(ours.glob("*.safetensors"))
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
     with pytest.raises(ValueError, match=r"encoder\.norm\.scale changed"):
-        Directory(ours).verify()
+        open_ours(ours).verify()
 
 
 def test_layers_that_read_are_kept_and_the_reference_has_the_last_alone(ours, tmp_path):
@@ -263,8 +264,8 @@ import jax
 import numpy as np
 from cepe_jax.sharding import make_mesh
 from cepe_jax.weights import files
-from cepe_jax.weights.directory import save
-from cepe_jax.weights.huggingface import load
+from cepe_jax.weights.source import save
+from cepe_jax.weights.source import load
 
 read, elements = files.WeightFiles.read, []
 
@@ -297,7 +298,7 @@ def test_sharded(decoder, tmp_path):
     command = [sys.executable, "-c", SHARDED, str(tmp_path / "ours"), str(tmp_path / "again")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert Directory(tmp_path / "again").hashes == Directory(tmp_path / "ours").hashes
+    assert open_ours(tmp_path / "again").hashes == open_ours(tmp_path / "ours").hashes
 
 
 def test_script_errors_are_one_line(cepe_source, tmp_path):

@@ -12,10 +12,10 @@ from support.refusals import one_line
 
 from cepe_jax.config import RopeConfig
 from cepe_jax.data.tokenizer import Tokenizer
-from cepe_jax.weights.directory import Directory
+from cepe_jax.weights.build import tensors_of
+from cepe_jax.weights.convert import to_jax
 from cepe_jax.weights.gguf import Gguf
-from cepe_jax.weights.huggingface import load, read_config, to_jax
-from cepe_jax.weights.tensors import tensors_of
+from cepe_jax.weights.source import load, open_model, open_ours
 
 gguf = pytest.importorskip("gguf")
 
@@ -120,7 +120,7 @@ def assert_same(ours, wanted, largest_error=0.0) -> None:
 def test_weights_are_the_same(config, tmp_path):
     model = make_decoder(config)
     path = save(tmp_path / "x.gguf", tensors_in(model), metadata_of(config))
-    assert read_config(path) == config
+    assert open_model(path).config == config
     assert_same(load(path), model)
 
 
@@ -139,7 +139,7 @@ def test_quantised_weights_are_near(kind, tmp_path, monkeypatch):
 def test_converted_directory(decoder, tensors, tmp_path):
     path = save(tmp_path / "x.gguf", tensors, metadata_of(DECODER) | {"tokenizer.chat_template": "{{ messages }}"})
     to_jax(path, tmp_path / "ours")
-    ours = Directory(tmp_path / "ours")
+    ours = open_ours(tmp_path / "ours")
     ours.verify()
     assert ours.config == DECODER
     assert ours.facts == {"max_position_embeddings": 96, "bos_token_id": 1, "eos_token_id": 2}
@@ -147,7 +147,7 @@ def test_converted_directory(decoder, tensors, tmp_path):
     assert Tokenizer(tmp_path / "ours").encode("ab  1 a2", bos=True) == [1, 8, 10, 4, 9, 5]
     assert '"chat_template": "{{ messages }}"' in (tmp_path / "ours" / "tokenizer_config.json").read_text()
     to_jax(path, tmp_path / "half", "bfloat16")
-    assert Directory(tmp_path / "half").read("decoder.head").dtype.name == "bfloat16"
+    assert open_ours(tmp_path / "half").read("decoder.head").dtype.name == "bfloat16"
 
 
 @pytest.mark.parametrize(
@@ -172,7 +172,7 @@ def test_what_metadata_may_leave_out(decoder, tensors, tmp_path):
     metadata = metadata_of(plain) | {f"llama.attention.{key}": None for key in absent}
     metadata |= {"llama.rope.freq_base": None, "llama.rope.dimension_count": None, "llama.vocab_size": None}
     metadata["tokenizer.ggml.tokens"] = [str(i) for i in range(plain.vocab_size)]
-    assert read_config(save(tmp_path / "x.gguf", tensors_in(make_decoder(plain)), metadata)) == plain
+    assert open_model(save(tmp_path / "x.gguf", tensors_in(make_decoder(plain)), metadata)).config == plain
 
 
 def test_tokenizer_beside_the_file(tensors, tmp_path):
@@ -223,7 +223,7 @@ def test_rope(scaling, wanted, tensors, tmp_path):
     if wanted.scaling == "llama3":
         tensors["rope_freqs.weight"] = divisors(5e4, DECODER.head_dim, 32.0)
         assert len(set(tensors["rope_freqs.weight"])) == 3  # a pair between the two
-    assert read_config(save(tmp_path / "x.gguf", tensors, metadata)).rope == wanted
+    assert open_model(save(tmp_path / "x.gguf", tensors, metadata)).config.rope == wanted
 
 
 def refused(path, message: str) -> None:

@@ -12,9 +12,9 @@ from cepe_jax.config import DECODERS
 from cepe_jax.data import tokenizer_gguf
 from cepe_jax.data.tokenizer import Tokenizer
 from cepe_jax.inference.generate import generate
-from cepe_jax.weights.directory import Directory
+from cepe_jax.weights.convert import to_jax
 from cepe_jax.weights.gguf import Gguf
-from cepe_jax.weights.huggingface import load, to_jax
+from cepe_jax.weights.source import load, open_ours
 
 pytestmark = pytest.mark.slow
 pytest.importorskip("gguf")
@@ -44,7 +44,7 @@ def ours(tmp_path_factory) -> Path:
 
 
 def test_config_and_size(ours):
-    model = Directory(ours)
+    model = open_ours(ours)
     assert model.config == DECODERS["smollm2_135m"]
     assert sum(np.prod(stored.shape) for stored in model.files.tensors.values()) == 134_515_008
     assert model.facts == {"max_position_embeddings": 8192, "bos_token_id": 1, "eos_token_id": [0, 2]}

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from cepe_jax.config import CepeConfig, CrossLayers, DecoderConfig, EncoderConfig, RopeConfig
-from cepe_jax.weights.hf_config import facts_of, from_hf, to_hf_config
+from cepe_jax.weights.hf_config import facts_of
+from cepe_jax.weights.kinds import from_hf, to_hf_config
 
 PLAIN = {
     "architectures": ["LlamaForCausalLM"],

@@ -10,7 +10,7 @@ import pytest
 from cepe_jax.config import Compute, EncoderConfig
 from cepe_jax.model.cepe import Cepe
 from cepe_jax.model.encoder import Encoder
-from cepe_jax.weights.huggingface import load
+from cepe_jax.weights.source import load
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 

@@ -8,11 +8,12 @@ import pytest
 from support.refusals import one_line
 
 from cepe_jax.config import DECODERS, ENCODERS, CepeConfig, CrossLayers
-from cepe_jax.model.cepe import cross_from_self_attention, parts_of
+from cepe_jax.model.cepe import cross_from_self_attention
 from cepe_jax.model.encoder import Encoder
 from cepe_jax.model.llama import Llama
-from cepe_jax.weights.huggingface import load, table
-from cepe_jax.weights.tensors import abstract_parts, shapes
+from cepe_jax.weights.build import abstract_parts, shapes
+from cepe_jax.weights.huggingface import table
+from cepe_jax.weights.source import load
 
 GATE = "model.layers.1.mlp.gate_proj.weight"
 HEAD, EMBED = "lm_head.weight", "model.embed_tokens.weight"
@@ -261,5 +262,5 @@ class Unpickled:
 
 def test_parts_of_a_loaded_cepe(cepe_source):
     model = load(cepe_source.path)
-    assert set(parts_of(model)) == {"cross", "decoder", "encoder"}
+    assert set(model.parts) == {"cross", "decoder", "encoder"}
     assert model.config.cross_layers == model.cross.layers == CrossLayers("last", 2)

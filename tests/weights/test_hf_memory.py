@@ -7,8 +7,8 @@ import sys
 import pytest
 
 from cepe_jax.config import CepeConfig, CrossLayers, DecoderConfig, EncoderConfig
-from cepe_jax.weights.hf_config import to_hf_config
 from cepe_jax.weights.huggingface import table
+from cepe_jax.weights.kinds import to_hf_config
 
 CONFIG = CepeConfig(
     DecoderConfig(
@@ -22,7 +22,7 @@ BOUND = 800 << 20
 CONVERT = """
 import sys
 from cepe_jax.weights import files
-from cepe_jax.weights.huggingface import to_hf, to_jax
+from cepe_jax.weights.convert import to_hf, to_jax
 files.SHARD_BYTES = 1 << 27
 source, target, direction = sys.argv[1:]
 {"to-jax": to_jax, "to-hf": to_hf}[direction](source, target)

@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from cepe_jax.weights.directory import Directory
-from cepe_jax.weights.huggingface import load, to_hf, to_jax
+from cepe_jax.weights.convert import to_hf, to_jax
+from cepe_jax.weights.source import load, open_ours
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -112,7 +112,7 @@ def test_pickles_as_stored(dtype, shards, tmp_path):
         index = {"metadata": {}, "weight_map": weight_map}
         (tmp_path / "hf" / "pytorch_model.bin.index.json").write_text(json.dumps(index))
     to_jax(tmp_path / "hf", tmp_path / "ours")
-    Directory(tmp_path / "ours").verify()
+    open_ours(tmp_path / "ours").verify()
     to_hf(tmp_path / "ours", tmp_path / "back")
     after = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "back").state_dict()
     assert all(after[key].dtype == state[key].dtype and bits(after[key]) == bits(state[key]) for key in keys)

@@ -10,9 +10,9 @@ import pytest
 from support.models import relative_error
 
 from cepe_jax.model.rope import inverse_frequencies
-from cepe_jax.weights.directory import facts_at
-from cepe_jax.weights.hf_config import from_hf
-from cepe_jax.weights.huggingface import load, to_hf, to_jax
+from cepe_jax.weights.convert import to_hf, to_jax
+from cepe_jax.weights.kinds import from_hf
+from cepe_jax.weights.source import load, open_model
 
 LLAMA_2 = {
     "architectures": ["LlamaForCausalLM"],
@@ -111,7 +111,7 @@ def test_they_convert_and_load(name, tmp_path):
         wanted = theirs(torch.tensor(tokens)).logits.numpy()
 
     to_jax(source, tmp_path / "ours")
-    assert facts_at(tmp_path / "ours")["max_position_embeddings"] == written["max_position_embeddings"]
+    assert open_model(tmp_path / "ours").facts["max_position_embeddings"] == written["max_position_embeddings"]
     ours = load(tmp_path / "ours")
     assert relative_error(jax.jit(type(ours).__call__)(ours, tokens), wanted) < 1e-4
 

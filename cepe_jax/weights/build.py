@@ -4,6 +4,7 @@ Names are the paths in the model's parts with the layer's number after the stack
 `cross.0.q` (cross-attention counts in its own stack), `encoder.mlm_head.dense`.
 """
 
+import re
 from collections.abc import Callable, Iterator
 
 import jax
@@ -12,46 +13,18 @@ import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 
-from cepe_jax.config import FLOAT32, CepeConfig, Compute, CrossLayers, DecoderConfig, EncoderConfig
-from cepe_jax.model.cepe import Cepe, Parts, assemble, parts_of
-from cepe_jax.model.cross import CrossAttention
-from cepe_jax.model.encoder import Encoder
-from cepe_jax.model.llama import Llama
+from cepe_jax.config import FLOAT32, Compute
+from cepe_jax.model.parts import Model, Parts
 from cepe_jax.progress import track
 from cepe_jax.sharding import is_variable, shardings_of
+from cepe_jax.weights.kinds import Config, kind_of
 
-Config = DecoderConfig | EncoderConfig | CepeConfig
-Model = Llama | Encoder | Cepe
 Read = Callable[[str, tuple[slice, ...]], np.ndarray]  # (name, index in our axes) -> that part of the tensor
 
 
 def abstract_parts(config: Config, compute: Compute = FLOAT32) -> Parts:
-    """The parts of this config's model, shapes in place of arrays. ValueError where it cannot be computed so."""
-
-    def make() -> Parts:
-        key = jax.random.key(0)
-        match config:
-            case DecoderConfig():
-                return {"decoder": Llama(config, compute, key=key)}
-            case EncoderConfig():
-                return {"encoder": Encoder(config, compute, key=key)}
-            case CepeConfig():
-                decoder = Llama(config.decoder, compute, key=key)
-                cross = _cross(decoder, config.encoder.width, config.cross_layers)
-                return parts_of(Cepe(decoder, Encoder(config.encoder, compute, key=key), cross))
-
-    return jax.eval_shape(make)
-
-
-def _cross(decoder: Llama, encoder_width: int, layers: CrossLayers) -> CrossAttention:
-    """Cross-attention for an encoder of any width (starting as a copy of self-attention needs a narrow one)."""
-    attention, norm = jax.tree.map(lambda a: a[: layers.count], (decoder.layers.attention, decoder.layers.mlp_norm))
-
-    def from_memory(weight: nnx.Param) -> nnx.Param:
-        shape = (layers.count, encoder_width, *weight.shape[2:])
-        return nnx.Param(jnp.zeros(shape), axes=("layer", "embed", "kv_heads", "head_dim"))
-
-    return CrossAttention(norm, attention.q, from_memory(attention.k), from_memory(attention.v), attention.o, layers)
+    """Return the parts of this config's model with shapes for arrays; ValueError if it cannot be computed so."""
+    return jax.eval_shape(lambda: kind_of(config).create(config, compute, key=jax.random.key(0)).parts)
 
 
 def _is_stack(leaf: nnx.Variable) -> bool:
@@ -59,28 +32,28 @@ def _is_stack(leaf: nnx.Variable) -> bool:
 
 
 def _leaves(parts: Parts) -> Iterator[tuple[list[str], nnx.Variable]]:
-    """Each Variable with the names of its tensors: one per layer where it holds a stack."""
+    """Yield each Variable with the names of its tensors: one for each layer of a stack."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(parts, is_leaf=is_variable):
         name = jax.tree_util.keystr(path, simple=True, separator=".")
         if _is_stack(leaf):
-            stack = "cross" if name.startswith("cross.") else f"{name.split('.')[0]}.layers"
-            rest = name.removeprefix(stack)
-            yield [f"{stack}.{layer}{rest}" for layer in range(leaf.shape[0])], leaf
+            # A part's stack is its `layers`, or the part itself.
+            stack, rest = re.fullmatch(r"(.*\.layers|[^.]*)\.(.*)", name).groups()
+            yield [f"{stack}.{layer}.{rest}" for layer in range(leaf.shape[0])], leaf
         else:
             yield [name], leaf
 
 
 def shapes(config: Config) -> dict[str, tuple[int, ...]]:
     """The shape of every tensor, by name."""
-    found = {}
+    shape_of = {}
     for names, leaf in _leaves(abstract_parts(config)):
-        found.update(dict.fromkeys(names, leaf.shape[1:] if _is_stack(leaf) else leaf.shape))
-    return found
+        shape_of.update(dict.fromkeys(names, leaf.shape[1:] if _is_stack(leaf) else leaf.shape))
+    return shape_of
 
 
 def tensors_of(model: Model) -> Iterator[tuple[str, np.ndarray]]:
     """Every tensor of a model in memory, fetched from the devices one by one, of all processes to each."""
-    for names, leaf in _leaves(parts_of(model)):
+    for names, leaf in _leaves(model.parts):
         if _is_stack(leaf):
             for layer, name in enumerate(names):
                 yield name, _fetch(leaf[layer])
@@ -112,7 +85,7 @@ def build(config: Config, compute: Compute, read: Read, master: tuple[str, ...] 
     for (names, leaf), sharding in track(leaves, "loading weights"):
         weights = "float32" if names[0].split(".")[0] in master else compute.dtype
         filled.append(leaf.replace(_fill(names, leaf, sharding, weights, read)))
-    return assemble(jax.tree.unflatten(treedef, filled))
+    return kind_of(config).model.from_parts(jax.tree.unflatten(treedef, filled))
 
 
 def _fill(names: list[str], leaf: nnx.Variable, sharding, dtype: str, read: Read) -> jax.Array:

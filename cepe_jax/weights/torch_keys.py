@@ -1,13 +1,14 @@
-"""One table `our tensor <-> torch's key`, read in both directions: names, order of the axes, shapes."""
+"""The table `our tensor <-> torch's key`, read in both directions: names, order of the axes, shapes."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from cepe_jax.config import CepeConfig, DecoderConfig, EncoderConfig
-from cepe_jax.weights.tensors import Config, shapes
+
+Row = tuple[str, str, str, str]  # our name, torch's key, our axes, torch's axes
 
 # Our path: torch's key, our axes, torch's axes. Letters that stand together are one axis in torch. The heads' order
 # within an axis and the rotated pairs are the same on both sides.
@@ -55,28 +56,29 @@ class Entry:
         return array.transpose(self.order).reshape(self.shape)
 
 
-def _rows(config: Config) -> Iterator[tuple[str, str, str, str]]:
-    """(our name, torch key, our axes, torch axes) of every tensor."""
-    match config:
-        case DecoderConfig():
-            yield from _stack("decoder", "model", config.num_layers)
-            if not config.tied_head:
-                yield "decoder.head", "lm_head.weight", "VD", "V D"
-        case EncoderConfig():
-            if not config.mlm_head:
-                raise ValueError("PyTorch has no class for an encoder without its MLM head: export its Cepe")
-            yield from _stack("encoder", "model", config.num_layers)
-            for path, (key, ours, torchs) in MLM_HEAD.items():
-                yield f"encoder.mlm_head.{path}", key, ours, torchs
-        case CepeConfig():
-            yield from _rows(config.decoder)
-            for number, layer in enumerate(config.cross_layers.indices(config.decoder.num_layers)):
-                for path, (key, ours, torchs) in CROSS.items():
-                    yield f"cross.{number}.{path}", f"model.layers.{layer}.cross_attn.{key}", ours, torchs
-            yield from _stack("encoder", "encoder", config.encoder.num_layers)
+def decoder_rows(config: DecoderConfig) -> Iterator[Row]:
+    yield from _stack("decoder", "model", config.num_layers)
+    if not config.tied_head:
+        yield "decoder.head", "lm_head.weight", "VD", "V D"
 
 
-def _stack(part: str, prefix: str, num_layers: int) -> Iterator[tuple[str, str, str, str]]:
+def encoder_rows(config: EncoderConfig) -> Iterator[Row]:
+    if not config.mlm_head:
+        raise ValueError("PyTorch has no class for an encoder without its MLM head: export its Cepe")
+    yield from _stack("encoder", "model", config.num_layers)
+    for path, (key, ours, torchs) in MLM_HEAD.items():
+        yield f"encoder.mlm_head.{path}", key, ours, torchs
+
+
+def cepe_rows(config: CepeConfig) -> Iterator[Row]:
+    yield from decoder_rows(config.decoder)
+    for number, layer in enumerate(config.cross_layers.indices(config.decoder.num_layers)):
+        for path, (key, ours, torchs) in CROSS.items():
+            yield f"cross.{number}.{path}", f"model.layers.{layer}.cross_attn.{key}", ours, torchs
+    yield from _stack("encoder", "encoder", config.encoder.num_layers)
+
+
+def _stack(part: str, prefix: str, num_layers: int) -> Iterator[Row]:
     yield f"{part}.embed", f"{prefix}.embed_tokens.weight", "VD", "V D"
     for layer in range(num_layers):
         for path, (key, ours, torchs) in BLOCK.items():
@@ -84,17 +86,17 @@ def _stack(part: str, prefix: str, num_layers: int) -> Iterator[tuple[str, str, 
     yield f"{part}.norm.scale", f"{prefix}.norm.weight", *SAME
 
 
-def table(config: Config) -> dict[str, Entry]:
-    """The entry of every tensor of the model, by our name; shapes come from the model itself."""
-    left = shapes(config)
+def entries_of(rows: Iterable[Row], shapes: dict[str, tuple[int, ...]]) -> dict[str, Entry]:
+    """Return the entry of every tensor of a model by our name, from its rows and its tensors' shapes."""
+    remaining = dict(shapes)
     entries = {}
-    for name, key, ours, torchs in _rows(config):
-        size = dict(zip(ours, left.pop(name), strict=True))
+    for name, key, ours, torchs in rows:
+        size = dict(zip(ours, remaining.pop(name), strict=True))
         groups = torchs.split()
         order = tuple(ours.index(letter) for letter in "".join(groups))
         split = tuple(size[letter] for group in groups for letter in group)
         shape = tuple(math.prod(size[letter] for letter in group) for group in groups)
         entries[name] = Entry(key, name, order, split, shape)
-    if left:
-        raise ValueError(f"PyTorch's classes have no place for {', '.join(left)}: export another kind of model")
+    if remaining:
+        raise ValueError(f"PyTorch's class has no place for {', '.join(remaining)}: export another kind of model")
     return entries

@@ -1,0 +1,51 @@
+"""Models from PyTorch's formats to ours, and back."""
+
+import tempfile
+from pathlib import Path
+
+from cepe_jax.config import Dtype
+from cepe_jax.directories import new_directory, write_json
+from cepe_jax.progress import track
+from cepe_jax.weights.build import shapes
+from cepe_jax.weights.directory import Directory, write
+from cepe_jax.weights.files import write_shards
+from cepe_jax.weights.huggingface import table
+from cepe_jax.weights.kinds import to_hf_config
+from cepe_jax.weights.source import open_model, open_ours
+
+
+def to_jax(source: Path | str, target: Path | str, dtype: Dtype | None = None) -> None:
+    """Write the Hugging Face directory or GGUF file `source` to `target` in our format, with its tokenizer.
+
+    Tensors are as stored, those of a GGUF file in float32; or in `dtype`.
+    """
+    model = open_model(source)
+    if isinstance(model, Directory):
+        raise ValueError(f"{source} is already in our format: copy it")
+
+    def tensors():
+        for name in track(shapes(model.config), f"converting {source}"):
+            array = model.read(name)
+            yield name, array if dtype is None else array.astype(dtype, copy=False)
+
+    with tempfile.TemporaryDirectory() as assets:
+        model.write_assets(Path(assets))
+        write(target, model.config, tensors(), model.facts, assets)
+
+
+def to_hf(source: Path | str, target: Path | str) -> None:
+    """Write the model at `source`, in our format, to `target` as transformers or the CEPE reference reads it."""
+    model = open_ours(source)
+    stored = model.files.tensors
+    embedding = next(name for name in shapes(model.config) if name.endswith(".embed"))  # the decoder's if it has one
+    config = to_hf_config(model.config, model.facts, stored[embedding].dtype.name)
+    entries = table(model.config)
+
+    def tensors():
+        for entry in track(list(entries.values()), f"converting {source}"):
+            yield entry.key, entry.to_torch(model.read(entry.name))
+
+    with new_directory(Path(target)) as partial:
+        model.write_assets(partial)
+        write_shards(partial, tensors())
+        write_json(partial / "config.json", config)

@@ -1,0 +1,88 @@
+"""A model at a path: opened and loaded, whatever its format, and saved in ours."""
+
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from cepe_jax.config import FLOAT32, Compute
+from cepe_jax.distributed import is_first, meet
+from cepe_jax.model.parts import Model
+from cepe_jax.progress import track
+from cepe_jax.weights.build import build, shapes, tensors_of
+from cepe_jax.weights.directory import FORMAT, Directory, write
+from cepe_jax.weights.files import read_json
+from cepe_jax.weights.gguf import SUFFIX, Gguf
+from cepe_jax.weights.huggingface import HuggingFace
+from cepe_jax.weights.kinds import Config
+
+
+class Source(Protocol):
+    """A model at a path. Only its config is read until a tensor is asked for; then all are checked against it."""
+
+    path: Path
+    config: Config
+    facts: dict  # of Hugging Face's config.json, beyond our config
+
+    def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
+        """Return a tensor, or a slice of it, by our name and in our layout; ValueError if the tensors are not whole."""
+        ...
+
+    def write_assets(self, to: Path) -> None:
+        """Write the tokenizer, chat template and generation settings to directory `to`."""
+        ...
+
+
+def open_model(path: Path | str) -> Source:
+    """Return the model at `path`: a directory in our format, one of Hugging Face's, or a GGUF file."""
+    path = Path(path)
+    if path.suffix == SUFFIX:
+        return Gguf(path)
+    written = read_json(path / "config.json")
+    return (Directory if written.get("format") == FORMAT else HuggingFace)(path, written)
+
+
+def open_ours(path: Path | str) -> Directory:
+    """Return the model in our format at `path`; ValueError for another format."""
+    if not isinstance(model := open_model(path), Directory):
+        raise ValueError(f"{path} is not in our format: run scripts/convert.py to-jax on it")
+    return model
+
+
+def load(
+    path: Path | str, compute: Compute = FLOAT32, master: tuple[str, ...] = (), config: Config | None = None
+) -> Model:
+    """Return the `Llama`, `Cepe` or `Encoder` at `path`, its weights in the dtype of activations.
+
+    `master` names parts (`decoder`, `encoder`, `cross`) whose weights are float32 instead, to be trained. `config` is
+    the architecture to build from these tensors, or from some of them, if it is not the one in the directory. Under a
+    mesh (`jax.set_mesh`) arrays are born sharded; of our format each process reads only its slices, of the others whole
+    tensors.
+    """
+    source = open_model(path)
+    return build(config or source.config, compute, source.read, master)
+
+
+def save(model: Model, path: Path | str, assets: Path | str | None = None) -> None:
+    """Write `model` to `path` in our format, with the tokenizer files and Hugging Face facts of directory `assets`.
+
+    Of many processes, which all call this, the first writes.
+    """
+    has_config = assets is not None and (Path(assets) / "config.json").is_file()
+    facts = open_model(assets).facts if has_config else {}
+    tensors = track(tensors_of(model), f"writing {path}", len(shapes(model.config)))
+    if is_first():
+        write(path, model.config, tensors, facts, assets)
+    else:
+        for _ in tensors:
+            pass  # the first process needs this one's part of each
+    meet()
+
+
+def check_positions(source: Source, length: int) -> None:
+    """Raise ValueError if the model says that its decoder was trained for fewer positions."""
+    positions = source.facts.get("max_position_embeddings")
+    if positions is not None and length > positions:
+        raise ValueError(
+            f"{source.path} reads {positions} tokens, and context and window have {length}: lower one of them"
+        )
