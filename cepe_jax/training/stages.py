@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cepe_jax.cli import STOPPED
 from cepe_jax.config import DECODERS, ENCODERS, Compute, preset
 from cepe_jax.cost import peak_flops
 from cepe_jax.data.examples import TEACHER
@@ -23,6 +22,7 @@ from cepe_jax.data.tokenizer import Tokenizer, file_in
 from cepe_jax.devices import describe
 from cepe_jax.directories import is_remote, write_json
 from cepe_jax.distributed import connected, first_says, is_first, meet
+from cepe_jax.exits import STOPPED
 from cepe_jax.identity import as_json, as_of, refuse_another_run
 from cepe_jax.model.cepe import (
     Cepe,
