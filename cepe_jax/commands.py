@@ -17,20 +17,19 @@ def run_script(doc: str, commands: dict[str, Command]) -> None:
 
     `doc` is the script's docstring and its help: a paragraph for each named command, `name: ...`, with examples.
     """
-    run(lambda: call(doc, commands, sys.argv[1:]))
+    run(lambda: _call(doc, commands, sys.argv[1:]))
 
 
-def call(doc: str, commands: dict[str, Command], arguments: list[str]) -> None:
+def _call(doc: str, commands: dict[str, Command], arguments: list[str]) -> None:
     """Run the command in `arguments`, or print its help."""
     name, rest = command_in(commands, arguments)
-    wants_help = bool(HELP & set(rest))
-    if name not in commands and not wants_help:
-        raise ValueError(f"no command: give one of {', '.join(commands)}; see --help")
-    if wants_help:
+    if HELP & set(rest):
         print(help_of(doc, commands, name, shutil.get_terminal_size().columns))
-        return
-    settings, function = commands[name]
-    function(parse(settings, rest))
+    elif name not in commands:
+        raise ValueError(f"no command: give one of {', '.join(commands)}; see --help")
+    else:
+        settings, function = commands[name]
+        function(parse(settings, rest))
 
 
 def command_in(commands: dict[str, Command], arguments: list[str]) -> tuple[str, list[str]]:

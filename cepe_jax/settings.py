@@ -111,7 +111,7 @@ def _check(config_class, values: dict, root, group: str) -> None:
             except ValueError as error:
                 raise ValueError(f"{setting} is {value!r}: {error}") from None
     if missing := [f"--{name}" for name in _missing(config_class, values, group)]:
-        raise ValueError(f"{', '.join(missing)}: no value: give one here or in the --config file; see --help")
+        raise ValueError(f"{', '.join(missing)}: required, here or in the --config file; see --help")
 
 
 def _missing(config_class, values: dict, group: str) -> Iterator[str]:

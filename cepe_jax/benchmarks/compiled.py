@@ -41,9 +41,11 @@ from cepe_jax.weights.tensors import Config, abstract_parts
 
 @dataclass(frozen=True, kw_only=True)
 class ShapesConfig(TrainConfig):
-    """A stage of training by its shapes alone: no data are read. A part of the model without a name is the paper's."""
+    """A stage of training by its shapes alone: no data are read, and sizes are the paper's unless a model is named."""
 
     data: Path = Path("none")  # not read
+    decoder: str = ""  # a preset or a model directory; "": llama2_7b if the stage needs a decoder
+    encoder: str = ""  # a preset or a model directory; "": mlm_large if the stage needs an encoder
 
     def __post_init__(self):
         paper = {"decoder": "llama2_7b", "encoder": "mlm_large"}
