@@ -101,7 +101,7 @@ class CrossLayers:
     """The choice of the decoder's layers that read the memory."""
 
     kind: Literal["last", "first", "every"] = "last"  # every: the last layer of each of `count` equal groups
-    count: int = 0  # 0 = all layers
+    count: int = 0  # layers that read; 0 = all
 
     def __post_init__(self):
         _require(self.kind in ("last", "first", "every"), f"cross_layers {self.kind!r}: choose last, first or every")
@@ -145,8 +145,8 @@ class CepeConfig:
 class RematConfig:
     """The values of a layer that the backward pass recomputes: none, all except matrix products, or all."""
 
-    decoder: Remat = "none"
-    encoder: Remat = "none"
+    decoder: Remat = "none"  # nothing in the decoder, all except matrix products (dots), or all (full)
+    encoder: Remat = "none"  # the same in the encoder
 
     def __post_init__(self):
         for remat in (self.decoder, self.encoder):
@@ -236,7 +236,7 @@ ENCODERS = {
 
 
 def preset(table: dict, name: str):
-    """The preset called `name`; ValueError lists the known names."""
+    """Return the preset of this name, which is no directory's; ValueError lists the known names."""
     if name not in table:
-        raise ValueError(f"{name} is no directory and no preset: give a directory or one of {', '.join(table)}")
+        raise ValueError(f"{name} is neither a directory nor a preset: give a directory or one of {', '.join(table)}")
     return table[name]

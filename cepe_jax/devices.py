@@ -22,7 +22,7 @@ class Devices:
     """The mesh of a command that infers."""
 
     tensor: int = 1  # devices that share the weights and the prompt, by heads
-    context: int = 0  # devices that share the contexts; 0 = all that tensor leaves
+    context: int = 0  # devices that share the contexts; 0 = all that `tensor` leaves
 
     def __post_init__(self):
         if self.tensor < 1 or self.context < 0:

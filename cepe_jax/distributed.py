@@ -15,7 +15,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from cepe_jax import progress
-from cepe_jax.cli import RUNTIME, status_of
+from cepe_jax.exits import RUNTIME, status_of
 
 # In the runtime's messages when another process ended: the collectives' (Gloo on CPU, NCCL on GPU), and what JAX's own
 # service says to the processes that remain.
@@ -27,11 +27,11 @@ LOST_STATUS = 3  # exit status of a process whose peer was lost; the runtime's o
 class DistributedConfig:
     """How this process finds the others. JAX knows by itself on a TPU pod, and where SLURM or Open MPI started it."""
 
-    coordinator: str = ""  # host:port of process 0
-    num_processes: int = 0
-    process_id: int = -1
-    start_seconds: int = 300  # in which all processes must have come
-    heartbeat_seconds: int = 100  # a process that is silent for so long is lost, and the others end
+    coordinator: str = ""  # host:port of process 0, for processes that JAX does not find by itself
+    num_processes: int = 0  # number of processes; needed with coordinator
+    process_id: int = -1  # number of this process, from 0; needed with coordinator
+    start_seconds: int = 300  # seconds in which all processes must have met
+    heartbeat_seconds: int = 100  # seconds of silence after which a process is lost, and the others end
 
     def __post_init__(self):
         given = [bool(self.coordinator), self.num_processes > 0, self.process_id >= 0]

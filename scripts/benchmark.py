@@ -1,29 +1,35 @@
-"""Speeds of one part, as a table and as JSON.
+"""Measure the speed or the memory of one part, as a table and as JSON.
 
+data: Time the preparation and the loading of data, beside the bare loops that bound them.
     python scripts/benchmark.py data --input=documents --tokenizer=llama-2-7b --out=out/benchmark
+    python scripts/benchmark.py data --input=documents --tokenizer=llama-2-7b --out=out/benchmark --workers=8
+
+train: Time a step of training on random weights and tokens, with all settings of train.py.
     python scripts/benchmark.py train --config configs/train_cepe.yaml
     python scripts/benchmark.py train --config configs/train_cepe.yaml --decoder=tiny --encoder=tiny --batch_size=8 \\
         --dtype=float32 --examples.window=128 --examples.chunk_length=64
-    JAX_PLATFORMS=cpu python scripts/benchmark.py memory --config configs/train_cepe.yaml --mlp_chunk=512
+
+inference: Time four ways to read a context, on random weights and tokens.
     python scripts/benchmark.py inference
     python scripts/benchmark.py inference --decoder=llama2_7b --encoder=mlm_large --chunk_length=256 --dtype=bfloat16
 
-`train` and `memory` take all settings of train.py too; sizes are the paper's where the configuration names no model.
+memory: Compile a step of training for TPUs at several lengths and plot its memory, with all settings of train.py.
+    JAX_PLATFORMS=cpu python scripts/benchmark.py memory --config configs/train_cepe.yaml --mlp_chunk=512
+    JAX_PLATFORMS=cpu python scripts/benchmark.py memory --config configs/train_cepe.yaml --topology=v5e:2x2 \\
+        --windows="[4096, 8192]" --chunks="[16, 32]"
 """
 
-from cepe_jax.benchmarks.compiled import without_files
 from cepe_jax.benchmarks.data import DataBenchmarkConfig, benchmark
 from cepe_jax.benchmarks.inference import InferenceBenchmarkConfig, benchmark_inference
 from cepe_jax.benchmarks.training import MemoryConfig, TrainBenchmarkConfig, benchmark_memory, benchmark_train
-from cepe_jax.cli import run_command
-from cepe_jax.training.settings import TrainConfig
+from cepe_jax.commands import run_script
 
 COMMANDS = {
     "data": (DataBenchmarkConfig, benchmark),
-    "train": (TrainBenchmarkConfig, benchmark_train, TrainConfig, without_files),
+    "train": (TrainBenchmarkConfig, benchmark_train),
     "inference": (InferenceBenchmarkConfig, benchmark_inference),
-    "memory": (MemoryConfig, benchmark_memory, TrainConfig, without_files),
+    "memory": (MemoryConfig, benchmark_memory),
 }
 
 if __name__ == "__main__":
-    run_command(COMMANDS)
+    run_script(__doc__, COMMANDS)

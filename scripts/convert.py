@@ -1,42 +1,68 @@
-"""PyTorch weights and GGUF files to our directories, and back to PyTorch's.
+"""Convert PyTorch weights and GGUF files to this package's format, and back to PyTorch's.
 
-python scripts/convert.py to-jax Llama-2-7b-hf llama-2-7b --dtype bfloat16
-python scripts/convert.py to-jax SmolLM2-135M-Instruct.Q4_1.gguf smollm2
-python scripts/convert.py to-hf llama-2-7b Llama-2-7b-hf
-python scripts/convert.py verify llama-2-7b
+to-jax: Convert a Llama, a CEPE or an MLM encoder of PyTorch, or a GGUF file.
+    python scripts/convert.py to-jax Llama-2-7b-hf llama-2-7b --dtype bfloat16
+    python scripts/convert.py to-jax SmolLM2-135M-Instruct.Q4_1.gguf smollm2
+
+to-hf: Write a model as transformers or the CEPE reference reads it.
+    python scripts/convert.py to-hf llama-2-7b Llama-2-7b-hf
+    python scripts/convert.py to-hf --source=cepe-7b --target=CEPE-again
+
+verify: Read a whole model and compare it with its hashes.
+    python scripts/convert.py verify llama-2-7b
+    python scripts/convert.py verify --source=llama-2-7b
 """
 
-import argparse
+from dataclasses import dataclass
+from pathlib import Path
 
-from cepe_jax.cli import run
+from cepe_jax.commands import run_script
+from cepe_jax.config import Dtype
 from cepe_jax.weights.convert import to_hf, to_jax
 from cepe_jax.weights.source import open_ours
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("to-jax", help="a Llama, CEPE or MLM-encoder of PyTorch weights, or a .gguf -> ours")
-    command.add_argument("source")
-    command.add_argument("target")
-    command.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), help="of the written tensors; default: as stored, float32 of GGUF"
-    )
-    command = commands.add_parser("to-hf", help="ours -> what transformers or the CEPE reference loads")
-    command.add_argument("source")
-    command.add_argument("target")
-    command = commands.add_parser("verify", help="read all of our directory and compare with its hashes")
-    command.add_argument("source")
-    arguments = parser.parse_args()
-    match arguments.command:
-        case "to-jax":
-            to_jax(arguments.source, arguments.target, arguments.dtype)
-        case "to-hf":
-            to_hf(arguments.source, arguments.target)
-        case "verify":
-            open_ours(arguments.source).verify()
-    print(f"{arguments.source}: whole" if arguments.command == "verify" else f"{arguments.target}: written")
+@dataclass(frozen=True)
+class ToJaxConfig:
+    source: Path  # a directory of PyTorch weights, or a .gguf file; the first argument without a name
+    target: Path  # the new directory; the second argument without a name
+    dtype: Dtype | None = None  # of the written tensors; None: as they are stored, float32 from GGUF
 
+    POSITIONALS = ("source", "target")
+
+    def convert(self) -> None:
+        to_jax(self.source, self.target, self.dtype)
+        print(f"{self.target}: written")
+
+
+@dataclass(frozen=True)
+class ToHfConfig:
+    source: Path  # a model in this package's format; the first argument without a name
+    target: Path  # the new directory; the second argument without a name
+
+    POSITIONALS = ("source", "target")
+
+    def convert(self) -> None:
+        to_hf(self.source, self.target)
+        print(f"{self.target}: written")
+
+
+@dataclass(frozen=True)
+class VerifyConfig:
+    source: Path  # a model in this package's format; the first argument without a name
+
+    POSITIONALS = ("source",)
+
+    def verify(self) -> None:
+        open_ours(self.source).verify()
+        print(f"{self.source}: whole")
+
+
+COMMANDS = {
+    "to-jax": (ToJaxConfig, ToJaxConfig.convert),
+    "to-hf": (ToHfConfig, ToHfConfig.convert),
+    "verify": (VerifyConfig, VerifyConfig.verify),
+}
 
 if __name__ == "__main__":
-    run(main)
+    run_script(__doc__, COMMANDS)

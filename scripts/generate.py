@@ -1,7 +1,13 @@
-"""Text that follows a prompt, or a conversation, the encoder reading files of any length."""
+"""Generate the text that follows a prompt, or hold a conversation; the encoder reads files of any length.
 
-from cepe_jax.cli import parse, run
+python scripts/generate.py --model=cepe-7b --context-file=book.txt --prompt="The book ends with" --dtype=bfloat16
+python scripts/generate.py --model=ceped-7b --context-file=book.txt --chat --system="Answer from the book."
+"""
+
+from cepe_jax.commands import run_script
 from cepe_jax.inference.terminal import GenerateConfig, run_generate
 
+COMMANDS = {"": (GenerateConfig, run_generate)}
+
 if __name__ == "__main__":
-    run(lambda: run_generate(parse(GenerateConfig)))
+    run_script(__doc__, COMMANDS)

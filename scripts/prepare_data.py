@@ -1,18 +1,33 @@
-"""Datasets for training: tokenised documents, then sequences sampled from them, then what is made for those.
+"""Prepare data for training. Without a command, documents are prepared.
 
-python scripts/prepare_data.py --input=documents --out=data/documents --tokenizer=llama-2-7b
-python scripts/prepare_data.py sample --config configs/sample_filtered.yaml --data=data/documents --out=data/filtered
-python scripts/prepare_data.py retrieve --data=data/windows --passages=data/documents --out=data/retrieved --k=16
-python scripts/prepare_data.py teacher --data=data/windows --model=llama-2-7b-chat --out=data/taught --dtype=bfloat16
+documents: Tokenise documents and divide them into training, test and retrieval.
+    python scripts/prepare_data.py documents --input=documents --out=data/documents --tokenizer=llama-2-7b
+    python scripts/prepare_data.py --config configs/quickstart_data.yaml --input=texts --out=data/documents
+
+sample: Sample sequences for training from tokenised documents.
+    python scripts/prepare_data.py sample --config configs/sample_filtered.yaml --data=data/documents \\
+        --out=data/filtered
+    python scripts/prepare_data.py sample --data=data/documents --out=data/packed --kind=packed --length=8192
+
+retrieve: Retrieve passages for each sequence, none of them from its own documents.
+    python scripts/prepare_data.py retrieve --data=data/windows --passages=data/documents --out=data/retrieved --k=16
+    python scripts/prepare_data.py retrieve --data=data/windows --passages=data/documents --out=data/retrieved --k=16 \\
+        --passage_length=128 --shard=0/4
+
+teacher: Store the next tokens that a decoder expects after each token, for training by distillation.
+    python scripts/prepare_data.py teacher --data=data/windows --model=llama-2-7b-chat --out=data/taught \\
+        --dtype=bfloat16
+    python scripts/prepare_data.py teacher --data=data/windows --model=llama-2-7b-chat --out=data/taught --top_k=100
 """
 
-from cepe_jax.cli import run_command
+from cepe_jax.commands import run_script
 from cepe_jax.data.corpus import PrepareConfig, prepare
 from cepe_jax.data.retrieval import RetrieveConfig, retrieve
 from cepe_jax.data.sampling import SampleConfig, sample
 from cepe_jax.training.teacher import TeacherConfig, teach
 
 COMMANDS = {
+    "": (PrepareConfig, prepare),
     "documents": (PrepareConfig, prepare),
     "sample": (SampleConfig, sample),
     "retrieve": (RetrieveConfig, retrieve),
@@ -20,4 +35,4 @@ COMMANDS = {
 }
 
 if __name__ == "__main__":
-    run_command(COMMANDS, default="documents")
+    run_script(__doc__, COMMANDS)

@@ -2,10 +2,8 @@
 
 import ast
 import dataclasses
-import importlib.util
 import re
 import shlex
-import sys
 from itertools import takewhile
 from pathlib import Path
 
@@ -13,47 +11,18 @@ import numpy as np
 import pytest
 from support import datasets
 from support.models import make_cepe, make_decoder, make_encoder
+from support.scripts import SCRIPTS
 
-from cepe_jax.benchmarks.compiled import CompileConfig, without_files
-from cepe_jax.benchmarks.data import DataBenchmarkConfig
-from cepe_jax.benchmarks.inference import InferenceBenchmarkConfig
-from cepe_jax.benchmarks.training import MemoryConfig, TrainBenchmarkConfig
-from cepe_jax.cli import decode, parse, read_yaml, take
+from cepe_jax.commands import command_in
 from cepe_jax.config import DECODERS, ENCODERS
-from cepe_jax.data.corpus import PrepareConfig
-from cepe_jax.data.retrieval import RetrieveConfig
 from cepe_jax.data.sampling import SampleConfig
-from cepe_jax.evaluation.gains import GainsConfig
-from cepe_jax.evaluation.grid import PerplexityRun, SweepConfig, TaskRun
-from cepe_jax.evaluation.harness import HarnessConfig
-from cepe_jax.evaluation.report import ReportConfig
-from cepe_jax.inference.terminal import GenerateConfig
+from cepe_jax.evaluation.grid import SweepConfig
+from cepe_jax.settings import decode, parse, read_yaml
 from cepe_jax.training.run import run_stage
-from cepe_jax.training.settings import TrainConfig
-from cepe_jax.training.teacher import TeacherConfig, features_of
+from cepe_jax.training.teacher import features_of
 from cepe_jax.weights.source import save
 
 ROOT = Path(__file__).parents[1]
-CLASSES = {  # of a script, or of a script and its command
-    "prepare_data.py": PrepareConfig,
-    "prepare_data.py sample": SampleConfig,
-    "prepare_data.py retrieve": RetrieveConfig,
-    "prepare_data.py teacher": TeacherConfig,
-    "benchmark.py data": DataBenchmarkConfig,
-    "benchmark.py train": TrainBenchmarkConfig,
-    "benchmark.py memory": MemoryConfig,
-    "benchmark.py inference": InferenceBenchmarkConfig,
-    "compile_tpu.py": CompileConfig,
-    "train.py": TrainConfig,
-    "evaluate.py perplexity": PerplexityRun,
-    "evaluate.py tasks": TaskRun,
-    "evaluate.py sweep": SweepConfig,
-    "evaluate.py harness": HarnessConfig,
-    "evaluate.py gains": GainsConfig,
-    "evaluate.py report": ReportConfig,
-    "generate.py": GenerateConfig,
-}
-AMONG_TRAINING = "benchmark.py train", "benchmark.py memory", "compile_tpu.py"  # its settings too
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 # In the order in which what one makes is read by another.
 FOLDERS = "weights", "data", "training", "inference", "evaluation", "benchmarks"
@@ -88,35 +57,19 @@ CARRIED = {"../bucket/data": "data", "/bucket/data": "data", "DIR": "data"}  # w
 
 @pytest.fixture
 def parse_command(monkeypatch):
-    """The configuration of a command line, or what convert.py would do; nothing is run."""
+    """The settings of a command line; nothing is run."""
     monkeypatch.chdir(ROOT)
 
     def parse_command(command: str):
         words = shlex.split(command, comments=True)
         while "=" in words[0]:  # FOO=bar python ...
             words.pop(0)
-        assert Path(words[0]).name == "python"
-        assert words[1].startswith("scripts/")
-        assert (ROOT / words[1]).is_file()
-        script = Path(words.pop(1)).name
-        if script != "convert.py":
-            if f"{script} {words[1]}" in CLASSES:
-                script = f"{script} {words.pop(1)}"
-            monkeypatch.setattr(sys, "argv", words)
-            if script in AMONG_TRAINING:
-                return take(CLASSES[script]), parse(TrainConfig, without_files)
-            return parse(CLASSES[script])
-        monkeypatch.setattr(sys, "argv", words)
-        spec = importlib.util.spec_from_file_location("convert", ROOT / "scripts" / script)
-        convert = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(convert)
-        called = []
-        for name in ("to_jax", "to_hf"):
-            monkeypatch.setattr(convert, name, lambda *given, name=name: called.append((name, *given)))
-        monkeypatch.setattr(convert.Directory, "__init__", lambda self, source: called.append(("verify", source)))
-        monkeypatch.setattr(convert.Directory, "verify", lambda self: None)
-        convert.main()
-        return called[0]
+        python, script, *arguments = words
+        assert Path(python).name == "python"
+        assert Path(script).parent.name == "scripts"
+        commands = SCRIPTS[Path(script).name].COMMANDS
+        name, arguments = command_in(commands, arguments)
+        return parse(commands[name][0], arguments)
 
     return parse_command
 
@@ -225,39 +178,52 @@ def test_each_table_has_its_config():
         assert {model.dtype for model in config.models.values()} == {"bfloat16"}
 
 
-@pytest.mark.parametrize("script", CLASSES)
-def test_help(monkeypatch, capsys, script):
-    assert CLASSES[script].__name__ in (ROOT / "scripts" / script.split()[0]).read_text()
-    monkeypatch.setattr(sys, "argv", [script, "--help"])
-    with pytest.raises(SystemExit) as ended:
-        parse(CLASSES[script])
-    assert ended.value.code == 0
-    shown = capsys.readouterr().out
-    assert all(f"--{field.name}" in shown for field in dataclasses.fields(CLASSES[script]))
+@pytest.mark.parametrize(
+    ("command", "settings"),
+    [
+        ("to-jax a b", {"source": Path("a"), "target": Path("b"), "dtype": None}),
+        ("to-jax a b --dtype bfloat16", {"source": Path("a"), "target": Path("b"), "dtype": "bfloat16"}),
+        ("to-hf a b", {"source": Path("a"), "target": Path("b")}),
+        ("verify a", {"source": Path("a")}),
+    ],
+)
+def test_conversions(parse_command, command, settings):
+    assert vars(parse_command(f"python scripts/convert.py {command}")) == settings
 
 
-def test_help_of_convert(parse_command, capsys):
-    with pytest.raises(SystemExit) as ended:
-        parse_command("python scripts/convert.py --help")
-    assert ended.value.code == 0
-    shown = capsys.readouterr().out
-    assert all(name in shown for name in ("to-jax", "to-hf", "verify"))
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("to-torch a b", "to-torch"),
+        ("to-jax a", "--target"),
+        ("to-jax a b --dtype float16", "dtype .*float16"),
+        ("to-hf a b --dtype bfloat16", "dtype"),
+    ],
+)
+def test_wrong_conversions_are_refused(parse_command, command, said):
+    with pytest.raises(ValueError, match=said):
+        parse_command(f"python scripts/convert.py {command}")
 
 
-def test_convert(parse_command):
-    assert parse_command("python scripts/convert.py to-jax a b") == ("to_jax", "a", "b", None)
-    assert parse_command("python scripts/convert.py to-jax a b --dtype bfloat16") == ("to_jax", "a", "b", "bfloat16")
-    assert parse_command("python scripts/convert.py to-hf a b") == ("to_hf", "a", "b")
-    assert parse_command("python scripts/convert.py verify a") == ("verify", "a")
-    for wrong in ("", "to-torch a b", "to-jax a", "to-jax a b --dtype float16", "to-hf a b --dtype bfloat16"):
-        with pytest.raises(SystemExit) as ended:
-            parse_command(f"python scripts/convert.py {wrong}")
-        assert ended.value.code == 2
-
-
-def test_every_script_is_known():
-    scripts = {path.name for path in (ROOT / "scripts").glob("*.py")}
-    assert scripts == {*(name.split()[0] for name in CLASSES), "convert.py"}
+@pytest.mark.parametrize(
+    ("settings", "parts"),
+    [
+        ("", ("llama2_7b", "mlm_large", "")),
+        ("--encoder=tiny", ("llama2_7b", "tiny", "")),
+        ("--cepe=a", ("", "", "a")),
+        ("--stage=lm", ("llama2_7b", "", "")),
+        ("--stage=mlm", ("", "mlm_large", "")),
+        ("--stage=mlm --decoder=tiny", ("tiny", "mlm_large", "")),
+    ],
+)
+def test_sizes_are_the_papers_where_no_model_is_named(parse_command, settings, parts):
+    """The stage is that of training, whatever step is compiled."""
+    for command in ("compile_tpu.py --topology=v5e:2x2 --step=decode", "benchmark.py train", "benchmark.py memory"):
+        shared = f"--config configs/train_cepe.yaml {settings}"
+        config = parse_command(f"python scripts/{command} {shared}")
+        assert (config.decoder, config.encoder, config.cepe) == parts
+        assert config.stage == ("cepe" if "stage" not in settings else settings.split("=")[1].split()[0])
+        assert getattr(config, "step", "decode") == "decode"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

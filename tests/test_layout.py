@@ -101,6 +101,8 @@ def test_mesh_axes_are_named_in_sharding_alone():
     ("modules", "unwanted"),
     [
         ("cepe_jax", {"jax", "flax"}),
+        ("cepe_jax.exits", {"jax", "draccus"}),
+        ("cepe_jax.commands", {"jax", "numpy"}),
         ("cepe_jax.model.cepe", {"orbax"}),
         ("cepe_jax.training.stages, cepe_jax.inference.text", set()),
     ],

@@ -11,7 +11,7 @@ import jax
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo as cudnn_attention
 
-from cepe_jax.benchmarks.compiled import train_step, without_files
+from cepe_jax.benchmarks.compiled import train_step
 from cepe_jax.benchmarks.steps import STEPS
 from cepe_jax.config import DECODERS, ENCODERS
 from cepe_jax.data.examples import ExampleConfig
@@ -34,12 +34,12 @@ def lower(step: str, platform: str, examples: ExampleConfig = EVEN, kv_heads: in
     """The program of a stage's step, or of a step of inference, in bfloat16."""
     distill = DistillConfig(top_k=8) if step == "ceped" else None
     config = {"stage": step if step in TRAIN else "cepe", "batch_size": 2, "steps": 2, "dtype": "bfloat16"}
-    config |= {"examples": examples, "distill": distill} | settings
+    config |= {"examples": examples, "distill": distill, "data": "none", "out": "none"} | settings
     starts = {"lm": ["decoder"], "mlm": ["encoder"]}.get(step, ["decoder", "encoder"])
     with pytest.MonkeyPatch.context() as patch:
         for presets in (DECODERS, ENCODERS):
             patch.setitem(presets, "tiny", dataclasses.replace(presets["tiny"], num_kv_heads=kv_heads))
-        config = TrainConfig(**without_files(config | dict.fromkeys(starts, "tiny")))
+        config = TrainConfig(**config | dict.fromkeys(starts, "tiny"))
         kind = {"cuda": "gpu"}.get(platform, platform)
         sizes, compute = sizes_of(config), compute_of(config, kind)
     with jax.set_mesh(make_mesh()):

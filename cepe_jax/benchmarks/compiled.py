@@ -40,17 +40,36 @@ from cepe_jax.weights.build import abstract_parts
 from cepe_jax.weights.kinds import Config, kind_of
 
 
-@dataclass(frozen=True)
-class CompileConfig:
-    topology: str  # of the TPU compiler: v5e:4x4, v6e:8x8, v4:4x4x4, v5p:2x4x4
-    stage: Literal["train", "encode", "prefill", "decode"] = "train"
-    batch: int = 0  # sequences; 0 = batch_size to train, one for the devices that share one to infer
-    context: int = 1  # devices over which a memory is cut; to infer
+@dataclass(frozen=True, kw_only=True)
+class ShapesConfig(TrainConfig):
+    """A stage of training by its shapes alone: no data are read, and sizes are the paper's unless a model is named."""
+
+    data: Path = Path("none")  # not read
+    decoder: str = ""  # a preset or a model directory; "": llama2_7b if the stage needs a decoder
+    encoder: str = ""  # a preset or a model directory; "": mlm_large if the stage needs an encoder
+
+    def __post_init__(self):
+        paper = {"decoder": "llama2_7b", "encoder": "mlm_large"}
+        both = () if self.cepe else ("decoder", "encoder")
+        for name in {"lm": ("decoder",), "mlm": ("encoder",)}.get(self.stage, both):
+            object.__setattr__(self, name, getattr(self, name) or paper[name])
+        super().__post_init__()
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompileConfig(ShapesConfig):
+    """A step of a model, to be compiled for TPUs."""
+
+    topology: str  # the TPUs, as the compiler names them: v5e:4x4, v6e:8x8, v4:4x4x4, v5p:2x4x4
+    step: Literal["train", "encode", "prefill", "decode"] = "train"  # a step of training, or one of inference
+    batch: int = 0  # sequences; 0 = batch_size to train, one for the devices that share a sequence to infer
+    context: int = 1  # devices over which a memory is cut; more than 1 to infer alone
     out: Path = Path("out/compile")  # gets a JSON file for each step
 
     def __post_init__(self):
-        if self.context < 1 or (self.context > 1 and self.stage == "train"):
-            raise ValueError(f"context is {self.context} and stage {self.stage}: give 1 to train, 1 or more to infer")
+        super().__post_init__()
+        if self.context < 1 or (self.context > 1 and self.step == "train"):
+            raise ValueError(f"context is {self.context} and step {self.step}: give 1 to train, 1 or more to infer")
 
 
 @dataclass(frozen=True)
@@ -66,22 +85,22 @@ class Step:
 Make = Callable[[TrainConfig, Config, Compute], Step]
 
 
-def compile_step(what: CompileConfig, config: TrainConfig, make: Make) -> dict:
-    """The step that `make` gives, compiled for a topology: bytes a chip, collectives, and the time they allow.
+def compile_step(config: CompileConfig, make: Make) -> dict:
+    """Compile the step that `make` gives and return bytes a chip, collectives, and the time they allow.
 
-    Written to `what.out` as JSON too. What a chip's memory does not hold is said as well: see `check_fits`.
+    The result is in `config.out` as JSON too. If a chip's memory does not hold the step, it says so: see `check_fits`.
     """
-    devices, chip = devices_of(what.topology)
-    if what.batch:
-        config = dataclasses.replace(config, batch_size=what.batch)
-    elif what.stage != "train":
-        config = dataclasses.replace(config, batch_size=max(len(devices) // config.mesh.tensor // what.context, 1))
-    shares = dataclasses.asdict(mesh_of(config, len(devices) // what.context)) | {"context": what.context}
+    devices, chip = devices_of(config.topology)
+    batch = config.batch
+    if not batch and config.step != "train":
+        batch = max(len(devices) // config.mesh.tensor // config.context, 1)
+    config = dataclasses.replace(config, batch_size=batch or config.batch_size)
+    shares = dataclasses.asdict(mesh_of(config, len(devices) // config.context)) | {"context": config.context}
     sizes, compute = sizes_of(config), compute_of(config, "tpu")
     result = {
-        "topology": what.topology,
+        "topology": config.topology,
         "chips": len(devices),
-        "stage": config.stage if what.stage == "train" else what.stage,
+        "step": config.stage if config.step == "train" else config.step,
         "batch": config.batch_size,
         "mesh": shares,
         "config": as_json(config),
@@ -100,10 +119,10 @@ def compile_step(what: CompileConfig, config: TrainConfig, make: Make) -> dict:
         result["memory"] = memory_of(compiled) | {"hbm": chip.hbm}
         result["collectives"] = collectives(compiled.as_text())
         result |= roofline(step, result, chip)
-    what.out.mkdir(parents=True, exist_ok=True)
+    config.out.mkdir(parents=True, exist_ok=True)
     mesh = "x".join(str(size) for size in result["mesh"].values())
-    name = f"{result['stage']}_{what.topology.replace(':', '_')}_{mesh}_{config.batch_size}.json"
-    write_json(what.out / name, result)
+    name = f"{result['step']}_{config.topology.replace(':', '_')}_{mesh}_{config.batch_size}.json"
+    write_json(config.out / name, result)
     return result
 
 
@@ -111,17 +130,10 @@ def check_fits(result: dict) -> None:
     """ValueError where a chip's memory does not hold the step."""
     if not result["fits"]:
         raise ValueError(
-            f"{result['stage']} on {result['topology']} needs {gib(result['memory']['needed'])} a chip and there are "
+            f"{result['step']} on {result['topology']} needs {gib(result['memory']['needed'])} a chip and there are "
             f"{gib(result['memory']['hbm'])}: take more chips, a larger mesh.tensor, a smaller micro_batch or batch, "
             f"remat, loss_chunk or mlp_chunk"
         )
-
-
-def without_files(values: dict) -> dict:
-    """The settings of training, completed: no data are read and nothing is written, and sizes are the paper's."""
-    parts = {"lm": {"decoder": "llama2_7b"}, "mlm": {"encoder": "mlm_large"}}
-    both = {} if "cepe" in values else {"decoder": "llama2_7b", "encoder": "mlm_large"}
-    return {"data": "none", "out": "none"} | parts.get(values.get("stage"), both) | values
 
 
 def devices_of(topology: str) -> tuple[list, Chip]:
@@ -196,7 +208,7 @@ def table(result: dict) -> str:
     moved = [f"{k} {v['bytes'] / 1e9:.2f} GB in {v['number']:,}" for k, v in result["collectives"].items()]
     return "\n".join(
         (
-            f"{result['stage']}, {result['batch']} sequences, {result['topology']}: {result['chips']} chips, {shares}",
+            f"{result['step']}, {result['batch']} sequences, {result['topology']}: {result['chips']} chips, {shares}",
             f"a chip: {memory.pop('peak')} of {memory.pop('hbm')} ({', '.join(f'{k} {v}' for k, v in memory.items())})",
             f"collectives of a chip and step: {'; '.join(moved) or 'none'}",
             f"{result['model_flops']:.4g} model FLOPs; at least: {seconds}; MFU at most {result['mfu_at_most']:.1%}",

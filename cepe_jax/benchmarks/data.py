@@ -28,15 +28,15 @@ POD = "v5e", 256, 0.4  # chip, number of chips, share of their peak
 
 @dataclass(frozen=True, kw_only=True)
 class DataBenchmarkConfig:
-    input: Path  # raw documents
-    tokenizer: str  # file or directory
+    input: Path  # a directory of raw documents
+    tokenizer: str  # its file or directory
     out: Path  # gets data.json and data.md
-    patterns: tuple[str, ...] = PrepareConfig.patterns
-    exclude: tuple[str, ...] = ()
-    repeats: int = 3  # of each measurement, the fastest counts
-    batch_size: int = 8
-    examples: ExampleConfig = ExampleConfig(window=1024, num_chunks=12, chunk_length=256)
-    workers: int = 2  # loading processes, beside threads alone
+    patterns: tuple[str, ...] = PrepareConfig.patterns  # files below `input`
+    exclude: tuple[str, ...] = ()  # files below a folder of one of these names are left out
+    repeats: int = 3  # repetitions of each measurement, of which the fastest counts
+    batch_size: int = 8  # sequences of a batch
+    examples: ExampleConfig = ExampleConfig(window=1024, num_chunks=12, chunk_length=256)  # how they become examples
+    workers: int = 2  # loading processes, which are compared with threads alone
 
 
 def fastest(repeats: int, work: Callable[[], None]) -> float:

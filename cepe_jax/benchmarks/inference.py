@@ -22,7 +22,7 @@ from flax import nnx
 from cepe_jax.benchmarks import beside
 from cepe_jax.benchmarks.compiled import memory_of
 from cepe_jax.benchmarks.training import filled
-from cepe_jax.config import DECODERS, ENCODERS, CepeConfig, Compute, Dtype, preset
+from cepe_jax.config import DECODERS, ENCODERS, CepeConfig, Compute, Dtype
 from cepe_jax.cost import encoder_flops, gib, inference_flops, step_bytes
 from cepe_jax.devices import describe
 from cepe_jax.directories import write_json, write_text
@@ -45,15 +45,15 @@ PIECE = 512  # tokens of the context that `full` reads at once
 
 @dataclass(frozen=True)
 class InferenceBenchmarkConfig:
-    decoder: str = "tiny_512"  # presets
-    encoder: str = "tiny_512"
-    contexts: tuple[int, ...] = (4096, 8192, 16_384, 32_768, 65_536, 131_072)  # tokens
-    chunk_length: int = 64  # tokens
+    decoder: Literal[*DECODERS] = "tiny_512"  # a preset, with random weights
+    encoder: Literal[*ENCODERS] = "tiny_512"  # a preset, with random weights
+    contexts: tuple[int, ...] = (4096, 8192, 16_384, 32_768, 65_536, 131_072)  # tokens of each context
+    chunk_length: int = 64  # tokens that the encoder reads at once
     prompt: int = 128  # tokens that the decoder reads after the context
-    new_tokens: int = 48  # timed, until limit_seconds; the median counts
-    limit_seconds: float = 40.0  # what would take longer by its speed at the length before is left out
-    dtype: Dtype = "float32"
-    beside: Literal["", "torch"] = ""  # torch: what we do and the tests' oracle in turn, instead of the four ways
+    new_tokens: int = 48  # tokens that are timed, until limit_seconds; the median counts
+    limit_seconds: float = 40.0  # seconds; a run that would take longer, by the speed at the length before, is left out
+    dtype: Dtype = "float32"  # type of weights and activations
+    beside: Literal["", "torch"] = ""  # torch: this package and the tests' oracle in turn, instead of the four ways
     out: Path = Path("out/benchmark")  # gets inference.json, inference.md, inference.png; or beside.json, beside.md
 
     def __post_init__(self):
@@ -124,7 +124,7 @@ class _Clock:
 
 def benchmark_inference(config: InferenceBenchmarkConfig) -> None:
     """All ways at all lengths, printed and in `config.out` as JSON, a table and a plot."""
-    decoder, encoder = preset(DECODERS, config.decoder), preset(ENCODERS, config.encoder)
+    decoder, encoder = DECODERS[config.decoder], ENCODERS[config.encoder]
     parts = abstract_parts(CepeConfig(decoder, encoder), Compute(config.dtype))
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, config.dtype), parts)
     model = Cepe.from_parts(filled(shapes, 0.02))

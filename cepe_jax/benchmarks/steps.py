@@ -1,10 +1,10 @@
-"""The steps of inference by shape and place, to be compiled ahead of time."""
+"""The steps of inference by shape and place, and all steps compiled ahead of time by name."""
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from cepe_jax.benchmarks.compiled import Make, Step, placed
+from cepe_jax.benchmarks.compiled import CompileConfig, Make, Step, check_fits, compile_step, placed, table, train_step
 from cepe_jax.config import CepeConfig, Compute
 from cepe_jax.cost import encoder_flops, inference_flops
 from cepe_jax.inference.caches.full import FullCache
@@ -64,7 +64,15 @@ def decode_step(config: TrainConfig, sizes: Config, compute: Compute) -> Step:
 
 
 STEPS: dict[str, Make] = {
+    "train": train_step,
     "encode": encode_step,
     "prefill": prefill_step,
     "decode": decode_step,
 }
+
+
+def compile_tpu(config: CompileConfig) -> None:
+    """Compile the configured step and print what it takes; ValueError if a chip's memory does not hold it."""
+    result = compile_step(config, STEPS[config.step])
+    check_fits(result)
+    print(table(result))

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cepe_jax.benchmarks.compiled import CompileConfig, compile_step, devices_of, memory_of, train_step
+from cepe_jax.benchmarks.compiled import CompileConfig, ShapesConfig, compile_step, devices_of, memory_of, train_step
 from cepe_jax.config import CepeConfig
 from cepe_jax.cost import gib, peak_flops
 from cepe_jax.data.recipes import blank
@@ -36,20 +36,23 @@ from cepe_jax.training.settings import (
 from cepe_jax.weights.build import abstract_parts
 
 
-@dataclass(frozen=True)
-class TrainBenchmarkConfig:
-    timed_steps: int = 10
+@dataclass(frozen=True, kw_only=True)
+class TrainBenchmarkConfig(ShapesConfig):
+    """A step of training to be timed."""
+
+    timed_steps: int = 10  # steps that are timed, after one that is not
     beside: Literal["", "torch"] = ""  # torch: each step is followed by one of the tests' oracle; fp32, one CPU
     out: Path = Path("out/benchmark")  # gets train.json and train.md
 
     def __post_init__(self):
+        super().__post_init__()
         if self.timed_steps < 1:
             raise ValueError(f"timed_steps is {self.timed_steps}: give a number above 0")
 
 
-def benchmark_train(what: TrainBenchmarkConfig, config: TrainConfig) -> None:
-    """The time of a step on random weights and tokens, its speed and memory, printed and in `what.out`."""
-    oracle = torch_oracle(config.dtype) if what.beside else None
+def benchmark_train(config: TrainBenchmarkConfig) -> None:
+    """Time a step on random weights and tokens, and print its speed and memory, also into `config.out`."""
+    oracle = torch_oracle(config.dtype) if config.beside else None
     if oracle and config.optimizer.kind != "adamw":
         raise ValueError(f"--beside=torch trains with AdamW: leave out optimizer.kind {config.optimizer.kind}")
     shares = mesh_of(config, jax.device_count())
@@ -75,7 +78,7 @@ def benchmark_train(what: TrainBenchmarkConfig, config: TrainConfig) -> None:
         if oracle:
             model, optimizer = Cepe.from_parts(trainable | frozen), config.optimizer
             steps["torch"] = oracle.train_step(model, batch, optimizer.learning_rate, optimizer.clip_norm)
-        runs = in_turn(steps, what.timed_steps)
+        runs = in_turn(steps, config.timed_steps)
     seconds, loss = runs["ours"].seconds, runs["ours"].results[-1]
     median, peak = float(np.median(seconds)), peak_flops(jax.devices())
     result = {
@@ -115,12 +118,12 @@ def benchmark_train(what: TrainBenchmarkConfig, config: TrainConfig) -> None:
     if beside := result.get("beside"):
         rows["beside torch"] = (
             f"{beside['seconds']['ours']:.3f} s, torch {beside['seconds']['torch']:.3f} s: {beside['ratio']:.2f}; "
-            f"minimum of {what.timed_steps} in turn"
+            f"minimum of {config.timed_steps} in turn"
         )
     page = "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]) + "\n"
-    what.out.mkdir(parents=True, exist_ok=True)
-    write_json(what.out / "train.json", result)
-    write_text(what.out / "train.md", page)
+    config.out.mkdir(parents=True, exist_ok=True)
+    write_json(config.out / "train.json", result)
+    write_text(config.out / "train.md", page)
     print(page)
 
 
@@ -185,39 +188,42 @@ def _tokens(config: TrainConfig, sizes) -> dict[str, jax.Array]:
     return place_batch(batch, jax.sharding.get_mesh(), config.batch_size)
 
 
-@dataclass(frozen=True)
-class MemoryConfig:
-    topology: str = "v5e:4x4"
-    windows: tuple[int, ...] = (4096, 16_384, 65_536)
-    chunks: tuple[int, ...] = (16, 128, 1024)
+@dataclass(frozen=True, kw_only=True)
+class MemoryConfig(ShapesConfig):
+    """A step of training, to be compiled at several lengths."""
+
+    topology: str = "v5e:4x4"  # the TPUs, as the compiler names them
+    windows: tuple[int, ...] = (4096, 16_384, 65_536)  # tokens that the decoder reads, with examples.num_chunks
+    chunks: tuple[int, ...] = (16, 128, 1024)  # numbers of chunks, with examples.window
     out: Path = Path("out/memory")  # gets memory.json, memory.png, and a JSON file for each step
 
 
-def benchmark_memory(what: MemoryConfig, config: TrainConfig) -> None:
-    """Bytes a chip against the window and against the number of chunks, one sequence a chip, as JSON and a plot.
+def benchmark_memory(config: MemoryConfig) -> None:
+    """Compile a step for a TPU at several lengths, one sequence a chip, and write its bytes a chip as JSON and a plot.
 
-    Once with the configuration's loss_chunk and mlp_chunk, once without. Compiled for a TPU, not run.
+    Each length is compiled with the configuration's loss_chunk and mlp_chunk, and with none.
     """
     if not (config.loss_chunk or config.mlp_chunk):
         raise ValueError("loss_chunk and mlp_chunk are 0: give at least one, to be compared with none")
-    batch = len(devices_of(what.topology)[0]) // config.mesh.tensor
-    forms = {"chunked": config, "whole": dataclasses.replace(config, loss_chunk=0, mlp_chunk=0)}
-    points = [("window", size) for size in what.windows] + [("num_chunks", size) for size in what.chunks]
+    shared = {field.name: getattr(config, field.name) for field in dataclasses.fields(ShapesConfig)}
+    shared |= {"topology": config.topology, "batch": len(devices_of(config.topology)[0]) // config.mesh.tensor}
+    forms = {"chunked": shared, "whole": shared | {"loss_chunk": 0, "mlp_chunk": 0}}
+    points = [("window", size) for size in config.windows] + [("num_chunks", size) for size in config.chunks]
     curves = [{"axis": axis, "size": size, "form": form} for axis, size in points for form in forms]
     compiled: dict[tuple, dict] = {}  # the curves meet in the configuration's own sizes
     for curve in track(curves, "compiling"):
         examples = dataclasses.replace(config.examples, **{curve["axis"]: curve["size"]})
         if (examples, curve["form"]) not in compiled:
-            step = CompileConfig(what.topology, batch=batch, out=what.out / "{axis}_{size}_{form}".format(**curve))
-            formed = dataclasses.replace(forms[curve["form"]], examples=examples)
-            compiled[examples, curve["form"]] = compile_step(step, formed, train_step)
+            place = config.out / "{axis}_{size}_{form}".format(**curve)
+            step = CompileConfig(**forms[curve["form"]] | {"examples": examples, "out": place})
+            compiled[examples, curve["form"]] = compile_step(step, train_step)
         result = compiled[examples, curve["form"]]
         memory = result["memory"]
         curve |= {"fits": result["fits"], "bytes": memory["peak"] if result["fits"] else memory["needed"]}
-    report = {"topology": what.topology, "hbm": memory["hbm"], "curves": curves}
-    write_json(what.out / "memory.json", report)
-    _plot(report, config, what.out / "memory.png")
-    print(what.out / "memory.png")
+    report = {"topology": config.topology, "hbm": memory["hbm"], "curves": curves}
+    write_json(config.out / "memory.json", report)
+    _plot(report, config, config.out / "memory.png")
+    print(config.out / "memory.png")
 
 
 def _plot(report: dict, config: TrainConfig, path: Path) -> None:

@@ -27,19 +27,19 @@ HOPELESS = 1000  # documents
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareConfig(JobConfig):
-    input: Path  # the directory that is read
-    out: Path  # the dataset's directory; an unfinished one is gone on with
+    input: Path  # a directory of raw documents
+    out: Path  # gets the dataset; an unfinished one is completed
     patterns: tuple[str, ...] = ("**/*.jsonl", "**/*.jsonl.gz", "**/*.jsonl.zst", "**/*.txt")  # files below `input`
     exclude: tuple[str, ...] = ()  # files below a folder of one of these names are left out
-    domain_field: str = ""  # of a line, such as meta.source; "": the first folder below `input`
-    tokenizer: str = ""  # file or directory; "" trains one on the training split
-    vocab_size: int = 2048  # pieces of the tokenizer that is trained
-    skip_shorter: int = 0  # characters: shorter documents are counted and left out
-    bad_share: float = 0.001  # of documents that may be unreadable or empty; more are an error
-    test_fraction: float = 0.01
-    retrieval_fraction: float = 0.5
+    domain_field: str = ""  # the domain in a line of JSON, such as meta.source; "": the first folder below `input`
+    tokenizer: str = ""  # its file or directory; "": one is trained on the training split
+    vocab_size: int = 2048  # pieces of a tokenizer that is trained
+    skip_shorter: int = 0  # characters; shorter documents are counted and left out
+    bad_share: float = 0.001  # share of documents that may be unreadable or empty; more are an error
+    test_fraction: float = 0.01  # share of documents for evaluation
+    retrieval_fraction: float = 0.5  # share of documents for retrieval
     unit_bytes: int = 1 << 28  # stored bytes of a unit of work, which gives a shard to each split
-    seed: int = 0
+    seed: int = 0  # draws the documents of each split
 
     def __post_init__(self):
         super().__post_init__()

@@ -49,13 +49,13 @@ class Document:
 class ExampleConfig:
     """Sizes in tokens, and the rates of the paper's recipe."""
 
-    window: int = 4096  # T, what the decoder reads
-    num_chunks: int = 16  # C
-    chunk_length: int = 256  # L
-    foreign_rate: float = 0.0  # of windows that read another sequence's context, to learn what is of no use
-    chunk_mask_rate: float = 0.3  # of chunks are masked in part or whole
-    whole_chunk_rate: float = 0.1  # of those are masked whole, of the others a random suffix
-    mlm_rate: float = 0.3  # of tokens are masked in MLM
+    window: int = 4096  # T, tokens that the decoder reads
+    num_chunks: int = 16  # C, chunks of context for the encoder
+    chunk_length: int = 256  # L, tokens of a chunk
+    foreign_rate: float = 0.0  # share of windows with another sequence's context, to learn to ignore it
+    chunk_mask_rate: float = 0.3  # share of chunks that are masked in part or whole
+    whole_chunk_rate: float = 0.1  # share of these that are masked whole; of the others a random suffix is
+    mlm_rate: float = 0.3  # share of tokens that are masked in stage mlm
 
     @property
     def span(self) -> int:

@@ -32,13 +32,13 @@ class RetrieveConfig(JobConfig):
     passages: Path  # the dataset of documents that is searched
     out: Path  # gets the dataset of passages
     k: int  # passages for a sequence
-    split: str = "train"  # of the sequences
-    passage_split: str = "retrieval"  # of the documents
-    passage_length: int = 256  # tokens; a document's last passage is shorter
-    query_tokens: int = 256  # of a sequence, its first ones
-    passage_tokens: int = 200_000_000  # that are searched: of documents in random order, each one whole
+    split: str = "train"  # split of the sequences
+    passage_split: str = "retrieval"  # split of the documents
+    passage_length: int = 256  # tokens of a passage; a document's last one is shorter
+    query_tokens: int = 256  # first tokens of a sequence, which are its query
+    passage_tokens: int = 200_000_000  # tokens that are searched, of whole documents in random order
     encoder: str = ""  # "": BM25; module:function: (n, width) for a list of n texts, compared by dot product
-    seed: int = 0
+    seed: int = 0  # draws the documents that are searched
 
     def __post_init__(self):
         super().__post_init__()

@@ -20,12 +20,12 @@ Piece = tuple[int, int, int]  # a document of a shard, and the first and one pas
 class SampleConfig(JobConfig):
     data: Path  # a dataset of documents
     out: Path  # gets the dataset of sequences
-    kind: Literal["filtered", "packed"]  # windows of long documents; documents one after another
-    length: int  # tokens of a sequence: of its contexts and its window together
+    kind: Literal["filtered", "packed"]  # filtered: windows of long documents; packed: documents one after another
+    length: int  # tokens of a sequence, which are those of its contexts and its window
     stride: int = 0  # filtered: tokens from one window of a document to the next; 0 = the length
-    budget: dict[str, int] = field(default_factory=dict)  # domain -> tokens, 0 = all it has; {} = all of each domain
-    split: str = "train"
-    seed: int = 0
+    budget: dict[str, int] = field(default_factory=dict)  # tokens of each domain, 0 = all; {}: all of each
+    split: str = "train"  # split of the documents
+    seed: int = 0  # draws the documents
 
     def __post_init__(self):
         super().__post_init__()

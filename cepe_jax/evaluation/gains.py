@@ -23,7 +23,7 @@ class GainsConfig:
     runs: tuple[Path, ...]  # the --out of perplexity evaluations of the same windows, one of each seed
     trained: int  # contexts that the model learned to read
     out: Path  # gets gains.md, gains.json and gains.png
-    new_tokens: int = 32  # of the continued text
+    new_tokens: int = 32  # tokens of the continued text
 
     def __post_init__(self):
         if not self.runs or self.trained < 1 or self.new_tokens < 1:

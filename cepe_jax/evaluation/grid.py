@@ -17,10 +17,10 @@ class SweepConfig:
     """Every model on all data. The first model is the one that others are compared with."""
 
     out: Path  # gets cells/, results.json, report.md and plots; what is finished there is not run again
-    models: dict[str, ModelConfig]
-    perplexity: dict[str, PerplexityConfig] = field(default_factory=dict)
-    tasks: dict[str, TaskConfig] = field(default_factory=dict)
-    mesh: Devices = Devices()
+    models: dict[str, ModelConfig]  # models by name; the others are compared with the first
+    perplexity: dict[str, PerplexityConfig] = field(default_factory=dict)  # perplexity evaluations by name
+    tasks: dict[str, TaskConfig] = field(default_factory=dict)  # tasks by name
+    mesh: Devices = Devices()  # how devices share the model and the contexts
 
     def __post_init__(self):
         if not self.models or not (self.perplexity or self.tasks):
@@ -50,9 +50,9 @@ class SweepConfig:
 class PerplexityRun(PerplexityConfig):
     """The perplexity of one model on one set of data."""
 
-    model: ModelConfig
-    out: Path  # as of a sweep
-    mesh: Devices = Devices()
+    model: ModelConfig  # the model, and who reads contexts
+    out: Path  # gets cells/, results.json, report.md and plots; finished cells are not run again
+    mesh: Devices = Devices()  # how devices share the model and the contexts
 
     def sweep(self) -> SweepConfig:
         return SweepConfig(**_one_model(self), perplexity={"perplexity": _only(PerplexityConfig, self)})
@@ -62,9 +62,9 @@ class PerplexityRun(PerplexityConfig):
 class TaskRun(TaskConfig):
     """One model and one task."""
 
-    model: ModelConfig
-    out: Path  # as of a sweep
-    mesh: Devices = Devices()
+    model: ModelConfig  # the model, and who reads contexts
+    out: Path  # gets cells/, results.json, report.md and plots; finished cells are not run again
+    mesh: Devices = Devices()  # how devices share the model and the contexts
 
     def sweep(self) -> SweepConfig:
         return SweepConfig(**_one_model(self), tasks={"task": _only(TaskConfig, self)})

@@ -28,19 +28,19 @@ CUT = "cut.jsonl"  # in the directory of the results
 
 @dataclass(frozen=True)
 class HarnessConfig:
-    model: ModelConfig
+    model: ModelConfig  # the model, and who reads contexts
     tasks: tuple[str, ...]  # names of the harness' tasks
-    out: Path  # gets the results; what is answered there already is not asked again
+    out: Path  # gets the results; a question that is answered there is not asked again
     window: int  # tokens of a text and its answer that the decoder reads; what stands before is for the encoder
     overflow: Overflow = "truncate_left"  # how a longer text is cut
-    chunk_length: int = CHUNK_LENGTH  # tokens
-    task_folder: Path | None = None  # of further tasks, as the harness describes them in YAML
+    chunk_length: int = CHUNK_LENGTH  # tokens that the encoder reads at once
+    task_folder: Path | None = None  # a folder of further tasks, which the harness describes in YAML
     limit: int | None = None  # examples of each task; None: all
     num_fewshot: int | None = None  # demonstrations; None: as the task says
-    lengths: tuple[int, ...] = ()  # of the texts that RULER's tasks make, in tokens
+    lengths: tuple[int, ...] = ()  # tokens of the texts that RULER's tasks make
     chat: bool = False  # texts are messages, written by the chat template beside the tokenizer
     batch: int = 1  # answers that are written at once
-    mesh: Devices = Devices()
+    mesh: Devices = Devices()  # how devices share the model and the contexts
 
     def __post_init__(self):
         if not self.tasks:

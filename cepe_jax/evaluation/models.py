@@ -18,15 +18,15 @@ Rope = Literal["trained", "linear", "yarn"]
 
 @dataclass(frozen=True)
 class ModelConfig:
-    path: Path  # of a CEPE model or a decoder; what only a decoder is read with takes that of a CEPE model
-    reads: Reads = "encoder"  # who reads contexts. encoder: CEPE; decoder: it, as one text; replug: each by itself
+    path: Path  # a CEPE model or a decoder; whatever reads with a decoder alone takes a CEPE's
+    reads: Reads = "encoder"  # who reads contexts: CEPE's encoder; the decoder, in one text; replug: it, each by itself
     window: int | None = None  # tokens that the decoder reads at most; None: all its positions
     cache: CacheConfig = FULL  # what the decoder keeps of what it reads; of kind rolling it reads all (StreamingLLM)
-    temperature: float = 1.0  # of the contexts' scores in RePlug
+    temperature: float = 1.0  # divides the contexts' scores in RePlug
     rope: Rope = "trained"  # linear (position interpolation) or yarn: put on a decoder that was trained without it
-    factor: float = 1.0  # of linear and yarn: how many times as many positions
-    dtype: Dtype = "float32"
-    tokenizer: Path | None = None  # None: beside the model
+    factor: float = 1.0  # how many times as many positions linear and yarn give
+    dtype: Dtype = "float32"  # type of weights and activations
+    tokenizer: Path | None = None  # its file or directory; None: beside the model
 
     def __post_init__(self):
         for name, choices in ("reads", Reads), ("rope", Rope):

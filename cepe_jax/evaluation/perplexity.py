@@ -33,14 +33,14 @@ class PerplexityConfig:
     data: Path  # a dataset of documents or of retrieved passages; or raw documents, a file or a directory of such
     chunks: tuple[int, ...]  # numbers of contexts, 0 for none: all are measured on the same windows
     window: int  # tokens of the document that the decoder reads
-    scored: int  # the last ones of these, whose nll counts
-    kinds: tuple[Kind, ...] = ("previous",)
+    scored: int  # last tokens of the window, whose nll counts
+    kinds: tuple[Kind, ...] = ("previous",)  # contexts: the text before, another document's, or retrieved passages
     chunk_length: int = 256  # tokens of a context, of retrieved ones the most
     place: Literal["last", "middle", "sliding"] = "last"  # one window of a document, or all a stride apart
     stride: int = 0  # sliding: tokens from a window to the next; 0 = scored, so that no token is scored twice
-    windows: int = 0  # of a domain at most, of documents in an order that the seed draws, few of each; 0 = all
-    split: str = "test"  # of a dataset
-    seed: int = 0
+    windows: int = 0  # windows of a domain at most, few of each document, drawn by the seed; 0 = all
+    split: str = "test"  # split of a dataset
+    seed: int = 0  # draws the windows
 
     def __post_init__(self):
         if min(self.chunks, default=-1) < 0 or len(set(self.chunks)) < len(self.chunks):

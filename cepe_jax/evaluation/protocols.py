@@ -44,10 +44,10 @@ class Template:
 class Words:
     """Parts of a template; the others stay as they are."""
 
-    instruction: str | None = None
-    context: str | None = None
-    question: str | None = None
-    answer: str | None = None
+    instruction: str | None = None  # text before all else; None: as the task has it
+    context: str | None = None  # text around a context, at {context}; None: as the task has it
+    question: str | None = None  # text around a question, at {question}; None: as the task has it
+    answer: str | None = None  # text around an answer, at {answer}; None: as the task has it
 
     def put_into(self, template: Template) -> Template:
         return dataclasses.replace(template, **{name: text for name, text in vars(self).items() if text is not None})

@@ -16,7 +16,7 @@ from cepe_jax.identity import as_json
 
 @dataclass(frozen=True)
 class ReportConfig:
-    out: Path  # of a sweep, or of one model's perplexity or task
+    out: Path  # the --out of a sweep, a perplexity evaluation or a task
 
 
 def report(config: ReportConfig) -> str:

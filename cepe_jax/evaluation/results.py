@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 
-from cepe_jax.cli import decode
 from cepe_jax.evaluation import cells as store
 from cepe_jax.evaluation import tasks
 from cepe_jax.evaluation.cells import Cell, Missing
@@ -17,6 +16,7 @@ from cepe_jax.evaluation.grid import SweepConfig
 from cepe_jax.evaluation.metrics import means
 from cepe_jax.evaluation.perplexity import NONE, PerplexityConfig
 from cepe_jax.evaluation.tasks import TaskConfig
+from cepe_jax.settings import decode
 from cepe_jax.weights.files import read_json
 
 LOWER_IS_BETTER = "nll"  # of all metrics this one alone

@@ -40,22 +40,22 @@ class TaskConfig:
     the encoder's tokens (2048, 6144, 14336, 30720); synthetic: tokens of the whole text, with what is generated.
     """
 
-    family: Family
-    axis: tuple[int, ...]
+    family: Family  # qa: answers from passages; icl: choices after demonstrations; document, synthetic: one long text
+    axis: tuple[int, ...]  # passages (qa), demonstrations (icl), tokens of context (document), of the text (synthetic)
     data: Path | None = None  # records: a file, or a directory with test.jsonl and train.jsonl, for demonstrations
     layout: str | None = None  # of layouts.LAYOUTS, in which the data is published; None: records
-    samples: int | None = None  # records of each seed; None: all
-    seeds: tuple[int, ...] = (42,)  # of the choice of records and demonstrations: each gives `samples` results
-    demonstrations: int = 2  # that the decoder reads (qa, icl)
-    passages: int = 10  # that the decoder reads (qa)
+    samples: int | None = None  # records for each seed; None: all
+    seeds: tuple[int, ...] = (42,)  # draw the records and demonstrations; each gives `samples` results
+    demonstrations: int = 2  # demonstrations that the decoder reads (qa, icl)
+    passages: int = 10  # passages that the decoder reads (qa)
     window: int = 2048  # tokens that the decoder reads, with what it writes or chooses (document, synthetic)
     overflow: Cut = "truncate_left"  # how what the decoder does not read is cut off, for the encoder
     chunk_length: int = 256  # tokens of a context that the encoder reads at once: it cuts a longer one
     kind: synthetic.Kind = "single"  # what is to be found (synthetic)
     haystack: Path | None = None  # a text file (synthetic); None: sentences made up
-    max_new_tokens: int | None = None  # None, here and below: as the family or the layout has it
-    metrics: tuple[str, ...] | None = None
-    template: Words = Words()
+    max_new_tokens: int | None = None  # tokens of an answer at most; None: as the family or the layout has it
+    metrics: tuple[str, ...] | None = None  # scores of the answers; None: as the family or the layout has it
+    template: Words = Words()  # words of the prompt
 
     def __post_init__(self):
         for name, choices in ("family", Family), ("overflow", Cut), ("kind", synthetic.Kind):

@@ -30,10 +30,10 @@ Item = TypeVar("Item")
 class Sampling:
     """How the next token is drawn. `temperature` 0 takes the most probable one and ignores the rest."""
 
-    temperature: float = 0.0
-    top_k: int = 0  # the k most probable tokens; 0 = all
+    temperature: float = 0.0  # divides the logits; 0 takes the most probable token
+    top_k: int = 0  # the most probable tokens to draw from; 0 = all
     top_p: float = 1.0  # of those, the fewest whose probabilities reach top_p
-    seed: int | None = None  # None: a fresh one is drawn for each text
+    seed: int | None = None  # repeats the same draws; None: a fresh one for each text
 
     def __post_init__(self):
         # Programs compute with numbers of 32 bits.

@@ -24,22 +24,22 @@ from cepe_jax.inference.text import CHUNK_LENGTH, ModelFacts, TextModel, chat_wi
 @dataclass(frozen=True)
 class GenerateConfig:
     model: Path  # a model directory
-    tokenizer: Path | None = None  # where it is, if not beside the model
-    prompt: str = ""
-    chat: bool = False  # a conversation on standard input in the place of a prompt
-    system: str | None = None  # what the chat's template puts first
+    tokenizer: Path | None = None  # its file or directory; None: beside the model
+    prompt: str = ""  # text to continue
+    chat: bool = False  # a conversation on standard input instead of a prompt
+    system: str | None = None  # system message of a chat; None: the template's own
     context_file: tuple[Path, ...] = ()  # files of text that the encoder reads
-    contexts: Path | None = None  # encoded contexts: what is there is not encoded again, what is not is added
-    chunk_length: int = CHUNK_LENGTH  # tokens
-    window: int | None = None  # tokens that the decoder reads at most; where it is not the model directory's
-    cache: CacheConfig = FULL  # what the decoder keeps of what it reads; of kind rolling it reads texts of any length
-    max_new_tokens: int = MAX_NEW_TOKENS  # of an answer
-    stop: tuple[str, ...] = ()  # an answer ends before the first of these
-    overflow: Overflow = "error"  # what becomes of what does not fit into the window
-    sampling: Sampling = Sampling()
-    dtype: Dtype = "float32"
-    mesh: Devices = Devices()
-    timings: bool = False  # on stderr
+    contexts: Path | None = None  # a file of encoded contexts: those in it are not encoded again, new ones are added
+    chunk_length: int = CHUNK_LENGTH  # tokens that the encoder reads at once
+    window: int | None = None  # tokens that the decoder reads at most; None: the model directory's
+    cache: CacheConfig = FULL  # what the decoder keeps of what it reads; kind rolling reads texts of any length
+    max_new_tokens: int = MAX_NEW_TOKENS  # tokens of an answer at most
+    stop: tuple[str, ...] = ()  # texts before the first of which an answer ends
+    overflow: Overflow = "error"  # a prompt longer than the window: refused, or its beginning goes to the encoder
+    sampling: Sampling = Sampling()  # how the next token is drawn
+    dtype: Dtype = "float32"  # type of weights and activations
+    mesh: Devices = Devices()  # how devices share the model and the contexts
+    timings: bool = False  # print seconds and tokens per second on stderr
 
     def __post_init__(self):
         if bool(self.prompt) == self.chat:

@@ -15,10 +15,10 @@ from cepe_jax.training.trainer import sum_over_rows
 
 @dataclass(frozen=True)
 class EvalConfig:
-    data: Path | None = None  # a dataset of sequences that training does not read; None = no evaluation
-    split: str = "test"  # of it
-    every: int = 500  # steps, and after the last
-    batches: int = 8  # of batch_size sequences
+    data: Path | None = None  # a dataset of sequences that training does not read; None: no evaluation
+    split: str = "test"  # split of the dataset
+    every: int = 500  # steps between evaluations; one more is after the last step
+    batches: int = 8  # batches of batch_size sequences
 
     def __post_init__(self):
         if self.batches < 1:

@@ -123,9 +123,9 @@ def teacher_top(decoder: Llama, tokens_BS: Array, window: int, top_k: int, chunk
 class DistillConfig:
     """The weights of CEPED's loss, and the part of the teacher's probabilities that it reads."""
 
-    nll_weight: float = 1.0  # of the next token's cross entropy
-    kl_weight: float = 2.0
-    top_k: int = 50  # of the teacher's likeliest tokens
+    nll_weight: float = 1.0  # weight of the next token's cross entropy
+    kl_weight: float = 2.0  # weight of the divergence from the teacher
+    top_k: int = 50  # the teacher's likeliest tokens, which are compared
     smooth: float = 0.0  # added to probabilities; 0: the mass of all other tokens is left out
 
     def __post_init__(self):

@@ -20,14 +20,14 @@ class OptimizerConfig:
     rate fits. AdamW with Nesterov momentum updates the rest: embeddings, norms and heads.
     """
 
-    kind: Kind = "adamw"
-    learning_rate: float = 3e-4  # at the end of warm-up
-    warmup_fraction: float = 0.04  # of all steps
-    weight_decay: float = 0.0
-    clip_norm: float = 1.0  # of the gradient of everything that trains
-    beta1: float = 0.9  # of AdamW, as beta2 is
-    beta2: float = 0.999
-    eps: float = 1e-8
+    kind: Kind = "adamw"  # muon: for the layers' matrices, and AdamW for the rest
+    learning_rate: float = 3e-4  # the highest, at the end of warm-up
+    warmup_fraction: float = 0.04  # share of the steps in which the learning rate rises; then it falls to 0 as a cosine
+    weight_decay: float = 0.0  # decoupled, per learning rate
+    clip_norm: float = 1.0  # largest norm of the whole gradient, to which it is scaled down
+    beta1: float = 0.9  # decay of the mean gradient in AdamW
+    beta2: float = 0.999  # decay of the mean squared gradient in AdamW
+    eps: float = 1e-8  # added to the denominator of an update
 
     def __post_init__(self):
         if self.kind not in get_args(Kind):

@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cepe_jax.cli import STOPPED
 from cepe_jax.config import Compute
 from cepe_jax.cost import peak_flops
 from cepe_jax.data.examples import Example
@@ -24,6 +23,7 @@ from cepe_jax.data.tokenizer import Tokenizer, file_in
 from cepe_jax.devices import describe
 from cepe_jax.directories import is_remote, write_json
 from cepe_jax.distributed import connected, first_says, is_first, meet
+from cepe_jax.exits import STOPPED
 from cepe_jax.identity import as_json, as_of, refuse_another_run
 from cepe_jax.model.parts import Model, split
 from cepe_jax.sharding import make_mesh, num_shards, place_batch, rows_of, shardings_of

@@ -41,37 +41,37 @@ class MeshConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    stage: str  # lm: a decoder from scratch; mlm: an encoder; warmup, cepe and ceped: as in the paper
+    stage: Literal[*STAGES]  # lm: a decoder from scratch; mlm: an encoder; warmup, cepe and ceped: as in the paper
     data: Path  # a dataset of sequences, or the directory of those that `mix` names
-    out: epath.Path  # gets checkpoints/, metrics.jsonl, config.json, and at the end model/; may be gs://bucket/...
-    steps: int
-    batch_size: int  # sequences per step
+    out: epath.Path  # gets checkpoints/, metrics.jsonl, config.json, and at the end model/
+    steps: int  # optimiser steps of the whole run
+    batch_size: int  # sequences of a step
     decoder: str = ""  # a preset (lm) or a model directory; mlm: the encoder starts from its first layers
     encoder: str = ""  # a preset, which starts at random, or a model directory
     cepe: str = ""  # a model directory, in place of decoder and encoder
-    cross_layers: CrossLayers = CrossLayers()  # of the decoder: which read the memory
-    cross_init: CrossInit = "copy"
+    cross_layers: CrossLayers = CrossLayers()  # layers of the decoder that read the memory
+    cross_init: CrossInit = "copy"  # start of cross-attention's output: self-attention's (copy), zero, or random
     chunk_positions: int = 0  # distinct positions of chunks, counted from the last one; 0 = chunks have none
-    train: tuple[str, ...] = ("encoder", "cross")  # of the warm-up and main stage
-    mix: dict[str, float] = field(default_factory=dict)  # dataset below `data` -> weight of its examples
+    train: tuple[str, ...] = ("encoder", "cross")  # parts that train in warmup, cepe and ceped: encoder, cross, decoder
+    mix: dict[str, float] = field(default_factory=dict)  # weight of each dataset below `data`; {}: `data` is one
     workers: int = 0  # processes that load data; 0 = threads of this one
-    examples: ExampleConfig = ExampleConfig()
-    distill: DistillConfig | None = None  # of stage ceped, which needs it
-    optimizer: OptimizerConfig = OptimizerConfig()
+    examples: ExampleConfig = ExampleConfig()  # how sequences become examples
+    distill: DistillConfig | None = None  # loss of stage ceped, which needs it
+    optimizer: OptimizerConfig = OptimizerConfig()  # the optimiser and its schedule
     micro_batch: int = 0  # sequences that a device (or those of one `mesh.tensor`) computes at once; 0 = all it has
     loss_chunk: int = 0  # positions whose logits exist at once; 0 = all
     mlp_chunk: int = 0  # positions whose MLP activations exist at once; 0 = all
-    dtype: Dtype = "float32"  # of activations and of frozen weights; what trains is float32
-    attention: Backend | Literal["auto"] = "auto"  # splash: TPU; cudnn: GPU, 16 bits
-    remat: RematConfig = RematConfig()
-    mesh: MeshConfig = MeshConfig()
-    distributed: DistributedConfig = DistributedConfig()
-    save_every: int = 500  # steps
-    log_every: int = 10  # steps
-    evaluation: EvalConfig = EvalConfig()
-    profile: tuple[int, ...] = ()  # the first and the last step to trace, into out/profile/
-    dry_run: bool = False  # tells what the run will be and ends; nothing is loaded or written
-    seed: int = 0
+    dtype: Dtype = "float32"  # type of activations and frozen weights; weights that train are float32
+    attention: Backend | Literal["auto"] = "auto"  # splash: TPU; cudnn: GPU with bfloat16; auto: the platform's own
+    remat: RematConfig = RematConfig()  # what the backward pass recomputes to save memory
+    mesh: MeshConfig = MeshConfig()  # how devices share the model and the batch
+    distributed: DistributedConfig = DistributedConfig()  # how the processes of a run find each other
+    save_every: int = 500  # steps between checkpoints
+    log_every: int = 10  # steps between entries of the log
+    evaluation: EvalConfig = EvalConfig()  # loss on sequences that are held out
+    profile: tuple[int, ...] = ()  # first and last step to trace into out/profile/; []: none
+    dry_run: bool = False  # print what the run will be and end; nothing is loaded or written
+    seed: int = 0  # draws the weights and the order of the data
 
     def __post_init__(self):
         if self.stage not in STAGES:

@@ -25,11 +25,11 @@ class TeacherConfig(JobConfig):
     model: Path  # a directory in our format: its decoder is the teacher
     data: Path  # a dataset of sequences, each of them one example
     out: Path  # gets the dataset of probabilities
-    window: int = 2048  # tokens that the student's decoder reads: what follows each of them is taught
+    window: int = 2048  # tokens that the student's decoder reads; the teacher's expectation after each is stored
     context: int = 2048  # tokens before them, which the student reads in chunks
-    top_k: int = 50  # of the likeliest tokens
+    top_k: int = 50  # likeliest tokens that are stored
     batch_size: int = 8  # sequences at once
-    dtype: Dtype = "float32"  # of weights and activations
+    dtype: Dtype = "float32"  # type of weights and activations
 
     def __post_init__(self):
         super().__post_init__()

@@ -44,14 +44,14 @@ def compile_tpu(*arguments: str) -> subprocess.CompletedProcess:
     return run("scripts/compile_tpu.py", "--config", "configs/train_cepe.yaml", *TINY, *arguments)
 
 
-@pytest.mark.parametrize("stage", [pytest.param("train", marks=pytest.mark.slow), "decode"])
-def test_a_step_is_compiled_and_reported(tmp_path, stage):
+@pytest.mark.parametrize("step", [pytest.param("train", marks=pytest.mark.slow), "decode"])
+def test_a_step_is_compiled_and_reported(tmp_path, step):
     """8 CPU-seconds and more of the TPU compiler: a whole report, as the command writes it."""
-    done = compile_tpu("--topology=v5e:2x2", f"--stage={stage}", f"--out={tmp_path}")
+    done = compile_tpu("--topology=v5e:2x2", f"--step={step}", f"--out={tmp_path}")
     assert done.returncode == 0, done.stderr[-2000:]
     (path,) = tmp_path.iterdir()
     result = json.loads(path.read_text())
-    assert path.name == {"train": "cepe_v5e_2x2_1x4x1x1_8.json", "decode": "decode_v5e_2x2_1x4x1x1_4.json"}[stage]
+    assert path.name == {"train": "cepe_v5e_2x2_1x4x1x1_8.json", "decode": "decode_v5e_2x2_1x4x1x1_4.json"}[step]
     assert result["config"]["examples"]["window"] == SETTINGS["window"]
     assert result["mesh"] == {"data": 1, "fsdp": 4, "tensor": 1, "context": 1}
     assert (result["chips"], result["fits"]) == (4, True)
@@ -103,7 +103,7 @@ def test_bad_input(arguments, said):
 )
 def test_the_7b_model_decodes_over_long_contexts(tmp_path, topology, arguments, chunks, most):
     """1,048,576 tokens on 16 chips and 131,072 on one, at most `most` GiB each; over the network go sums alone."""
-    shared = "--stage=decode", "--batch=1", f"--examples.num_chunks={chunks}", "--mesh.fsdp=1", f"--out={tmp_path}"
+    shared = "--step=decode", "--batch=1", f"--examples.num_chunks={chunks}", "--mesh.fsdp=1", f"--out={tmp_path}"
     done = run(
         "scripts/compile_tpu.py", "--config", "configs/train_cepe.yaml", f"--topology={topology}", *shared, *arguments
     )
@@ -118,7 +118,7 @@ def test_the_7b_model_decodes_over_long_contexts(tmp_path, topology, arguments, 
 def test_a_memory_is_not_cut_in_training():
     done = compile_tpu("--topology=v5e:2x2", "--context=2")
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith("compile_tpu.py: context is 2 and stage train: ")
+    assert done.stderr.splitlines()[-1].startswith("compile_tpu.py: context is 2 and step train: ")
 
 
 @pytest.fixture(scope="module")

@@ -1,23 +1,27 @@
 """The benchmark of a training step on sizes of seconds, and the oracle's step beside it."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from cepe_jax.benchmarks.training import TrainBenchmarkConfig, benchmark_train
 from cepe_jax.data.examples import ExampleConfig
 from cepe_jax.training.optimizer import OptimizerConfig
-from cepe_jax.training.settings import TrainConfig
 
-SIZES = {"data": "none", "out": "none", "mix": {"none": 1.0}, "steps": 10, "decoder": "tiny", "encoder": "tiny"}
+SIZES = {"steps": 10, "decoder": "tiny", "encoder": "tiny"}
 EXAMPLES = ExampleConfig(window=16, num_chunks=2, chunk_length=8)
+
+
+def config(stage: str, out: Path, **settings) -> TrainBenchmarkConfig:
+    settings = {"batch_size": 2, "examples": EXAMPLES, "timed_steps": 2, "beside": "torch", "out": out} | settings
+    return TrainBenchmarkConfig(stage=stage, **SIZES | settings)
 
 
 def test_both_steps_start_from_one_loss(tmp_path):
     """8 CPU-seconds: that what stands beside ours is the same work, by the loss of the same weights and tokens."""
     pytest.importorskip("torch")
-    config = TrainConfig(stage="cepe", batch_size=2, examples=EXAMPLES, **SIZES)
-    benchmark_train(TrainBenchmarkConfig(timed_steps=2, beside="torch", out=tmp_path), config)
+    benchmark_train(config("cepe", tmp_path))
     result = json.loads((tmp_path / "train.json").read_text())
     losses, seconds = result["beside"]["first_losses"], result["beside"]["seconds"]
     assert losses["ours"] == pytest.approx(losses["torch"], rel=1e-5)
@@ -28,14 +32,10 @@ def test_both_steps_start_from_one_loss(tmp_path):
 
 def test_what_has_no_oracle_is_refused(tmp_path):
     pytest.importorskip("torch")
-    what = TrainBenchmarkConfig(timed_steps=1, beside="torch", out=tmp_path)
-    sizes = {name: value for name, value in SIZES.items() if name != "encoder"}
     with pytest.raises(ValueError, match="stage lm"):
-        benchmark_train(what, TrainConfig(stage="lm", batch_size=1, examples=EXAMPLES, **sizes))
-    in_bfloat16 = TrainConfig(stage="cepe", batch_size=2, dtype="bfloat16", examples=EXAMPLES, **SIZES)
+        benchmark_train(config("lm", tmp_path, encoder=""))
     with pytest.raises(ValueError, match="float32"):
-        benchmark_train(what, in_bfloat16)
-    by_muon = TrainConfig(stage="cepe", batch_size=2, examples=EXAMPLES, optimizer=OptimizerConfig("muon"), **SIZES)
+        benchmark_train(config("cepe", tmp_path, dtype="bfloat16"))
     with pytest.raises(ValueError, match="AdamW.*muon"):
-        benchmark_train(what, by_muon)
+        benchmark_train(config("cepe", tmp_path, optimizer=OptimizerConfig("muon")))
     assert not list(tmp_path.iterdir())

@@ -397,7 +397,7 @@ def test_cut_off_at_any_renaming_it_goes_on(config, monkeypatch):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from cepe_jax.cli import parse
+from cepe_jax.settings import parse
 from cepe_jax.data.corpus import PrepareConfig, prepare
 from cepe_jax.data.builder import ShardWriter
 last, write = int(os.environ["WRITES"]), ShardWriter.write
@@ -408,7 +408,7 @@ def count(*args):
         os.kill(os.getpid(), signal.SIGKILL)
     return write(*args)
 ShardWriter.write = count
-prepare(parse(PrepareConfig))
+prepare(parse(PrepareConfig, sys.argv[1:]))
 """
 
 

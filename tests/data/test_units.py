@@ -119,7 +119,7 @@ import signal
 import sys
 from pathlib import Path
 from support.units import UNITS, Note
-from cepe_jax.cli import run
+from cepe_jax.exits import run
 from cepe_jax.data.builder import Builder
 from cepe_jax.data.units import JobConfig, run_units
 if __name__ == "__main__":

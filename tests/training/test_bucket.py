@@ -11,7 +11,7 @@ from etils import epath
 from fsspec.implementations.memory import MemoryFileSystem
 from support import models
 
-from cepe_jax import cli
+from cepe_jax import settings
 from cepe_jax.directories import new_directory
 from cepe_jax.training import run
 from cepe_jax.training.logs import Log, StepFacts
@@ -52,11 +52,11 @@ def bucket(monkeypatch):
 
 def test_settings_keep_the_address():
     values = {"stage": "lm", "data": "d", "out": str(RUN), "steps": 3, "batch_size": 4, "decoder": "tiny"}
-    assert str(cli.decode(TrainConfig, values).out / "model") == "gs://bucket/run/model"
-    assert cli.decode(TrainConfig, values | {"out": "a/b"}).out == Path("a/b")
+    assert str(settings.decode(TrainConfig, values).out / "model") == "gs://bucket/run/model"
+    assert settings.decode(TrainConfig, values | {"out": "a/b"}).out == Path("a/b")
     for name in ("data", "decoder"):
         with pytest.raises(ValueError, match=rf"{name} is gs://b/d: .*\(gcsfuse\)"):
-            cli.decode(TrainConfig, values | {name: "gs://b/d"})
+            settings.decode(TrainConfig, values | {name: "gs://b/d"})
 
 
 def test_a_run_in_a_bucket_needs_its_library(monkeypatch):

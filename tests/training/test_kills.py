@@ -18,8 +18,8 @@ import pytest
 from support import datasets
 from support.models import DECODER, ENCODER, filled
 
-from cepe_jax.cli import FAULT, STOPPED
 from cepe_jax.config import CrossLayers
+from cepe_jax.exits import FAULT, STOPPED
 from cepe_jax.model.cepe import Cepe, cross_from_self_attention
 from cepe_jax.model.encoder import Encoder
 from cepe_jax.model.llama import Llama

@@ -11,11 +11,11 @@ import pytest
 from support.datasets import make_data
 from support.models import SIZES, bits
 
-from cepe_jax.cli import decode, read_yaml
 from cepe_jax.config import DECODERS, ENCODERS
 from cepe_jax.data.examples import IGNORE
 from cepe_jax.data.loader import batches, examples, open_mix
 from cepe_jax.model.llama import Llama
+from cepe_jax.settings import decode, read_yaml
 from cepe_jax.training import run
 from cepe_jax.training.run import run_stage, starting_model
 from cepe_jax.training.settings import TrainConfig, recipe_of

@@ -21,10 +21,10 @@ import numpy as np
 import pytest
 from support import datasets, models
 
-from cepe_jax.cli import STOPPED
 from cepe_jax.config import CrossLayers
 from cepe_jax.data.examples import ExampleConfig
 from cepe_jax.distributed import LOST_STATUS, DistributedConfig, tells_of_a_lost_peer
+from cepe_jax.exits import STOPPED
 from cepe_jax.model.cepe import Cepe, cross_from_self_attention
 from cepe_jax.model.encoder import Encoder
 from cepe_jax.model.llama import Llama

@@ -18,7 +18,7 @@ from cepe_jax.model.llama import Llama
 class CacheConfig:
     """The selection of a policy. `full` keeps every token, `rolling` the first and the last ones (StreamingLLM)."""
 
-    kind: Literal["full", "rolling"] = "full"
+    kind: Literal["full", "rolling"] = "full"  # full keeps every token; rolling the first and the last ones
     window: int | None = None  # tokens that a rolling cache keeps; None: as many as the model has positions
     sinks: int = 4  # how many of these are the first tokens of the text
 

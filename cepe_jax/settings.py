@@ -1,12 +1,9 @@
-"""What all scripts share: configuration from a file and the command line, and errors of one line."""
+"""Settings: a frozen dataclass from a YAML file and the command line."""
 
 import dataclasses
 import difflib
-import re
-import sys
-import traceback
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -14,23 +11,15 @@ import draccus
 import yaml
 from etils import epath
 
-from cepe_jax.directories import in_one_line, is_remote
-from cepe_jax.progress import show_notices
+from cepe_jax.directories import is_remote
 
 Config = TypeVar("Config")
 # A setting of this type may be in a bucket. pathlib's would make gs:/ of gs://.
 draccus.decode.register(epath.Path, lambda text, _: epath.Path(text) if is_remote(text) else Path(text))
 
-# What a script ends with, after sysexits.h; scripts/launch_tpu.sh goes by it.
-REFUSED = 1  # one line says what is wrong: the same command would be refused again
-FAULT = 70  # a bug, or the fault of a device, a disk or a bucket: the same command may succeed
-STOPPED = 75  # a run that was asked to stop before its end, and is saved: the same command goes on
-# How the messages of JAX's runtime begin, also where they come as a ValueError.
-RUNTIME = re.compile(r"(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION): ")
-
 
 class _UniqueKeys(yaml.SafeLoader):
-    """YAML in which a repeated key is an error; PyYAML takes the last one silently."""
+    """YAML in which a repeated key is an error. PyYAML takes the last one silently."""
 
     def construct_mapping(self, node, deep=False):
         lines: dict = {}
@@ -47,7 +36,7 @@ class _UniqueKeys(yaml.SafeLoader):
 
 
 def read_yaml(path: Path) -> dict:
-    """The mapping in a YAML file; {} for an empty one."""
+    """Return the mapping in a YAML file, {} if the file is empty."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
@@ -70,7 +59,10 @@ def _set(values: dict, dotted: str, value) -> None:
 
 
 def decode(config_class: type[Config], values: dict) -> Config:
-    """`values` as a configuration; ValueError names a setting of the wrong type, or an unknown one and the nearest."""
+    """Return `values` as settings of this class.
+
+    ValueError names a setting that has no value or one of the wrong type, or an unknown setting and the nearest name.
+    """
     _check(config_class, values, config_class, "")
     return _decode(config_class, values)
 
@@ -85,7 +77,7 @@ def _decode(kind, value):
 
 
 def _check(config_class, values: dict, root, group: str) -> None:
-    """ValueError where `values` are not of this class; draccus takes text for a list of letters, and names little."""
+    """Raise ValueError if `values` do not fit the class. draccus takes text for a list of letters, and names little."""
     for name, value in values.items():
         setting = f"{group}{name}"
         if name not in config_class.__dataclass_fields__:
@@ -95,11 +87,10 @@ def _check(config_class, values: dict, root, group: str) -> None:
         kind = config_class.__dataclass_fields__[name].type
         if value is None and type(None) not in typing.get_args(kind):
             raise ValueError(f"{setting} has no value: give one, or leave it out")
-        # Of a group that may be left out, and of groups that the user names, the group.
-        group_class = _group_class(kind)
+        group_class = group_class_of(kind)
         if group_class is not None and value is not None:
             groups = {setting: value}
-            if _by_name(kind) and isinstance(value, dict):
+            if is_by_name(kind) and isinstance(value, dict):
                 groups = {f"{setting}.{key}": one for key, one in value.items()}
             for name, one in groups.items():
                 if not isinstance(one, dict):
@@ -119,40 +110,58 @@ def _check(config_class, values: dict, root, group: str) -> None:
                 _decode(kind, value)
             except ValueError as error:
                 raise ValueError(f"{setting} is {value!r}: {error}") from None
+    if missing := [f"--{name}" for name in _missing(config_class, values, group)]:
+        raise ValueError(f"{', '.join(missing)}: required, here or in the --config file; see --help")
+
+
+def _missing(config_class, values: dict, group: str) -> Iterator[str]:
+    """Yield the settings without a default that `values` lack; groups in `values` are checked by themselves."""
+    for field in dataclasses.fields(config_class):
+        if field.name in values or not is_required(field):
+            continue
+        if dataclasses.is_dataclass(field.type):
+            yield from _missing(field.type, {}, f"{group}{field.name}.")
+        else:
+            yield f"{group}{field.name}"
+
+
+def is_required(field: dataclasses.Field) -> bool:
+    """Return True if the field has no default."""
+    return field.default is field.default_factory is dataclasses.MISSING
 
 
 def _kind(config_class, dotted: str):
-    """The type of the setting; None where there is none."""
+    """Return the type of a setting, None if the class has no such setting."""
     for name in dotted.split("."):
-        if _by_name(config_class):
+        if is_by_name(config_class):
             config_class = typing.get_args(config_class)[1]
             continue
-        field = getattr(_group_class(config_class), "__dataclass_fields__", {}).get(name)
+        field = getattr(group_class_of(config_class), "__dataclass_fields__", {}).get(name)
         config_class = field and field.type
     return config_class
 
 
-def _group_class(kind):
-    """The dataclass of a group of settings, or of what may be one; None for what is no group."""
+def group_class_of(kind):
+    """Return the dataclass in `Group`, `Group | None` and `dict[str, Group]`, None for a single setting."""
     return next(filter(dataclasses.is_dataclass, (kind, *typing.get_args(kind))), None)
 
 
-def _by_name(kind) -> bool:
-    """Whether the user names what is in it."""
+def is_by_name(kind) -> bool:
+    """Return True for a dict, whose keys are the user's."""
     return typing.get_origin(kind) is dict
 
 
 def _with_underscores(config_class, dotted: str) -> str:
-    """The name with underscores for hyphens, but where the user gave it: a dataset may have hyphens of its own."""
+    """Return the name with underscores for hyphens, except in the user's own names, such as a dataset's."""
     names = []
     for name in dotted.split("."):
-        names.append(name if _by_name(config_class) else name.replace("-", "_"))
+        names.append(name if is_by_name(config_class) else name.replace("-", "_"))
         config_class = _kind(config_class, names[-1])
     return ".".join(names)
 
 
 def _is_list(value) -> bool:
-    """Whether it is a list of single values, as all lists among settings are."""
+    """Return True for a list of single values, as all lists among settings are."""
     return isinstance(value, list) and not any(isinstance(item, list | dict) for item in value)
 
 
@@ -161,12 +170,9 @@ def _is_text(kind) -> bool:
 
 
 def _from_text(kind, name: str, text: str | None):
-    """The value of a setting on the command line: text as it stands where the setting is text, else YAML.
-
-    A name alone says true, of what is true or false.
-    """
+    """Return the value of an argument: text unchanged if the setting is text, else read as YAML; True for no text."""
     if text is None:
-        if kind not in (bool, None):  # what is no setting is named as such later
+        if kind not in (bool, None):  # an unknown setting is named as such later
             raise ValueError(f"--{name}: write settings as --setting=value")
         return True
     if _is_text(kind):
@@ -178,7 +184,7 @@ def _from_text(kind, name: str, text: str | None):
 
 
 def _values(config_class, arguments: list[tuple[str, str | None]]) -> list[tuple[str, object]]:
-    """(setting, value) of each argument. A list comes as `[a, b]`, or item by item: each adds to what came before."""
+    """Return (setting, value) of each argument. A list comes as `[a, b]` or item by item, which adds to it."""
     lists: dict[str, list] = {}
     values = []
     for name, text in arguments:
@@ -200,47 +206,36 @@ def _field_names(config_class) -> set[str]:
     return names
 
 
-def parse(config_class: type[Config], complete: Callable[[dict], dict] = lambda values: values) -> Config:
-    """The configuration on the command line: `--config FILE`, then `--group.setting=value`, the last one winning.
+def parse(config_class: type[Config], arguments: Sequence[str]) -> Config:
+    """Return the settings of `--config FILE` and `--group.setting=value`, the last one of a setting winning.
 
-    Names may have hyphens for underscores; `--setting` alone is true; a list may come item by item. `complete` may
-    add to what was given.
+    Names may have hyphens for underscores. `--setting` alone is true. A list may come item by item. A class that has
+    POSITIONALS, a tuple of its settings, takes their values without names in this order.
     """
     values, overrides = {}, []
-    for name, text in _arguments(config_class):
+    for name, text in _named(config_class, list(arguments)):
         if name == "config":
             values = read_yaml(Path(_from_text(Path, name, text)))
         else:
             overrides.append((name, text))
     for name, value in _values(config_class, overrides):
         _set(values, name, value)
-    return decode(config_class, complete(values))
+    return decode(config_class, values)
 
 
-def take(config_class: type[Config]) -> Config:
-    """The configuration whose settings are on the command line among another's; those are left there, for `parse`."""
-    mine, left = [], []
-    for name, text in _arguments(config_class):
-        if name in config_class.__dataclass_fields__:
-            mine.append((name, text))
-        else:
-            left.append(f"--{name}" if text is None else f"--{name}={text}")
-    sys.argv[1:] = left
-    return decode(config_class, dict(_values(config_class, mine)))
+def _named(config_class, arguments: list[str]) -> Iterator[tuple[str, str | None]]:
+    """Yield (setting, text) of each argument, None for a name alone.
 
-
-def _arguments(config_class) -> Iterator[tuple[str, str | None]]:
-    """(setting, text) of each argument, None for a name alone; `--help` shows the class' settings and ends the program.
-
-    What follows a name without `=` is its value, but for what is true or false: there another name may follow.
+    The argument after a name without `=` is its value, except that true is left out before another name.
     """
-    arguments = sys.argv[1:]
-    if {"-h", "--help"} & set(arguments):
-        draccus.parse(config_class, args=["--help"])
+    positionals = list(getattr(config_class, "POSITIONALS", ()))
     while arguments:
-        written, equals, text = arguments.pop(0).partition("=")
+        written, equals, text = (word := arguments.pop(0)).partition("=")
         if not written.startswith("--"):
-            raise ValueError(f"{written}: write settings as --setting=value")
+            if not positionals:
+                raise ValueError(f"{written}: write settings as --setting=value")
+            yield positionals.pop(0), word
+            continue
         name, spelled = written[2:], _with_underscores(config_class, written[2:])
         if _kind(config_class, spelled) is not None:
             name = spelled
@@ -250,51 +245,3 @@ def _arguments(config_class) -> Iterator[tuple[str, str | None]]:
             yield name, None
         else:
             yield name, arguments.pop(0)
-
-
-def run(main: Callable[[], None]) -> None:
-    """Runs `main`; bad input ends it with one line on stderr and exit status 1, a fault with status 70.
-
-    Bad input is a ValueError or what the file system refuses; what else it says (a full disk) is told in one line too,
-    and any other exception keeps its traceback.
-    """
-    show_notices()
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        print(f"{Path(sys.argv[0]).name}: {in_one_line(error)}", file=sys.stderr)
-        sys.exit(status_of(error))
-    except KeyboardInterrupt:
-        sys.exit(f"{Path(sys.argv[0]).name}: interrupted")
-    except Exception as error:
-        traceback.print_exc()
-        sys.exit(status_of(error))
-
-
-def status_of(error: BaseException) -> int:
-    """What a process that `error` ends has as its exit status."""
-    refusals = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
-    refused = isinstance(error, ValueError) and not RUNTIME.match(str(error))
-    return REFUSED if refused or isinstance(error, (*refusals, KeyboardInterrupt)) else FAULT
-
-
-def run_command(commands: dict[str, tuple], default: str = "") -> None:
-    """Runs the command that the first argument names, with the configurations that the others give it.
-
-    `commands` has for each its configuration and its function; where the function takes a second configuration, whose
-    settings stand among the first one's, that too and what completes it. Errors are as in `run`.
-    """
-
-    def main() -> None:
-        named = len(sys.argv) > 1 and not sys.argv[1].startswith("-")
-        word = sys.argv.pop(1) if named else default
-        if not named and {"-h", "--help"} & set(sys.argv):
-            print(f"commands: {', '.join(commands)}; --help after one of them shows its settings\n")
-            if not default:
-                return
-        if word not in commands:
-            raise ValueError(f"{word or 'no command'}: give one of {', '.join(commands)}")
-        config_class, function, *second = commands[word]
-        function(*([take(config_class), parse(*second)] if second else [parse(config_class)]))
-
-    run(main)

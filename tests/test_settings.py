@@ -1,18 +1,13 @@
 """Settings from YAML and the command line: what wins, what is refused, and how it is said."""
 
-import errno
 import re
-import subprocess
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import pytest
 
-from cepe_jax.cli import parse, run, run_command, status_of, take
-
-SCRIPTS = Path(__file__).parents[1] / "scripts"
+from cepe_jax.settings import parse
 
 
 @dataclass(frozen=True)
@@ -50,16 +45,14 @@ class Settings:
 
 
 @pytest.fixture
-def call(monkeypatch, tmp_path):
+def call(tmp_path):
     """parse(Settings) of these arguments, `text` in the place of --config."""
 
     def call(*arguments: str, text: str | None = None) -> Settings:
-        given = list(arguments)
         if text is not None:
             (tmp_path / "c.yaml").write_text(text)
-            given = ["--config", str(tmp_path / "c.yaml"), *given]
-        monkeypatch.setattr(sys, "argv", ["script.py", *given])
-        return parse(Settings)
+            arguments = "--config", str(tmp_path / "c.yaml"), *arguments
+        return parse(Settings, arguments)
 
     return call
 
@@ -175,12 +168,34 @@ def test_a_name_alone_is_true(call):
     assert call("--out=o", "--text", "--dry-run") == call("--out=o", "--text=--dry-run")
 
 
-def test_take_leaves_the_rest_as_it_was_written(monkeypatch):
-    monkeypatch.setattr(
-        sys, "argv", ["script.py", "--rate=1", "--dry-run", "--steps", "5", "--context-file", "a", "--x"]
-    )
-    assert take(Inner) == Inner(1.0, 5)
-    assert sys.argv[1:] == ["--dry-run", "--context-file=a", "--x"]
+@dataclass(frozen=True)
+class Copy:
+    source: Path
+    target: Path
+    force: bool = False
+    kind: str = "none"
+
+    POSITIONALS = ("source", "target")
+
+
+@dataclass(frozen=True)
+class Copies:
+    first: Copy
+    copies: dict[str, Copy] = field(default_factory=dict)
+
+
+@pytest.mark.parametrize(
+    "arguments", ["a b", "a --target b", "--kind none a b", "a --force=false b", "--target=b --source=a"]
+)
+def test_positionals_are_settings_in_their_order(arguments):
+    assert parse(Copy, arguments.split()) == Copy(Path("a"), Path("b"))
+
+
+@pytest.mark.parametrize(("arguments", "said"), [("a", "--target"), ("--source=a b", "--target"), ("a b c", "c: .*=")])
+def test_wrong_positionals_are_named(arguments, said):
+    with pytest.raises(ValueError, match=said) as error:
+        parse(Copy, arguments.split())
+    one_line(error)
 
 
 @pytest.mark.parametrize(
@@ -281,127 +296,13 @@ def test_a_setting_below_a_value(call):
 
 
 def test_what_is_missing_is_named(call, tmp_path):
-    with pytest.raises(ValueError, match="out"):
+    """In a group too, where one that has no default is missing as a whole."""
+    with pytest.raises(ValueError, match=r"--out: .*--help") as error:
         call()
+    one_line(error)
+    with pytest.raises(ValueError, match=r"--first\.source, --first\.target: "):
+        parse(Copies, [])
+    with pytest.raises(ValueError, match=r"--copies\.a\.target: "):
+        parse(Copies, ["--copies.a.source=b"])
     with pytest.raises(FileNotFoundError, match="nowhere.yaml"):
         call("--config", str(tmp_path / "nowhere.yaml"))
-
-
-def test_help_exits_with_0(call, capsys):
-    with pytest.raises(SystemExit) as ended:
-        call("--help")
-    assert ended.value.code == 0
-    assert "--inner.rate" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("error", "status"),
-    [
-        (ValueError("a\n  b"), 1),
-        (FileNotFoundError("a b"), 1),
-        (PermissionError("a b"), 1),
-        (OSError("a b"), 70),  # a full disk
-        (ConnectionResetError("a b"), 70),
-    ],
-)
-def test_run_says_bad_input_in_one_line(error, status, capsys):
-    def main():
-        raise error
-
-    with pytest.raises(SystemExit) as ended:
-        run(main)
-    assert ended.value.code == status
-    assert capsys.readouterr().err.endswith(": a b\n")
-
-
-PLACES = {
-    "nope": (lambda home: (home / "nope").read_text(), "nope: no such file"),
-    "a directory": (lambda home: (home / "dir").read_text(), "dir: is a directory: give a file"),
-    "below a file": (lambda home: (home / "file" / "x").mkdir(), "file/x: .* give another place"),
-    "a file's list": (lambda home: list((home / "file").iterdir()), "file: is no directory"),
-    "a file where it makes a directory": (lambda home: (home / "file").mkdir(exist_ok=True), "file: is there already"),
-    "renamed over a directory": (lambda home: (home / "file").rename(home / "dir"), "dir: is a directory: give a file"),
-}
-
-
-@pytest.mark.parametrize("case", PLACES)
-def test_run_names_a_refused_place_and_the_mend(case, tmp_path, capsys):
-    """And not a number of the system's, wherever the place comes from."""
-    use, said = PLACES[case]
-    (tmp_path / "dir").mkdir()
-    (tmp_path / "file").touch()
-    with pytest.raises(SystemExit) as ended:
-        run(lambda: use(tmp_path))
-    assert ended.value.code == 1
-    assert re.fullmatch(f"[^\n]*: {tmp_path}/{said}[^\n]*\n", capsys.readouterr().err)
-
-
-def test_run_says_what_a_full_disk_says(capsys):
-    """It is no refusal: the same command may succeed."""
-    with pytest.raises(SystemExit) as ended:
-        run(lambda: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device", "a/b")))
-    assert ended.value.code == 70
-    assert capsys.readouterr().err.endswith(": a/b: No space left on device\n")
-
-
-def test_run_keeps_the_traceback_of_a_bug(capsys):
-    with pytest.raises(SystemExit) as ended:
-        run(lambda: {}["a"])
-    assert ended.value.code == 70
-    assert 'run(lambda: {}["a"])' in capsys.readouterr().err
-
-
-def test_an_error_of_the_runtime_is_no_refusal():
-    """It comes as a ValueError where a value is read."""
-    assert status_of(ValueError("INTERNAL: a chip halted")) == 70
-    assert status_of(ValueError("INTERNAL is no preset")) == 1
-
-
-def test_a_script_fails_with_one_line_and_status_1(tmp_path):
-    command = [sys.executable, SCRIPTS / "prepare_data.py", f"--input={tmp_path / 'absent'}", f"--out={tmp_path / 'o'}"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 1
-    (line,) = done.stderr.splitlines()
-    assert line.startswith(f"prepare_data.py: {tmp_path / 'absent'}: no ")
-    assert not done.stdout
-    assert not (tmp_path / "o").exists()
-
-
-@pytest.fixture
-def command(monkeypatch):
-    """What run_command calls for these arguments: (command, its settings)."""
-
-    def command(*arguments: str, default: str = "") -> list:
-        called = []
-        table = {
-            "first": (Settings, lambda settings: called.append(("first", settings))),
-            "second": (Inner, lambda settings: called.append(("second", settings))),
-        }
-        monkeypatch.setattr(sys, "argv", ["script.py", *arguments])
-        run_command(table, default)
-        return called
-
-    return command
-
-
-def test_the_first_argument_names_the_command(command):
-    assert command("second", "--steps=5") == [("second", Inner(steps=5))]
-    assert command("first", "--out=o", default="second") == [("first", Settings(Path("o")))]
-    assert command("--steps=5", default="second") == [("second", Inner(steps=5))]
-
-
-@pytest.mark.parametrize(("arguments", "said"), [(["third"], "third: .*first, second"), ([], "no command: ")])
-def test_unknown_commands(command, arguments, said, capsys):
-    with pytest.raises(SystemExit):
-        command(*arguments)
-    assert re.match(f"script.py: {said}", capsys.readouterr().err)
-
-
-def test_help_names_the_commands(command, capsys):
-    assert command("--help") == []
-    with pytest.raises(SystemExit) as ended:
-        command("--help", default="second")
-    assert ended.value.code == 0
-    shown = capsys.readouterr().out
-    assert shown.count("commands: first, second") == 2
-    assert "--steps" in shown
