@@ -69,6 +69,10 @@ class InferenceBenchmarkConfig:
 class Recomputed(CrossAttention):
     """Keys and values of the memory made anew in every call, however few the queries."""
 
+    def __init__(self, cross: CrossAttention):
+        self.norm, self.q, self.k, self.v, self.o = cross.norm, cross.q, cross.k, cross.v, cross.o
+        self.layers = cross.layers
+
     def read(self, *given) -> Array:
         return self.materialised(*given)
 
@@ -200,7 +204,7 @@ def _read(way: str, model: Cepe, context: ContextCache, config: InferenceBenchma
             kv, building = clock("keys and values", 4 * length * cross.k.size, lambda: build(cross, memory.states_BME))
             cross = Stored(cross, *kv)
         elif way == "recomputed":
-            cross = Recomputed(cross.norm, cross.q, cross.k, cross.v, cross.o, cross.layers)
+            cross = Recomputed(cross)
         reader = Cepe(model.decoder, model.encoder, cross)
     draws = Draws.of([Sampling()])
 

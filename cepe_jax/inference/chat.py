@@ -2,7 +2,10 @@
 
 import os
 from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
+from cepe_jax.data.tokenizer import Tokenizer
 from cepe_jax.inference.caches import CacheConfig
 from cepe_jax.inference.context import ContextCache
 from cepe_jax.inference.detokenize import Detokenizer, StopStrings
@@ -20,32 +23,53 @@ def _first(system: str | None) -> list[Message]:
     return [] if system is None else [{"role": "system", "content": system}]
 
 
-def head_length(template: Template, system: str | None) -> int:
-    """Return how many tokens stand before whatever a user says first."""
-    messages = _first(system)
-    escape, ids = template.escape_for(messages), []
-    for text in "AB":
-        rendered = template.render([*messages, {"role": "user", "content": text}], escape)
-        ids.append(template.tokenizer.encode_special(rendered, escape))
-    return len(os.path.commonprefix(ids))
+class Speaker(Protocol):
+    """A model that converses, or the facts of one whose weights are not read yet."""
+
+    tokenizer: Tokenizer
+    window: int | None
+    cache: CacheConfig
+    has_encoder: bool
 
 
-def check_chat(
-    template: Template,
-    system: str | None,
-    window: int | None,
-    overflow: Overflow,
-    chunk_length: int,
-    has_encoder: bool,
-    endless: bool,
-) -> None:
-    """ValueError where no conversation fits into the window; one without an end needs none."""
-    if not endless:
-        check_has_window(window)
+@dataclass(frozen=True, eq=False)
+class ChatSetup:
+    """The beginning of a conversation, and its limits."""
+
+    template: Template
+    system: str | None
+    window: int | None  # tokens that the decoder reads at most; None = no limit
+    chunk_length: int  # tokens that leave the window at a time
+    drops: bool  # True = a plain decoder forgets these; False = it refuses a turn for which there is no room
+    cache: CacheConfig
+
+    @property
+    def head(self) -> int:
+        """The number of tokens before whatever a user says first."""
+        messages = _first(self.system)
+        escape, ids = self.template.escape_for(messages), []
+        for text in "AB":
+            rendered = self.template.render([*messages, {"role": "user", "content": text}], escape)
+            ids.append(self.template.tokenizer.encode_special(rendered, escape))
+        return len(os.path.commonprefix(ids))
+
+
+def chat_setup(speaker: Speaker, system: str | None, overflow: Overflow, chunk_length: int) -> ChatSetup:
+    """Return the setup of a conversation with the model; ValueError if there is no room for one.
+
+    A model with an encoder encodes tokens before they would leave a bounded cache. A plain decoder forgets them, and
+    its conversations are endless.
+    """
     if overflow == "passages":
         raise ValueError("overflow is passages: a conversation is cut anywhere, give truncate_left")
-    moves = has_encoder or overflow == "truncate_left"
-    check_head(head_length(template, system), window, chunk_length if moves else 0)
+    window, drops = speaker.window, overflow == "truncate_left"
+    if speaker.cache.bounded:
+        window = speaker.cache.window if speaker.has_encoder else None
+    else:
+        check_has_window(window)
+    setup = ChatSetup(Template(speaker.tokenizer), system, window, chunk_length, drops, speaker.cache)
+    check_head(setup.head, window, chunk_length if speaker.has_encoder or drops else 0)
+    return setup
 
 
 class Chat:
@@ -55,23 +79,14 @@ class Chat:
     """
 
     def __init__(
-        self,
-        model: Cepe | Llama,
-        template: Template,
-        stop_ids: Sequence[int],
-        *,
-        window: int | None,
-        chunk_length: int,
-        system: str | None,
-        context: ContextCache | None,
-        drops: bool,
-        policy: CacheConfig,
+        self, model: Cepe | Llama, setup: ChatSetup, stop_ids: Sequence[int], context: ContextCache | None = None
     ):
-        self.messages = _first(system)
-        self._template, self._stop_ids = template, set(stop_ids)
+        self.messages = _first(setup.system)
+        self._template, self._stop_ids = setup.template, set(stop_ids)
         self._parts: list[tuple[str, list[int]]] = []  # the rendered conversation so far, piece by piece, and its ids
         self._answer: Generator[str, None, None] | None = None
-        self.session = Session(model, window, head_length(template, system), chunk_length, context, drops, policy)
+        limits = setup.window, setup.head, setup.chunk_length
+        self.session = Session(model, *limits, context, setup.drops, setup.cache)
 
     @property
     def context(self) -> ContextCache | None:

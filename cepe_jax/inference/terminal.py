@@ -12,13 +12,12 @@ from cepe_jax.data.sources import decoded
 from cepe_jax.devices import Devices, on_devices, peak_memory
 from cepe_jax.directories import in_one_line
 from cepe_jax.inference.caches import FULL, CacheConfig
-from cepe_jax.inference.chat import MAX_NEW_TOKENS, check_chat
+from cepe_jax.inference.chat import MAX_NEW_TOKENS, Chat, chat_setup
 from cepe_jax.inference.context import ContextCache
 from cepe_jax.inference.detokenize import StopStrings
 from cepe_jax.inference.generate import Sampling
 from cepe_jax.inference.overflow import Overflow, check_encoder, fit
-from cepe_jax.inference.template import Template
-from cepe_jax.inference.text import CHUNK_LENGTH, ModelFacts, TextModel, chat_window, prompt_window, read_facts
+from cepe_jax.inference.text import CHUNK_LENGTH, ModelFacts, TextModel, prompt_window, read_facts
 
 
 @dataclass(frozen=True)
@@ -66,28 +65,31 @@ def run_generate(config: GenerateConfig) -> None:
     if kept is not None and (kept.is_dir() or not (kept.parent.is_dir() if texts else kept.exists())):
         raise FileNotFoundError(f"{kept}: no such file, and no context_file or no directory to make it")
     facts = read_facts(config.model, config.tokenizer, config.window, config.cache)
-    _check(facts, config, has_context=bool(texts or config.contexts))
-    with on_devices(config.mesh):
-        model = facts.load(config.dtype)
-        context = _context(model, config, texts)
-        (_converse if config.chat else _answer)(model, context, config)
-
-
-def _check(facts: ModelFacts, config: GenerateConfig, has_context: bool) -> None:
-    """ValueError, before any weight is read, for what this model cannot do, and where the prompt does not fit."""
-    if has_context and not facts.has_encoder:
+    # Whatever this model cannot do is refused before any weight is read.
+    if (texts or config.contexts) and not facts.has_encoder:
         raise ValueError(
             f"{config.model} is a plain decoder, which reads no contexts: leave out context_file and contexts, put the "
             f"text into the prompt (overflow truncate_left cuts it), or give a CEPE model"
         )
+    setup = None
     if config.chat:
-        window, endless = chat_window(facts.window, facts.cache, facts.has_encoder)
-        limits = window, config.overflow, config.chunk_length, facts.has_encoder, endless
-        check_chat(Template(facts.tokenizer), config.system, *limits)
+        setup = chat_setup(facts, config.system, config.overflow, config.chunk_length)
         if facts.cache.bounded:
-            goes = "forgotten, except the first ones" if endless else "encoded"
+            goes = "encoded" if facts.has_encoder else "forgotten, except the first ones"
             _note(f"of a conversation the cache keeps {facts.cache.window:,} tokens, and older ones are {goes}")
-        return
+    else:
+        _check_prompt(facts, config)
+    with on_devices(config.mesh):
+        model = facts.load(config.dtype)
+        context = _context(model, config, texts)
+        if setup:
+            _converse(model.begin(setup, context), config)
+        else:
+            _answer(model, context, config)
+
+
+def _check_prompt(facts: ModelFacts, config: GenerateConfig) -> None:
+    """Raise ValueError if the prompt does not fit."""
     check_encoder(config.overflow, facts.has_encoder)
     limits = config.max_new_tokens, config.overflow, config.chunk_length
     window = prompt_window(facts.window, facts.cache, config.overflow)
@@ -122,13 +124,12 @@ def _answer(model: TextModel, context: ContextCache | None, config: GenerateConf
     _show(model.stream(config.prompt, context, **limits, **where), start, config.timings)
 
 
-def _converse(model: TextModel, context: ContextCache | None, config: GenerateConfig) -> None:
-    """Ctrl-C ends an answer, and what it has said stays said; while nothing is said it ends the conversation.
+def _converse(chat: Chat, config: GenerateConfig) -> None:
+    """Answer the lines of standard input. A turn that is refused is told, and the conversation goes on.
 
-    What a turn is refused for is told, and the conversation goes on.
+    Ctrl-C ends an answer, of which the part that was said stays said; between answers it ends the conversation.
     """
     limits = {"max_new_tokens": config.max_new_tokens, "sampling": _seeded(config.sampling), "stop": config.stop}
-    chat = model.chat(config.system, context, overflow=config.overflow, chunk_length=config.chunk_length)
     try:
         for line in _lines():
             answer = chat.say(line, **limits)

@@ -10,13 +10,12 @@ import numpy as np
 from cepe_jax.config import CepeConfig, Compute, DecoderConfig, Dtype, EncoderConfig
 from cepe_jax.data.tokenizer import Tokenizer
 from cepe_jax.inference.caches import FULL, CacheConfig
-from cepe_jax.inference.chat import MAX_NEW_TOKENS, Chat, check_chat
+from cepe_jax.inference.chat import MAX_NEW_TOKENS, Chat, ChatSetup, chat_setup
 from cepe_jax.inference.context import ContextCache, DeviceMemories, encode, encoder_identity, stacked
 from cepe_jax.inference.detokenize import pieces
 from cepe_jax.inference.generate import GREEDY, Sampling, check_reads_contexts, stream
 from cepe_jax.inference.overflow import Overflow, check_encoder, fit, fit_continued
 from cepe_jax.inference.scoring import Score, score
-from cepe_jax.inference.template import Template
 from cepe_jax.model.cepe import Cepe
 from cepe_jax.model.cross import Memory
 from cepe_jax.model.llama import Llama
@@ -38,6 +37,10 @@ class TextModel:
     stop_ids: tuple[int, ...]
     cache: CacheConfig = FULL
     _on_devices: DeviceMemories = field(default_factory=DeviceMemories, init=False, repr=False)
+
+    @property
+    def has_encoder(self) -> bool:
+        return isinstance(self.model, Cepe)
 
     @cached_property
     def identity(self) -> dict[str, str]:
@@ -116,7 +119,7 @@ class TextModel:
         """
         if not continuations:
             return []
-        check_encoder(overflow, isinstance(self.model, Cepe))
+        check_encoder(overflow, self.has_encoder)
         fitted = fit_continued(prompt, continuations, self.tokenizer, self._bound(overflow), overflow, chunk_length)
         moved, before, after = fitted
         context = self._with(context, moved, chunk_length)
@@ -130,30 +133,21 @@ class TextModel:
         overflow: Overflow = "error",
         chunk_length: int = CHUNK_LENGTH,
     ) -> Chat:
-        """Return a conversation by the chat template beside the tokenizer; of any length where there is an encoder.
+        """Return a conversation by the chat template beside the tokenizer; of any length if there is an encoder.
 
         `overflow` is for a plain decoder: with "error" a turn is refused for which the window has no room, with
-        "truncate_left" the oldest tokens are dropped, `chunk_length` at a time. `chat_window` states the effect of a
+        "truncate_left" the oldest tokens are dropped, `chunk_length` at a time. `chat_setup` states the effect of a
         bounded cache.
         """
-        template, has_encoder = Template(self.tokenizer), isinstance(self.model, Cepe)
-        window, endless = chat_window(self.window, self.cache, has_encoder)
-        check_chat(template, system, window, overflow, chunk_length, has_encoder, endless)
-        if context is None and isinstance(self.model, Cepe):
-            context = ContextCache(self.identity)
-        elif context is not None:
+        return self.begin(chat_setup(self, system, overflow, chunk_length), context)
+
+    def begin(self, setup: ChatSetup, context: ContextCache | None = None) -> Chat:
+        """Return a conversation with this setup, which `chat_setup` has made for this model."""
+        if context is not None:
             context.check_is_of(self.identity, "the context")
-        return Chat(
-            self.model,
-            template,
-            self.stop_ids,
-            window=window,
-            chunk_length=chunk_length,
-            system=system,
-            context=context,
-            drops=overflow == "truncate_left",
-            policy=self.cache,
-        )
+        elif self.has_encoder:
+            context = ContextCache(self.identity)
+        return Chat(self.model, setup, self.stop_ids, context)
 
     def _rows(
         self, prompts: list[str], context: Contexts, max_new_tokens: int, overflow: Overflow, chunk_length: int
@@ -161,7 +155,7 @@ class TextModel:
         """What the decoder reads of each prompt, and the memory it reads beside."""
         shared = context is None or isinstance(context, ContextCache)
         contexts = [context] * len(prompts) if shared else list(context)
-        check_encoder(overflow, isinstance(self.model, Cepe))
+        check_encoder(overflow, self.has_encoder)
         if len(contexts) != len(prompts):
             raise ValueError(f"{len(contexts)} contexts for {len(prompts)} prompts: give one, or one for each")
         rows = []
@@ -176,7 +170,7 @@ class TextModel:
 
     def _with(self, context: ContextCache | None, moved: list[list[int]], chunk_length: int) -> ContextCache | None:
         """Return the context with what is moved to it; a plain decoder drops that."""
-        if not moved or isinstance(self.model, Llama):
+        if not moved or not self.has_encoder:
             return context
         more = encode(self.model, moved, self.identity, chunk_length)
         return more if context is None else context + more
@@ -235,16 +229,6 @@ def prompt_window(window: int | None, cache: CacheConfig, overflow: Overflow) ->
     if not cache.bounded:
         return window
     return None if overflow == "error" else cache.window
-
-
-def chat_window(window: int | None, cache: CacheConfig, has_encoder: bool) -> tuple[int | None, bool]:
-    """Return how many tokens of a conversation the decoder reads at most, and whether the conversation may be endless.
-
-    A model with an encoder encodes tokens before they would leave a bounded cache. A plain decoder forgets them.
-    """
-    if not cache.bounded:
-        return window, False
-    return (cache.window, False) if has_encoder else (None, True)
 
 
 def read_facts(
