@@ -62,6 +62,14 @@ def test_inference_needs_no_training():
     assert not {name for m in TREES if m.startswith("cepe_jax.inference") for name in ours(m) if ".training" in name}
 
 
+def test_single_methods_are_optional():
+    """A method of its own uses the house; what every user loads does not import it."""
+    methods = "tagcos", "tracing"
+    for module in TREES:
+        if module.split(".")[1:2] in (["model"], ["training"], ["inference"]) and module.split(".")[-1] not in methods:
+            assert not {name for name in ours(module) if set(name.split(".")) & set(methods)}, module
+
+
 def test_every_folder_is_a_known_room():
     folders = {path.parent.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py")}
     assert folders <= {".", *ROOMS, "inference/caches"}

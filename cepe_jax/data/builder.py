@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from cepe_jax.data.records import DATASET, TFDS_FILES, check_shard, lengths_path, read_index, shard_path
-from cepe_jax.data.tokenizer import BESIDE, NAMES, Tokenizer
+from cepe_jax.data.tokenizer import Tokenizer
+from cepe_jax.data.tokenizer_files import BESIDE, NAMES
 from cepe_jax.directories import staged_path, write_json, write_text
 from cepe_jax.identity import as_json, refuse_another_run
 

@@ -11,7 +11,8 @@ import jinja2
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from cepe_jax.data.tokenizer import Tokenizer, settings_beside, tokens_in
+from cepe_jax.data.tokenizer import Tokenizer
+from cepe_jax.data.tokenizer_files import settings_beside, tokens_in
 
 Message = dict[str, str]  # role (system, user or assistant) and content
 PRIVATE_USE = range(0xE000, 0xF900)  # characters that no text should contain

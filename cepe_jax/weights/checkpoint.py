@@ -20,8 +20,9 @@ from cepe_jax.directories import is_remote
 from cepe_jax.identity import as_of, refuse_another_run
 from cepe_jax.sharding import is_variable
 
-# Orbax raises what goes wrong with a save, and logs it before, four times and with pages of traces.
-logging.getLogger("absl").addFilter(lambda record: not record.exc_info or "orbax" not in record.pathname)
+
+def _not_a_trace_of_orbax(record: logging.LogRecord) -> bool:
+    return not record.exc_info or "orbax" not in record.pathname
 
 
 def _run_to_the_end(run_sync: Callable) -> Callable:
@@ -110,6 +111,8 @@ class Checkpoints:
     def __init__(self, directory: Path | epath.Path, identity: dict):
         self.directory = directory if is_remote(directory) else Path(directory).absolute()
         self.identity = identity
+        # Orbax raises what goes wrong with a save, and logs it before, four times and with pages of traces.
+        logging.getLogger("absl").addFilter(_not_a_trace_of_orbax)
         options = ocp.CheckpointManagerOptions(max_to_keep=2, cleanup_tmp_directories=True)
         self.manager = ocp.CheckpointManager(self.directory, options=options)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cepe_jax.data.tokenizer import BESIDE, NAMES
+from cepe_jax.data.tokenizer_files import BESIDE, NAMES
 from cepe_jax.directories import new_directory, write_json
 from cepe_jax.progress import track
 from cepe_jax.weights.build import shapes

@@ -14,8 +14,7 @@ import tokenizers
 from support.refusals import one_line
 from support.tokenizers import as_llama_2, byte_level, to_tokenizers
 
-from cepe_jax.data import tokenizer as tokenizer_module
-from cepe_jax.data import tokenizer_training
+from cepe_jax.data import tokenizer_sentencepiece, tokenizer_training
 from cepe_jax.data.builder import copy_tokenizer
 from cepe_jax.data.tokenizer import Tokenizer
 from cepe_jax.data.tokenizer_training import MAX_SENTENCE, train, training_pieces
@@ -282,7 +281,7 @@ def name_beside(home: Path, where: str, added: dict[str, int], special: str = "<
 @pytest.mark.parametrize("where", ["added_tokens.json", "tokenizer_config.json"])
 def test_tokens_added_beside_a_sentencepiece_model(llama_2, tmp_path, where, legacy, monkeypatch):
     """As transformers reads the directory; `legacy`: whether texts after a token begin with a space, as the first."""
-    monkeypatch.setattr(tokenizer_module, "PART", 1)
+    monkeypatch.setattr(tokenizer_sentencepiece, "PART", 1)
     shutil.copy(llama_2, tmp_path / "tokenizer.model")
     name_beside(tmp_path, where, {**ADDED, "<tool>": 333}, legacy=legacy)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
@@ -513,10 +512,10 @@ def test_long_texts_have_the_ids_of_the_whole(home, long_text, kind, monkeypatch
     processor = tokenizer._impl.processor
     assert tokenizer._impl._newline == prefix
     whole = processor.encode(long_text)
-    for part in (1, 1000, tokenizer_module.PART):
-        monkeypatch.setattr(tokenizer_module, "PART", part)
+    for part in (1, 1000, tokenizer_sentencepiece.PART):
+        monkeypatch.setattr(tokenizer_sentencepiece, "PART", part)
         assert tokenizer.encode(long_text, bos=True, eos=True) == [tokenizer.bos_id, *whole, tokenizer.eos_id]
-    monkeypatch.setattr(tokenizer_module, "PART", 1)
+    monkeypatch.setattr(tokenizer_sentencepiece, "PART", 1)
     rng = random.Random(1)
     for _ in range(300):
         text = "".join(rng.choices(["\n", "a", " ", "b", "\t", "é", "  ", "1", "\r"], k=rng.randrange(12)))
@@ -536,7 +535,7 @@ def test_long_texts_are_cut(sentencepiece, long_text, monkeypatch):
     (pieces,) = seen
     assert "".join(pieces) == long_text
     assert len(pieces) > 5
-    assert all(piece.startswith("\n") and len(piece) >= tokenizer_module.PART for piece in pieces[1:-1])
+    assert all(piece.startswith("\n") and len(piece) >= tokenizer_sentencepiece.PART for piece in pieces[1:-1])
 
 
 def test_training_pieces_lose_nothing(monkeypatch):

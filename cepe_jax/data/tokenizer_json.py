@@ -1,0 +1,113 @@
+"""`tokenizer.json`, read by Hugging Face's library, with the tokens that the files beside it add."""
+
+import itertools
+from functools import cached_property
+from pathlib import Path
+
+from cepe_jax.data.tokenizer_files import added_beside, ends_of, marks_turns, without_padding
+
+BYTE = "<0x{:02X}>"  # how a piece that is a byte is called
+OPTIONS = "lstrip", "rstrip", "single_word", "normalized"  # how the library finds an added token
+
+
+def read_library_tokenizer(path: Path):
+    """Read a tokenizer.json."""
+    import tokenizers  # only where a tokenizer.json is read
+
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise ValueError(f"{path}: not a tokenizer.json ({error})") from None
+
+
+class JsonTokenizer:
+    def __init__(self, path: Path):
+        self.tokenizer = read_library_tokenizer(path)
+        self.tokenizer.encode_special_tokens = True
+        self.tokenizer.no_padding()
+        self.tokenizer.no_truncation()
+        beside = added_beside(path)
+        self._add(path, {name: token for name, token in beside.items() if self.tokenizer.token_to_id(name) is None})
+        self.vocab_size = self.tokenizer.get_vocab_size(with_added_tokens=True)
+        falls_back = self.tokenizer.decoder is not None and self.tokenizer.decoder.decode([BYTE.format(65)]) == "A"
+        pieces = {self.tokenizer.token_to_id(BYTE.format(byte)): byte for byte in range(256 if falls_back else 0)}
+        self._bytes = {i: byte for i, byte in pieces.items() if i is not None}  # ids of pieces that are a byte
+        usual = {"bos_token": ("<s>", "<|begin_of_text|>"), "eos_token": ("</s>", "<|end_of_text|>")}
+        ends = ends_of(path, usual, self.tokenizer.token_to_id)
+        (_, self.bos_id), (_, self.eos_id) = ends
+        whole = self.tokenizer.encode("a", add_special_tokens=True)  # as the file's own post-processor says
+        self.begin = whole.ids[: len(list(itertools.takewhile(bool, whole.special_tokens_mask)))]
+        added = self.tokenizer.get_added_tokens_decoder()
+        beside = {n: token for n, token in beside.items() if self.tokenizer.token_to_id(n) == token["id"]}
+        self.special = dict(ends) | {token.content: i for i, token in added.items() if token.special}
+        self.special |= {name: token["id"] for name, token in beside.items() if token["special"]}
+        all_names = {*self.special, *beside, *(token.content for token in added.values())}
+        self.names = {name for name in all_names if marks_turns(name, name in self.special)}
+        late = [name for name, i in self.special.items() if i in added and not added[i].special]
+        if late:  # to `encode` too
+            self.tokenizer.add_special_tokens([self._added_token(name) for name in late])
+
+    def _add(self, path: Path, lacking: dict[str, dict]) -> None:
+        """Add the tokens that only the files beside know; ValueError where their ids are not the next ones."""
+        import tokenizers
+
+        lacking = without_padding(lacking, self.tokenizer.get_vocab_size(with_added_tokens=True))
+        for name, token in sorted(lacking.items(), key=lambda item: item[1]["id"]):
+            options = {key: token[key] for key in OPTIONS if key in token}
+            self.tokenizer.add_tokens([tokenizers.AddedToken(name, **options)])
+            if (i := self.tokenizer.token_to_id(name)) != token["id"]:
+                ids = f"the files beside it call {token['id']}, and here {i} is the next id"
+                raise ValueError(f"{path} has no token {name}, which {ids}: put the tokenizer.json saved with it there")
+
+    @cached_property
+    def _parser(self):
+        """A copy of the tokenizer that finds special tokens in a text as it stands, before it is normalised."""
+        import tokenizers
+
+        parser = tokenizers.Tokenizer.from_str(self.tokenizer.to_str())
+        parser.add_special_tokens([self._added_token(name) for name in self.names])
+        return parser
+
+    def _added_token(self, name: str):
+        """As the file says of it, but found in a text as it stands."""
+        import tokenizers
+
+        token = self.tokenizer.get_added_tokens_decoder().get(self.tokenizer.token_to_id(name))
+        options = OPTIONS[:3] if token is not None else ()
+        return tokenizers.AddedToken(name, normalized=False, **{option: getattr(token, option) for option in options})
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_special(self, text: str, escape: str, written: dict[str, str]) -> list[int]:
+        """As the library finds special tokens; normalising, which comes after, takes the escape out."""
+        from tokenizers import normalizers
+
+        own = self.tokenizer.normalizer
+        steps = [normalizers.Replace(said, name) for said, name in written.items()]
+        steps += [normalizers.Replace(escape, "")] * bool(escape) + [own] * (own is not None)
+        self._parser.normalizer = normalizers.Sequence(steps)
+        return self._parser.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: list[int]) -> str:
+        """Return the text. Each byte that is no part of a character is U+FFFD, as SentencePiece has it.
+
+        The library's decoder of bytes would write every byte beside it as U+FFFD too, those of whole characters.
+        """
+        if self._bytes.keys().isdisjoint(ids):
+            return self.tokenizer.decode(ids, skip_special_tokens=False)
+        names = []
+        for are_bytes, group in itertools.groupby(ids, key=self._bytes.__contains__):
+            if not are_bytes:
+                names += filter(None, map(self.tokenizer.id_to_token, group))
+                continue
+            for character in bytes(self._bytes[i] for i in group).decode("utf-8", "surrogateescape"):
+                torn = "\udc80" <= character <= "\udcff"
+                names += ["\ufffd"] if torn else [BYTE.format(byte) for byte in character.encode()]
+        return self.tokenizer.decoder.decode(names)
+
+    def vocabulary(self) -> dict[str, int]:
+        return self.tokenizer.get_vocab(with_added_tokens=True)
+
+    def table(self):
+        return (self.tokenizer.to_str(),)

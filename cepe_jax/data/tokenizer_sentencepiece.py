@@ -1,0 +1,192 @@
+"""SentencePiece models, with the tokens that the files beside them add."""
+
+import itertools
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import sentencepiece
+
+from cepe_jax.data.tokenizer_files import (
+    added_beside,
+    ends_of,
+    first_characters,
+    marks_turns,
+    settings_beside,
+    without_padding,
+)
+
+PART = 1 << 14  # characters that are encoded as one string where a cut changes nothing
+TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+=* \d+\s")  # how a file in its format begins: a token in base 64, its rank
+
+
+def is_tiktoken(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return TIKTOKEN.match(file.read(1024)) is not None
+
+
+def read_processor(path: Path) -> sentencepiece.SentencePieceProcessor:
+    """Read a SentencePiece model."""
+    try:
+        return sentencepiece.SentencePieceProcessor(model_file=str(path))
+    except (RuntimeError, OSError) as error:
+        reason = str(error).splitlines()[0]
+    if is_tiktoken(path):
+        other = path.with_name("tokenizer.json")
+        mend = f"use {other}" if other.exists() else "put the model's tokenizer.json there"
+        raise ValueError(f"{path}: a vocabulary of tiktoken, as Llama 3's, not a SentencePiece model: {mend}")
+    raise ValueError(f"{path}: not a SentencePiece model ({reason})")
+
+
+class SentencePieceTokenizer:
+    def __init__(self, path: Path):
+        self.processor = read_processor(path)
+        size, piece = self.processor.vocab_size(), self.processor.id_to_piece
+        ends = self.processor.bos_id(), self.processor.eos_id()
+        if min(ends) < 0:
+            raise ValueError(f"{path}: has no begin- or end-of-sequence piece: train one with both")
+        settings, beside = settings_beside(path), added_beside(path)
+        lacking = {n: token for n, token in beside.items() if token["id"] >= size or piece(token["id"]) != n}
+        self._added = without_padding(lacking, size)
+        own = {n: token for n, token in beside.items() if n not in lacking and marks_turns(n, token["special"])}
+        control = {piece(i): i for i in range(size) if self.processor.is_control(i)}
+        self._known = control | {name: token["id"] for name, token in (own | self._added).items()}
+        self.vocab_size = max(size - 1, *self._known.values()) + 1
+        usual = {role: (piece(i),) for role, i in zip(("bos_token", "eos_token"), ends, strict=True)}
+        ends = ends_of(path, usual, self._id_of)
+        (_, self.bos_id), (_, self.eos_id) = ends
+        self.begin = [self.bos_id] * (settings.get("add_bos_token") is not False)  # Llama's default
+        self._known |= dict(ends)
+        special = {*control, *dict(ends), *(name for name, token in beside.items() if token["special"])}
+        self.special = {name: i for name, i in self._known.items() if name in special}
+        self.names = {name for name in self._known if marks_turns(name, name in special)}
+        options = {name: beside.get(name, {}) for name in self._known}
+        self._names = _finder(options)
+        self._words = _finder({name: options[name] for name in self._added if name not in self.special})
+        self._name_of = {token["id"]: name for name, token in self._added.items()}
+        # Texts after an added token: transformers' `legacy` puts the space before each of them, as before the first.
+        self._inside = self.processor
+        if self._added and settings.get("legacy") is False:
+            self._inside = _without_prefix(self.processor)
+        self._newline = _newline_prefix(self.processor)
+        # What the model finds in any text, though it is special.
+        self._found = {name: i for name, i in self.special.items() if i in self.processor.encode(name)}
+        self._first = first_characters(self._found)
+
+    def _id_of(self, name: str) -> int | None:
+        i = self._known.get(name, self.processor.piece_to_id(name))
+        return i if name in self._known or self.processor.id_to_piece(i) == name else None
+
+    def encode(self, text: str) -> list[int]:
+        return self._split(text, self._words, self._plain)
+
+    def _split(self, text: str, names: re.Pattern, encode: Callable[[str, bool], list[int]]) -> list[int]:
+        """Return the ids of a text: each name in it is its token, and what stands between is encoded by itself.
+
+        `encode` is told whether a name stands before.
+        """
+        ids, at = [], 0
+        for name in names.finditer(text):
+            ids += encode(text[at : name.start()], at > 0)
+            ids.append(self._known[name[0] if name[0] in self._known else name[0].strip()])
+            at = name.end()
+        return ids + encode(text[at:], at > 0)
+
+    def _plain(self, text: str, inside: bool) -> list[int]:
+        ids = self._encode(text, inside)
+        if not self._found or set(self._found.values()).isdisjoint(ids):
+            return ids
+        bounds = [0, *(found.end() for found in self._first.finditer(text)), len(text)]
+        return self._apart([text[a:b] for a, b in itertools.pairwise(bounds)], set(self._found.values()))
+
+    def _apart(self, pieces: list[str], names: set[int]) -> list[int]:
+        """The ids of the pieces, each by itself. Where one is a name all the same, it is an unknown word."""
+        ids = [i for piece in pieces for i in self._encode(piece)]
+        return [self.processor.unk_id() if i in names else i for i in ids]
+
+    def _encode(self, text: str, inside: bool = False) -> list[int]:
+        """The ids of the whole text. SentencePiece slows down with the length of a string, so long ones are cut."""
+        processor = self._inside if inside else self.processor
+        if len(text) < 2 * PART or self._newline is None:
+            return processor.encode(text)
+        starts = [0]
+        while (cut := text.find("\n", starts[-1] + PART)) >= 0:
+            starts.append(cut)
+        pieces = [text[a:b] for a, b in zip(starts, [*starts[1:], None], strict=True)]
+        parts = processor.encode(pieces, num_threads=1)  # processes share the cores
+        ids = parts[0]
+        prefix = self._newline if processor is self.processor else 0
+        for part in parts[1:]:
+            ids += part[prefix:]
+        return ids
+
+    def encode_special(self, text: str, escape: str, written: dict[str, str]) -> list[int]:
+        """Each text between special tokens is encoded by itself, as Meta's own code does."""
+        marks = set(self._known.values())
+
+        def between(part: str, inside: bool) -> list[int]:
+            for said, single in written.items():
+                part = part.replace(said, escape + single + escape)
+            ids = self._encode(part.replace(escape, ""), inside)
+            if escape and escape in part and marks & set(ids):  # the model finds the name in any text
+                ids = self._apart(part.split(escape), marks)
+            return ids
+
+        return self._split(text, self._names, between)
+
+    def decode(self, ids: list[int]) -> str:
+        if not self._added:
+            return self.processor.decode(ids)
+        texts: list[str] = []
+        for name, run in itertools.groupby(ids, self._name_of.get):
+            processor = self._inside if texts else self.processor
+            known = [i for i in run if name or i < self.processor.vocab_size()]  # ids may have gaps
+            texts.append(name * len(known) if name else processor.decode(known))
+        return "".join(texts)
+
+    def vocabulary(self) -> dict[str, int]:
+        pieces = {self.processor.id_to_piece(i): i for i in range(self.processor.vocab_size())}
+        return pieces | {name: token["id"] for name, token in self._added.items()}
+
+    def table(self):
+        for i in range(self.processor.vocab_size()):
+            yield self.processor.id_to_piece(i), self.processor.get_score(i)
+        for name, token in sorted(self._added.items()):
+            yield name, token["id"], name in self.special, self._inside is self.processor
+
+
+def _finder(names: dict[str, dict]) -> re.Pattern:
+    """Find the names in a text, the longest first, each with the white space that its options count to it."""
+    longest = sorted(names, key=len, reverse=True)
+    space = {side: {name: r"\s*" * names[name].get(side, False) for name in names} for side in ("lstrip", "rstrip")}
+    return re.compile("|".join(space["lstrip"][n] + re.escape(n) + space["rstrip"][n] for n in longest) or "(?!)")
+
+
+def _without_prefix(processor: sentencepiece.SentencePieceProcessor) -> sentencepiece.SentencePieceProcessor:
+    """Return the same model, which puts no space before a text."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    model = sentencepiece_model_pb2.ModelProto.FromString(processor.serialized_model_proto())
+    model.normalizer_spec.add_dummy_prefix = False
+    return sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
+
+
+def _newline_prefix(processor: sentencepiece.SentencePieceProcessor) -> int | None:
+    """Return how many ids stand before a newline that begins a text (a dummy prefix); None if cuts change ids.
+
+    A cut before a newline changes nothing where no longer piece has one and normalising leaves white space alone,
+    in a BPE model, whose scores are ranks. A unigram model sums scores from the beginning of the text, and rounds.
+    """
+    if any(processor.get_score(i) % 1 for i in range(processor.vocab_size())):
+        return None
+    pieces = map(processor.id_to_piece, range(processor.vocab_size()))
+    if any("\n" in piece and piece != "\n" for piece in pieces):
+        return None
+    probe = " a \t\n\n  b\n"
+    if processor.decode(processor.encode(probe)) != probe:
+        return None
+    alone, after = processor.encode("\n"), processor.encode("a\n")
+    prefix = len(alone) - (len(after) - len(processor.encode("a")))
+    parts = [processor.encode(part) for part in (" a \t", "\n", "\n  b", "\n")]
+    joined = parts[0] + [i for part in parts[1:] for i in part[prefix:]]
+    return prefix if joined == processor.encode(probe) else None
