@@ -1,5 +1,6 @@
 """How every test computes, and the tiny models of support/models.py, made once."""
 
+import dataclasses
 import json
 import logging
 import os
@@ -107,7 +108,8 @@ def home(tmp_path_factory) -> Path:
     settings = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": CHATML}
     (assets / "tokenizer_config.json").write_text(json.dumps(settings))
     (assets / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 3]}))
-    facts = {"format": "cepe_jax", "huggingface": {"max_position_embeddings": WINDOW}}
-    (assets / "config.json").write_text(json.dumps(facts))
+    config = {"format": "cepe_jax", "kind": "llama", "decoder": dataclasses.asdict(DECODER)}
+    config["huggingface"] = {"max_position_embeddings": WINDOW}
+    (assets / "config.json").write_text(json.dumps(config))
     save(make_cepe(vocab_size=332), assets / "model", assets)
     return assets / "model"

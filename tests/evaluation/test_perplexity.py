@@ -257,8 +257,6 @@ def retrieved(tmp_path_factory) -> tuple[Path, list[np.ndarray], np.ndarray, Tok
         {
             "passages": rows,
             "lengths": np.array([5, 5, 2]),
-            "next": rows,
-            "next_lengths": np.array([5, 5, 2]),
             "scores": np.array([3.0, 2.5, 0.5]),
             "names": "x@0\ny@0\nz@0",
         }
