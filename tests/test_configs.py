@@ -24,9 +24,9 @@ from cepe_jax.data.corpus import PrepareConfig
 from cepe_jax.data.retrieval import RetrieveConfig
 from cepe_jax.data.sampling import SampleConfig
 from cepe_jax.evaluation.gains import GainsConfig
-from cepe_jax.evaluation.grid import PerplexityRun, SweepConfig, TaskRun
 from cepe_jax.evaluation.harness import HarnessConfig
-from cepe_jax.evaluation.report import ReportConfig
+from cepe_jax.evaluation.sweep.grid import PerplexityRun, SweepConfig, TaskRun
+from cepe_jax.evaluation.sweep.report import ReportConfig
 from cepe_jax.inference.terminal import GenerateConfig
 from cepe_jax.training.settings import TrainConfig
 from cepe_jax.training.stages import run_stage

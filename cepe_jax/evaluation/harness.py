@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 from cepe_jax.checks import check_chunk_length
 from cepe_jax.devices import Devices, on_devices
 from cepe_jax.directories import write_json, write_text
-from cepe_jax.evaluation.cells import provenance, weights_at
-from cepe_jax.evaluation.models import ModelConfig, check_model, load_model
+from cepe_jax.evaluation.readers.models import ModelConfig, check_model, load_model
+from cepe_jax.evaluation.sweep.cells import provenance, weights_at
 from cepe_jax.identity import as_json, refuse_another_run
 from cepe_jax.inference.overflow import Overflow
 from cepe_jax.inference.template import Template
@@ -91,7 +91,7 @@ def run_harness(config: HarnessConfig) -> None:
     for task, samples in found.pop("samples").items():
         write_text(config.out / f"samples_{task}.jsonl", "".join(f"{json.dumps(s, default=str)}\n" for s in samples))
     cuts = _cuts(config.out / CUT)
-    found["cepe_jax"] = {"config": as_json(config), "cut": cuts} | provenance()
+    found["cepe_jax"] = {"config": as_json(config), "cut": cuts} | vars(provenance())
     write_json(config.out / "results.json", as_json(found))
     print(make_table(found))
     for task, count in cuts.items():

@@ -18,7 +18,7 @@ import cepe_jax
 from cepe_jax.data.tokenizer import Tokenizer
 from cepe_jax.evaluation import harness
 from cepe_jax.evaluation.harness import HarnessConfig, run_harness
-from cepe_jax.evaluation.models import ModelConfig
+from cepe_jax.evaluation.readers.models import ModelConfig
 from cepe_jax.inference.template import Template
 from cepe_jax.inference.text import TextModel
 

@@ -10,8 +10,8 @@ import pytest
 from support.refusals import one_line
 from support.tokenizers import WINDOW
 
-from cepe_jax.evaluation.language_model import LanguageModel, Prompt, generate
-from cepe_jax.evaluation.models import ModelConfig, check_model, load_model
+from cepe_jax.evaluation.readers.language_model import LanguageModel, Prompt, generate
+from cepe_jax.evaluation.readers.models import ModelConfig, check_model, load_model
 from cepe_jax.inference.caches import CacheConfig
 from cepe_jax.inference.scoring import Score
 from cepe_jax.model.llama import Llama

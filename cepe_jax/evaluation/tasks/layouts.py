@@ -13,10 +13,10 @@ from functools import partial
 from pathlib import Path
 
 from cepe_jax.data import tfds
-from cepe_jax.evaluation.metrics import ROUGE
-from cepe_jax.evaluation.protocols import PROTOCOLS, Protocol, Template
-from cepe_jax.evaluation.records import SUFFIXES, Demonstration, Record, lines, parsed
-from cepe_jax.evaluation.selection import as_demonstration
+from cepe_jax.evaluation.tasks.metrics import ROUGE
+from cepe_jax.evaluation.tasks.protocols import Protocol, Template
+from cepe_jax.evaluation.tasks.questions import SUFFIXES, Demonstration, Question, lines, parsed
+from cepe_jax.evaluation.tasks.selection import as_demonstration
 from cepe_jax.progress import track
 
 Mapping = Callable[[dict, tuple[str, ...]], dict]  # a published line and the names of its labels -> a record's fields
@@ -37,8 +37,8 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Layout:
-    family: str
-    protocol: Protocol
+    family: str  # whose questions these are; "": any
+    protocol: Protocol | None  # None: the family's own
     mapping: Mapping
     source: str  # where the data comes from
     shown: str = "train"  # the split that demonstrations are drawn from
@@ -133,7 +133,7 @@ def _passages(where: str, shown: str = "train") -> Layout:
         f"{where} linked at princeton-nlp/CEPE, or others in DPR's layout: lines with question, answers, and ctxs, "
         f"which have title, text and score"
     )
-    return Layout("qa", PROTOCOLS["qa"], retrieved, source, shown)
+    return Layout("qa", None, retrieved, source, shown)
 
 
 def _classes(
@@ -221,9 +221,7 @@ LAYOUTS = {
 }
 
 
-def plain(family: str) -> Layout:
-    """Records as they stand."""
-    return Layout(family, PROTOCOLS[family], lambda line, _: line, "records, one a line")
+RECORDS = Layout("", None, lambda line, _: line, "records, one a line")  # questions as they stand
 
 
 @dataclass(frozen=True)
@@ -236,7 +234,7 @@ class _Data:
     names: tuple[str, ...]
 
 
-def load(path: Path, layout: Layout, shows: bool) -> tuple[list[Record], list[Demonstration]]:
+def load(path: Path, layout: Layout, shows: bool) -> tuple[list[Question], list[Demonstration]]:
     """The records at `path`, and what demonstrations are drawn from if there are to be any (`shows`).
 
     FileNotFoundError says what to put where.
@@ -247,7 +245,7 @@ def load(path: Path, layout: Layout, shows: bool) -> tuple[list[Record], list[De
         raise FileNotFoundError(f"{path}: no such file, and no directory with test.jsonl: put there {layout.source}")
     names = data.names or (_names_in(data) if data.label else ())
 
-    def records(split: str) -> Iterable[Record]:
+    def records(split: str) -> Iterable[Question]:
         place, numbered = data.splits[split]
         return track(parsed(place, numbered(), lambda line: data.mapping(line, names)), f"read {place}")
 

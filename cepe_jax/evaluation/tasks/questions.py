@@ -23,7 +23,7 @@ class Demonstration:
 
 
 @dataclass(frozen=True)
-class Record:
+class Question:
     """One question. Where there are choices, `answers` are the right ones among them."""
 
     id: str
@@ -90,7 +90,7 @@ def _shown(value) -> str:
     return text if len(text) <= 60 else f"{text[:60]}..."
 
 
-def parse(fields: dict, number: int) -> Record:
+def parse(fields: dict, number: int) -> Question:
     """The record of a line; without an `id` it is called by the line's number. ValueError names the field at fault."""
     _check(fields, FIELDS, ("question", "answers"))
     texts = {name: tuple(fields.get(name, ())) for name in ("answers", "choices", "contexts")}
@@ -108,7 +108,7 @@ def parse(fields: dict, number: int) -> Record:
         contexts = tuple(given.get("contexts", ()))
         demonstrations.append(Demonstration(given["question"], given["answer"], contexts))
     name = str(fields.get("id", number))
-    return Record(name, fields["question"], scores=scores, demonstrations=tuple(demonstrations), **texts)
+    return Question(name, fields["question"], scores=scores, demonstrations=tuple(demonstrations), **texts)
 
 
 def lines(path: Path) -> Iterator[tuple[int, dict]]:
@@ -131,7 +131,7 @@ def lines(path: Path) -> Iterator[tuple[int, dict]]:
 
 def parsed(
     place: Path, numbered: Iterable[tuple[int, dict]], mapping: Callable[[dict], dict] = lambda line: line
-) -> Iterator[Record]:
+) -> Iterator[Question]:
     """The records of the lines of `place`. `mapping` gives a line's fields where it has another layout.
 
     ValueError names place, line and field of the first fault: one missing, unknown or of another type, no answers,

@@ -10,8 +10,8 @@ import numpy as np
 
 from cepe_jax.checks import check_tokens
 from cepe_jax.data.tokenizer import Tokenizer
-from cepe_jax.evaluation.baselines import longest, one_text, room_beside
-from cepe_jax.evaluation.language_model import Prompt
+from cepe_jax.evaluation.readers.language_model import Prompt
+from cepe_jax.evaluation.readers.readers import longest, one_text, room_beside
 from cepe_jax.inference.caches import FULL, new_cache
 from cepe_jax.inference.generate import (
     GREEDY,

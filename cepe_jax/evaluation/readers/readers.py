@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from cepe_jax.data.tokenizer import Tokenizer
-from cepe_jax.evaluation.language_model import Prompt
+from cepe_jax.evaluation.readers.language_model import Prompt
 from cepe_jax.inference.caches import FULL, CacheConfig
 from cepe_jax.inference.context import encode, stacked
 from cepe_jax.inference.generate import power_of_two, stream

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from cepe_jax.config import CepeConfig, Dtype, RopeConfig
-from cepe_jax.evaluation.baselines import CepeReader, DecoderReader
-from cepe_jax.evaluation.language_model import LanguageModel
-from cepe_jax.evaluation.replug import RePlug
+from cepe_jax.evaluation.readers.language_model import LanguageModel
+from cepe_jax.evaluation.readers.readers import CepeReader, DecoderReader
+from cepe_jax.evaluation.readers.replug import RePlug
 from cepe_jax.inference.caches import FULL, CacheConfig
 from cepe_jax.inference.text import ModelFacts, read_facts
 

@@ -4,7 +4,7 @@ import dataclasses
 import string
 from dataclasses import dataclass
 
-from cepe_jax.evaluation.records import Demonstration
+from cepe_jax.evaluation.tasks.questions import Demonstration
 
 BETWEEN = "\n\n"  # what stands between the parts of a prompt
 
@@ -63,19 +63,6 @@ class Protocol:
     stop: tuple[str, ...] = ()
 
 
-PROTOCOLS = {
-    "qa": Protocol(
-        Template(context="Passage: {context}"),
-        ("exact_match", "substring_match", "f1"),
-        max_new_tokens=25,
-        stop=("\n",),
-    ),
-    "icl": Protocol(Template(question="Input: {question}\nLabel:")),
-    "document": Protocol(
-        Template(instruction="Answer the question from the text above in a few words."),
-        ("f1",),
-        max_new_tokens=50,
-        stop=("\n",),
-    ),
-    "synthetic": Protocol(Template(question="Question: {question}"), ("match_all", "match_part"), max_new_tokens=128),
-}
+def joined(*parts: str) -> str:
+    """Return the parts that are not empty, one after another."""
+    return BETWEEN.join(part for part in parts if part)
