@@ -162,7 +162,8 @@ class Adapter(LM):
 
     @property
     def _limits(self) -> tuple[int, Overflow, int]:
-        return self.splitter.window, self.splitter.overflow, self.splitter.chunk_length
+        """(positions, overflow, chunk length): the answer's last token is in the window and takes no position."""
+        return self.splitter.window - 1, self.splitter.overflow, self.splitter.chunk_length
 
     def _kept(self, kind: str, requests: list[Instance], answers: Iterator) -> list:
         """The answers, with progress, each given to the harness' cache as soon as it is there."""

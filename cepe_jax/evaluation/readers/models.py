@@ -22,7 +22,7 @@ class ModelConfig:
     reads: Reads = "encoder"  # who reads contexts. encoder: CEPE; decoder: it, as one text; replug: each by itself
     window: int | None = None  # tokens that the decoder reads at most; None: all its positions
     cache: CacheConfig = FULL  # what the decoder keeps of what it reads; of kind rolling it reads all (StreamingLLM)
-    temperature: float = 1.0  # of the contexts' scores in RePlug
+    temperature: float = 1.0  # replug: of the contexts' scores
     rope: Rope = "trained"  # linear (position interpolation) or yarn: put on a decoder that was trained without it
     factor: float = 1.0  # of linear and yarn: how many times as many positions
     dtype: Dtype = "float32"
@@ -38,6 +38,11 @@ class ModelConfig:
             raise ValueError(
                 f"cache.kind is {self.cache.kind}, which reads texts of any length: leave window out, and let encoder "
                 f"or decoder read"
+            )
+        if self.reads != "replug" and self.temperature != ModelConfig.temperature:
+            raise ValueError(
+                f"temperature is {self.temperature}, and reads {self.reads} does not read it: leave it out, or give "
+                f"reads replug"
             )
         if not self.temperature > 0:
             raise ValueError(f"temperature is {self.temperature}: give a number above 0")

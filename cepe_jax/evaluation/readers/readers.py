@@ -8,6 +8,7 @@ from cepe_jax.evaluation.readers.language_model import Prompt
 from cepe_jax.inference.caches import FULL, CacheConfig
 from cepe_jax.inference.context import encode, stacked
 from cepe_jax.inference.generate import power_of_two, stream
+from cepe_jax.inference.overflow import room_beside
 from cepe_jax.inference.scoring import Score, score
 from cepe_jax.model.cepe import Cepe
 from cepe_jax.model.cross import Memory
@@ -105,14 +106,3 @@ def one_text(prompt: Prompt, begin: list[int]) -> tuple[list[int], int]:
 def longest(continuations: Sequence[Sequence[int]]) -> int:
     """How many tokens the longest one has."""
     return max(map(len, continuations), default=1)
-
-
-def room_beside(new: int, window: int | None) -> int | None:
-    """How many tokens of a prompt the decoder can read before so many others, the last of which it does not read."""
-    if new < 1:
-        raise ValueError(f"{new} tokens after the prompt: ask for 1 or more")
-    if window is None:
-        return None
-    if new > window:
-        raise ValueError(f"{new} tokens after the prompt leave nothing of the window of {window} for it: ask for fewer")
-    return window + 1 - new

@@ -11,7 +11,7 @@ import numpy as np
 from cepe_jax.checks import check_tokens
 from cepe_jax.data.tokenizer import Tokenizer
 from cepe_jax.evaluation.readers.language_model import Prompt
-from cepe_jax.evaluation.readers.readers import longest, one_text, room_beside
+from cepe_jax.evaluation.readers.readers import longest, one_text
 from cepe_jax.inference.caches import FULL, new_cache
 from cepe_jax.inference.generate import (
     GREEDY,
@@ -23,6 +23,7 @@ from cepe_jax.inference.generate import (
     right_padded,
     until,
 )
+from cepe_jax.inference.overflow import room_beside
 from cepe_jax.inference.scoring import SCORED_POSITIONS, Score
 from cepe_jax.model.cache import Cache
 from cepe_jax.model.layers import cut

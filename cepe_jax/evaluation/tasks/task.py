@@ -283,7 +283,8 @@ class Long(Answered):
 
     def prompt(self, value: int, question: Question, tokenizer: Tokenizer) -> tuple[Prompt, list[list[int]]]:
         text, asked = self.document(question)
-        contexts, ids, after = self.fitted(text + asked, question.choices, tokenizer, self.window, self.overflow)
+        positions = self.window - 1  # the answer's last token is in the window and takes none
+        contexts, ids, after = self.fitted(text + asked, question.choices, tokenizer, positions, self.overflow)
         if contexts and len(ids) - len(tokenizer.begin) < (needed := len(tokenizer.encode(asked))):
             raise ValueError(
                 f"record {question.id}: instruction and question have {needed} tokens, and the decoder's window of "
