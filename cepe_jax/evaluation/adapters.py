@@ -18,7 +18,7 @@ from cepe_jax.progress import track
 
 @dataclass(frozen=True)
 class Splitter:
-    """What of a harness' text the encoder reads: what stands before the decoder's window.
+    """The split of a harness' text: the encoder reads what stands before the decoder's window.
 
     `overflow` says how a text is cut that something follows; one that is itself predicted is cut into whole windows.
     """
@@ -29,7 +29,7 @@ class Splitter:
 
 
 class _Rendered:
-    """How a text is read that a chat template has written: names of special tokens are these tokens.
+    """A reader of texts that a chat template has written: names of special tokens are these tokens.
 
     `begin`: BOS, where the template writes one, as a tokenizer has it: it stays before what the decoder reads.
     """
@@ -106,7 +106,7 @@ class Adapter(LM):
         return self._kept("loglikelihood_rolling", requests, answered())
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """What the model writes greedily after each text; ValueError where the task wants samples."""
+        """Return the model's greedy text after each text; ValueError if the task wants samples."""
 
         def answered() -> Iterator[str]:
             for _, same in groupby(requests, key=lambda request: request.args[1]):

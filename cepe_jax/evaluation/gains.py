@@ -43,12 +43,12 @@ class Runs:
     """The results of the runs, checked to be of the same windows and contexts."""
 
     def __init__(self, config: GainsConfig):
-        found = [gather(path) for path in config.runs]
-        self.rows = [{kind: row for (_, kind), row in each.rows("perplexity").items()} for each in found]
-        for path, each in zip(config.runs, found, strict=True):
+        sweeps = [gather(path) for path in config.runs]
+        self.rows = [{kind: row for (_, kind), row in each.rows("perplexity").items()} for each in sweeps]
+        for path, each in zip(config.runs, sweeps, strict=True):
             if len(each.config.models) > 1 or each.config.evaluations.keys() != {"perplexity"}:
                 raise ValueError(f"{path} is of several models or data: give the --out of evaluate.py perplexity")
-        for path, each, rows in zip(config.runs, found, self.rows, strict=True):
+        for path, each, rows in zip(config.runs, sweeps, self.rows, strict=True):
             if each.missing:
                 raise ValueError(f"{path}: {len(each.missing)} results are missing: run its evaluation again")
             if {kind: row.keys() for kind, row in rows.items()} != {
@@ -59,8 +59,8 @@ class Runs:
                 raise ValueError(f"{path} was measured without 0 in chunks: there is nothing to gain over")
             if self.without(rows).values["nll"].keys() != self.without(self.rows[0]).values["nll"].keys():
                 raise ValueError(f"{path} has other windows than {config.runs[0]}: compare runs on the same data")
-        some = next(iter(found[0].finished.values())).cell
-        self.data: Perplexity = found[0].config.perplexity["perplexity"]
+        some = next(iter(sweeps[0].finished.values())).cell
+        self.data: Perplexity = sweeps[0].config.perplexity["perplexity"]
         self.model = some.model_config
 
     @staticmethod
@@ -115,7 +115,7 @@ def gains(config: GainsConfig) -> str:
 
 
 def sentences(runs: Runs, trained: int) -> Iterator[str]:
-    """State in a line each what was found."""
+    """Yield the gains in words, a line each."""
     data, documents = runs.data, runs.nll.groups
     seeds = f", mean of {len(runs.rows)} seeds" if len(runs.rows) > 1 else ""
     yield (
@@ -174,8 +174,8 @@ def continued(runs: Runs, config: GainsConfig) -> Iterator[str]:
 
 def _cell(text: str) -> str:
     """The text as code in a cell of a table, in one line."""
-    for found, put in (("\n", "\\n"), ("|", "\\|"), ("`", "'")):
-        text = text.replace(found, put)
+    for old, new in (("\n", "\\n"), ("|", "\\|"), ("`", "'")):
+        text = text.replace(old, new)
     return f"`{text}`"
 
 

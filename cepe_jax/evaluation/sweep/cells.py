@@ -42,7 +42,7 @@ class Provenance:
 
 @dataclass(frozen=True)
 class CellFacts(Provenance):
-    """What a cell's file says of its measurement; a file that lacks one of these is no result."""
+    """The facts of a measurement in a cell's file; a file that lacks one of these is no result."""
 
     tokenizer: str  # its fingerprint
     weights: str | None  # their digest
@@ -191,7 +191,7 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """Of the checkout that this file is in, and whether it has changes; None where there is none."""
+    """Return the commit of the checkout that this file is in, and whether it has changes; None outside of one."""
     root = Path(__file__).parents[3]
     if not (root / ".git").exists() or shutil.which("git") is None:
         return None

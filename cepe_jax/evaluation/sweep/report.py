@@ -1,4 +1,4 @@
-"""What a grid came to: results.json, report.md and plots."""
+"""The report of a grid: results.json, report.md and plots."""
 
 import dataclasses
 import math

@@ -15,7 +15,7 @@ from cepe_jax.evaluation.sweep.estimates import Estimate, average, paired
 from cepe_jax.evaluation.sweep.grid import SweepConfig
 from cepe_jax.evaluation.tasks.evaluation import Unit
 from cepe_jax.evaluation.tasks.metrics import means
-from cepe_jax.evaluation.tasks.task import FAMILIES
+from cepe_jax.evaluation.tasks.task import read_alone
 from cepe_jax.weights.files import read_json
 
 
@@ -35,7 +35,7 @@ class Result:
 
     @cached_property
     def means(self) -> dict[str, float]:
-        """Of every metric; of some, as ROUGE's geometric mean, all records together have one and no record alone."""
+        """Metric -> mean. One metric, ROUGE's geometric mean, is of all records together and of none alone."""
         columns = [values.values() for values in self.values.values()]
         return means([dict(zip(self.values, row, strict=True)) for row in zip(*columns, strict=True)])
 
@@ -63,14 +63,14 @@ class Result:
         return self._of(metric, list(self.values[metric]))
 
     def in_domain(self, metric: str, domain: str) -> Estimate | None:
-        """None where no record is of the domain."""
+        """The estimate over the domain's records; None if there are none."""
         return self._of(metric, self.domains[domain]) if domain in self.domains else None
 
     def _of(self, metric: str, names: list[str]) -> Estimate:
         return Estimate.of([self.values[metric][name] for name in names], [self.groups[name] for name in names])
 
     def gain(self, metric: str, over: "Result") -> Estimate | None:
-        """How much better than the other result this one is, paired by record; None where there are no pairs."""
+        """Return by how much this result is better than the other, paired by record; None if there are no pairs."""
         if metric not in self.values or metric not in over.values:
             return None
         pair = (over.values, self.values) if self.unit.lower_is_better else (self.values, over.values)
@@ -78,9 +78,7 @@ class Result:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Of all tokens that were given to read, the median of all records but the first, which waits for compilation;
-        None where there is no other.
-        """
+        """The median throughput of the records, except the first, which waits for compilation. None for one record."""
         rest = [record["read"] / max(record["seconds"], 1e-9) for record in self.records[1:]]
         return float(np.median(rest)) if rest else None
 
@@ -147,7 +145,9 @@ def gather(out: Path) -> Results:
     settings = out / "sweep.json"
     if not settings.exists():
         raise FileNotFoundError(f"{settings}: no such file: give the --out of a sweep")
-    config = dataclasses.replace(decode(SweepConfig, _read_alone(read_json(settings))), out=out)
+    stored = read_json(settings)
+    tasks = {name: read_alone(task) for name, task in stored["tasks"].items()}
+    config = decode(SweepConfig, stored | {"tasks": tasks, "out": str(out)})
     finished, missing = {}, {}
     for cell in (cell for group in config.cells() for cell in group):
         try:
@@ -155,11 +155,3 @@ def gather(out: Path) -> Results:
         except Missing as reason:
             missing[cell.name] = str(reason)
     return Results(config, finished, missing)
-
-
-def _read_alone(settings: dict) -> dict:
-    """Return the settings without those that a task's family does not read, which older sweeps wrote down too."""
-    tasks = settings["tasks"]
-    fields = {name: FAMILIES[task["family"]].__dataclass_fields__ for name, task in tasks.items()}
-    read = {name: {key: task[key] for key in task if key in fields[name]} for name, task in tasks.items()}
-    return settings | {"tasks": read}

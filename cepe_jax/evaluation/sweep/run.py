@@ -30,7 +30,7 @@ from cepe_jax.weights.files import read_json
 
 @dataclass(frozen=True)
 class Event:
-    """What a process reports of its work: the last event is that it ended, and `message` says how."""
+    """A report of a process on its work. In the last one, that it ended, `message` says how."""
 
     kind: Literal["loaded", "begun", "record", "done", "failed", "ended"]
     cell: str = ""  # its name
@@ -68,8 +68,8 @@ def _unfinished(config: SweepConfig) -> list[list[Cell]]:
     """Return the cells without a result, of each model on each data."""
     before, now = config.out / "sweep.json", as_json(config)
     stored = read_json(before) if before.exists() else {}
-    sections = "models", "perplexity", "tasks"
-    if lost := [f"{place}.{name}" for place in sections for name in stored.get(place, {}) if name not in now[place]]:
+    sections = {name: section for name, section in stored.items() if isinstance(section, dict)}
+    if lost := [f"{name}.{one}" for name, section in sections.items() for one in section if one not in now[name]]:
         raise ValueError(
             f"{config.out} has {', '.join(lost)}, which this command lacks, and its report would lose them: name them "
             f"too, or use another --out"
@@ -218,7 +218,7 @@ def _in_process(config: SweepConfig, group: list[Cell]) -> Iterator[Event]:
 
 
 def _end(code: int) -> str:
-    """How a process ended."""
+    """Return how a process ended."""
     return f"killed by {signal.Signals(-code).name}, perhaps for want of memory" if code < 0 else f"with status {code}"
 
 

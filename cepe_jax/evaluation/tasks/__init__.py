@@ -1,4 +1,4 @@
-"""What models are asked. Every file of this folder is imported: one that registers a family of tasks adds it."""
+"""The evaluations. Every file of this folder is imported: one that registers a family of tasks adds it."""
 
 import importlib
 import pkgutil

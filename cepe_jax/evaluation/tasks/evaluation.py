@@ -17,7 +17,7 @@ class Point(NamedTuple):
 
 @dataclass(frozen=True)
 class Unit:
-    """How the values of a metric are written."""
+    """The way in which the values of a metric are written."""
 
     name: str  # on a plot
     scale: float  # of a table's numbers

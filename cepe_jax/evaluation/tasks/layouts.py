@@ -86,14 +86,14 @@ def classified(label: str, *text: str) -> Mapping:
     """A mapping of lines with a label, a number or a name, and the input in one field or several."""
 
     def mapping(line: dict, names: tuple[str, ...]) -> dict:
-        given = _get(line, label, int, str)
-        if isinstance(given, str):
-            name = given
-        elif 0 <= given < len(names):
-            name = names[given]
+        value = _get(line, label, int, str)
+        if isinstance(value, str):
+            name = value
+        elif 0 <= value < len(names):
+            name = names[value]
         else:
             raise ValueError(
-                f"{label} is {given} and there are {len(names)} labels: give one line of labels.txt to each"
+                f"{label} is {value} and there are {len(names)} labels: give one line of labels.txt to each"
             )
         spelled = [name.replace("_", " ") for name in names]
         question = " ".join(_get(line, field, str).strip() for field in text)
@@ -116,10 +116,10 @@ def zero_scrolls(line: dict, _: tuple[str, ...]) -> dict:
 
 
 def quality(line: dict, names: tuple[str, ...]) -> dict:
-    """As `zero_scrolls`; the query's options become a choice of letters."""
+    """Return the fields of `zero_scrolls`, with the query's options as a choice of letters."""
     fields = zero_scrolls(line, names)
     options, output = OPTION.findall(fields["question"]), line["output"].strip()
-    right = [letter for letter, said in options if output in (letter, f"({letter})", said, f"({letter}) {said}")]
+    right = [letter for letter, text in options if output in (letter, f"({letter})", text, f"({letter}) {text}")]
     if not right:
         raise ValueError(
             f"output is {json.dumps(output)[:60]}: this layout has one of the query's options (A) ... there"
@@ -226,7 +226,7 @@ RECORDS = Layout("", None, lambda line, _: line, "records, one a line")  # quest
 
 @dataclass(frozen=True)
 class _Data:
-    """What there is of a set: of each split, where it is and what gives its numbered lines."""
+    """A set on disk: the place of each split, and a function that returns its numbered lines."""
 
     splits: dict[str, tuple[Path, Callable[[], Iterable[tuple[int, dict]]]]]
     mapping: Mapping
@@ -239,8 +239,8 @@ def load(path: Path, layout: Layout, shows: bool) -> tuple[list[Question], list[
 
     FileNotFoundError says what to put where.
     """
-    found = tfds.versions(path, layout.prepared.name) if layout.prepared is not None else []
-    data = _from_tfds(layout.prepared, found[-1]) if found else _from_files(path, layout)
+    versions = tfds.versions(path, layout.prepared.name) if layout.prepared is not None else []
+    data = _from_tfds(layout.prepared, versions[-1]) if versions else _from_files(path, layout)
     if "test" not in data.splits:
         raise FileNotFoundError(f"{path}: no such file, and no directory with test.jsonl: put there {layout.source}")
     names = data.names or (_names_in(data) if data.label else ())
@@ -268,7 +268,7 @@ def _from_tfds(prepared: Prepared, directory: Path) -> _Data:
 
 
 def _from_files(path: Path, layout: Layout) -> _Data:
-    """Of a directory its test.jsonl and train.jsonl; a file is what is asked."""
+    """Return the test.jsonl and train.jsonl of a directory, or a file as the test split."""
     named = [(split, path / f"{split}{end}") for split in ("test", "train") for end in SUFFIXES]
     places = {"test": path} if path.is_file() else {split: place for split, place in named if place.exists()}
     splits = {split: (place, partial(lines, place)) for split, place in places.items()}
@@ -282,7 +282,7 @@ def _from_files(path: Path, layout: Layout) -> _Data:
 def _names_in(data: _Data) -> tuple[str, ...]:
     """The labels that stand in the data, in the order of the alphabet."""
     place, numbered = data.splits["train" if "train" in data.splits else "test"]
-    found = set()
+    names = set()
     for number, line in numbered():
         try:
             name = _get(line, data.label, int, str)
@@ -292,5 +292,5 @@ def _names_in(data: _Data) -> tuple[str, ...]:
             raise FileNotFoundError(
                 f"{place.parent / 'labels.txt'}: no such file, and {data.label} is a number: give names, a line each"
             )
-        found.add(name)
-    return tuple(sorted(found))
+        names.add(name)
+    return tuple(sorted(names))

@@ -1,4 +1,4 @@
-"""How much a context helps: nll of the last tokens of held-out windows, after contexts of one kind and number."""
+"""The perplexity of held-out windows: nll of their last tokens, after contexts of one kind and number."""
 
 import functools
 import glob
@@ -74,9 +74,9 @@ class Perplexity:
         return max(self.windows, 2)
 
     def starts(self, length: int) -> Sequence[int]:
-        """Where the windows of a text of so many tokens start; none where it is too short for the longest context.
+        """Return where the windows of a text of so many tokens start; none if it is too short for the longest context.
 
-        Where windows are drawn, those of one text are few, and spread evenly over it.
+        If windows are drawn, those of one text are few, and spread evenly over it.
         """
         last = length - self.window
         if last < self.context:

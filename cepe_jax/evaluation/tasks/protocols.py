@@ -1,4 +1,4 @@
-"""How a task is put to a model: the words around a record, how much is generated, and by which metrics it counts."""
+"""The protocol of a task: the words around a question, how much is generated, and by which metrics it counts."""
 
 import dataclasses
 import string
@@ -55,7 +55,7 @@ class Words:
 
 @dataclass(frozen=True)
 class Protocol:
-    """What a task does unless its config says otherwise. Choices count by accuracy, whatever the metrics."""
+    """The words, limits and metrics of a task. Choices count by accuracy, whatever the metrics."""
 
     template: Template
     metrics: tuple[str, ...] = ()

@@ -69,15 +69,15 @@ DEMONSTRATION_FIELDS = {
 }
 
 
-def _check(given, fields: dict[str, tuple[Callable, str]], required: tuple[str, ...], inside: str = "") -> None:
-    """ValueError unless `given` is an object with the required fields, these fields alone, and of their types."""
-    if not isinstance(given, dict):
-        raise ValueError(f"{inside or 'it'} is {_shown(given)}: give an object with {', '.join(required)}")
+def _check(item, fields: dict[str, tuple[Callable, str]], required: tuple[str, ...], inside: str = "") -> None:
+    """ValueError unless `item` is an object with the required fields, these fields alone, and of their types."""
+    if not isinstance(item, dict):
+        raise ValueError(f"{inside or 'it'} is {_shown(item)}: give an object with {', '.join(required)}")
     place = f"{inside}." if inside else ""
     for name in required:
-        if name not in given:
+        if name not in item:
             raise ValueError(f"{place}{name} is missing: give {fields[name][1]}")
-    for name, value in given.items():
+    for name, value in item.items():
         if name not in fields:
             raise ValueError(f"unknown field {place}{name}: the fields are {', '.join(fields)}")
         fits, wanted = fields[name]
@@ -103,10 +103,10 @@ def parse(fields: dict, number: int) -> Question:
     if scores is not None and len(scores) != len(texts["contexts"]):
         raise ValueError(f"scores has {len(scores)} numbers for {len(texts['contexts'])} contexts: give one for each")
     demonstrations = []
-    for place, given in enumerate(fields.get("demonstrations", ())):
-        _check(given, DEMONSTRATION_FIELDS, ("question", "answer"), f"demonstrations[{place}]")
-        contexts = tuple(given.get("contexts", ()))
-        demonstrations.append(Demonstration(given["question"], given["answer"], contexts))
+    for place, item in enumerate(fields.get("demonstrations", ())):
+        _check(item, DEMONSTRATION_FIELDS, ("question", "answer"), f"demonstrations[{place}]")
+        contexts = tuple(item.get("contexts", ()))
+        demonstrations.append(Demonstration(item["question"], item["answer"], contexts))
     name = str(fields.get("id", number))
     return Question(name, fields["question"], scores=scores, demonstrations=tuple(demonstrations), **texts)
 

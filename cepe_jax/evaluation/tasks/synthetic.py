@@ -58,7 +58,7 @@ class Synthetic(Long):
 
     def __post_init__(self):
         if self.samples is None:
-            raise ValueError("samples is not given: say how many synthetic texts there are to be for each seed")
+            raise ValueError("samples is missing: say how many synthetic texts there are to be for each seed")
         super().__post_init__()
 
     def places(self) -> dict[Path, str]:
@@ -167,13 +167,13 @@ def _variables(rng: random.Random, hay: Iterator[str]) -> Text:
     names = _distinct(lambda: "".join(rng.choices("ABCDEFGHIJKLMNOPQRSTUVWXYZ", k=5)))
     chain = tuple(itertools.islice(names, HOPS + 1))
     value = rng.randrange(10**4, 10**5)
-    said = [f"VAR {chain[0]} = {value}.", *(f"VAR {b} = VAR {a}." for a, b in itertools.pairwise(chain))]
-    places = sorted(rng.random() for _ in said)
+    assignments = [f"VAR {chain[0]} = {value}.", *(f"VAR {b} = VAR {a}." for a, b in itertools.pairwise(chain))]
+    places = sorted(rng.random() for _ in assignments)
     question = (
         f"Which {len(chain)} variables have the value {value}, set directly or through other variables?\n"
         f"Answer: The variables with the value {value} are"
     )
-    return Text(_hidden(said, places, hay), question, chain, tuple(places))
+    return Text(_hidden(assignments, places, hay), question, chain, tuple(places))
 
 
 def _common_words(rng: random.Random, common_repeats: int, other_repeats: int) -> Text:
@@ -220,10 +220,10 @@ def _hidden(needles: Sequence[str], depths: Sequence[float], hay: Iterator[str])
 
     def parts(size: int) -> list[str]:
         kept.extend(itertools.islice(hay, max(0, size - len(kept))))
-        found = kept[:size]
+        sentences = kept[:size]
         for before, (depth, needle) in enumerate(by_depth):
-            found.insert(round(depth * size) + before, needle)
-        return found
+            sentences.insert(round(depth * size) + before, needle)
+        return sentences
 
     return parts
 

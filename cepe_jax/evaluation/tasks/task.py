@@ -54,6 +54,12 @@ def task_of(values: dict, _=()) -> "Task":
     return draccus.decode(FAMILIES[family], values)
 
 
+def read_alone(values: dict) -> dict:
+    """Return the settings without those that the family does not read, which older sweeps stored too."""
+    fields = FAMILIES.get(values["family"], TaskConfig).__dataclass_fields__
+    return {name: value for name, value in values.items() if name in fields}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Task:
     """The settings that every family reads, and what an evaluation does."""
