@@ -12,12 +12,12 @@ from cepe_jax.evaluation.sweep.grid import SweepConfig
 from cepe_jax.evaluation.sweep.run import run_sweep
 from cepe_jax.evaluation.tasks.protocols import Protocol, Template
 from cepe_jax.evaluation.tasks.questions import Question
-from cepe_jax.evaluation.tasks.task import Answered, register
+from cepe_jax.evaluation.tasks.task import Generative, register
 
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class Echo(Answered):
+class Echo(Generative):
     """The model is to repeat a word. The axis counts the contexts that say it."""
 
     family: str = "echo"
@@ -30,7 +30,7 @@ class Echo(Answered):
         return [(seed, Question(word, word, (word,))) for seed in self.seeds for word in self.words]
 
     def prompt(self, value: int, question: Question, tokenizer: Tokenizer) -> tuple[Prompt, list[list[int]]]:
-        _, ids, after = self.fitted(self.protocol.template.asked(question.question), (), tokenizer)
+        _, ids, after = self.split(self.protocol.template.asked(question.question), (), tokenizer)
         return Prompt(ids, [tokenizer.encode(question.question)] * value), after
 
 

@@ -68,11 +68,11 @@ class TaskRun(*FAMILIES.values(), Run):
 
 
 def _decode_run(values: dict, section: str, data: str) -> SweepConfig:
-    model, *rest = Run.__dataclass_fields__
-    sweep = {name: values[name] for name in rest if name in values}
-    settings = {name: value for name, value in values.items() if name not in Run.__dataclass_fields__}
-    models = {model: values[model]} if model in values else {}
-    return draccus.decode(SweepConfig, sweep | {"models": models, section: {data: settings}})
+    """Return the sweep of one model and one evaluation."""
+    run = {name: values[name] for name in Run.__dataclass_fields__ if name in values}
+    evaluation = {name: value for name, value in values.items() if name not in run}
+    models = {"model": run.pop("model")} if "model" in run else {}
+    return draccus.decode(SweepConfig, run | {"models": models, section: {data: evaluation}})
 
 
 draccus.decode.register(PerplexityRun, lambda values, _: _decode_run(values, "perplexity", "perplexity"))

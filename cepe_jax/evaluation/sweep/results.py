@@ -15,7 +15,7 @@ from cepe_jax.evaluation.sweep.estimates import Estimate, average, paired
 from cepe_jax.evaluation.sweep.grid import SweepConfig
 from cepe_jax.evaluation.tasks.evaluation import Unit
 from cepe_jax.evaluation.tasks.metrics import means
-from cepe_jax.evaluation.tasks.task import read_alone
+from cepe_jax.evaluation.tasks.task import without_unread
 from cepe_jax.weights.files import read_json
 
 
@@ -146,7 +146,7 @@ def gather(out: Path) -> Results:
     if not settings.exists():
         raise FileNotFoundError(f"{settings}: no such file: give the --out of a sweep")
     stored = read_json(settings)
-    tasks = {name: read_alone(task) for name, task in stored["tasks"].items()}
+    tasks = {name: without_unread(task) for name, task in stored["tasks"].items()}
     config = decode(SweepConfig, stored | {"tasks": tasks, "out": str(out)})
     finished, missing = {}, {}
     for cell in (cell for group in config.cells() for cell in group):

@@ -7,12 +7,12 @@ from cepe_jax.data.tokenizer import Tokenizer
 from cepe_jax.evaluation.readers.language_model import Prompt
 from cepe_jax.evaluation.tasks.protocols import Protocol, Template
 from cepe_jax.evaluation.tasks.questions import Question
-from cepe_jax.evaluation.tasks.task import Long, Stored, register
+from cepe_jax.evaluation.tasks.task import FromFiles, LongText, register
 
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class Document(Stored, Long):
+class Document(FromFiles, LongText):
     """The decoder reads the end of the document and what is asked of it."""
 
     family: str = "document"

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from cepe_jax.data.tokenizer import Tokenizer
 from cepe_jax.evaluation.readers.language_model import LanguageModel, Prompt
 from cepe_jax.evaluation.tasks.evaluation import Point
-from cepe_jax.evaluation.tasks.protocols import BETWEEN, Protocol, Template, joined
+from cepe_jax.evaluation.tasks.protocols import BETWEEN, Protocol, Template, join
 from cepe_jax.evaluation.tasks.questions import Question
-from cepe_jax.evaluation.tasks.task import Shown, register
+from cepe_jax.evaluation.tasks.task import FewShot, register
 
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class Icl(Shown):
+class Icl(FewShot):
     """The decoder reads the first demonstrations and the question, and compares the labels."""
 
     family: str = "icl"
@@ -22,7 +22,7 @@ class Icl(Shown):
     axis_name = "further demonstrations"
 
     @property
-    def num_shown(self) -> int:
+    def num_shots(self) -> int:
         return self.demonstrations + max(self.axis)
 
     def identity(self) -> dict:
@@ -33,9 +33,9 @@ class Icl(Shown):
         if not question.choices:
             raise ValueError(f"record {question.id} has no choices: the icl family compares them, give them")
         template = self.protocol.template
-        texts = list(map(template.answered, self.shown(question, value)))
-        text = joined(template.instruction, *texts[: self.demonstrations], template.asked(question.question))
-        _, ids, after = self.fitted(text, question.choices, tokenizer)
+        texts = list(map(template.answered, self.shots(question, value)))
+        text = join(template.instruction, *texts[: self.demonstrations], template.asked(question.question))
+        _, ids, after = self.split(text, question.choices, tokenizer)
         contexts = [tokenizer.encode(text + BETWEEN) for text in texts[self.demonstrations :]]
         return Prompt(ids, contexts, None, self.chunk_length), after
 
@@ -45,6 +45,6 @@ class Icl(Shown):
         for record in super().measure(point, model):
             labels = record["choices"]
             if labels not in of_labels:
-                _, ids, after = self.fitted(self.protocol.template.asked(""), labels, model.tokenizer)
+                _, ids, after = self.split(self.protocol.template.asked(""), labels, model.tokenizer)
                 of_labels[labels] = [score.total for score in model.score(Prompt(ids), after)]
             yield record | {"domain_log_probs": of_labels[labels]}

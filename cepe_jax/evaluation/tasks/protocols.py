@@ -63,6 +63,6 @@ class Protocol:
     stop: tuple[str, ...] = ()
 
 
-def joined(*parts: str) -> str:
+def join(*parts: str) -> str:
     """Return the parts that are not empty, one after another."""
     return BETWEEN.join(part for part in parts if part)

@@ -17,7 +17,7 @@ from cepe_jax.evaluation.tasks.metrics import SENTENCE_ENDS
 from cepe_jax.evaluation.tasks.protocols import Protocol, Template
 from cepe_jax.evaluation.tasks.questions import Question
 from cepe_jax.evaluation.tasks.selection import generator
-from cepe_jax.evaluation.tasks.task import Long, register
+from cepe_jax.evaluation.tasks.task import LongText, register
 from cepe_jax.inference.overflow import begun
 from cepe_jax.progress import track
 
@@ -46,7 +46,7 @@ NOISE = (
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class Synthetic(Long):
+class Synthetic(LongText):
     """The decoder reads the end of the text and the question. The axis counts the tokens of all that is read."""
 
     family: str = "synthetic"

@@ -18,7 +18,7 @@ from cepe_jax.evaluation.readers.language_model import LanguageModel, Prompt, ge
 from cepe_jax.evaluation.tasks.evaluation import SHARE, Point
 from cepe_jax.evaluation.tasks.layouts import LAYOUTS, RECORDS, Layout, load
 from cepe_jax.evaluation.tasks.metrics import METRICS, accuracies
-from cepe_jax.evaluation.tasks.protocols import BETWEEN, Protocol, Words, joined
+from cepe_jax.evaluation.tasks.protocols import BETWEEN, Protocol, Words, join
 from cepe_jax.evaluation.tasks.questions import Demonstration, Question
 from cepe_jax.evaluation.tasks.selection import Groups, groups_of, sample_demonstrations, sample_questions
 from cepe_jax.identity import as_json
@@ -54,7 +54,7 @@ def task_of(values: dict, _=()) -> "Task":
     return draccus.decode(FAMILIES[family], values)
 
 
-def read_alone(values: dict) -> dict:
+def without_unread(values: dict) -> dict:
     """Return the settings without those that the family does not read, which older sweeps stored too."""
     fields = FAMILIES.get(values["family"], TaskConfig).__dataclass_fields__
     return {name: value for name, value in values.items() if name in fields}
@@ -89,13 +89,15 @@ class Task:
         self.protocol  # noqa: B018 (ValueError for words without their place)
 
     @property
-    def published(self) -> Protocol:
+    def default_protocol(self) -> Protocol:
         """The protocol without the settings' changes."""
         return self.usual
 
     @property
     def protocol(self) -> Protocol:
-        return dataclasses.replace(self.published, template=self.template.put_into(self.published.template))
+        return dataclasses.replace(
+            self.default_protocol, template=self.template.put_into(self.default_protocol.template)
+        )
 
     def questions(self, value: int, tokenizer: Tokenizer) -> list[tuple[int, Question]]:
         """Return (seed, question) of all that is asked."""
@@ -132,8 +134,8 @@ class Task:
             if question.depths:
                 reply["depths"] = question.depths
             tokens = len(prompt.ids) + sum(map(len, prompt.contexts))
-            known = {"id": f"{seed}:{question.id}", "seed": seed, "answers": question.answers}
-            yield {**known, **reply, "read": tokens, "seconds": seconds}
+            facts = {"id": f"{seed}:{question.id}", "seed": seed, "answers": question.answers}
+            yield {**facts, **reply, "read": tokens, "seconds": seconds}
 
     def _reply(self, question: Question, prompt: Prompt, continuations: list[list[int]], model: LanguageModel) -> dict:
         if not question.choices:
@@ -154,7 +156,7 @@ class Task:
         return record["id"].removeprefix(f"{record['seed']}:")
 
     def identity(self) -> dict:
-        """Return all settings except the axis, which may grow, and the metrics, which are of stored records."""
+        """Return all settings except the axis, which may grow, and the metrics, which are computed from records."""
         return {name: value for name, value in as_json(self).items() if name not in ("axis", "metrics")}
 
     def facts(self) -> dict:
@@ -170,7 +172,7 @@ class Task:
             f"fewer, examples. Gains are paired by result; positive is better."
         )
 
-    def fitted(
+    def split(
         self,
         text: str,
         choices: Sequence[str],
@@ -186,13 +188,13 @@ class Task:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stored(Task):
+class FromFiles(Task):
     """Questions that are read from files."""
 
     data: Path  # questions: a file, or a directory with test.jsonl and train.jsonl, for demonstrations
     layout: str | None = None  # of layouts.LAYOUTS, in which the data is published; None: questions as they stand
 
-    num_shown = 0  # demonstrations that a question has at most; a family may compute it
+    num_shots = 0  # demonstrations that a question has at most
 
     def __post_init__(self):
         if self.layout is not None and self.layout not in LAYOUTS:
@@ -206,7 +208,7 @@ class Stored(Task):
         return RECORDS if self.layout is None else LAYOUTS[self.layout]
 
     @property
-    def published(self) -> Protocol:
+    def default_protocol(self) -> Protocol:
         return self.source.protocol or self.usual
 
     def places(self) -> dict[Path, str]:
@@ -214,7 +216,7 @@ class Stored(Task):
 
     def questions(self, value: int, tokenizer: Tokenizer) -> list[tuple[int, Question]]:
         """Return the questions that each seed selects, with demonstrations for all of the axis."""
-        questions, pool = load(self.data, self.source, shows=self.num_shown > 0)
+        questions, pool = load(self.data, self.source, shows=self.num_shots > 0)
         if len({bool(question.choices) for question in questions}) > 1:
             raise ValueError(f"{self.data}: some records have choices and some have not: give them apart")
         groups = groups_of(pool)
@@ -225,12 +227,12 @@ class Stored(Task):
         ]
 
     def _with_demonstrations(self, question: Question, groups: Groups, seed: int) -> Question:
-        drawn = question.demonstrations or sample_demonstrations(groups, self.num_shown, question, seed)
-        return dataclasses.replace(question, demonstrations=tuple(drawn))
+        shots = question.demonstrations or sample_demonstrations(groups, self.num_shots, question, seed)
+        return dataclasses.replace(question, demonstrations=tuple(shots))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shown(Stored):
+class FewShot(FromFiles):
     """Questions after demonstrations, which the decoder reads."""
 
     demonstrations: int = 2  # that the decoder reads
@@ -240,19 +242,23 @@ class Shown(Stored):
             raise ValueError(f"demonstrations is {self.demonstrations}: give 0 or more")
         super().__post_init__()
 
-    def shown(self, question: Question, in_encoder: int) -> Sequence[Demonstration]:
+    @property
+    def num_shots(self) -> int:
+        return self.demonstrations
+
+    def shots(self, question: Question, in_encoder: int) -> Sequence[Demonstration]:
         """Return the demonstrations of a prompt, which are the first ones of one with more in the encoder."""
-        shown = question.demonstrations
-        if len(shown) < self.demonstrations + in_encoder:
+        shots = question.demonstrations
+        if len(shots) < self.demonstrations + in_encoder:
             raise ValueError(
-                f"record {question.id} has {len(shown)} demonstrations, and {self.demonstrations} for the decoder and "
+                f"record {question.id} has {len(shots)} demonstrations, and {self.demonstrations} for the decoder and "
                 f"{in_encoder} for the encoder are asked for: ask for fewer"
             )
-        return shown[: self.demonstrations + in_encoder]
+        return shots[: self.demonstrations + in_encoder]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answered(Task):
+class Generative(Task):
     """Questions that the model answers in its own words."""
 
     max_new_tokens: int | None = None  # None, here and below: as the family or the layout has it
@@ -275,7 +281,7 @@ class Answered(Task):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Long(Answered):
+class LongText(Generative):
     """Questions on one long text: the decoder reads its end, the encoder what stands before."""
 
     window: int = 2048  # tokens that the decoder reads, with what it writes or chooses
@@ -284,13 +290,13 @@ class Long(Answered):
     def document(self, question: Question) -> tuple[str, str]:
         """Return the text, and what is asked of it, which follows: the instruction and the question."""
         template = self.protocol.template
-        text = joined(*map(template.read, question.contexts)) + BETWEEN
-        return text, joined(template.instruction, template.asked(question.question))
+        text = join(*map(template.read, question.contexts)) + BETWEEN
+        return text, join(template.instruction, template.asked(question.question))
 
     def prompt(self, value: int, question: Question, tokenizer: Tokenizer) -> tuple[Prompt, list[list[int]]]:
         text, asked = self.document(question)
         positions = self.window - 1  # the answer's last token is in the window and takes none
-        contexts, ids, after = self.fitted(text + asked, question.choices, tokenizer, positions, self.overflow)
+        contexts, ids, after = self.split(text + asked, question.choices, tokenizer, positions, self.overflow)
         if contexts and len(ids) - len(tokenizer.begin) < (needed := len(tokenizer.encode(asked))):
             raise ValueError(
                 f"record {question.id}: instruction and question have {needed} tokens, and the decoder's window of "
