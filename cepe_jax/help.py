@@ -30,9 +30,14 @@ GLUE = "\N{NO-BREAK SPACE}"  # where no line ends
 
 @functools.cache
 def comments(config_class: type) -> dict[str, str]:
-    """Return the comment beside each field of a dataclass, a parent's if the class has none of its own."""
+    """Return the comment beside each field of a dataclass, a parent's if the class has none of its own.
+
+    A class that has the fields of others without being their child names these in `FIELDS_OF`.
+    """
     beside = {}
-    for base in filter(dataclasses.is_dataclass, reversed(config_class.__mro__)):
+    owners = config_class, *getattr(config_class, "FIELDS_OF", ())
+    bases = (base for owner in reversed(owners) for base in reversed(owner.__mro__))
+    for base in filter(dataclasses.is_dataclass, bases):
         source = textwrap.dedent(inspect.getsource(base))
         fields = {
             line: node.target.id

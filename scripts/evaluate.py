@@ -31,14 +31,14 @@ report: Write the tables and plots of an evaluation again from its stored result
 
 from cepe_jax.commands import run_script
 from cepe_jax.evaluation.gains import GainsConfig, gains
-from cepe_jax.evaluation.grid import PerplexityRun, SweepConfig, TaskRun
 from cepe_jax.evaluation.harness import HarnessConfig, run_harness
-from cepe_jax.evaluation.report import ReportConfig, report
-from cepe_jax.evaluation.sweep import run_one, run_sweep
+from cepe_jax.evaluation.sweep.grid import PerplexityRun, SweepConfig, TaskRun
+from cepe_jax.evaluation.sweep.report import ReportConfig, report
+from cepe_jax.evaluation.sweep.run import run_sweep
 
 COMMANDS = {
-    "perplexity": (PerplexityRun, run_one),
-    "tasks": (TaskRun, run_one),
+    "perplexity": (PerplexityRun, run_sweep),
+    "tasks": (TaskRun, run_sweep),
     "sweep": (SweepConfig, run_sweep),
     "harness": (HarnessConfig, run_harness),
     "gains": (GainsConfig, lambda config: print(gains(config))),

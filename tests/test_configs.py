@@ -16,7 +16,7 @@ from support.scripts import SCRIPTS
 from cepe_jax.commands import command_in
 from cepe_jax.config import DECODERS, ENCODERS
 from cepe_jax.data.sampling import SampleConfig
-from cepe_jax.evaluation.grid import SweepConfig
+from cepe_jax.evaluation.sweep.grid import SweepConfig
 from cepe_jax.settings import decode, parse, read_yaml
 from cepe_jax.training.run import run_stage
 from cepe_jax.training.teacher import features_of
@@ -153,7 +153,10 @@ def test_configs(parse_command, path):
     command = lines[0].removeprefix("# ")
     assert f"--config configs/{path.name}" in command
     assert lines[1].startswith("# Hardware: ")
-    assert_holds(dataclasses.asdict(parse_command(command)), read_yaml(path))
+    config = parse_command(command)
+    if "evaluate.py perplexity" in command:  # a sweep, of which the settings are one evaluation's
+        config = config.perplexity["perplexity"]
+    assert_holds(dataclasses.asdict(config), read_yaml(path))
 
 
 def assert_holds(config: dict, settings: dict) -> None:

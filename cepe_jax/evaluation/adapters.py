@@ -9,7 +9,7 @@ from lm_eval.api.model import LM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from cepe_jax.evaluation.language_model import LanguageModel, Prompt, generate
+from cepe_jax.evaluation.readers.language_model import LanguageModel, Prompt, generate
 from cepe_jax.inference.chat import MAX_NEW_TOKENS
 from cepe_jax.inference.overflow import Overflow, TooLong, cut, cut_continued, fit, fit_continued, truncate_left
 from cepe_jax.inference.template import Message, Template
@@ -18,7 +18,7 @@ from cepe_jax.progress import track
 
 @dataclass(frozen=True)
 class Splitter:
-    """What of a harness' text the encoder reads: what stands before the decoder's window.
+    """The split of a harness' text: the encoder reads what stands before the decoder's window.
 
     `overflow` says how a text is cut that something follows; one that is itself predicted is cut into whole windows.
     """
@@ -29,7 +29,7 @@ class Splitter:
 
 
 class _Rendered:
-    """How a text is read that a chat template has written: names of special tokens are these tokens.
+    """A reader of texts that a chat template has written: names of special tokens are these tokens.
 
     `begin`: BOS, where the template writes one, as a tokenizer has it: it stays before what the decoder reads.
     """
@@ -106,7 +106,7 @@ class Adapter(LM):
         return self._kept("loglikelihood_rolling", requests, answered())
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """What the model writes greedily after each text; ValueError where the task wants samples."""
+        """Return the model's greedy text after each text; ValueError if the task wants samples."""
 
         def answered() -> Iterator[str]:
             for _, same in groupby(requests, key=lambda request: request.args[1]):
@@ -162,7 +162,8 @@ class Adapter(LM):
 
     @property
     def _limits(self) -> tuple[int, Overflow, int]:
-        return self.splitter.window, self.splitter.overflow, self.splitter.chunk_length
+        """(positions, overflow, chunk length): the answer's last token is in the window and takes no position."""
+        return self.splitter.window - 1, self.splitter.overflow, self.splitter.chunk_length
 
     def _kept(self, kind: str, requests: list[Instance], answers: Iterator) -> list:
         """The answers, with progress, each given to the harness' cache as soon as it is there."""

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from cepe_jax.directories import write_json, write_text
-from cepe_jax.evaluation.estimates import Estimate
-from cepe_jax.evaluation.perplexity import PerplexityConfig, windows
-from cepe_jax.evaluation.plots import ERRORS, save_figure
-from cepe_jax.evaluation.results import Result, gather
-from cepe_jax.evaluation.tables import number
+from cepe_jax.evaluation.sweep.estimates import Estimate
+from cepe_jax.evaluation.sweep.plots import ERRORS, save_figure
+from cepe_jax.evaluation.sweep.results import Result, gather
+from cepe_jax.evaluation.sweep.tables import number
+from cepe_jax.evaluation.tasks.perplexity import Perplexity, iter_windows
 
 KINDS = {"previous": "its own", "other": "another document's", "retrieved": "retrieved"}
 
@@ -43,12 +43,12 @@ class Runs:
     """The results of the runs, checked to be of the same windows and contexts."""
 
     def __init__(self, config: GainsConfig):
-        found = [gather(path) for path in config.runs]
-        self.rows = [{kind: row for (_, kind), row in each.rows("perplexity").items()} for each in found]
-        for path, each in zip(config.runs, found, strict=True):
-            if len(each.config.models) > 1 or each.data.keys() != {"perplexity"}:
+        sweeps = [gather(path) for path in config.runs]
+        self.rows = [{kind: row for (_, kind), row in each.rows("perplexity").items()} for each in sweeps]
+        for path, each in zip(config.runs, sweeps, strict=True):
+            if len(each.config.models) > 1 or each.config.evaluations.keys() != {"perplexity"}:
                 raise ValueError(f"{path} is of several models or data: give the --out of evaluate.py perplexity")
-        for path, each, rows in zip(config.runs, found, self.rows, strict=True):
+        for path, each, rows in zip(config.runs, sweeps, self.rows, strict=True):
             if each.missing:
                 raise ValueError(f"{path}: {len(each.missing)} results are missing: run its evaluation again")
             if {kind: row.keys() for kind, row in rows.items()} != {
@@ -59,8 +59,8 @@ class Runs:
                 raise ValueError(f"{path} was measured without 0 in chunks: there is nothing to gain over")
             if self.without(rows).values["nll"].keys() != self.without(self.rows[0]).values["nll"].keys():
                 raise ValueError(f"{path} has other windows than {config.runs[0]}: compare runs on the same data")
-        some = next(iter(found[0].finished.values())).cell
-        self.data: PerplexityConfig = found[0].config.perplexity["perplexity"]
+        some = next(iter(sweeps[0].finished.values())).cell
+        self.data: Perplexity = sweeps[0].config.perplexity["perplexity"]
         self.model = some.model_config
 
     @staticmethod
@@ -115,7 +115,7 @@ def gains(config: GainsConfig) -> str:
 
 
 def sentences(runs: Runs, trained: int) -> Iterator[str]:
-    """State in a line each what was found."""
+    """Yield the gains in words, a line each."""
     data, documents = runs.data, runs.nll.groups
     seeds = f", mean of {len(runs.rows)} seeds" if len(runs.rows) > 1 else ""
     yield (
@@ -140,7 +140,7 @@ def table(runs: Runs) -> Iterator[str]:
     yield "|---|" + "---|" * len(runs.gains)
     for contexts in next(iter(runs.gains.values())):
         cells = [row[contexts] for row in runs.gains.values()]
-        written = [number(gain.estimate, "nll", "+") for gain in cells]
+        written = [number(gain.estimate, Perplexity.unit, "+") for gain in cells]
         if several:
             written = [f"{text} (seeds: {gain.spread:.4f})" for text, gain in zip(written, cells, strict=True)]
         yield f"| {contexts} | {' | '.join(written)} |"
@@ -155,7 +155,7 @@ def continued(runs: Runs, config: GainsConfig) -> Iterator[str]:
     gained = runs.gains["previous"][config.trained].windows
     name = max(gained, key=gained.get)
     model = load(runs.model.path)
-    window = next(w for w in windows(runs.data, model.tokenizer) if f"{w.document}:{w.start}" == name)
+    window = next(w for w in iter_windows(runs.data, model.tokenizer) if f"{w.document}:{w.start}" == name)
     contexts = [chunk.tolist() for chunk in window.contexts["previous"][-config.trained :]]
     context = model.encode(contexts, chunk_length=runs.data.chunk_length)
     cut = runs.data.window - runs.data.scored
@@ -174,8 +174,8 @@ def continued(runs: Runs, config: GainsConfig) -> Iterator[str]:
 
 def _cell(text: str) -> str:
     """The text as code in a cell of a table, in one line."""
-    for found, put in (("\n", "\\n"), ("|", "\\|"), ("`", "'")):
-        text = text.replace(found, put)
+    for old, new in (("\n", "\\n"), ("|", "\\|"), ("`", "'")):
+        text = text.replace(old, new)
     return f"`{text}`"
 
 

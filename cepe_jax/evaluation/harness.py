@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 from cepe_jax.checks import check_chunk_length
 from cepe_jax.devices import Devices, on_devices
 from cepe_jax.directories import write_json, write_text
-from cepe_jax.evaluation.cells import provenance, weights_at
-from cepe_jax.evaluation.models import ModelConfig, check_model, load_model
+from cepe_jax.evaluation.readers.models import ModelConfig, check_model, load_model
+from cepe_jax.evaluation.sweep.cells import provenance, weights_at
 from cepe_jax.identity import as_json, refuse_another_run
 from cepe_jax.inference.overflow import Overflow
 from cepe_jax.inference.template import Template
@@ -78,7 +78,7 @@ def run_harness(config: HarnessConfig) -> None:
         model = load_model(config.model)
         template = Template(model.tokenizer) if config.chat else None
         splitter = Splitter(config.window, config.overflow, config.chunk_length)
-        found = lm_eval.simple_evaluate(
+        results = lm_eval.simple_evaluate(
             Adapter(model, splitter, template, config.batch, partial(_note_cut, config.out / CUT)),
             tasks=list(config.tasks),
             num_fewshot=config.num_fewshot,
@@ -88,12 +88,12 @@ def run_harness(config: HarnessConfig) -> None:
             task_manager=manager,
             metadata=facts,
         )
-    for task, samples in found.pop("samples").items():
+    for task, samples in results.pop("samples").items():
         write_text(config.out / f"samples_{task}.jsonl", "".join(f"{json.dumps(s, default=str)}\n" for s in samples))
     cuts = _cuts(config.out / CUT)
-    found["cepe_jax"] = {"config": as_json(config), "cut": cuts} | provenance()
-    write_json(config.out / "results.json", as_json(found))
-    print(make_table(found))
+    results["cepe_jax"] = {"config": as_json(config), "cut": cuts} | vars(provenance())
+    write_json(config.out / "results.json", as_json(results))
+    print(make_table(results))
     for task, count in cuts.items():
         print(f"{task}: {count} requests were cut to the window of {config.window}, see {config.out / CUT}")
 

@@ -183,13 +183,6 @@ def check_prompts(model: Cepe | Llama, prompts: Sequence[Sequence[int]], memory:
         check_tokens("a prompt", np.asarray(prompt), 1, model.decoder.config.vocab_size)
 
 
-def check_fits(length: int, new: int, window: int | None) -> None:
-    """ValueError where a prompt of this length and the new tokens exceed the window; None is no bound."""
-    if window is not None and length + new > window:
-        mend = "shorten the prompt, or let overflow truncate_left cut it" if new < window else "ask for fewer new ones"
-        raise ValueError(f"a prompt of {length} tokens and {new} new ones exceed the window of {window} tokens: {mend}")
-
-
 def stream(
     model: Cepe | Llama,
     prompts: Sequence[Sequence[int]],
@@ -198,7 +191,6 @@ def stream(
     max_new_tokens: int,
     sampling: Sampling | Sequence[Sampling] = GREEDY,
     stop_ids: Sequence[int] = (),
-    window: int | None = None,
     policy: CacheConfig = FULL,
 ) -> Iterator[list[int | None]]:
     """The tokens that follow each prompt, step by step: one of each row, None where a row has ended.
@@ -206,14 +198,12 @@ def stream(
     A row ends before the first of `stop_ids`; the steps end with the last row, at the latest after `max_new_tokens`.
     Memory of one row is read by all prompts. Each row is the one its prompt has alone, sampled ones too: the draws
     depend on the row's seed and the number of the token. Of one `sampling` for all prompts each row has its
-    `for_row`. `policy` selects what the cache keeps. ValueError where the longest prompt and the new tokens exceed
-    `window`.
+    `for_row`. `policy` selects what the cache keeps.
     """
     check_prompts(model, prompts, memory)
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}: give 1 or more")
     longest = max(len(prompt) for prompt in prompts)
-    check_fits(longest, max_new_tokens, window)
     shared = isinstance(sampling, Sampling)
     samplings = [sampling.for_row(row) for row in range(len(prompts))] if shared else sampling
     if len(samplings) != len(prompts):
@@ -253,10 +243,9 @@ def generate(
     max_new_tokens: int,
     sampling: Sampling | Sequence[Sampling] = GREEDY,
     stop_ids: Sequence[int] = (),
-    window: int | None = None,
     policy: CacheConfig = FULL,
 ) -> list[list[int]]:
     """The tokens that follow each prompt: what `stream` gives, row by row."""
-    limits = {"max_new_tokens": max_new_tokens, "stop_ids": stop_ids, "window": window, "policy": policy}
+    limits = {"max_new_tokens": max_new_tokens, "stop_ids": stop_ids, "policy": policy}
     steps = list(stream(model, prompts, memory, sampling=sampling, **limits))
     return [[step[row] for step in steps if step[row] is not None] for row in range(len(prompts))]

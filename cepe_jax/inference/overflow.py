@@ -9,7 +9,6 @@ from typing import Literal, get_args
 
 from cepe_jax.checks import check_chunk_length
 from cepe_jax.data.tokenizer import Tokenizer
-from cepe_jax.inference.generate import check_fits
 
 Overflow = Literal["error", "truncate_left", "passages"]
 BLANK_LINES = re.compile(r"\n(?:[ \t\r]*\n)+")  # what ends a passage; the indent after it is the next one's
@@ -71,6 +70,25 @@ def begun(text: str, tokenizer: Tokenizer) -> list[int]:
     return [*tokenizer.begin, *tokenizer.encode(text)] or [tokenizer.bos_id]
 
 
+def room_beside(new: int, window: int | None, begin: Sequence[int] = ()) -> int | None:
+    """Return how many tokens of a prompt fit after `begin` into a window of so many positions, with `new` after them.
+
+    The last new token takes no position: nothing is read after it. None: no bound is known. TooLong if none fit.
+    """
+    if window is None:
+        return None
+    room = window + 1 - new - len(begin)
+    if room < 1:
+        bos = " and BOS" if begin else ""
+        raise TooLong(f"{new} new tokens{bos} leave nothing of the window's {window} for a prompt: ask for fewer")
+    return room
+
+
+def fits(length: int, new: int, window: int | None) -> bool:
+    """Return True if a prompt of this length has room beside the new tokens."""
+    return window is None or (new <= window and length <= room_beside(new, window))
+
+
 def fit(
     prompt: str, tokenizer: Tokenizer, window: int | None, max_new_tokens: int, overflow: Overflow, chunk_length: int
 ) -> tuple[list[list[int]], list[int]]:
@@ -80,9 +98,13 @@ def fit(
     """
     if not _moves(overflow, window, chunk_length):
         ids = begun(prompt, tokenizer)
-        check_fits(len(ids), max_new_tokens, window)
+        if not fits(len(ids), max_new_tokens, window):
+            raise ValueError(
+                f"a prompt of {len(ids)} tokens and {max_new_tokens} new ones exceed the window of {window} tokens: "
+                f"shorten the prompt or ask for fewer, or let overflow truncate_left cut it"
+            )
         return [], ids
-    room = _room_beside(max_new_tokens, window, tokenizer)
+    room = room_beside(max_new_tokens, window, tokenizer.begin)
     if overflow == "truncate_left":
         contexts, ids = truncate_left(tokenizer.encode(prompt), room, chunk_length)
     else:
@@ -110,7 +132,7 @@ def fit_continued(
             raise ValueError(f"continuation {number} is empty: leave it out")
     contexts, (before, after) = [], _cut(prompt, continuations, tokenizer)
     if _moves(overflow, window, chunk_length):
-        room = _room_beside(max(map(len, after)), window, tokenizer)
+        room = room_beside(max(map(len, after)), window, tokenizer.begin)
         if overflow == "truncate_left":
             begin = len(tokenizer.begin)
             contexts, rest = truncate_left(before[begin:], room, chunk_length)
@@ -120,7 +142,7 @@ def fit_continued(
             contexts = [tokenizer.encode(text) for text in texts]
             before, after = _cut(prompt[sum(map(len, texts)) :], continuations, tokenizer)
     for number, ids in enumerate(after):
-        if window is not None and len(before) + len(ids) > window:
+        if not fits(len(before), len(ids), window):
             raise ValueError(
                 f"prompt and continuation {number} have {len(before) + len(ids)} tokens and the window {window}: "
                 f"shorten the prompt, or let overflow truncate_left cut it"
@@ -135,9 +157,9 @@ def cut(
 
     Of more new tokens than the window has room for there are as many as fit beside the prompt, at least half a window.
     """
-    ids, most = tokenizer.encode(prompt), _room_beside(0, window, tokenizer)
+    ids, most = tokenizer.encode(prompt), room_beside(0, window, tokenizer.begin)
     new = max_new_tokens if max_new_tokens < most else max(most - max(len(ids), 1), most // 2)
-    contexts, ids = truncate_left(ids, _room_beside(new, window, tokenizer), chunk_length)
+    contexts, ids = truncate_left(ids, room_beside(new, window, tokenizer.begin), chunk_length)
     return contexts, [*tokenizer.begin, *ids] or [tokenizer.bos_id], new
 
 
@@ -150,8 +172,8 @@ def cut_continued(
     """
     before, (after,) = _cut(prompt, [continuation], tokenizer)
     begin = len(tokenizer.begin)
-    contexts, kept = truncate_left([*before[begin:], *after], _room_beside(0, window, tokenizer), chunk_length)
-    following = min(len(after), _room_beside(1, window, tokenizer))
+    contexts, kept = truncate_left([*before[begin:], *after], room_beside(0, window, tokenizer.begin), chunk_length)
+    following = min(len(after), room_beside(1, window, tokenizer.begin))
     return contexts, [*before[:begin], *kept[:-following]], kept[-following:]
 
 
@@ -164,15 +186,6 @@ def _moves(overflow: Overflow, window: int | None, chunk_length: int) -> bool:
     check_has_window(window)
     check_chunk_length(chunk_length)
     return True
-
-
-def _room_beside(new: int, window: int, tokenizer: Tokenizer) -> int:
-    """How many tokens of a prompt fit into the window with what a text begins with and so many new ones."""
-    room = window - new - len(tokenizer.begin)
-    if room < 1:
-        bos = " and BOS" if tokenizer.begin else ""
-        raise TooLong(f"{new} new tokens{bos} leave nothing of the window's {window} for a prompt: ask for fewer")
-    return room
 
 
 def _cut(prompt: str, continuations: Sequence[str], tokenizer: Tokenizer) -> tuple[list[int], list[list[int]]]:

@@ -18,7 +18,7 @@ import cepe_jax
 from cepe_jax.data.tokenizer import Tokenizer
 from cepe_jax.evaluation import harness
 from cepe_jax.evaluation.harness import HarnessConfig, run_harness
-from cepe_jax.evaluation.models import ModelConfig
+from cepe_jax.evaluation.readers.models import ModelConfig
 from cepe_jax.inference.template import Template
 from cepe_jax.inference.text import TextModel
 
@@ -249,7 +249,7 @@ def test_a_run_from_files(home, folder, local, tmp_path, capsys, monkeypatch):
 
     8 CPU-seconds: lm-eval's evaluator from a task file to results.
     """
-    text_model: TextModel = cepe_jax.load(home, window=32)
+    text_model: TextModel = cepe_jax.load(home, window=31)  # positions: the answer's last token takes none
     names = "local_choices", "local_answers"
     config = HarnessConfig(
         ModelConfig(home), names, tmp_path / "out", window=32, chunk_length=8, task_folder=folder, batch=2

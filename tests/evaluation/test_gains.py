@@ -10,38 +10,34 @@ import numpy as np
 import pytest
 
 from cepe_jax.directories import write_json
-from cepe_jax.evaluation import cells as store
 from cepe_jax.evaluation.gains import GainsConfig, Runs, _cell, gains, sentences, table
-from cepe_jax.evaluation.grid import PerplexityRun, SweepConfig
-from cepe_jax.evaluation.models import ModelConfig
-from cepe_jax.evaluation.perplexity import PerplexityConfig
-from cepe_jax.evaluation.sweep import run_one
+from cepe_jax.evaluation.readers.models import ModelConfig
+from cepe_jax.evaluation.sweep import cells as store
+from cepe_jax.evaluation.sweep.cells import CellFacts
+from cepe_jax.evaluation.sweep.grid import SweepConfig
+from cepe_jax.evaluation.sweep.run import run_sweep
+from cepe_jax.evaluation.tasks.perplexity import Perplexity
 from cepe_jax.identity import as_json
 from cepe_jax.inference.text import load
 
-FACTS = {"device": "1 x cpu", "jax": "0", "python": "3", "commit": None, "date": "2000-01-01"}
-FACTS |= {"weights": None, "data_digest": None, "mesh": {}, "seconds": 1.0, "tokenizer": "t", "peak_memory": 1}
-DATA = PerplexityConfig(
-    data=Path("d"), chunks=(0, 2, 8), window=8, scored=4, chunk_length=16, kinds=("previous", "other")
-)
+FACTS = CellFacts("1 x cpu", "0", "3", {}, None, "2000-01-01", "t", None, None, {}, seconds=1.0, peak_memory=1)
+DATA = Perplexity(data=Path("d"), chunks=(0, 2, 8), window=8, scored=4, chunk_length=16, kinds=("previous", "other"))
 WINDOWS = [(document, start) for document, count in (("a", 3), ("b", 1), ("c", 2)) for start in range(count)]
 
 
-def write_run(
-    out: Path, seed: int, windows=WINDOWS, data: PerplexityConfig = DATA
-) -> dict[tuple[str, int], np.ndarray]:
+def write_run(out: Path, seed: int, windows=WINDOWS, data: Perplexity = DATA) -> dict[tuple[str, int], np.ndarray]:
     """Records of a run at `out`, and their nll by kind and number of contexts."""
     sweep = SweepConfig(out=out, models={"model": ModelConfig(Path("m"))}, perplexity={"perplexity": data})
     (out / "cells").mkdir(parents=True)
     write_json(out / "sweep.json", as_json(sweep))
     rng, nll = np.random.default_rng(seed), {}
     for cell in itertools.chain(*sweep.cells()):
-        nll[cell.kind, cell.value] = rng.normal(3, 1, len(windows))
+        nll[cell.point] = rng.normal(3, 1, len(windows))
         records = [
             {"id": f"{document}:{start}", "document": document, "domain": "", "nll": value, "read": 8, "seconds": 0.1}
-            for (document, start), value in zip(windows, nll[cell.kind, cell.value].tolist(), strict=True)
+            for (document, start), value in zip(windows, nll[cell.point].tolist(), strict=True)
         ]
-        store.write(out, cell, records, FACTS)
+        store.write(out, cell, records, lambda: FACTS)
     return nll
 
 
@@ -103,7 +99,8 @@ def test_a_window_is_continued_with_its_context_and_without(home, tmp_path):
     for name in "ab":
         (texts / f"{name}.txt").write_text(f"{name} fox runs over the lazy dog " * 9)
     sizes = {"chunks": (0, 2), "window": 16, "scored": 8, "chunk_length": 8, "kinds": ("previous", "other")}
-    run_one(PerplexityRun(model=ModelConfig(home), data=texts, out=tmp_path / "run", **sizes))
+    data = {"perplexity": Perplexity(data=texts, **sizes)}
+    run_sweep(SweepConfig(out=tmp_path / "run", models={"model": ModelConfig(home)}, perplexity=data))
     page = gains(GainsConfig((tmp_path / "run",), 2, tmp_path / "gains", new_tokens=4))
     assert page == (tmp_path / "gains/gains.md").read_text()
     assert (tmp_path / "gains/gains.png").read_bytes().startswith(b"\x89PNG")

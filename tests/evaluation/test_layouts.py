@@ -8,9 +8,12 @@ import pytest
 from support.fakes import Scripted
 from support.tfds import prepare
 
-from cepe_jax.evaluation.layouts import LAYOUTS, load
-from cepe_jax.evaluation.records import Record
-from cepe_jax.evaluation.tasks import TaskConfig, measure
+from cepe_jax.evaluation.tasks.evaluation import Point
+from cepe_jax.evaluation.tasks.icl import Icl
+from cepe_jax.evaluation.tasks.layouts import LAYOUTS, load
+from cepe_jax.evaluation.tasks.qa import Qa
+from cepe_jax.evaluation.tasks.questions import Question
+from cepe_jax.evaluation.tasks.task import FAMILIES
 
 
 def write(path, lines):
@@ -57,22 +60,22 @@ def test_retrieved_passages(tmp_path, name):
     write(tmp_path / "test.jsonl", QA[name])
     records, _ = load(tmp_path, LAYOUTS[name], shows=False)
     assert records == [
-        Record(IDS[name][0], "q1?", ("a", "b"), contexts=("T\nx", "U\ny"), scores=(1.5, 0.5)),
-        Record(IDS[name][1], "q2?", ("c",), contexts=("z",), scores=(2.0,)),
-        Record(IDS[name][2], "q3?", ("d",), contexts=("w",)),
+        Question(IDS[name][0], "q1?", ("a", "b"), contexts=("T\nx", "U\ny"), scores=(1.5, 0.5)),
+        Question(IDS[name][1], "q2?", ("c",), contexts=("z",), scores=(2.0,)),
+        Question(IDS[name][2], "q3?", ("d",), contexts=("w",)),
     ]
 
 
 def test_popqa_shows_its_other_questions(tmp_path):
     write(tmp_path / "test.jsonl", QA["popqa"])
     model = Scripted(lambda prompt: "x")
-    config = TaskConfig("qa", (0,), tmp_path, layout="popqa", passages=1)
-    list(measure(config, 0, model))
+    config = Qa(axis=(0,), data=tmp_path, layout="popqa", passages=1)
+    list(config.measure(Point("", 0), model))
     for prompt in model.asked:
         text = "".join(map(chr, prompt.ids))
         assert sorted(re.findall(r"q\d", text)) == ["q1", "q2", "q3"]
     with pytest.raises(FileNotFoundError, match="train.jsonl, .*demonstrations.*ctxs"):
-        next(measure(TaskConfig("qa", (0,), tmp_path, layout="nq", passages=1), 0, model))
+        next(Qa(axis=(0,), data=tmp_path, layout="nq", passages=1).measure(Point("", 0), model))
 
 
 # Of each: three published lines, the names that labels.txt has, and of the records question, answer and choices.
@@ -195,7 +198,7 @@ def test_zero_scrolls(tmp_path, name):
     lines, question = ZERO_SCROLLS[name]
     write(tmp_path / "test.jsonl", lines)
     records, _ = load(tmp_path, LAYOUTS[name], shows=False)
-    assert records == [Record(f"i{n}", question, (f"answer {n}",), contexts=(f"Text\n{n}.",)) for n in range(3)]
+    assert records == [Question(f"i{n}", question, (f"answer {n}",), contexts=(f"Text\n{n}.",)) for n in range(3)]
 
 
 def test_quality(tmp_path):
@@ -235,9 +238,9 @@ def test_all_layouts_are_tested_and_can_be_asked(tmp_path):
         if name in ICL and ICL[name][1]:
             (home / "labels.txt").write_text(ICL[name][1])
         options = {"qa": {"passages": 1, "demonstrations": 1}, "icl": {"demonstrations": 1}, "document": {}}
-        config = TaskConfig(LAYOUTS[name].family, (0,), home, layout=name, **options[LAYOUTS[name].family])
+        config = FAMILIES[LAYOUTS[name].family](axis=(0,), data=home, layout=name, **options[LAYOUTS[name].family])
         model = Scripted(lambda prompt: "x", lambda prompt, continuation: 0.0)
-        assert len(list(measure(config, 0, model))) == len(lines)
+        assert len(list(config.measure(Point("", 0), model))) == len(lines)
 
 
 def test_faults(tmp_path):
@@ -269,9 +272,9 @@ def test_faults(tmp_path):
     with pytest.raises(ValueError, match="test.jsonl:1: output .*validation"):
         load(tmp_path, LAYOUTS["qasper"], shows=False)
     with pytest.raises(ValueError, match="layout sst: .*nq, trivia_qa"):
-        TaskConfig("icl", (0,), layout="sst")
+        Icl(axis=(0,), data=tmp_path, layout="sst")
     with pytest.raises(ValueError, match="layout sst2 .* icl "):
-        TaskConfig("qa", (0,), layout="sst2")
+        Qa(axis=(0,), data=tmp_path, layout="sst2")
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

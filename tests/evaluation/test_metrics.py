@@ -5,7 +5,7 @@ import random
 import pytest
 from rouge_score import rouge_scorer as scorer
 
-from cepe_jax.evaluation.metrics import (
+from cepe_jax.evaluation.tasks.metrics import (
     METRICS,
     accuracies,
     exact_match,

@@ -10,8 +10,8 @@ import pytest
 from support.refusals import one_line
 from support.tokenizers import WINDOW
 
-from cepe_jax.evaluation.language_model import LanguageModel, Prompt, generate
-from cepe_jax.evaluation.models import ModelConfig, check_model, load_model
+from cepe_jax.evaluation.readers.language_model import LanguageModel, Prompt, generate
+from cepe_jax.evaluation.readers.models import ModelConfig, check_model, load_model
 from cepe_jax.inference.caches import CacheConfig
 from cepe_jax.inference.scoring import Score
 from cepe_jax.model.llama import Llama
@@ -206,12 +206,13 @@ def test_bad_input(home, encoder_reads, decoder_reads, tmp_path):
             lambda: ModelConfig(home, "replug", cache=CacheConfig("rolling")),
             "cache.kind is rolling",
         ),
+        (lambda: ModelConfig(home, "decoder", temperature=2.0), "temperature is 2.0, .*decoder.*leave it out"),
         (lambda: ModelConfig(home, rope="ntk"), "rope is 'ntk': .*trained, linear, yarn"),
         (lambda: ModelConfig(home, rope="linear"), "rope linear .* 1.0: "),
         (lambda: ModelConfig(home, factor=2.0), "rope trained .* 2.0: "),
         (lambda: encoder_reads.stream([long], 2), " 48 tokens and 2 .*window of 48: "),
         (lambda: encoder_reads.score(long, [[5, 6], [7]]), " 48 tokens and 2 .*window"),
-        (lambda: decoder_reads.stream([long], 49), "49 tokens .*window of 48"),
+        (lambda: decoder_reads.stream([long], 49), "49 new tokens .*window's 48"),
         (lambda: encoder_reads.stream([Prompt([BOS], [[]])], 2), "passage 0 .*no tokens"),
     ]:
         with pytest.raises(ValueError, match=message) as caught:

@@ -14,9 +14,10 @@ from support.fakes import Asked
 from cepe_jax.data.corpus import Corpus, PrepareConfig, prepare
 from cepe_jax.data.retrieval import features_of
 from cepe_jax.data.tokenizer import Tokenizer
-from cepe_jax.evaluation import perplexity
-from cepe_jax.evaluation.perplexity import PerplexityConfig, measure
-from cepe_jax.evaluation.selection import drawn
+from cepe_jax.evaluation.tasks import perplexity
+from cepe_jax.evaluation.tasks.evaluation import Point
+from cepe_jax.evaluation.tasks.perplexity import Perplexity
+from cepe_jax.evaluation.tasks.selection import reservoir_by_domain
 
 WORDS = ["def ", "x", "\n", "    ", "``` ", "return ", "🙂"]
 
@@ -36,8 +37,8 @@ def home(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def config(home) -> PerplexityConfig:
-    return PerplexityConfig(
+def config(home) -> Perplexity:
+    return Perplexity(
         data=home / "documents",
         chunks=(1, 0, 4),
         window=9,
@@ -60,17 +61,17 @@ def texts_of(home: Path, split: str = "test") -> dict[str, list[int]]:
     return {name: ids for name, ids in texts.items() if len(ids) >= 24 + 9}
 
 
-def spans(config: PerplexityConfig, kind: str, chunks: int, model: Asked) -> list[tuple[list[int], list[list[int]]]]:
+def spans(config: Perplexity, kind: str, chunks: int, model: Asked) -> list[tuple[list[int], list[list[int]]]]:
     """The window and its contexts, of each question; what is scored is the window's end."""
     model.asked.clear()
-    records = list(measure(config, kind, chunks, model))
+    records = list(config.measure(Point(kind, chunks), model))
     assert len(records) == len(model.asked)
     for _, continuations in model.asked:
         assert [len(row) for row in continuations] == [config.scored]
     return [([*prompt.ids, *rows[0]], [list(c) for c in prompt.contexts]) for prompt, rows in model.asked]
 
 
-def starts_of(config: PerplexityConfig, length: int) -> list[int]:
+def starts_of(config: Perplexity, length: int) -> list[int]:
     """By trying every place."""
     places = [start for start in range(length) if start >= 24 and start + 9 <= length]
     match config.place:
@@ -106,7 +107,7 @@ def test_windows_and_contexts(config, model, home, changes):
 def test_the_middle_is_the_middle(config, model, home):
     """Where the context leaves it free: half of what is outside of the window stands on each side."""
     config = dataclasses.replace(config, chunks=(1,), place="middle")
-    records = list(measure(config, "previous", 1, model))
+    records = list(config.measure(Point("previous", 1), model))
     texts = texts_of(home)
     of_long = [r for r in records if r["document"] in texts]
     assert len(of_long) == len(texts)
@@ -119,7 +120,7 @@ def test_records(config, model, home):
     """Every number that is asked for has the same windows, and the nll is the mean over the scored tokens."""
     by_cell = {}
     for kind, chunks in ("none", 0), ("previous", 1), ("previous", 4), ("other", 4):
-        records = list(measure(config, kind, chunks, model))
+        records = list(config.measure(Point(kind, chunks), model))
         by_cell[kind, chunks] = [record["id"] for record in records]
         for record, (prompt, (row,)) in zip(records, model.asked[-len(records) :], strict=True):
             np.testing.assert_allclose(record["nll"], np.mean((1 + np.array(row) % 7) / 4) - 0.125 * chunks, rtol=1e-6)
@@ -150,8 +151,10 @@ def test_raw_documents_are_those_of_the_dataset(config, model, home, tmp_path):
         assert sorted(spans(raw, "previous", 4, model)) == asked["previous"]
     files = dataclasses.replace(config, data=tmp_path / "files")
     assert sorted(spans(files, "other", 4, model)) == asked["other"]
-    records = list(measure(files, "previous", 1, model))
-    assert [record["id"] for record in records] == [record["id"] for record in measure(config, "previous", 1, model)]
+    records = list(files.measure(Point("previous", 1), model))
+    assert [record["id"] for record in records] == [
+        record["id"] for record in config.measure(Point("previous", 1), model)
+    ]
     assert {record["domain"] for record in records} == {"folder0", "folder1"}
 
 
@@ -203,8 +206,8 @@ def test_the_other_document(config, model, tmp_path):
     assert len(spans(one, "other", 1, model)) == 1
 
 
-def ids_of(config: PerplexityConfig, model: Asked, chunks: int = 4) -> list[str]:
-    return [record["id"] for record in measure(config, "previous", chunks, model)]
+def ids_of(config: Perplexity, model: Asked, chunks: int = 4) -> list[str]:
+    return [record["id"] for record in config.measure(Point("previous", chunks), model)]
 
 
 def test_drawn_raw_documents_are_read_once(config, model, home, monkeypatch):
@@ -230,7 +233,7 @@ def test_drawn(seed):
     sizes, domains, draws = rng.integers(0, 4, count), rng.choice(list("abc"), count), rng.random(count)
     asked = []
     candidates = [(str(domains[n]), float(draws[n]), n) for n in range(count)]
-    found = drawn(iter(candidates), most, lambda n: (asked.append(n) or n, int(sizes[n])))
+    found = reservoir_by_domain(iter(candidates), most, lambda n: (asked.append(n) or n, int(sizes[n])))
     wanted = []
     for domain in "abc":
         total = 0
@@ -269,9 +272,9 @@ def retrieved(tmp_path_factory) -> tuple[Path, list[np.ndarray], np.ndarray, Tok
 
 
 @pytest.fixture
-def found(retrieved) -> PerplexityConfig:
+def found(retrieved) -> Perplexity:
     sizes = {"window": 12, "scored": 8, "chunk_length": LENGTH}
-    return PerplexityConfig(data=retrieved[0], chunks=(0, 1, 3), kinds=("retrieved",), split="train", **sizes)
+    return Perplexity(data=retrieved[0], chunks=(0, 1, 3), kinds=("retrieved",), split="train", **sizes)
 
 
 def test_retrieved_passages(found, retrieved):
@@ -280,7 +283,7 @@ def test_retrieved_passages(found, retrieved):
     model = Asked(tokenizer)
     for chunks in 0, 1, 3:
         model.asked.clear()
-        records = list(measure(found, "retrieved", chunks, model))
+        records = list(found.measure(Point("retrieved", chunks), model))
         assert [record["id"] for record in records] == ["0:0", "1:0", "2:0", "3:0"]
         for (prompt, (row,)), record, tokens, rows in zip(model.asked, records, sequences, passages, strict=True):
             assert [*prompt.ids, *row] == tokens[:12].tolist()
@@ -294,11 +297,11 @@ def test_retrieved_passages(found, retrieved):
 def test_what_retrieval_did_not_give(found, retrieved):
     model = Asked(retrieved[3])
     with pytest.raises(ValueError, match=r"\b3 passages .* 0, and 4 .*--k"):
-        next(measure(dataclasses.replace(found, chunks=(4,)), "retrieved", 4, model))
+        next(dataclasses.replace(found, chunks=(4,)).measure(Point("retrieved", 4), model))
     with pytest.raises(ValueError, match=" 4 tokens, .* 3 .*scored"):
-        next(measure(dataclasses.replace(found, scored=9), "retrieved", 1, model))
+        next(dataclasses.replace(found, scored=9).measure(Point("retrieved", 1), model))
     with pytest.raises(ValueError, match="kinds retrieved, .*previous"):
-        next(measure(found, "previous", 1, model))
+        next(found.measure(Point("previous", 1), model))
 
 
 @pytest.mark.parametrize(
@@ -325,7 +328,7 @@ def test_bad_configs(config, changes, said):
 
 def test_data_that_has_no_window(config, model, home, tmp_path):
     def first(**changes):
-        return next(measure(dataclasses.replace(config, **changes), "previous", 1, model))
+        return next(dataclasses.replace(config, **changes).measure(Point("previous", 1), model))
 
     with pytest.raises(ValueError, match=" 609 tokens .*lower"):
         first(chunks=(100,))
@@ -346,4 +349,4 @@ def test_data_that_has_no_window(config, model, home, tmp_path):
 def test_probabilities_that_are_no_numbers(config, model):
     model.gain = float("nan")
     with pytest.raises(ValueError, match=r"nll of folder\d/\d\d.txt:\d+ is nan"):
-        next(measure(config, "previous", 1, model))
+        next(config.measure(Point("previous", 1), model))

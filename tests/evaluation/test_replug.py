@@ -8,10 +8,10 @@ import pytest
 from support.models import relative_error
 from support.refusals import one_line
 
-from cepe_jax.evaluation import replug as module
-from cepe_jax.evaluation.language_model import Prompt
-from cepe_jax.evaluation.models import ModelConfig, load_model
-from cepe_jax.evaluation.replug import RePlug, log_weights, mixture
+from cepe_jax.evaluation.readers import replug as module
+from cepe_jax.evaluation.readers.language_model import Prompt
+from cepe_jax.evaluation.readers.models import ModelConfig, load_model
+from cepe_jax.evaluation.readers.replug import RePlug, log_weights, mixture
 from cepe_jax.inference.caches import full
 from cepe_jax.weights.source import load
 

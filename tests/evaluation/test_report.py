@@ -10,27 +10,26 @@ import numpy as np
 import pytest
 
 from cepe_jax.directories import write_json
-from cepe_jax.evaluation import cells as store
-from cepe_jax.evaluation.estimates import Estimate, paired
-from cepe_jax.evaluation.grid import SweepConfig
-from cepe_jax.evaluation.models import ModelConfig
-from cepe_jax.evaluation.perplexity import PerplexityConfig
-from cepe_jax.evaluation.report import ReportConfig, report
-from cepe_jax.evaluation.tasks import TaskConfig
+from cepe_jax.evaluation.readers.models import ModelConfig
+from cepe_jax.evaluation.sweep import cells as store
+from cepe_jax.evaluation.sweep.cells import CellFacts
+from cepe_jax.evaluation.sweep.estimates import Estimate, paired
+from cepe_jax.evaluation.sweep.grid import SweepConfig
+from cepe_jax.evaluation.sweep.report import ReportConfig, report
+from cepe_jax.evaluation.tasks.document import Document
+from cepe_jax.evaluation.tasks.perplexity import Perplexity
+from cepe_jax.evaluation.tasks.qa import Qa
 from cepe_jax.identity import as_json
 
 DOCUMENTS = [
     f"{domain}/{number}" for domain, count in (("book", 5), ("arxiv", 4), ("web", 1)) for number in range(count)
 ]
-FACTS = {"device": "1 x cpu", "jax": "0", "python": "3", "commit": None, "date": "2000-01-01"}
-FACTS |= {"weights": None, "data_digest": None, "mesh": {}, "seconds": 1.0}
+FACTS = CellFacts("1 x cpu", "0", "3", {}, None, "2000-01-01", "x", None, None, {}, seconds=1.0, peak_memory=1 << 30)
 
 
 @pytest.fixture
 def config(tmp_path) -> SweepConfig:
-    data = PerplexityConfig(
-        data=Path("d"), chunks=(0, 2), window=8, scored=4, chunk_length=16, kinds=("previous", "other")
-    )
+    data = Perplexity(data=Path("d"), chunks=(0, 2), window=8, scored=4, chunk_length=16, kinds=("previous", "other"))
     models = {"cepe": ModelConfig(Path("a")), "plain": ModelConfig(Path("b")), "other": ModelConfig(Path("c"))}
     return SweepConfig(out=tmp_path, models=models, perplexity={"text": data})
 
@@ -65,13 +64,14 @@ def nll(config) -> dict[str, dict[str, float]]:
                 "document": name.split(":")[0],
                 "domain": name.split("/")[0],
                 "nll": value,
-                "read": 8 + 16 * cell.value + index,
+                "read": 8 + 16 * cell.point.value + index,
                 "seconds": 0.01 * (1 + index % 5),
             }
             for index, (name, value) in enumerate(nll[cell.name].items())
         ]
-        tokens = {"tokenizer": "x" if cell.model != "other" else "y"}
-        store.write(config.out, cell, iter(records), FACTS | tokens, {"peak_memory": (number + 1) << 28})
+        tokenizer = "x" if cell.model != "other" else "y"
+        facts = dataclasses.replace(FACTS, tokenizer=tokenizer, peak_memory=(number + 1) << 28)
+        store.write(config.out, cell, iter(records), lambda facts=facts: facts)
     return nll
 
 
@@ -169,7 +169,7 @@ def test_the_speed_of_one_record_is_not_told(config, nll):
         path.unlink()
     cell = config.cells()[0][0]
     record = {"id": "a:0", "document": "a", "domain": "d", "nll": 2.0, "read": 8, "seconds": 60.0}
-    store.write(config.out, cell, iter([record]), FACTS | {"tokenizer": "x"}, {"peak_memory": 1 << 30})
+    store.write(config.out, cell, iter([record]), lambda: FACTS)
     page = report(ReportConfig(config.out))
     assert rows_of(page, "Tokens a second, and peak memory")[1] == ["cepe", "previous", "-, 1.00 GiB"]
     (found,) = json.loads((config.out / "results.json").read_text())["cells"]
@@ -219,7 +219,7 @@ def test_the_page(config, nll):
 
 def test_a_task(tmp_path):
     """In percent; results of one example under several seeds are dependent; ROUGE's geometric mean has no error."""
-    task = TaskConfig("qa", (0, 5), seeds=(1, 2), metrics=("exact_match", "rouge1", "rouge2", "rougeL"))
+    task = Qa(axis=(0, 5), data=Path("d"), seeds=(1, 2), metrics=("exact_match", "rouge1", "rouge2", "rougeL"))
     config = SweepConfig(out=tmp_path, models={"cepe": ModelConfig(Path("a"))}, tasks={"nq": task})
     (tmp_path / "cells").mkdir()
     write_json(tmp_path / "sweep.json", as_json(config))
@@ -230,14 +230,14 @@ def test_a_task(tmp_path):
                 "id": f"{seed}:{number}",
                 "seed": seed,
                 "answers": [answer],
-                "prediction": answer if number < 2 and (cell.value or seed == 1) else "a red sea",
+                "prediction": answer if number < 2 and (cell.point.value or seed == 1) else "a red sea",
                 "read": 7,
                 "seconds": 0.5,
             }
             for seed in (1, 2)
             for number, answer in enumerate(answers)
         ]
-        store.write(tmp_path, cell, iter(records), FACTS | {"tokenizer": "x"}, {"peak_memory": 1 << 30})
+        store.write(tmp_path, cell, iter(records), lambda: FACTS)
     page = report(ReportConfig(tmp_path))
     cells = json.loads((tmp_path / "results.json").read_text())["cells"]
     matches = [cell["metrics"]["exact_match"] for cell in cells]
@@ -305,8 +305,8 @@ def test_pairs():
 
 def test_averages_over_tasks(tmp_path):
     """Each task counts alike; there is none where a task has no result, and none over several families."""
-    same = {"axis": (0, 5), "metrics": ("exact_match", "f1")}
-    asked = {"a": TaskConfig("qa", **same), "b": TaskConfig("qa", **same), "c": TaskConfig("document", (5,))}
+    same = {"axis": (0, 5), "data": Path("d"), "metrics": ("exact_match", "f1")}
+    asked = {"a": Qa(**same), "b": Qa(**same), "c": Document(axis=(5,), data=Path("d"))}
     config = SweepConfig(out=tmp_path, models={"cepe": ModelConfig(Path("a"))}, tasks=asked)
     (tmp_path / "cells").mkdir()
     write_json(tmp_path / "sweep.json", as_json(config))
@@ -317,7 +317,7 @@ def test_averages_over_tasks(tmp_path):
             for n, hit in enumerate(right.get(cell.name, []))
         ]
         if records:
-            store.write(tmp_path, cell, iter(records), FACTS | {"tokenizer": "x"}, {"peak_memory": 1})
+            store.write(tmp_path, cell, iter(records), lambda: FACTS)
     page = report(ReportConfig(tmp_path))
     averages = json.loads((tmp_path / "results.json").read_text())["averages"]
     error = np.hypot(np.std([1, 1, 1, 0], ddof=1) / 2, np.std([0, 1], ddof=1) / np.sqrt(2)) / 2

@@ -17,15 +17,20 @@ from support.fakes import Asked
 
 from cepe_jax.data.tokenizer import Tokenizer
 from cepe_jax.devices import Devices
-from cepe_jax.evaluation import cells as store
-from cepe_jax.evaluation import perplexity, sweep, tasks
-from cepe_jax.evaluation.cells import Cell
-from cepe_jax.evaluation.grid import PerplexityRun, SweepConfig, TaskRun
-from cepe_jax.evaluation.models import ModelConfig
-from cepe_jax.evaluation.perplexity import PerplexityConfig
-from cepe_jax.evaluation.report import ReportConfig, report
-from cepe_jax.evaluation.sweep import measure_group, run_one, run_sweep
-from cepe_jax.evaluation.tasks import TaskConfig
+from cepe_jax.evaluation.readers.models import ModelConfig
+from cepe_jax.evaluation.sweep import cells as store
+from cepe_jax.evaluation.sweep import run as sweep
+from cepe_jax.evaluation.sweep.cells import Cell
+from cepe_jax.evaluation.sweep.grid import PerplexityRun, SweepConfig, TaskRun
+from cepe_jax.evaluation.sweep.report import ReportConfig, report
+from cepe_jax.evaluation.sweep.run import Event, measure_group, run_sweep
+from cepe_jax.evaluation.tasks.evaluation import Point
+from cepe_jax.evaluation.tasks.icl import Icl
+from cepe_jax.evaluation.tasks.perplexity import Perplexity
+from cepe_jax.evaluation.tasks.qa import Qa
+from cepe_jax.evaluation.tasks.synthetic import Synthetic
+from cepe_jax.identity import as_json
+from cepe_jax.settings import decode
 from cepe_jax.weights.source import load
 
 
@@ -42,9 +47,7 @@ def texts(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def config(texts, tmp_path) -> SweepConfig:
-    data = PerplexityConfig(
-        data=texts, chunks=(2, 0, 1), window=6, scored=3, chunk_length=4, kinds=("previous", "other")
-    )
+    data = Perplexity(data=texts, chunks=(2, 0, 1), window=6, scored=3, chunk_length=4, kinds=("previous", "other"))
     models = {"first": ModelConfig(Path("a")), "second": ModelConfig(Path("b"))}
     return SweepConfig(out=tmp_path / "out", models=models, perplexity={"text": data})
 
@@ -78,36 +81,36 @@ def runs(texts, tmp_path, monkeypatch) -> Runs:
     """Processes are none: the parent does what they would do, and `Died` ends one. Models answer by a formula."""
     runs = Runs()
 
-    def in_process(config: SweepConfig, group) -> Iterator[sweep.Message]:
+    def in_process(config: SweepConfig, group) -> Iterator[Event]:
         runs.groups.append([cell.name for cell in group])
         said, code = [], "with status 0"
         try:
-            measure_group(config, group, lambda *message: said.append(message))
+            measure_group(config, group, said.append)
         except Died:
             code = sweep._end(-signal.SIGKILL)
-        yield from [*said, ("ended", "", code, "")]
+        yield from [*said, Event("ended", message=code)]
 
     def load_model(config: ModelConfig) -> Asked:
         runs.on_load(config)
         runs.loaded.append(config.path)
         return Asked(Tokenizer(texts), gain=0.125 if config.path == Path("a") else 0.25)
 
-    def measure(config, kind, chunks, model) -> Iterator[dict]:
-        cell = (runs.loaded[-1].name, kind, chunks)
+    def measure(self, point: Point, model) -> Iterator[dict]:
+        cell = (runs.loaded[-1].name, *point)
         runs.cells.append(cell)
-        for number, record in enumerate(real(config, kind, chunks, model)):
+        for number, record in enumerate(real(self, point, model)):
             if number == 2:
                 runs.at.get(cell, lambda: None)()
             yield record
 
-    real = perplexity.measure
+    real = Perplexity.measure
     monkeypatch.chdir(tmp_path)
     for name in "abc":
         (tmp_path / name).mkdir()
     monkeypatch.setattr(sweep, "_in_process", in_process)
     monkeypatch.setattr(sweep, "load_model", load_model)
     monkeypatch.setattr(sweep, "check_model", runs.check)
-    monkeypatch.setattr(perplexity, "measure", measure)
+    monkeypatch.setattr(Perplexity, "measure", measure)
     return runs
 
 
@@ -159,11 +162,11 @@ def test_peak_memory_is_that_of_the_cell(config, runs):
 
 
 def test_only_draws_depend_on_the_axis(config):
-    def identity(axis: tuple[int, ...], **task) -> dict:
-        return Cell("tasks", "m", "d", "", 0, ModelConfig(Path("a")), TaskConfig(axis=axis, **task)).identity
+    def identity(family: type, *axis: int) -> dict:
+        return Cell("m", "d", Point("", 0), ModelConfig(Path("a")), family(axis=axis, data=Path("d"))).identity
 
-    assert identity((0, 5), family="qa") == identity((0, 5, 50), family="qa")
-    assert identity((0, 5), family="icl") != identity((0, 5, 50), family="icl")
+    assert identity(Qa, 0, 5) == identity(Qa, 0, 5, 50)
+    assert identity(Icl, 0, 5) != identity(Icl, 0, 5, 50)
 
 
 def test_what_is_finished_is_not_run_again(config, runs):
@@ -287,9 +290,9 @@ def test_what_is_not_there(config, runs, tmp_path):
         return {"perplexity": {"text": dataclasses.replace(config.perplexity["text"], data=data)}}
 
     def tasked(**changes) -> dict:
-        return {"perplexity": {}, "tasks": {"nq": TaskConfig("synthetic", (9,), samples=1, **changes)}}
+        return {"perplexity": {}, "tasks": {"nq": Synthetic(axis=(9,), samples=1, **changes)}}
 
-    missing = {"perplexity": {}, "tasks": {"nq": TaskConfig("qa", (1,), Path("nq"))}}
+    missing = {"perplexity": {}, "tasks": {"nq": Qa(axis=(1,), data=Path("nq"))}}
     no_tokenizer = {"models": {"x": ModelConfig(Path("a"), tokenizer=Path("tok"))}}
     for changes, said in [
         ({"models": {"x": ModelConfig(Path("absent"))}}, "^absent: no .*file"),
@@ -329,7 +332,7 @@ def test_a_model_that_cannot_be_read_so(config, runs):
 
 def test_one_set_that_is_not_there(config, runs):
     """Its cells have failed, without a process; the others run."""
-    config = dataclasses.replace(config, tasks={"nq": TaskConfig("qa", (1, 2), Path("nq"))})
+    config = dataclasses.replace(config, tasks={"nq": Qa(axis=(1, 2), data=Path("nq"))})
     with pytest.raises(ValueError, match=r" first\.nq\.1: nq: no .*: put there "):
         run_sweep(config)
     assert not any(".nq." in cell for group in runs.groups for cell in group)
@@ -460,7 +463,7 @@ def test_damaged_cells_are_run_again(config, runs, damage):
     ],
 )
 def test_records_that_are_no_result(config, runs, monkeypatch, records, said):
-    monkeypatch.setattr(perplexity, "measure", lambda *asked: iter(records))
+    monkeypatch.setattr(Perplexity, "measure", lambda *asked: iter(records))
     with pytest.raises(ValueError, match=said):
         run_sweep(config)
     assert results(config)["cells"] == []
@@ -479,15 +482,15 @@ def test_tasks(config, runs, monkeypatch):
     """Their cells have no kind, and records may be scored by other metrics without a new run."""
     asked = []
 
-    def measure(config: TaskConfig, axis: int, model) -> Iterator[dict]:
-        asked.append(axis)
+    def measure(self, point: Point, model) -> Iterator[dict]:
+        asked.append(point.value)
         for number in range(3):
             record = {"id": f"42:{number}", "seed": 42, "answers": ["yes"], "read": 10, "seconds": 0.5}
-            yield record | {"prediction": "yes" if number < axis else "no yes"}
+            yield record | {"prediction": "yes" if number < point.value else "no yes"}
 
-    monkeypatch.setattr(tasks, "measure", measure)
+    monkeypatch.setattr(Qa, "measure", measure)
     Path("x.jsonl").write_text("{}")
-    task = TaskConfig("qa", (2, 1), Path("x.jsonl"))
+    task = Qa(axis=(2, 1), data=Path("x.jsonl"))
     config = dataclasses.replace(config, perplexity={}, tasks={"nq": task}, models={"m-1": ModelConfig(Path("a"))})
     run_sweep(config)
     assert asked == [1, 2]
@@ -511,7 +514,7 @@ def test_tasks(config, runs, monkeypatch):
         ({"perplexity": {}}, "models, perplexity or tasks"),
         ({"models": {"a.b": ModelConfig(Path("a"))}}, "'a.b' names"),
         ({"models": {"a/b": ModelConfig(Path("a"))}}, "'a/b' names"),
-        ({"tasks": {"text": TaskConfig("qa", (1,))}}, "text: .*perplexity and tasks"),
+        ({"tasks": {"text": Qa(axis=(1,), data=Path("d"))}}, "text: .*perplexity and tasks"),
     ],
 )
 def test_bad_grids(config, changes, said):
@@ -520,12 +523,14 @@ def test_bad_grids(config, changes, said):
 
 
 def test_one_model_is_a_grid_of_one(config):
-    model, data = ModelConfig(Path("a")), config.perplexity["text"]
-    run = PerplexityRun(model=model, out=config.out, **dataclasses.asdict(data))
-    assert run.sweep() == SweepConfig(out=config.out, models={"model": model}, perplexity={"perplexity": data})
-    task = TaskConfig("qa", (1,))
-    wanted = SweepConfig(out=config.out, models={"model": model}, tasks={"task": task})
-    assert TaskRun(family="qa", axis=(1,), model=model, out=config.out).sweep() == wanted
+    run = {"model": {"path": "a"}, "out": str(config.out)}
+    sweep = {"out": config.out, "models": {"model": ModelConfig(Path("a"))}}
+    data = config.perplexity["text"]
+    assert decode(PerplexityRun, run | as_json(data)) == SweepConfig(**sweep, perplexity={"perplexity": data})
+    task = decode(TaskRun, run | {"family": "qa", "axis": [1], "data": "d", "passages": 3})
+    assert task == SweepConfig(**sweep, tasks={"task": Qa(axis=(1,), data=Path("d"), passages=3)})
+    with pytest.raises(ValueError, match="give a model"):
+        decode(PerplexityRun, {"out": "o"} | as_json(data))
 
 
 def test_a_real_process_that_is_killed(home, texts, tmp_path, forward, monkeypatch):
@@ -535,19 +540,20 @@ def test_a_real_process_that_is_killed(home, texts, tmp_path, forward, monkeypat
     8 CPU-seconds for real workers: in the other tests the parent does what they would do.
     """
     sizes = {"window": 12, "scored": 5, "chunk_length": 8, "chunks": (0, 2)}
-    run, started = PerplexityRun(data=texts, out=tmp_path / "out", model=ModelConfig(home), **sizes), []
+    data, started = {"perplexity": Perplexity(data=texts, **sizes)}, []
+    run = SweepConfig(out=tmp_path / "out", models={"model": ModelConfig(home)}, perplexity=data)
 
-    def killing(config: SweepConfig, group, real=sweep._in_process) -> Iterator[sweep.Message]:
-        started.append([cell.value for cell in group])
-        for message in real(config, group):
-            if message[:2] == ("begun", "model.perplexity.none.0"):  # it will compile for a second
+    def killing(config: SweepConfig, group, real=sweep._in_process) -> Iterator[Event]:
+        started.append([cell.point.value for cell in group])
+        for event in real(config, group):
+            if event == Event("begun", "model.perplexity.none.0"):  # it will compile for a second
                 (child,) = multiprocessing.active_children()
                 os.kill(child.pid, signal.SIGKILL)
-            yield message
+            yield event
 
     monkeypatch.setattr(sweep, "_in_process", killing)
     with pytest.raises(ValueError, match=r"\b1 of 2 .*none.0: .*killed by SIGKILL"):
-        run_one(run)
+        run_sweep(run)
     assert started == [[0, 2], [2]]
     assert not multiprocessing.active_children()
     assert {path.split(".")[-2:][0] for path in written(run) if ".json" in path and path[0] != "."} == {"2"}

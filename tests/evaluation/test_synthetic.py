@@ -8,15 +8,15 @@ from typing import get_args
 import pytest
 from support.fakes import Letters, Scripted, whole_text
 
-from cepe_jax.evaluation.synthetic import Kind, records, sentences_of
-from cepe_jax.evaluation.tasks import TaskConfig, measure, values
+from cepe_jax.evaluation.tasks.evaluation import Point
+from cepe_jax.evaluation.tasks.synthetic import Kind, Synthetic, sentences_of, texts
 
 KINDS = get_args(Kind)
 LENGTHS = {"common_words": (900, 5000, 9000), "frequent_words": range(240, 900, 30)}
 
 
 def made(kind, length, samples=5, seed=42, haystack=()):
-    return list(records(kind, length, samples, seed, haystack, lambda record: len(record.contexts[0])))
+    return list(texts(kind, length, samples, seed, haystack, lambda record: len(record.contexts[0])))
 
 
 def read_needles(text: str) -> dict[str, list[str]]:
@@ -105,8 +105,8 @@ def test_too_short():
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_reader_of_all_finds_all(kind):
     """Whoever reads contexts and prompt is right; whoever reads the prompt alone is not always."""
-    config = TaskConfig(
-        "synthetic", (500, 4000), samples=6, seeds=(1, 2), kind=kind, window=900, chunk_length=100, max_new_tokens=80
+    config = Synthetic(
+        axis=(500, 4000), samples=6, seeds=(1, 2), kind=kind, window=900, chunk_length=100, max_new_tokens=80
     )
 
     def reader(read):
@@ -117,21 +117,21 @@ def test_a_reader_of_all_finds_all(kind):
         return Scripted(says)
 
     whole = reader(whole_text)
-    results = list(measure(config, 4000, whole))
+    results = list(config.measure(Point("", 4000), whole))
     assert len({result["id"] for result in results}) == 12
     for result, prompt in zip(results, whole.asked, strict=True):
         assert result["read"] + 80 <= 4000
         assert result["read"] + 80 > 4000 - 250
         assert len(prompt.ids) == 900 - 80
         assert all(len(context) == 100 for context in prompt.contexts[1:])
-        assert values(config, result) == {"match_all": 1, "match_part": 1}
+        assert config.values(result) == {"match_all": 1, "match_part": 1}
     if kind not in ("common_words", "frequent_words"):
         half_blind = reader(lambda prompt: Letters().decode(prompt.ids))
-        found = [values(config, result)["match_all"] for result in measure(config, 4000, half_blind)]
+        found = [config.values(result)["match_all"] for result in config.measure(Point("", 4000), half_blind)]
         assert sum(found) < 0.7 * len(found)
         assert "depths" in results[0]
 
 
 def test_samples_are_needed():
-    with pytest.raises(ValueError, match="samples .*not given"):
-        next(measure(TaskConfig("synthetic", (500,)), 500, Scripted()))
+    with pytest.raises(ValueError, match="samples is missing"):
+        Synthetic(axis=(500,))

@@ -6,8 +6,13 @@ from pathlib import Path
 import pytest
 from support.fakes import BOS, Letters, Scripted, whole_text
 
-from cepe_jax.evaluation.protocols import Template, Words
-from cepe_jax.evaluation.tasks import TaskConfig, measure, values
+from cepe_jax.evaluation.sweep.grid import TaskRun
+from cepe_jax.evaluation.tasks.document import Document
+from cepe_jax.evaluation.tasks.evaluation import Point
+from cepe_jax.evaluation.tasks.icl import Icl
+from cepe_jax.evaluation.tasks.protocols import Template, Words
+from cepe_jax.evaluation.tasks.qa import Qa
+from cepe_jax.settings import decode
 
 
 def write(path, records):
@@ -41,8 +46,8 @@ def qa(tmp_path):
 
 def test_qa_prompt(qa):
     model = Scripted(lambda prompt: " N1\nQuestion: what else?")
-    config = TaskConfig("qa", (0, 2), qa, samples=5, passages=2, demonstrations=1)
-    (*_,) = results = list(measure(config, 2, model))
+    config = Qa(axis=(0, 2), data=qa, samples=5, passages=2, demonstrations=1)
+    (*_,) = results = list(config.measure(Point("", 2), model))
     assert len(results) == len(model.asked) == 5
     for result, prompt in zip(results, model.asked, strict=True):
         seed, name = result["id"].split(":")
@@ -61,7 +66,7 @@ def test_qa_prompt(qa):
         assert list(prompt.scores) == [1.0, 2.0]
         assert result["prediction"] == " N1"
         assert result["read"] == len(whole_text(prompt)) + 1
-        found = values(config, json.loads(json.dumps(result)))
+        found = config.values(json.loads(json.dumps(result)))
         assert found == {"exact_match": n == 1, "substring_match": n == 1, "f1": n == 1}
     assert {int(result["id"].split(":q")[1]) for result in results} != set(range(5))  # not the first ones
 
@@ -70,7 +75,7 @@ def test_qa_axis_changes_the_contexts_alone(qa):
     asked = {}
     for axis in (0, 1, 2):
         model = Scripted(lambda prompt: "x")
-        list(measure(TaskConfig("qa", (0, 1, 2), qa, passages=2), axis, model))
+        list(Qa(axis=(0, 1, 2), data=qa, passages=2).measure(Point("", axis), model))
         asked[axis] = model.asked
     assert [p.ids for p in asked[0]] == [p.ids for p in asked[1]] == [p.ids for p in asked[2]]
     assert all(not p.contexts and not p.scores for p in asked[0])
@@ -80,7 +85,7 @@ def test_qa_axis_changes_the_contexts_alone(qa):
 def test_choice_is_a_function_of_seed_and_id(qa):
     def asked(**options):
         model = Scripted(lambda prompt: "x")
-        results = list(measure(TaskConfig("qa", (0,), qa, passages=1, **options), 0, model))
+        results = list(Qa(axis=(0,), data=qa, passages=1, **options).measure(Point("", 0), model))
         return {result["id"]: text(prompt.ids) for result, prompt in zip(results, model.asked, strict=True)}
 
     some, both = asked(samples=4, seeds=(43,)), asked(samples=4, seeds=(42, 43))
@@ -101,16 +106,16 @@ def test_demonstrations_do_not_ask_the_same(tmp_path):
     train = [{"question": f"T{n // 2}?", "answers": [f"A{n % 3}"], "contexts": ["c"]} for n in range(8)]
     write(tmp_path / "train.jsonl", train)
     model = Scripted(lambda prompt: "x")
-    list(measure(TaskConfig("qa", (0,), tmp_path, passages=1, demonstrations=3), 0, model))
+    list(Qa(axis=(0,), data=tmp_path, passages=1, demonstrations=3).measure(Point("", 0), model))
     shown = text(model.asked[0].ids).split("Question: ")
     assert sorted(part.split("\n")[0] for part in shown[1:-1]) == ["T0?", "T2?", "T3?"]
     with pytest.raises(ValueError, match="record 1: 4 demonstrations .* 3 "):
-        list(measure(TaskConfig("qa", (0,), tmp_path, passages=1, demonstrations=4), 0, model))
+        list(Qa(axis=(0,), data=tmp_path, passages=1, demonstrations=4).measure(Point("", 0), model))
 
 
 def test_too_few_contexts(qa):
     with pytest.raises(ValueError, match=" 4 contexts, and 3 .*decoder .*2 .*encoder"):
-        next(measure(TaskConfig("qa", (2,), qa, passages=3), 2, Scripted()))
+        next(Qa(axis=(2,), data=qa, passages=3).measure(Point("", 2), Scripted()))
 
 
 def test_own_demonstrations_and_words(tmp_path):
@@ -119,43 +124,45 @@ def test_own_demonstrations_and_words(tmp_path):
     write(tmp_path / "a.jsonl", [record])
     template = Words("Add.", "({context})", "{question} =", " {answer}.")
     model = Scripted(lambda prompt: " 4.\n")
-    config = TaskConfig("qa", (0,), tmp_path / "a.jsonl", passages=1, template=template, metrics=("f1",))
-    (result,) = measure(config, 0, model)
+    config = Qa(axis=(0,), data=tmp_path / "a.jsonl", passages=1, template=template, metrics=("f1",))
+    (result,) = config.measure(Point("", 0), model)
     assert text(model.asked[0].ids) == "Add.\n\n(sums)\n\n1+1 = 2.\n\n3+3 = 6.\n\n(a {b})\n\n{2}+2 ="
-    assert values(config, result) == {"f1": 1.0}
+    assert config.values(result) == {"f1": 1.0}
     with pytest.raises(ValueError, match="record 1 has 2 demonstrations, and 3 .*decoder"):
-        next(measure(TaskConfig("qa", (0,), tmp_path / "a.jsonl", passages=1, demonstrations=3), 0, model))
+        next(Qa(axis=(0,), data=tmp_path / "a.jsonl", passages=1, demonstrations=3).measure(Point("", 0), model))
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"family": "rag"}, "family is 'rag': .*qa, icl"),
-        ({"kind": "two"}, "kind is 'two': choose single"),
-        ({"window": 7}, "window is 7, .* qa "),
+        ({"family": "rag"}, "family is 'rag': .*qa"),
+        ({"family": "synthetic", "kind": "two"}, "kind is 'two': .*two"),
+        ({"window": 2048}, "window is 2048, .* qa .*leave it out"),
         ({"overflow": "passages"}, "overflow is passages, .* qa "),
         ({"kind": "multi_key"}, "kind is multi_key, .* qa "),
         ({"family": "document", "passages": 3}, "passages is 3, .* document "),
         ({"family": "document", "demonstrations": 0}, "demonstrations is 0, .* document "),
         ({"family": "icl", "max_new_tokens": 9}, "max_new_tokens is 9, .* icl "),
-        ({"family": "icl", "metrics": ("f1",)}, "metrics is .* icl "),
-        ({"family": "synthetic", "data": Path("x.jsonl")}, "data is x.jsonl, .* synthetic "),
-        ({"family": "synthetic", "layout": "nq"}, "layout is nq, .* synthetic "),
-        ({"template": Words(question="?")}, "template.question is '.': .*{question}"),
-        ({"overflow": "error"}, "overflow is 'error': choose truncate_left, passages"),
-        ({"axis": ()}, r"axis is \[\]"),
-        ({"axis": (5, 5)}, r"axis is \[5, 5\]: .*different"),
-        ({"axis": (-1,)}, "0 or more"),
-        ({"seeds": ()}, "seeds are"),
+        ({"family": "icl", "metrics": ["f1"]}, "metrics is .* icl "),
+        ({"family": "synthetic"}, "data is x.jsonl, .* synthetic "),
+        ({"window_size": 7}, "unknown setting window_size: did you mean window"),
+        ({"template": {"question": "?"}}, "template.question is '.': .*{question}"),
+        ({"family": "document", "overflow": "error"}, "overflow is 'error': .*error"),
+        ({"axis": []}, r"axis is \[\]"),
+        ({"axis": [5, 5]}, r"axis is \[5, 5\]: .*different"),
+        ({"axis": [-1]}, "0 or more"),
+        ({"seeds": []}, "seeds are"),
         ({"samples": 0}, "samples is 0: "),
         ({"passages": -1}, "passages is -1: "),
-        ({"metrics": ()}, r"metrics is \[\]"),
-        ({"metrics": ("bleu",)}, "metric bleu: .*exact_match"),
+        ({"metrics": []}, r"metrics is \[\]"),
+        ({"metrics": ["bleu"]}, "metric bleu: .*exact_match"),
     ],
 )
 def test_config_faults(options, message):
+    """A command names what is at fault, also a setting that the family does not read."""
+    settings = {"family": "qa", "axis": [0], "data": "x.jsonl", "model": {"path": "m"}, "out": "o"}
     with pytest.raises(ValueError, match=message):
-        TaskConfig(**{"family": "qa", "axis": (0,)} | options)
+        decode(TaskRun, settings | options)
 
 
 def test_template_faults():
@@ -167,11 +174,13 @@ def test_template_faults():
 
 
 def test_words_that_are_not_given_stay():
-    template = TaskConfig("icl", (0,), layout="banking77", template=Words("Label it.", answer=" -> {answer}")).protocol
+    template = Icl(
+        axis=(0,), data=Path("x"), layout="banking77", template=Words("Label it.", answer=" -> {answer}")
+    ).protocol
     assert template.template == Template("Label it.", "{context}", "Query: {question}\nIntent:", " -> {answer}")
-    template = TaskConfig("qa", (0,), template=Words(question="{question}")).protocol.template
+    template = Qa(axis=(0,), data=Path("x"), template=Words(question="{question}")).protocol.template
     assert template == Template("", "Passage: {context}", "{question}", " {answer}")
-    assert TaskConfig("document", (0,), template=Words("")).protocol.template == Template("")
+    assert Document(axis=(0,), data=Path("x"), template=Words("")).protocol.template == Template("")
 
 
 def test_what_a_model_refuses_names_the_record(qa):
@@ -179,18 +188,16 @@ def test_what_a_model_refuses_names_the_record(qa):
         raise ValueError("too long")
 
     with pytest.raises(ValueError, match=r"^record q\d+: too long$"):
-        list(measure(TaskConfig("qa", (0,), qa, passages=1), 0, Scripted(says)))
+        list(Qa(axis=(0,), data=qa, passages=1).measure(Point("", 0), Scripted(says)))
 
 
 def test_data_faults(qa, tmp_path):
-    with pytest.raises(ValueError, match="qa .*data"):
-        next(measure(TaskConfig("qa", (0,)), 0, Scripted()))
     with pytest.raises(FileNotFoundError, match="nowhere: no .*: put there "):
-        next(measure(TaskConfig("qa", (0,), tmp_path / "nowhere"), 0, Scripted()))
+        next(Qa(axis=(0,), data=tmp_path / "nowhere").measure(Point("", 0), Scripted()))
     with pytest.raises(ValueError, match="samples is 13 .* 12 records"):
-        next(measure(TaskConfig("qa", (0,), qa, samples=13), 0, Scripted()))
+        next(Qa(axis=(0,), data=qa, samples=13).measure(Point("", 0), Scripted()))
     with pytest.raises(ValueError, match=r"\b1 .*axis \[0\]"):
-        next(measure(TaskConfig("qa", (0,), qa), 1, Scripted()))
+        next(Qa(axis=(0,), data=qa).measure(Point("", 1), Scripted()))
 
 
 def icl_model():
@@ -221,8 +228,8 @@ def test_icl(icl):
     asked = {}
     for axis in (0, 3, 7):
         model = icl_model()
-        config = TaskConfig("icl", (0, 3, 7), icl, samples=6)
-        results = list(measure(config, axis, model))
+        config = Icl(axis=(0, 3, 7), data=icl, samples=6)
+        results = list(config.measure(Point("", axis), model))
         domain = [prompt for prompt in model.asked if text(prompt.ids) == "Input: \nLabel:"]
         assert len(domain) == 1  # the choices are the same: they are asked for once
         assert not domain[0].contexts
@@ -237,7 +244,7 @@ def test_icl(icl):
             assert max(counts) - min(counts) <= 1  # balanced, though the training set is not
             sums = [count - len(label) - 1 for count, label in zip(counts, ("yes", "no", "maybe so"), strict=True)]
             assert result["log_probs"] == sums
-            found = values(config, json.loads(json.dumps(result)))
+            found = config.values(json.loads(json.dumps(result)))
             best = lambda scores: ["yes", "no", "maybe so"][scores.index(max(scores))]  # noqa: E731
             (answer,) = result["answers"]
             per_token = [score / length for score, length in zip(sums, (4, 3, 9), strict=True)]
@@ -255,7 +262,7 @@ def test_icl(icl):
 def test_icl_needs_choices(icl):
     write(icl / "test.jsonl", [{"question": "Q", "answers": ["yes"]}])
     with pytest.raises(ValueError, match="record 1 .*choices: .* icl "):
-        next(measure(TaskConfig("icl", (0,), icl), 0, icl_model()))
+        next(Icl(axis=(0,), data=icl).measure(Point("", 0), icl_model()))
 
 
 WORDS = " ".join(f"w{n:03}" for n in range(200))  # 999 letters
@@ -263,10 +270,8 @@ WORDS = " ".join(f"w{n:03}" for n in range(200))  # 999 letters
 
 def document_task(tmp_path, axis, options={}, **fields):  # noqa: B006 (never changed)
     write(tmp_path / "a.jsonl", [{"question": "Which?", "answers": ["w7"], "contexts": [WORDS]} | fields])
-    given = {"family": "document", "axis": axis, "data": tmp_path / "a.jsonl", "window": 200, "chunk_length": 64}
-    return TaskConfig(
-        **given | {"max_new_tokens": 20, "template": Words("Look it up.", question="{question}")} | options
-    )
+    given = {"axis": axis, "data": tmp_path / "a.jsonl", "window": 200, "chunk_length": 64}
+    return Document(**given | {"max_new_tokens": 20, "template": Words("Look it up.", question="{question}")} | options)
 
 
 ASKED = "\n\nLook it up.\n\nWhich?"
@@ -276,7 +281,7 @@ def test_document_is_cut_by_the_window(tmp_path):
     for axis in (0, 100, 5000):
         model = Scripted(lambda prompt: "w7 and")
         config = document_task(tmp_path, (0, 100, 5000))
-        (result,) = measure(config, axis, model)
+        (result,) = config.measure(Point("", axis), model)
         (prompt,) = model.asked
         assert len(prompt.ids) == 200 - 20
         assert (WORDS + ASKED).endswith(text(prompt.ids))
@@ -287,15 +292,15 @@ def test_document_is_cut_by_the_window(tmp_path):
         assert all(length == 64 for length in lengths[1:])
         assert all(0 < length <= 64 for length in lengths)
         assert (WORDS + ASKED).endswith(whole_text(prompt))
-        assert values(config, result) == {"f1": pytest.approx(2 / 3)}
+        assert config.values(result) == {"f1": pytest.approx(2 / 3)}
 
 
 def test_document_by_passages(tmp_path):
     contexts = ["a" * 50 + "\n\n" + "b" * 90, "c" * 60]
     model = Scripted(lambda prompt: "x")
     options = {"overflow": "passages", "window": 110}
-    list(measure(document_task(tmp_path, (100, 1000), options, contexts=contexts), 100, model))
-    list(measure(document_task(tmp_path, (100, 1000), options, contexts=contexts), 1000, model))
+    list(document_task(tmp_path, (100, 1000), options, contexts=contexts).measure(Point("", 100), model))
+    list(document_task(tmp_path, (100, 1000), options, contexts=contexts).measure(Point("", 1000), model))
     for prompt in model.asked:
         assert text(prompt.ids) == "c" * 60 + ASKED
     few, many = ([text(ids) for ids in prompt.contexts] for prompt in model.asked)
@@ -307,10 +312,10 @@ def test_document_choices(tmp_path):
     """The longest choice fits beside the prompt, and the metric is accuracy."""
     model = Scripted(log_prob=lambda prompt, continuation: {" A": -3.0, " BB": -1.0, " CCC": -2.0}[continuation])
     config = document_task(tmp_path, (300,), choices=["A", "BB", "CCC"], answers=["BB"])
-    (result,) = measure(config, 300, model)
+    (result,) = config.measure(Point("", 300), model)
     assert len(model.asked[0].ids) == 200 - 4
     assert sum(map(len, model.asked[0].contexts)) == 300
-    assert values(config, result) == {"accuracy": 1, "accuracy_normalised": 1}
+    assert config.values(result) == {"accuracy": 1, "accuracy_normalised": 1}
     assert "domain_log_probs" not in result
 
 
@@ -322,27 +327,27 @@ def test_choices_in_some_records_alone(tmp_path):
     ]
     write(config.data, rows)
     with pytest.raises(ValueError, match="a.jsonl: .*choices .*not"):
-        next(measure(config, 0, Scripted()))
+        next(config.measure(Point("", 0), Scripted()))
 
 
 def test_document_that_fits_has_no_contexts(tmp_path):
     model = Scripted(lambda prompt: "x")
-    list(measure(document_task(tmp_path, (300,), contexts=["short"]), 300, model))
+    list(document_task(tmp_path, (300,), contexts=["short"]).measure(Point("", 300), model))
     assert not model.asked[0].contexts
     assert text(model.asked[0].ids) == "short" + ASKED
 
 
 def test_question_that_does_not_fit(tmp_path):
-    (result,) = measure(document_task(tmp_path, (300,), {"window": 40}), 300, Scripted(lambda prompt: "x"))
+    (result,) = document_task(tmp_path, (300,), {"window": 40}).measure(Point("", 300), Scripted(lambda prompt: "x"))
     assert result["read"] == 20 + 300  # the window is full of BOS and the question
     with pytest.raises(ValueError, match="record 1: .* have 19 tokens, and .* window of 39 leaves 18.*raise window"):
-        list(measure(document_task(tmp_path, (300,), {"window": 39}), 300, Scripted()))
+        list(document_task(tmp_path, (300,), {"window": 39}).measure(Point("", 300), Scripted()))
 
 
 def test_a_long_passage_stays_whole(qa):
     """It has one weight, however many chunks an encoder makes of it."""
     model = Scripted(lambda prompt: "x")
-    list(measure(TaskConfig("qa", (2,), qa, samples=1, passages=1, chunk_length=10), 2, model))
+    list(Qa(axis=(2,), data=qa, samples=1, passages=1, chunk_length=10).measure(Point("", 2), model))
     (prompt,) = model.asked
     assert [len(context) > 10 for context in prompt.contexts] == [True, True]
     assert list(prompt.scores) == [2.0, 3.0]

@@ -7,9 +7,13 @@ import numpy as np
 import pytest
 
 import cepe_jax
-from cepe_jax.evaluation import synthetic
-from cepe_jax.evaluation.models import ModelConfig, load_model
-from cepe_jax.evaluation.tasks import TaskConfig, measure, values
+from cepe_jax.evaluation.readers.models import ModelConfig, load_model
+from cepe_jax.evaluation.tasks import synthetic
+from cepe_jax.evaluation.tasks.document import Document
+from cepe_jax.evaluation.tasks.evaluation import Point
+from cepe_jax.evaluation.tasks.icl import Icl
+from cepe_jax.evaluation.tasks.qa import Qa
+from cepe_jax.evaluation.tasks.synthetic import Synthetic
 
 WINDOW = 256  # tokens: more than the tiny model's own, for whole questions
 
@@ -21,7 +25,7 @@ def model(home):
 
 @pytest.fixture(scope="module")
 def text(home):
-    return dataclasses.replace(cepe_jax.load(home), window=WINDOW)
+    return dataclasses.replace(cepe_jax.load(home), window=WINDOW - 1)  # positions: the last new token takes none
 
 
 @pytest.fixture
@@ -42,14 +46,14 @@ def data(tmp_path):
 
 
 def ask(config, model, axis) -> dict:
-    (result,) = (json.loads(json.dumps(result)) for result in measure(config, axis, model))
-    assert all(0 <= value <= 1 for value in values(config, result).values())
+    (result,) = (json.loads(json.dumps(result)) for result in config.measure(Point("", axis), model))
+    assert all(0 <= value <= 1 for value in config.values(result).values())
     assert result["seconds"] > 0
     return result
 
 
 def test_qa(data, model, text):
-    config = TaskConfig("qa", (0, 2), data / "qa.jsonl", passages=1, demonstrations=1, max_new_tokens=8)
+    config = Qa(axis=(0, 2), data=data / "qa.jsonl", passages=1, demonstrations=1, max_new_tokens=8)
     prompt = "Passage: p0\n\nQuestion: 0?\nAnswer: yes\n\nPassage: fox jumps\n\nQuestion: what is it?\nAnswer:"
     contexts = ["Passage: def f(x)\n\n", "Passage: lazy dog\n\n"]
     options = {"max_new_tokens": 8, "stop": ["\n"]}
@@ -62,7 +66,7 @@ def test_qa(data, model, text):
 
 
 def test_icl(data, model, text):
-    config = TaskConfig("icl", (0, 2), data / "icl.jsonl", demonstrations=2)
+    config = Icl(axis=(0, 2), data=data / "icl.jsonl", demonstrations=2)
     first = "Input: 0?\nLabel: yes\n\nInput: 1?\nLabel: no\n\n"
     prompt, choices = first + "Input: a dog\nLabel:", [" yes", " no", " maybe"]
     contexts = ["Input: 2?\nLabel: yes\n\n", "Input: 3?\nLabel: no\n\n"]
@@ -79,10 +83,9 @@ def test_document(data, model, text, overflow):
     passages = [f"def f(x):\n    return x + {n}\n\n" for n in range(24)]
     record = {"question": "what is f?", "answers": ["It is a test"], "contexts": ["".join(passages).rstrip()]}
     (data / "document.jsonl").write_text(json.dumps(record))
-    config = TaskConfig(
-        "document",
-        (0, 10000),
-        data / "document.jsonl",
+    config = Document(
+        axis=(0, 10000),
+        data=data / "document.jsonl",
         window=WINDOW,
         overflow=overflow,
         chunk_length=16,
@@ -96,18 +99,18 @@ def test_document(data, model, text, overflow):
     whole = 1 + len(text.tokenizer.encode(prompt))
     assert abs(result["read"] - whole) <= (0 if overflow == "truncate_left" else 12)  # a passage more or less a token
     assert whole > WINDOW + 100
-    assert set(values(config, result)) == {"f1", "rougeL"}
+    assert set(config.values(result)) == {"f1", "rougeL"}
     assert ask(config, model, 0)["read"] <= WINDOW - 6
 
 
 def test_synthetic(home, model):
     """A decoder that reads all of it is asked the same."""
-    config = TaskConfig("synthetic", (400,), samples=1, window=200, chunk_length=64, max_new_tokens=4)
+    config = Synthetic(axis=(400,), samples=1, window=200, chunk_length=64, max_new_tokens=4)
     ours = ask(config, model, 400)
     plain = dataclasses.replace(load_model(ModelConfig(home, reads="decoder")), window=400)
     theirs = ask(config, plain, 400)
     assert (ours["id"], ours["read"], ours["answers"]) == (theirs["id"], theirs["read"], theirs["answers"])
     assert 400 - 40 < ours["read"] + 4 <= 400
-    (record,) = synthetic.records("single", 400, 1, 42, (), lambda record: 3 * len(record.contexts[0]) // 4)
+    (record,) = synthetic.texts("single", 400, 1, 42, (), lambda record: 3 * len(record.contexts[0]) // 4)
     assert record.answers == tuple(ours["answers"])  # another length has the same needles
-    assert values(config, ours) == {"match_all": 0, "match_part": 0}  # it was never trained
+    assert config.values(ours) == {"match_all": 0, "match_part": 0}  # it was never trained

@@ -283,8 +283,6 @@ BAD = {
     "id negative": ({"prompts": [[1], [-1]]}, "id -1, .*vocabulary .* 64"),
     "no integers": ({"prompts": [[1], [1.5]]}, r"prompt is float64\[1\]: .*integers"),
     "no new token": ({"max_new_tokens": 0}, "max_new_tokens is 0"),
-    "window": ({"window": 5}, "2 tokens and 4 .*window of 5 .*truncate_left"),
-    "no room": ({"max_new_tokens": 5, "window": 5}, "2 tokens and 5 .*window of 5 .*fewer"),
     "samplings": ({"sampling": [Sampling()] * 3}, "3 samplings for 2 prompts"),
     "memory rows": ({"memory": Memory(np.zeros((3, 3, 16)))}, r"\[3, 3, 16\].* want \[.*2, M, 16\]"),
     "mask shape": (
@@ -309,7 +307,6 @@ def test_bad_input(cepe, case):
 def test_bad_input_is_seen_before_the_first_step(decoder):
     with pytest.raises(ValueError, match="max_new_tokens is 0"):
         stream(decoder, [[1]], max_new_tokens=0)
-    assert generate(decoder, [[1, 2]], max_new_tokens=3, window=5) == generate(decoder, [[1, 2]], max_new_tokens=3)
 
 
 def test_a_context_for_a_plain_decoder(decoder):

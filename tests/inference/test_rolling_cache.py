@@ -9,8 +9,8 @@ import pytest
 from support.models import DECODER, ENCODER, computed, float64, relative_error
 from support.oracles import by_token_exactly, rotate
 
-from cepe_jax.evaluation.language_model import Prompt
-from cepe_jax.evaluation.models import ModelConfig, load_model
+from cepe_jax.evaluation.readers.language_model import Prompt
+from cepe_jax.evaluation.readers.models import ModelConfig, load_model
 from cepe_jax.inference.caches import CacheConfig, new_cache
 from cepe_jax.inference.generate import generate
 from cepe_jax.inference.scoring import score

@@ -136,7 +136,7 @@ def test_a_long_prompt_of_a_plain_decoder(plain_home, plain_model, monkeypatch, 
     run_generate(GenerateConfig(plain_home, prompt=prompt, **limits))
     out, err = capsys.readouterr()
     assert out == plain_model.generate(prompt, **limits) + "\n"
-    dropped = len(plain_model.tokenizer.encode(prompt)) - (WINDOW - 6 - 1)
+    dropped = len(plain_model.tokenizer.encode(prompt)) - (WINDOW - 6)
     assert re.fullmatch(f"[^\n]* {dropped} tokens [^\n]*\n", err)
 
 

@@ -15,6 +15,7 @@ from cepe_jax.inference import context as context_module
 from cepe_jax.inference import text
 from cepe_jax.inference.context import ContextCache
 from cepe_jax.inference.generate import GREEDY, Draws, Sampling
+from cepe_jax.inference.overflow import fit
 from cepe_jax.inference.text import TextModel
 from cepe_jax.weights.source import save
 
@@ -94,12 +95,27 @@ def test_prompts_together(text_model, context, hot, write):
     assert stopped == [hot[: hot.index(hot[5:8])], both[1].split(hot[5:8])[0]]
 
 
+def test_a_prompt_and_new_tokens_fill_the_window(text_model, write):
+    """The last new token takes no position. One more is refused, or costs the prompt its first token."""
+    prompt = "It is a test. " + PROMPT
+    ids = [0, *text_model.tokenizer.encode(prompt)]
+    room = WINDOW + 1 - len(ids)
+    wanted, new = write(ids, [], room, HOT)
+    assert len(new) == room > 5
+    for overflow in ("error", "truncate_left"):
+        assert text_model.generate(prompt, max_new_tokens=room, sampling=HOT, overflow=overflow) == wanted
+    with pytest.raises(ValueError, match=f"{len(ids)} tokens and {room + 1} new .* {WINDOW} "):
+        text_model.generate(prompt, max_new_tokens=room + 1)
+    cut = fit(prompt, text_model.tokenizer, WINDOW, room + 1, "truncate_left", CHUNK)
+    assert cut == ([ids[1:2]], [0, *ids[2:]])
+
+
 @pytest.mark.parametrize("mode", ["truncate_left", "passages"])
 def test_overflow(text_model, context, write, mode):
     """What the decoder cannot read of a long prompt is read by the encoder, after the contexts."""
     tokenizer = text_model.tokenizer
     prompt = "def f(x):\n\n" * 9 + PROMPT
-    room = WINDOW - 6 - 1
+    room = WINDOW + 1 - 6 - 1
     if mode == "truncate_left":
         ids = tokenizer.encode(prompt)
         moved, rest = ids[:-room], ids[-room:]
@@ -169,15 +185,15 @@ def test_score_of_a_long_prompt(text_model, context, monkeypatch, mode):
     (_, before, after, memory, _) = scored[0]
     for ids, continuation in zip(after, continuations, strict=True):
         assert "".join(map(tokenizer.decode, [*moved, before + ids])) == prompt + continuation
-        assert len(before) + len(ids) <= WINDOW
+        assert len(before) + len(ids) <= WINDOW + 1
     longest = max(map(len, after))
     assert before[0] == tokenizer.bos_id
     assert len(moved) > 1
     if mode == "truncate_left":
-        assert len(before) + longest == WINDOW
+        assert len(before) + longest == WINDOW + 1
     else:
         more = prompt[len("def f(x):\n\n") * (len(moved) - 1) :]
-        assert 1 + len(tokenizer.encode(more)) + longest > WINDOW
+        assert 1 + len(tokenizer.encode(more)) + longest > WINDOW + 1
     assert memory.valid_BM.sum() == context.num_tokens + sum(map(len, moved))
     known = dataclasses.replace(text_model, window=None)
     for call in (
@@ -225,10 +241,10 @@ def test_a_plain_decoder(plain_home, write, fresh):
     assert model.generate("x = ", max_new_tokens=5) == wanted
     long = "The quick brown fox: " * 9
     ids = model.tokenizer.encode(long)
-    wanted, _ = write([0, *ids[len(ids) - (WINDOW - 9 - 1) :]], [], 9)
+    wanted, _ = write([0, *ids[len(ids) - (WINDOW - 9) :]], [], 9)
     assert model.generate(long, max_new_tokens=9, overflow="truncate_left") == wanted
     whole, before = model.tokenizer.encode(long + "x"), len(model.tokenizer.encode(long.rstrip()))
-    read = [0, *whole[len(whole) - (WINDOW - 1) :]]
+    read = [0, *whole[len(whole) - WINDOW :]]
     (score,) = model.score(long, ["x"], overflow="truncate_left")
     for at, log_prob in zip(range(before - len(whole), 0), score.log_probs, strict=True):
         logits_V = np.asarray(fresh(read[:at]), np.float64)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 
 from cepe_jax.data.tokenizer import Tokenizer
-from cepe_jax.evaluation.language_model import Prompt
+from cepe_jax.evaluation.readers.language_model import Prompt
 from cepe_jax.inference.scoring import Score
 
 BOS = 1

@@ -1,4 +1,4 @@
-"""What every evaluation asks of a model: CEPE and what it is compared with, behind one seam."""
+"""The seam between evaluations and models: CEPE and what it is compared with."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,16 +24,16 @@ class LanguageModel(Protocol):
     stop_ids: tuple[int, ...]  # a text ends before the first of them
 
     def stream(self, prompts: Sequence[Prompt], max_new_tokens: int) -> Iterator[list[int | None]]:
-        """The likeliest tokens after each prompt, step by step: one of each row, None where a row has ended."""
+        """Yield the likeliest tokens after each prompt, step by step: one of each row, None if a row has ended."""
 
     def score(self, prompt: Prompt, continuations: Sequence[Sequence[int]]) -> list[Score]:
-        """How probable each continuation is after the prompt, which is read once."""
+        """Return how probable each continuation is after the prompt, which is read once."""
 
 
 def generate(
     model: LanguageModel, prompts: Sequence[Prompt], max_new_tokens: int, stop: Sequence[str] = ()
 ) -> list[str]:
-    """What the model writes after each prompt, greedily, at most to the first of `stop`."""
+    """Return the model's text after each prompt, greedy, at most to the first of `stop`."""
     steps = model.stream(prompts, max_new_tokens)
     written = pieces(model.tokenizer, [prompt.ids for prompt in prompts], steps, stop)
     return ["".join(of_row) for of_row in zip(*written, strict=True)]

@@ -8,18 +8,15 @@ from pathlib import Path
 
 import numpy as np
 
-from cepe_jax.evaluation import cells as store
-from cepe_jax.evaluation import tasks
-from cepe_jax.evaluation.cells import Cell, Missing
-from cepe_jax.evaluation.estimates import Estimate, average, paired
-from cepe_jax.evaluation.grid import SweepConfig
-from cepe_jax.evaluation.metrics import means
-from cepe_jax.evaluation.perplexity import NONE, PerplexityConfig
-from cepe_jax.evaluation.tasks import TaskConfig
+from cepe_jax.evaluation.sweep import cells as store
+from cepe_jax.evaluation.sweep.cells import Cell, Missing
+from cepe_jax.evaluation.sweep.estimates import Estimate, average, paired
+from cepe_jax.evaluation.sweep.grid import SweepConfig
+from cepe_jax.evaluation.tasks.evaluation import Unit
+from cepe_jax.evaluation.tasks.metrics import means
+from cepe_jax.evaluation.tasks.task import without_unread
 from cepe_jax.settings import decode
 from cepe_jax.weights.files import read_json
-
-LOWER_IS_BETTER = "nll"  # of all metrics this one alone
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,34 +30,31 @@ class Result:
     @cached_property
     def values(self) -> dict[str, dict[str, float]]:
         """Metric -> name of the record -> its value."""
-        scores = {record["id"]: self._scores(record) for record in self.records}
+        scores = {record["id"]: self.cell.evaluation.values(record) for record in self.records}
         return {metric: {name: of[metric] for name, of in scores.items()} for metric in next(iter(scores.values()))}
-
-    def _scores(self, record: dict) -> dict[str, float]:
-        if self.cell.family == "perplexity":
-            return {"nll": record["nll"]}
-        return tasks.values(self.cell.data_config, record)
 
     @cached_property
     def means(self) -> dict[str, float]:
-        """Of every metric; of some, as ROUGE's geometric mean, all records together have one and no record alone."""
+        """Metric -> mean. One metric, ROUGE's geometric mean, is of all records together and of none alone."""
         columns = [values.values() for values in self.values.values()]
         return means([dict(zip(self.values, row, strict=True)) for row in zip(*columns, strict=True)])
 
     @cached_property
     def groups(self) -> dict[str, str]:
-        """Name of the record -> what it is of: a document of several windows, an example of several seeds."""
-        if self.cell.family == "perplexity":
-            return {record["id"]: record["document"] for record in self.records}
-        return {record["id"]: record["id"].removeprefix(f"{record['seed']}:") for record in self.records}
+        """Name of the record -> the group of records that it depends on."""
+        return {record["id"]: self.cell.evaluation.group_of(record) for record in self.records}
 
     @cached_property
     def domains(self) -> dict[str, list[str]]:
-        """Domain -> the names of its records; {} where there is but one."""
-        found: dict[str, list[str]] = {}
-        for record in self.records if self.cell.family == "perplexity" else ():
-            found.setdefault(record["domain"], []).append(record["id"])
-        return dict(sorted(found.items())) if len(found) > 1 else {}
+        """Domain -> the names of its records; {} if there are not several."""
+        domains: dict[str, list[str]] = {}
+        for record in self.records:
+            domains.setdefault(record.get("domain", ""), []).append(record["id"])
+        return dict(sorted(domains.items())) if len(domains) > 1 else {}
+
+    @property
+    def unit(self) -> Unit:
+        return self.cell.evaluation.unit
 
     def estimate(self, metric: str) -> Estimate:
         """The mean and its error; without the error where no record alone has a value."""
@@ -69,24 +63,22 @@ class Result:
         return self._of(metric, list(self.values[metric]))
 
     def in_domain(self, metric: str, domain: str) -> Estimate | None:
-        """None where no record is of the domain."""
+        """The estimate over the domain's records; None if there are none."""
         return self._of(metric, self.domains[domain]) if domain in self.domains else None
 
     def _of(self, metric: str, names: list[str]) -> Estimate:
         return Estimate.of([self.values[metric][name] for name in names], [self.groups[name] for name in names])
 
     def gain(self, metric: str, over: "Result") -> Estimate | None:
-        """How much better than the other result this one is, paired by record; None where there are no pairs."""
+        """Return by how much this result is better than the other, paired by record; None if there are no pairs."""
         if metric not in self.values or metric not in over.values:
             return None
-        pair = (over.values, self.values) if metric == LOWER_IS_BETTER else (self.values, over.values)
+        pair = (over.values, self.values) if self.unit.lower_is_better else (self.values, over.values)
         return paired(*(values[metric] for values in pair), self.groups)
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Of all tokens that were given to read, the median of all records but the first, which waits for compilation;
-        None where there is no other.
-        """
+        """The median throughput of the records, except the first, which waits for compilation. None for one record."""
         rest = [record["read"] / max(record["seconds"], 1e-9) for record in self.records[1:]]
         return float(np.median(rest)) if rest else None
 
@@ -104,18 +96,15 @@ class Results:
     finished: dict[str, Result]
     missing: dict[str, str]
 
-    @property
-    def data(self) -> dict[str, PerplexityConfig | TaskConfig]:
-        return self.config.perplexity | self.config.tasks
-
     def rows(self, data: str) -> dict[tuple[str, str], dict[int, Result]]:
-        """(model, kind of context) -> value on the axis -> result, where there is one; 0 has its place in every row."""
-        found: dict[tuple[str, str], dict[int, Result]] = {}
+        """(model, kind of context) -> value on the axis -> result, if there is one; the origin is in every row."""
+        rows: dict[tuple[str, str], dict[int, Result]] = {}
         for result in self.finished.values():
-            if (cell := result.cell).data == data:
-                for kind in cell.data_config.kinds if cell.kind == NONE else (cell.kind,):
-                    found.setdefault((cell.model, kind), {})[cell.value] = result
-        return found
+            cell, evaluation = result.cell, result.cell.evaluation
+            if cell.data == data:
+                for kind in evaluation.kinds if cell.point == evaluation.origin else (cell.point.kind,):
+                    rows.setdefault((cell.model, kind), {})[cell.point.value] = result
+        return rows
 
     @cached_property
     def averages(self) -> dict[tuple[str, str], dict[str, dict[int, Estimate]]]:
@@ -124,9 +113,9 @@ class Results:
         Of several tasks, and only where all of them have a result with this metric.
         """
         families: dict[str, list[str]] = {}
-        for name, task in self.config.tasks.items():
-            families.setdefault(task.family, []).append(name)
-        found: dict[tuple[str, str], dict[str, dict[int, Estimate]]] = {}
+        for name, evaluation in self.config.evaluations.items():
+            families.setdefault(evaluation.family, []).append(name)
+        averages: dict[tuple[str, str], dict[str, dict[int, Estimate]]] = {}
         for (family, names), model in itertools.product(families.items(), self.config.models):
             rows = [self.rows(name).get((model, ""), {}) for name in names]
             for value in sorted(set.intersection(*map(set, rows))) if len(rows) > 1 else ():
@@ -134,12 +123,12 @@ class Results:
                 for metric in results[0].means:
                     if all(metric in result.means for result in results):
                         estimate = average([result.estimate(metric) for result in results])
-                        found.setdefault((family, metric), {}).setdefault(model, {})[value] = estimate
-        return found
+                        averages.setdefault((family, metric), {}).setdefault(model, {})[value] = estimate
+        return averages
 
     def without_context(self, result: Result) -> Result | None:
-        """The same model's on the same data, with the axis' value 0."""
-        return self._other(result, kind=NONE if result.cell.kind else "", value=0)
+        """The same model's on the same data, at the origin of the axis."""
+        return self._other(result, point=result.cell.evaluation.origin)
 
     def of_first_model(self, result: Result) -> Result | None:
         """The first model's on the same data and value; None too where its tokens are others: then windows are."""
@@ -156,7 +145,9 @@ def gather(out: Path) -> Results:
     settings = out / "sweep.json"
     if not settings.exists():
         raise FileNotFoundError(f"{settings}: no such file: give the --out of a sweep")
-    config = dataclasses.replace(decode(SweepConfig, read_json(settings)), out=out)
+    stored = read_json(settings)
+    tasks = {name: without_unread(task) for name, task in stored["tasks"].items()}
+    config = decode(SweepConfig, stored | {"tasks": tasks, "out": str(out)})
     finished, missing = {}, {}
     for cell in (cell for group in config.cells() for cell in group):
         try:

@@ -10,8 +10,8 @@ import numpy as np
 
 from cepe_jax.checks import check_tokens
 from cepe_jax.data.tokenizer import Tokenizer
-from cepe_jax.evaluation.baselines import longest, one_text, room_beside
-from cepe_jax.evaluation.language_model import Prompt
+from cepe_jax.evaluation.readers.language_model import Prompt
+from cepe_jax.evaluation.readers.readers import longest, one_text
 from cepe_jax.inference.caches import FULL, new_cache
 from cepe_jax.inference.generate import (
     GREEDY,
@@ -23,6 +23,7 @@ from cepe_jax.inference.generate import (
     right_padded,
     until,
 )
+from cepe_jax.inference.overflow import room_beside
 from cepe_jax.inference.scoring import SCORED_POSITIONS, Score
 from cepe_jax.model.cache import Cache
 from cepe_jax.model.layers import cut
@@ -83,8 +84,8 @@ class RePlug:
     temperature: float
 
     def stream(self, prompts: Sequence[Prompt], max_new_tokens: int) -> Iterator[list[int | None]]:
-        given = [self._rows(prompt, max_new_tokens) for prompt in prompts]
-        written = [until(self.stop_ids, self._drawn(*rows, max_new_tokens)) for rows in given]
+        rows = [self._rows(prompt, max_new_tokens) for prompt in prompts]
+        written = [until(self.stop_ids, self._drawn(*row, max_new_tokens)) for row in rows]
         return ([step[0] for step in steps] for steps in zip_longest(*written, fillvalue=[None]))
 
     def score(self, prompt: Prompt, continuations: Sequence[Sequence[int]]) -> list[Score]:
@@ -101,13 +102,16 @@ class RePlug:
         for parts, continuation in zip(hidden, continuations, strict=True):
             hidden_CTD = jnp.concatenate(parts)
             (labels_T,), _ = right_padded([continuation], hidden_CTD.shape[1])
-            found = _log_probs(self.model, hidden_CTD, labels_T, weights_C)
-            log_probs_T, greedy_T = (np.asarray(x)[: len(continuation)] for x in found)
+            values = _log_probs(self.model, hidden_CTD, labels_T, weights_C)
+            log_probs_T, greedy_T = (np.asarray(x)[: len(continuation)] for x in values)
             scores.append(Score(log_probs_T, bool(greedy_T.all())))
         return scores
 
     def _rows(self, prompt: Prompt, new: int) -> tuple[Rows, np.ndarray]:
-        """What is read by itself, and its log weights; ValueError where it does not fit, or nothing weights it."""
+        """Return the rows that are read by themselves, and their log weights.
+
+        ValueError if one does not fit, or if nothing weights it.
+        """
         scores = prompt.scores if prompt.contexts else (0.0,)
         if scores is None or len(scores) != len(prompt.contexts or (0,)):
             raise ValueError(
@@ -116,6 +120,8 @@ class RePlug:
             )
         alone = [Prompt(prompt.ids, [context]) for context in prompt.contexts] or [prompt]
         rows = [one_text(row, self.tokenizer.begin)[0] for row in alone]
+        if new < 1:
+            raise ValueError(f"{new} tokens after the prompt: ask for 1 or more")
         room, most = room_beside(new, self.window), max(map(len, rows))
         if room is not None and most > room:
             raise ValueError(
@@ -137,8 +143,8 @@ class RePlug:
         for _ in range(new):
             hidden = []
             for number, first in enumerate(range(0, len(rows), GROUP)):
-                given = tokens_C1[first : first + GROUP], None, caches[number]
-                hidden_BTD, caches[number] = _append(self.model, *given)
+                tokens_BT = tokens_C1[first : first + GROUP]
+                hidden_BTD, caches[number] = _append(self.model, tokens_BT, None, caches[number])
                 hidden.append(hidden_BTD)
             token_11 = _likeliest(self.model, jnp.concatenate(hidden), weights_C)
             yield token_11

@@ -1,4 +1,4 @@
-"""How much a context helps: nll of the last tokens of held-out windows, after contexts of one kind and number."""
+"""The perplexity of held-out windows: nll of their last tokens, after contexts of one kind and number."""
 
 import functools
 import glob
@@ -20,16 +20,19 @@ from cepe_jax.data.recipes import WindowsInContext
 from cepe_jax.data.records import DATASET, Records
 from cepe_jax.data.sources import RawDocument, plan, read
 from cepe_jax.data.tokenizer import Tokenizer
-from cepe_jax.evaluation.language_model import LanguageModel, Prompt
-from cepe_jax.evaluation.selection import drawn
+from cepe_jax.evaluation.readers.language_model import LanguageModel, Prompt
+from cepe_jax.evaluation.tasks.evaluation import Point, Unit
+from cepe_jax.evaluation.tasks.selection import reservoir_by_domain
+from cepe_jax.identity import as_json
 
 Kind = Literal["previous", "other", "retrieved"]  # the text before the window; another document's; passages found
-NONE = "none"  # the kind of no context at all
-DOCUMENTS = 16  # that drawn windows which slide are of at least, where the domain has as many: no book takes them all
+DOCUMENTS = 16  # sliding windows come from at least so many documents of a domain: no long book has them all
 
 
 @dataclass(frozen=True, kw_only=True)
-class PerplexityConfig:
+class Perplexity:
+    """The nll of the last tokens of held-out windows. The axis is the number of contexts."""
+
     data: Path  # a dataset of documents or of retrieved passages; or raw documents, a file or a directory of such
     chunks: tuple[int, ...]  # numbers of contexts, 0 for none: all are measured on the same windows
     window: int  # tokens of the document that the decoder reads
@@ -41,6 +44,11 @@ class PerplexityConfig:
     windows: int = 0  # windows of a domain at most, few of each document, drawn by the seed; 0 = all
     split: str = "test"  # split of a dataset
     seed: int = 0  # draws the windows
+
+    section = family = "perplexity"
+    origin = Point("none", 0)
+    axis_name = "tokens of context"
+    unit = Unit("nats per token", scale=1, digits=4, lower_is_better=True, exponential="perplexity")
 
     def __post_init__(self):
         if min(self.chunks, default=-1) < 0 or len(set(self.chunks)) < len(self.chunks):
@@ -66,9 +74,9 @@ class PerplexityConfig:
         return max(self.windows, 2)
 
     def starts(self, length: int) -> Sequence[int]:
-        """Where the windows of a text of so many tokens start; none where it is too short for the longest context.
+        """Return where the windows of a text of so many tokens start; none if it is too short for the longest context.
 
-        Where windows are drawn, those of one text are few, and spread evenly over it.
+        If windows are drawn, those of one text are few, and spread evenly over it.
         """
         last = length - self.window
         if last < self.context:
@@ -79,6 +87,75 @@ class PerplexityConfig:
             return every if len(every) <= most else [every[i * len(every) // most] for i in range(most)]
         start = last if self.place == "last" else max(self.context, last // 2)
         return range(start, start + 1)
+
+    def points(self) -> list[Point]:
+        numbers = sorted(self.chunks)
+        return [point for n in numbers for point in ([Point(kind, n) for kind in self.kinds] if n else [self.origin])]
+
+    def on_axis(self, value: int) -> int:
+        return value * self.chunk_length
+
+    def values(self, record: dict) -> dict[str, float]:
+        return {"nll": record["nll"]}
+
+    def group_of(self, record: dict) -> str:
+        """Return the document: its windows are dependent."""
+        return record["document"]
+
+    def identity(self) -> dict:
+        """Return all settings except `kinds`, and of `chunks` the largest, for which every window has room."""
+        settings = as_json(self)
+        del settings["kinds"]
+        return settings | {"chunks": max(self.chunks)}
+
+    def facts(self) -> dict:
+        return {}
+
+    def places(self) -> dict[Path, str]:
+        return {self.data: ""}
+
+    def note(self) -> str:
+        return (
+            f"nll of the last {self.scored} of {self.window} tokens, in nats per token, and in brackets the "
+            f"perplexity, exp of the mean. A column for each number of contexts, of {self.chunk_length} tokens or "
+            f"fewer. ± is the standard error, which takes windows of one document for dependent; n counts windows, and "
+            f"where they are fewer, documents. Gains are paired by window; positive is better."
+        )
+
+    def measure(self, point: Point, model: LanguageModel) -> Iterator[dict]:
+        """Yield a record of each window: nll of its scored tokens in nats per token, beside `point.value` contexts.
+
+        The contexts are those before the window in their order, or the best passages, the best one last.
+        """
+        kind, count = point
+        for window in iter_windows(self, model.tokenizer):
+            if count and kind not in window.contexts:
+                raise ValueError(f"{self.data} has contexts of the kinds {', '.join(window.contexts)}, and not {kind}")
+            contexts = window.contexts[kind][-count:] if count else []
+            if len(contexts) < count:
+                raise ValueError(
+                    f"{self.data}: {len(contexts)} passages were found for {window.document}, and {count} are asked "
+                    f"for: retrieve with a larger --k, or lower chunks"
+                )
+            scores = window.scores[-count:] if window.scores and count else None
+            ids = window.tokens.tolist()
+            prompt = Prompt(ids[: -self.scored], [context.tolist() for context in contexts], scores)
+            begun = time.perf_counter()
+            (score,) = model.score(prompt, [ids[-self.scored :]])
+            seconds = time.perf_counter() - begun
+            name = f"{window.document}:{window.start}"
+            nll = -score.total / self.scored
+            if not math.isfinite(nll):
+                raise ValueError(f"nll of {name} is {nll}: the model's probabilities are no numbers there")
+            yield {
+                "id": name,
+                "document": window.document,
+                "domain": window.domain,
+                "nll": nll,
+                "scored": self.scored,
+                "read": len(ids) + sum(map(len, contexts)),
+                "seconds": seconds,
+            }
 
 
 @dataclass(frozen=True)
@@ -91,43 +168,8 @@ class Window:
     scores: list[float] | None = None  # of retrieved contexts
 
 
-def measure(config: PerplexityConfig, kind: str, chunks: int, model: LanguageModel) -> Iterator[dict]:
-    """A record of each window: nll of its scored tokens in nats per token, given `chunks` contexts of this kind.
-
-    The contexts are those before the window in their order, or the best passages, the best one last.
-    """
-    for window in windows(config, model.tokenizer):
-        if chunks and kind not in window.contexts:
-            raise ValueError(f"{config.data} has contexts of the kinds {', '.join(window.contexts)}, and not {kind}")
-        contexts = window.contexts[kind][-chunks:] if chunks else []
-        if len(contexts) < chunks:
-            raise ValueError(
-                f"{config.data}: {len(contexts)} passages were found for {window.document}, and {chunks} are asked "
-                f"for: retrieve with a larger --k, or lower chunks"
-            )
-        scores = window.scores[-chunks:] if window.scores and chunks else None
-        ids = window.tokens.tolist()
-        prompt = Prompt(ids[: -config.scored], [context.tolist() for context in contexts], scores)
-        begun = time.perf_counter()
-        (score,) = model.score(prompt, [ids[-config.scored :]])
-        seconds = time.perf_counter() - begun
-        name = f"{window.document}:{window.start}"
-        nll = -score.total / config.scored
-        if not math.isfinite(nll):
-            raise ValueError(f"nll of {name} is {nll}: the model's probabilities are no numbers there")
-        yield {
-            "id": name,
-            "document": window.document,
-            "domain": window.domain,
-            "nll": nll,
-            "scored": config.scored,
-            "read": len(ids) + sum(map(len, contexts)),
-            "seconds": seconds,
-        }
-
-
-def windows(config: PerplexityConfig, tokenizer: Tokenizer) -> Iterator[Window]:
-    """The same windows whatever is asked about them. ValueError where there are none."""
+def iter_windows(config: Perplexity, tokenizer: Tokenizer) -> Iterator[Window]:
+    """Yield the windows, the same at every point. ValueError if there are none."""
     if not config.data.exists():
         raise FileNotFoundError(f"{config.data}: no such file or directory")
     if not (config.data / DATASET).exists() and not (config.data / "units").exists():
@@ -143,37 +185,36 @@ def windows(config: PerplexityConfig, tokenizer: Tokenizer) -> Iterator[Window]:
     return _in_documents(config, _prepared_documents(config))
 
 
-def _in_documents(config: PerplexityConfig, documents: Iterable[Document]) -> Iterator[Window]:
-    """Windows of these documents.
+def _in_documents(config: Perplexity, documents: Iterable[Document]) -> Iterator[Window]:
+    """Yield windows of these documents.
 
-    The other document of one is read up to its own window, of several the one with the same number.
+    `other` contexts end where that document's own window starts: window i uses its window i, or its last one.
     """
 
     def starts(document: Document) -> Sequence[int]:
         return config.starts(len(document.tokens))
 
-    def chunks(document: Document, end: int) -> list[np.ndarray]:
+    def before(document: Document, end: int) -> list[np.ndarray]:
         step = config.chunk_length
         return [document.tokens[at : at + step] for at in range(end - config.context, end, step)]
 
-    found = False
-    left: dict[str, int] = {}  # windows that a domain may still have
+    document = None
+    remaining: dict[str, int] = {}  # windows that a domain may still have
     for document, other in _pairs(document for document in documents if starts(document)):
-        found = True
         if document is other and "other" in config.kinds:
             raise ValueError(f"{config.data}: only {document.name} is long enough, and other needs two documents")
         own, others = starts(document), starts(other)
         if config.windows:
-            own = own[: left.setdefault(document.domain, config.windows)]
-            left[document.domain] -= len(own)
+            own = own[: remaining.setdefault(document.domain, config.windows)]
+            remaining[document.domain] -= len(own)
         for number, start in enumerate(own):
             contexts = {
-                "previous": chunks(document, start),
-                "other": chunks(other, others[min(number, len(others) - 1)]),
+                "previous": before(document, start),
+                "other": before(other, others[min(number, len(others) - 1)]),
             }
             tokens = document.tokens[start : start + config.window]
             yield Window(document.name, document.domain, start, tokens, contexts)
-    if not found:
+    if document is None:
         raise ValueError(
             f"{config.data}: no document has the {config.context + config.window} tokens of the longest context and "
             f"the window: lower chunks or window"
@@ -197,14 +238,14 @@ def _pairs(documents: Iterable[Document]) -> Iterator[tuple[Document, Document]]
         yield document, first[domain] if document is not first[domain] else next(others, document)
 
 
-def _prepared_documents(config: PerplexityConfig) -> Iterator[Document]:
+def _prepared_documents(config: Perplexity) -> Iterator[Document]:
     corpus = Corpus(config.data, config.split)
     for number in _numbers(corpus.records, config, config.to_draw, lambda length: len(config.starts(length - 2))):
         document = corpus[number]
         yield Document(document.name, document.tokens[1:-1], document.domain)  # neither BOS nor EOS is text
 
 
-def _with_passages(config: PerplexityConfig) -> Iterator[Window]:
+def _with_passages(config: Perplexity) -> Iterator[Window]:
     sizes = ExampleConfig(window=config.window, chunk_length=config.chunk_length)
     sequences, most = Sequences(config.data, WindowsInContext(sizes), config.split), max(config.chunks)
     first_scored = config.window - config.scored
@@ -227,7 +268,7 @@ def _with_passages(config: PerplexityConfig) -> Iterator[Window]:
         )
 
 
-def _numbers(records: Records, config: PerplexityConfig, most: int, windows_in: Callable[[int], int]) -> list[int]:
+def _numbers(records: Records, config: Perplexity, most: int, windows_in: Callable[[int], int]) -> list[int]:
     """The numbers of the records to read, where windows are drawn those with the `most` first ones of each domain.
 
     `windows_in` counts the windows in one of so many tokens.
@@ -242,10 +283,10 @@ def _numbers(records: Records, config: PerplexityConfig, most: int, windows_in: 
         return [number for number, _, count in table if count]
     draws = np.random.default_rng(config.seed).random(len(records))
     candidates = ((domain, draws[number], (number, count)) for number, domain, count in table)
-    return drawn(candidates, most, lambda item: item)
+    return reservoir_by_domain(candidates, most, lambda item: item)
 
 
-def _raw_documents(config: PerplexityConfig, tokenizer: Tokenizer) -> Iterable[Document]:
+def _raw_documents(config: Perplexity, tokenizer: Tokenizer) -> Iterable[Document]:
     """Documents of files as `prepare_data.py` reads them, tokenised: all, one after another, or those that are drawn.
 
     ValueError for one that cannot be read.
@@ -256,7 +297,7 @@ def _raw_documents(config: PerplexityConfig, tokenizer: Tokenizer) -> Iterable[D
 
 
 @functools.lru_cache(maxsize=1)  # for the next number of chunks: to read all files again may take minutes
-def _drawn_documents(config: PerplexityConfig, tokenizer: Tokenizer) -> list[Document]:
+def _drawn_documents(config: Perplexity, tokenizer: Tokenizer) -> list[Document]:
     def candidates() -> Iterator[tuple[str, float, RawDocument]]:
         for raw in _long_enough(config):
             digest = hashlib.sha256(f"{config.seed}:{raw.name}".encode()).digest()
@@ -266,10 +307,10 @@ def _drawn_documents(config: PerplexityConfig, tokenizer: Tokenizer) -> list[Doc
         document = _tokenised(raw, tokenizer)
         return document, len(config.starts(len(document.tokens)))
 
-    return drawn(candidates(), config.to_draw, read_windows)
+    return reservoir_by_domain(candidates(), config.to_draw, read_windows)
 
 
-def _long_enough(config: PerplexityConfig) -> Iterator[RawDocument]:
+def _long_enough(config: Perplexity) -> Iterator[RawDocument]:
     """The documents that may have a window: no token is less than a byte but one, which tokenizers put first."""
     root, patterns = config.data, PrepareConfig.patterns
     if config.data.is_file():

@@ -4,10 +4,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from cepe_jax.data.tokenizer import Tokenizer
-from cepe_jax.evaluation.language_model import Prompt
+from cepe_jax.evaluation.readers.language_model import Prompt
 from cepe_jax.inference.caches import FULL, CacheConfig
 from cepe_jax.inference.context import encode, stacked
 from cepe_jax.inference.generate import power_of_two, stream
+from cepe_jax.inference.overflow import room_beside
 from cepe_jax.inference.scoring import Score, score
 from cepe_jax.model.cepe import Cepe
 from cepe_jax.model.cross import Memory
@@ -45,7 +46,7 @@ class CepeReader:
         return prompt.ids
 
     def _memory(self, prompts: Sequence[Prompt]) -> Memory | None:
-        """Of each prompt's contexts; of one row where all prompts have the same ones."""
+        """Return the memory of each prompt's contexts, of one row if all prompts have the same ones."""
         read = [_chunks(prompt) for prompt in prompts]
         if read.count(read[0]) == len(read):
             read = read[:1]
@@ -61,7 +62,7 @@ class CepeReader:
 
 
 def _chunks(prompt: Prompt) -> list[tuple[int, ...]]:
-    """What the encoder reads at once, each: a context, or what it is cut into."""
+    """Return the pieces that the encoder reads at once: a context each, or what it is cut into."""
     chunks = []
     for context in map(tuple, prompt.contexts):
         whole = max(len(context), 1)  # an empty one stays, to be refused
@@ -88,7 +89,7 @@ class DecoderReader:
         return score(self.model, self._ids(prompt, longest(continuations)), continuations, policy=self.cache)
 
     def _ids(self, prompt: Prompt, new: int) -> list[int]:
-        """What it reads of the text: where the text begins as its tokenizer says, so does this."""
+        """Return the ids that it reads of the text: if the text begins as its tokenizer says, so do they."""
         ids, begin = one_text(prompt, self.tokenizer.begin)
         room = room_beside(new, self.window)
         if room is None or len(ids) <= room:
@@ -103,16 +104,5 @@ def one_text(prompt: Prompt, begin: list[int]) -> tuple[list[int], int]:
 
 
 def longest(continuations: Sequence[Sequence[int]]) -> int:
-    """How many tokens the longest one has."""
+    """Return the number of tokens of the longest one."""
     return max(map(len, continuations), default=1)
-
-
-def room_beside(new: int, window: int | None) -> int | None:
-    """How many tokens of a prompt the decoder can read before so many others, the last of which it does not read."""
-    if new < 1:
-        raise ValueError(f"{new} tokens after the prompt: ask for 1 or more")
-    if window is None:
-        return None
-    if new > window:
-        raise ValueError(f"{new} tokens after the prompt leave nothing of the window of {window} for it: ask for fewer")
-    return window + 1 - new

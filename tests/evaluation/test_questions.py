@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from support.refusals import one_line
 
-from cepe_jax.evaluation.records import Demonstration, Record, lines, parsed
+from cepe_jax.evaluation.tasks.questions import Demonstration, Question, lines, parsed
 
 FULL = {
     "id": 7,
@@ -22,7 +22,7 @@ FULL = {
 LEAST = {"question": "", "answers": ["x"]}
 
 
-def read(path: Path) -> Iterator[Record]:
+def read(path: Path) -> Iterator[Question]:
     return parsed(path, lines(path))
 
 
@@ -35,8 +35,8 @@ def written(path: Path, *lines) -> Path:
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
 def test_read(tmp_path, name):
     shown = Demonstration("Q", "A", ("c",)), Demonstration("R", "B")
-    full = Record("7", "Who?", ("B",), ("A", "B"), ("one", "two"), (2.0, 0.5), shown)
-    assert list(read(written(tmp_path / name, FULL, " ", LEAST))) == [full, Record("3", "", ("x",))]
+    full = Question("7", "Who?", ("B",), ("A", "B"), ("one", "two"), (2.0, 0.5), shown)
+    assert list(read(written(tmp_path / name, FULL, " ", LEAST))) == [full, Question("3", "", ("x",))]
 
 
 FAULTS = [

@@ -1,4 +1,4 @@
-"""What a grid came to: results.json, report.md and plots."""
+"""The report of a grid: results.json, report.md and plots."""
 
 import dataclasses
 import math
@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cepe_jax.directories import write_json, write_text
-from cepe_jax.evaluation.cells import SCHEMA
-from cepe_jax.evaluation.plots import plot
-from cepe_jax.evaluation.results import Result, Results, gather
-from cepe_jax.evaluation.tables import markdown
+from cepe_jax.evaluation.sweep.cells import SCHEMA
+from cepe_jax.evaluation.sweep.plots import plot
+from cepe_jax.evaluation.sweep.results import Result, Results, gather
+from cepe_jax.evaluation.sweep.tables import markdown
 from cepe_jax.identity import as_json
 
 
@@ -22,7 +22,7 @@ class ReportConfig:
 def report(config: ReportConfig) -> str:
     """The page of report.md, which is in `config.out` with the plots, and with results.json, written last."""
     results = gather(config.out)
-    for name in results.data:
+    for name in results.config.evaluations:
         plot(results, name, config.out / f"{name}.png")
     page = markdown(results)
     write_text(config.out / "report.md", page)
@@ -54,8 +54,8 @@ def _cell(results: Results, result: Result) -> Iterator[tuple[str, object]]:
     for metric in result.means:
         estimate = result.estimate(metric)
         numbers = dataclasses.asdict(estimate)
-        if metric == "nll":
-            numbers["perplexity"] = math.exp(estimate.mean)
+        if name := result.unit.exponential:
+            numbers[name] = math.exp(estimate.mean)
         for name, other in ("gain_over_no_context", without), ("gain_over_first_model", first):
             gain = other and result.gain(metric, other)
             numbers[name] = gain and dataclasses.asdict(gain)

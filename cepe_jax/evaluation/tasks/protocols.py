@@ -1,10 +1,10 @@
-"""How a task is put to a model: the words around a record, how much is generated, and by which metrics it counts."""
+"""The protocol of a task: the words around a question, how much is generated, and by which metrics it counts."""
 
 import dataclasses
 import string
 from dataclasses import dataclass
 
-from cepe_jax.evaluation.records import Demonstration
+from cepe_jax.evaluation.tasks.questions import Demonstration
 
 BETWEEN = "\n\n"  # what stands between the parts of a prompt
 
@@ -55,7 +55,7 @@ class Words:
 
 @dataclass(frozen=True)
 class Protocol:
-    """What a task does unless its config says otherwise. Choices count by accuracy, whatever the metrics."""
+    """The words, limits and metrics of a task. Choices count by accuracy, whatever the metrics."""
 
     template: Template
     metrics: tuple[str, ...] = ()
@@ -63,19 +63,6 @@ class Protocol:
     stop: tuple[str, ...] = ()
 
 
-PROTOCOLS = {
-    "qa": Protocol(
-        Template(context="Passage: {context}"),
-        ("exact_match", "substring_match", "f1"),
-        max_new_tokens=25,
-        stop=("\n",),
-    ),
-    "icl": Protocol(Template(question="Input: {question}\nLabel:")),
-    "document": Protocol(
-        Template(instruction="Answer the question from the text above in a few words."),
-        ("f1",),
-        max_new_tokens=50,
-        stop=("\n",),
-    ),
-    "synthetic": Protocol(Template(question="Question: {question}"), ("match_all", "match_part"), max_new_tokens=128),
-}
+def join(*parts: str) -> str:
+    """Return the parts that are not empty, one after another."""
+    return BETWEEN.join(part for part in parts if part)

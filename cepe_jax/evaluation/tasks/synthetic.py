@@ -12,9 +12,14 @@ from pathlib import Path
 from typing import Literal
 
 from cepe_jax.data.sources import decoded
-from cepe_jax.evaluation.metrics import SENTENCE_ENDS
-from cepe_jax.evaluation.records import Record
-from cepe_jax.evaluation.selection import generator
+from cepe_jax.data.tokenizer import Tokenizer
+from cepe_jax.evaluation.tasks.metrics import SENTENCE_ENDS
+from cepe_jax.evaluation.tasks.protocols import Protocol, Template
+from cepe_jax.evaluation.tasks.questions import Question
+from cepe_jax.evaluation.tasks.selection import generator
+from cepe_jax.evaluation.tasks.task import LongText, register
+from cepe_jax.inference.overflow import begun
+from cepe_jax.progress import track
 
 Kind = Literal[
     "single", "multi_key", "multi_value", "multi_query", "variable_tracking", "common_words", "frequent_words"
@@ -39,6 +44,39 @@ NOISE = (
 )
 
 
+@register
+@dataclass(frozen=True, kw_only=True)
+class Synthetic(LongText):
+    """The decoder reads the end of the text and the question. The axis counts the tokens of all that is read."""
+
+    family: str = "synthetic"
+    kind: Kind = "single"  # what is hidden in the text, to be found (synthetic)
+    haystack: Path | None = None  # a text file to hide it in; None: sentences made up (synthetic)
+
+    usual = Protocol(Template(question="Question: {question}"), ("match_all", "match_part"), max_new_tokens=128)
+    axis_name = "tokens of the whole text, with what is generated"
+
+    def __post_init__(self):
+        if self.samples is None:
+            raise ValueError("samples is missing: say how many synthetic texts there are to be for each seed")
+        super().__post_init__()
+
+    def places(self) -> dict[Path, str]:
+        return {} if self.haystack is None else {self.haystack: ""}
+
+    def questions(self, value: int, tokenizer: Tokenizer) -> list[tuple[int, Question]]:
+        sentences = sentences_of(self.haystack) if self.haystack else []
+
+        def tokens_of(question: Question) -> int:
+            return len(begun("".join(self.document(question)), tokenizer)) + self.protocol.max_new_tokens
+
+        def texts_of(seed: int) -> Iterator[Question]:
+            questions = texts(self.kind, value, self.samples, seed, sentences, tokens_of)
+            return track(questions, f"make {self.kind}, {value}", self.samples)
+
+        return [(seed, question) for seed in self.seeds for question in texts_of(seed)]
+
+
 @dataclass(frozen=True)
 class Text:
     """A text that can grow: `parts(n)` are what it consists of at size n, more of them for a larger n."""
@@ -57,9 +95,9 @@ def sentences_of(path: Path) -> list[str]:
     return SENTENCE_ENDS.split(" ".join(text.split()))
 
 
-def records(
-    kind: Kind, length: int, samples: int, seed: int, haystack: Sequence[str], tokens_of: Callable[[Record], int]
-) -> Iterator[Record]:
+def texts(
+    kind: Kind, length: int, samples: int, seed: int, haystack: Sequence[str], tokens_of: Callable[[Question], int]
+) -> Iterator[Question]:
     """`samples` records, the text of each as long as it can be while `tokens_of` the record is at most `length`.
 
     Needles are hidden among the sentences of `haystack`, without any among sentences that say nothing. What is asked
@@ -70,11 +108,11 @@ def records(
         rng = generator(seed, kind, number)
         text = _text(kind, rng, number * GOLDEN % 1, haystack, REPEATS if length >= SHORT else SHORT_REPEATS)
 
-        def record(size: int, text=text, name=f"{kind}-{number}") -> Record:
+        def question(size: int, text=text, name=f"{kind}-{number}") -> Question:
             context = " ".join(text.parts(size))
-            return Record(name, text.question, text.answers, contexts=(context,), depths=text.depths)
+            return Question(name, text.question, text.answers, contexts=(context,), depths=text.depths)
 
-        yield record(_largest(lambda size, record=record: tokens_of(record(size)), length, f"{kind}-{number}"))
+        yield question(_largest(lambda size, question=question: tokens_of(question(size)), length, f"{kind}-{number}"))
 
 
 def _largest(tokens_of: Callable[[int], int], most: int, name: str) -> int:
@@ -129,13 +167,13 @@ def _variables(rng: random.Random, hay: Iterator[str]) -> Text:
     names = _distinct(lambda: "".join(rng.choices("ABCDEFGHIJKLMNOPQRSTUVWXYZ", k=5)))
     chain = tuple(itertools.islice(names, HOPS + 1))
     value = rng.randrange(10**4, 10**5)
-    said = [f"VAR {chain[0]} = {value}.", *(f"VAR {b} = VAR {a}." for a, b in itertools.pairwise(chain))]
-    places = sorted(rng.random() for _ in said)
+    assignments = [f"VAR {chain[0]} = {value}.", *(f"VAR {b} = VAR {a}." for a, b in itertools.pairwise(chain))]
+    places = sorted(rng.random() for _ in assignments)
     question = (
         f"Which {len(chain)} variables have the value {value}, set directly or through other variables?\n"
         f"Answer: The variables with the value {value} are"
     )
-    return Text(_hidden(said, places, hay), question, chain, tuple(places))
+    return Text(_hidden(assignments, places, hay), question, chain, tuple(places))
 
 
 def _common_words(rng: random.Random, common_repeats: int, other_repeats: int) -> Text:
@@ -182,10 +220,10 @@ def _hidden(needles: Sequence[str], depths: Sequence[float], hay: Iterator[str])
 
     def parts(size: int) -> list[str]:
         kept.extend(itertools.islice(hay, max(0, size - len(kept))))
-        found = kept[:size]
+        sentences = kept[:size]
         for before, (depth, needle) in enumerate(by_depth):
-            found.insert(round(depth * size) + before, needle)
-        return found
+            sentences.insert(round(depth * size) + before, needle)
+        return sentences
 
     return parts
 

@@ -13,10 +13,10 @@ from functools import partial
 from pathlib import Path
 
 from cepe_jax.data import tfds
-from cepe_jax.evaluation.metrics import ROUGE
-from cepe_jax.evaluation.protocols import PROTOCOLS, Protocol, Template
-from cepe_jax.evaluation.records import SUFFIXES, Demonstration, Record, lines, parsed
-from cepe_jax.evaluation.selection import as_demonstration
+from cepe_jax.evaluation.tasks.metrics import ROUGE
+from cepe_jax.evaluation.tasks.protocols import Protocol, Template
+from cepe_jax.evaluation.tasks.questions import SUFFIXES, Demonstration, Question, lines, parsed
+from cepe_jax.evaluation.tasks.selection import as_demonstration
 from cepe_jax.progress import track
 
 Mapping = Callable[[dict, tuple[str, ...]], dict]  # a published line and the names of its labels -> a record's fields
@@ -37,8 +37,8 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Layout:
-    family: str
-    protocol: Protocol
+    family: str  # whose questions these are; "": any
+    protocol: Protocol | None  # None: the family's own
     mapping: Mapping
     source: str  # where the data comes from
     shown: str = "train"  # the split that demonstrations are drawn from
@@ -86,14 +86,14 @@ def classified(label: str, *text: str) -> Mapping:
     """A mapping of lines with a label, a number or a name, and the input in one field or several."""
 
     def mapping(line: dict, names: tuple[str, ...]) -> dict:
-        given = _get(line, label, int, str)
-        if isinstance(given, str):
-            name = given
-        elif 0 <= given < len(names):
-            name = names[given]
+        value = _get(line, label, int, str)
+        if isinstance(value, str):
+            name = value
+        elif 0 <= value < len(names):
+            name = names[value]
         else:
             raise ValueError(
-                f"{label} is {given} and there are {len(names)} labels: give one line of labels.txt to each"
+                f"{label} is {value} and there are {len(names)} labels: give one line of labels.txt to each"
             )
         spelled = [name.replace("_", " ") for name in names]
         question = " ".join(_get(line, field, str).strip() for field in text)
@@ -116,10 +116,10 @@ def zero_scrolls(line: dict, _: tuple[str, ...]) -> dict:
 
 
 def quality(line: dict, names: tuple[str, ...]) -> dict:
-    """As `zero_scrolls`; the query's options become a choice of letters."""
+    """Return the fields of `zero_scrolls`, with the query's options as a choice of letters."""
     fields = zero_scrolls(line, names)
     options, output = OPTION.findall(fields["question"]), line["output"].strip()
-    right = [letter for letter, said in options if output in (letter, f"({letter})", said, f"({letter}) {said}")]
+    right = [letter for letter, text in options if output in (letter, f"({letter})", text, f"({letter}) {text}")]
     if not right:
         raise ValueError(
             f"output is {json.dumps(output)[:60]}: this layout has one of the query's options (A) ... there"
@@ -133,7 +133,7 @@ def _passages(where: str, shown: str = "train") -> Layout:
         f"{where} linked at princeton-nlp/CEPE, or others in DPR's layout: lines with question, answers, and ctxs, "
         f"which have title, text and score"
     )
-    return Layout("qa", PROTOCOLS["qa"], retrieved, source, shown)
+    return Layout("qa", None, retrieved, source, shown)
 
 
 def _classes(
@@ -221,14 +221,12 @@ LAYOUTS = {
 }
 
 
-def plain(family: str) -> Layout:
-    """Records as they stand."""
-    return Layout(family, PROTOCOLS[family], lambda line, _: line, "records, one a line")
+RECORDS = Layout("", None, lambda line, _: line, "records, one a line")  # questions as they stand
 
 
 @dataclass(frozen=True)
 class _Data:
-    """What there is of a set: of each split, where it is and what gives its numbered lines."""
+    """A set on disk: the place of each split, and a function that returns its numbered lines."""
 
     splits: dict[str, tuple[Path, Callable[[], Iterable[tuple[int, dict]]]]]
     mapping: Mapping
@@ -236,18 +234,18 @@ class _Data:
     names: tuple[str, ...]
 
 
-def load(path: Path, layout: Layout, shows: bool) -> tuple[list[Record], list[Demonstration]]:
+def load(path: Path, layout: Layout, shows: bool) -> tuple[list[Question], list[Demonstration]]:
     """The records at `path`, and what demonstrations are drawn from if there are to be any (`shows`).
 
     FileNotFoundError says what to put where.
     """
-    found = tfds.versions(path, layout.prepared.name) if layout.prepared is not None else []
-    data = _from_tfds(layout.prepared, found[-1]) if found else _from_files(path, layout)
+    versions = tfds.versions(path, layout.prepared.name) if layout.prepared is not None else []
+    data = _from_tfds(layout.prepared, versions[-1]) if versions else _from_files(path, layout)
     if "test" not in data.splits:
         raise FileNotFoundError(f"{path}: no such file, and no directory with test.jsonl: put there {layout.source}")
     names = data.names or (_names_in(data) if data.label else ())
 
-    def records(split: str) -> Iterable[Record]:
+    def records(split: str) -> Iterable[Question]:
         place, numbered = data.splits[split]
         return track(parsed(place, numbered(), lambda line: data.mapping(line, names)), f"read {place}")
 
@@ -270,7 +268,7 @@ def _from_tfds(prepared: Prepared, directory: Path) -> _Data:
 
 
 def _from_files(path: Path, layout: Layout) -> _Data:
-    """Of a directory its test.jsonl and train.jsonl; a file is what is asked."""
+    """Return the test.jsonl and train.jsonl of a directory, or a file as the test split."""
     named = [(split, path / f"{split}{end}") for split in ("test", "train") for end in SUFFIXES]
     places = {"test": path} if path.is_file() else {split: place for split, place in named if place.exists()}
     splits = {split: (place, partial(lines, place)) for split, place in places.items()}
@@ -284,7 +282,7 @@ def _from_files(path: Path, layout: Layout) -> _Data:
 def _names_in(data: _Data) -> tuple[str, ...]:
     """The labels that stand in the data, in the order of the alphabet."""
     place, numbered = data.splits["train" if "train" in data.splits else "test"]
-    found = set()
+    names = set()
     for number, line in numbered():
         try:
             name = _get(line, data.label, int, str)
@@ -294,5 +292,5 @@ def _names_in(data: _Data) -> tuple[str, ...]:
             raise FileNotFoundError(
                 f"{place.parent / 'labels.txt'}: no such file, and {data.label} is a number: give names, a line each"
             )
-        found.add(name)
-    return tuple(sorted(found))
+        names.add(name)
+    return tuple(sorted(names))

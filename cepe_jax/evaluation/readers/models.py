@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from cepe_jax.config import CepeConfig, Dtype, RopeConfig
-from cepe_jax.evaluation.baselines import CepeReader, DecoderReader
-from cepe_jax.evaluation.language_model import LanguageModel
-from cepe_jax.evaluation.replug import RePlug
+from cepe_jax.evaluation.readers.language_model import LanguageModel
+from cepe_jax.evaluation.readers.readers import CepeReader, DecoderReader
+from cepe_jax.evaluation.readers.replug import RePlug
 from cepe_jax.inference.caches import FULL, CacheConfig
 from cepe_jax.inference.text import ModelFacts, read_facts
 
@@ -38,6 +38,11 @@ class ModelConfig:
             raise ValueError(
                 f"cache.kind is {self.cache.kind}, which reads texts of any length: leave window out, and let encoder "
                 f"or decoder read"
+            )
+        if self.reads != "replug" and self.temperature != ModelConfig.temperature:
+            raise ValueError(
+                f"temperature is {self.temperature}, and reads {self.reads} does not read it: leave it out, or give "
+                f"reads replug"
             )
         if not self.temperature > 0:
             raise ValueError(f"temperature is {self.temperature}: give a number above 0")

@@ -23,7 +23,7 @@ class Demonstration:
 
 
 @dataclass(frozen=True)
-class Record:
+class Question:
     """One question. Where there are choices, `answers` are the right ones among them."""
 
     id: str
@@ -69,15 +69,15 @@ DEMONSTRATION_FIELDS = {
 }
 
 
-def _check(given, fields: dict[str, tuple[Callable, str]], required: tuple[str, ...], inside: str = "") -> None:
-    """ValueError unless `given` is an object with the required fields, these fields alone, and of their types."""
-    if not isinstance(given, dict):
-        raise ValueError(f"{inside or 'it'} is {_shown(given)}: give an object with {', '.join(required)}")
+def _check(item, fields: dict[str, tuple[Callable, str]], required: tuple[str, ...], inside: str = "") -> None:
+    """ValueError unless `item` is an object with the required fields, these fields alone, and of their types."""
+    if not isinstance(item, dict):
+        raise ValueError(f"{inside or 'it'} is {_shown(item)}: give an object with {', '.join(required)}")
     place = f"{inside}." if inside else ""
     for name in required:
-        if name not in given:
+        if name not in item:
             raise ValueError(f"{place}{name} is missing: give {fields[name][1]}")
-    for name, value in given.items():
+    for name, value in item.items():
         if name not in fields:
             raise ValueError(f"unknown field {place}{name}: the fields are {', '.join(fields)}")
         fits, wanted = fields[name]
@@ -90,7 +90,7 @@ def _shown(value) -> str:
     return text if len(text) <= 60 else f"{text[:60]}..."
 
 
-def parse(fields: dict, number: int) -> Record:
+def parse(fields: dict, number: int) -> Question:
     """The record of a line; without an `id` it is called by the line's number. ValueError names the field at fault."""
     _check(fields, FIELDS, ("question", "answers"))
     texts = {name: tuple(fields.get(name, ())) for name in ("answers", "choices", "contexts")}
@@ -103,12 +103,12 @@ def parse(fields: dict, number: int) -> Record:
     if scores is not None and len(scores) != len(texts["contexts"]):
         raise ValueError(f"scores has {len(scores)} numbers for {len(texts['contexts'])} contexts: give one for each")
     demonstrations = []
-    for place, given in enumerate(fields.get("demonstrations", ())):
-        _check(given, DEMONSTRATION_FIELDS, ("question", "answer"), f"demonstrations[{place}]")
-        contexts = tuple(given.get("contexts", ()))
-        demonstrations.append(Demonstration(given["question"], given["answer"], contexts))
+    for place, item in enumerate(fields.get("demonstrations", ())):
+        _check(item, DEMONSTRATION_FIELDS, ("question", "answer"), f"demonstrations[{place}]")
+        contexts = tuple(item.get("contexts", ()))
+        demonstrations.append(Demonstration(item["question"], item["answer"], contexts))
     name = str(fields.get("id", number))
-    return Record(name, fields["question"], scores=scores, demonstrations=tuple(demonstrations), **texts)
+    return Question(name, fields["question"], scores=scores, demonstrations=tuple(demonstrations), **texts)
 
 
 def lines(path: Path) -> Iterator[tuple[int, dict]]:
@@ -131,7 +131,7 @@ def lines(path: Path) -> Iterator[tuple[int, dict]]:
 
 def parsed(
     place: Path, numbered: Iterable[tuple[int, dict]], mapping: Callable[[dict], dict] = lambda line: line
-) -> Iterator[Record]:
+) -> Iterator[Question]:
     """The records of the lines of `place`. `mapping` gives a line's fields where it has another layout.
 
     ValueError names place, line and field of the first fault: one missing, unknown or of another type, no answers,

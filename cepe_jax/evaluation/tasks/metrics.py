@@ -1,4 +1,4 @@
-"""What a prediction is worth: DrQA's and SQuAD's text matches, RULER's, ROUGE; and which of several choices is taken.
+"""Metrics of predictions: DrQA's and SQuAD's text matches, RULER's, ROUGE; and accuracies of a choice.
 
 Each metric compares one prediction with all right answers; the best of them counts, 0 to 1.
 """
@@ -37,29 +37,29 @@ def _best(score: Callable[[str, str], float], prediction: str, answers: Sequence
 
 
 def exact_match(prediction: str, answers: Sequence[str]) -> float:
-    """Whether the prediction is an answer, both normalised."""
-    return _best(lambda said, answer: normalise(said) == normalise(answer), prediction, answers)
+    """Return 1 if the prediction is an answer, both normalised."""
+    return _best(lambda text, answer: normalise(text) == normalise(answer), prediction, answers)
 
 
 def substring_match(prediction: str, answers: Sequence[str]) -> float:
-    """Whether an answer stands anywhere in the prediction, both normalised."""
-    return _best(lambda said, answer: normalise(answer) in normalise(said), prediction, answers)
+    """Return 1 if an answer stands anywhere in the prediction, both normalised."""
+    return _best(lambda text, answer: normalise(answer) in normalise(text), prediction, answers)
 
 
 def f1(prediction: str, answers: Sequence[str]) -> float:
     """The harmonic mean of precision and recall of words, both normalised."""
 
-    def score(said: str, answer: str) -> float:
-        said_words, answer_words = normalise(said).split(), normalise(answer).split()
-        same = (Counter(said_words) & Counter(answer_words)).total()
-        return 2 * same / (len(said_words) + len(answer_words))
+    def score(text: str, answer: str) -> float:
+        words, answer_words = normalise(text).split(), normalise(answer).split()
+        same = (Counter(words) & Counter(answer_words)).total()
+        return 2 * same / (len(words) + len(answer_words))
 
     return _best(score, prediction, answers)
 
 
 def match_part(prediction: str, answers: Sequence[str]) -> float:
-    """Whether the prediction contains an answer, whatever its case (RULER, of questions with one answer)."""
-    return _best(lambda said, answer: answer.lower() in said.lower(), prediction, answers)
+    """Return 1 if the prediction contains an answer, whatever its case (RULER, of questions with one answer)."""
+    return _best(lambda text, answer: answer.lower() in text.lower(), prediction, answers)
 
 
 def match_all(prediction: str, answers: Sequence[str]) -> float:
@@ -86,8 +86,8 @@ def rouge(kind: str) -> Callable[[str, Sequence[str]], float]:
     def lines(text: str) -> str:
         return SENTENCE_ENDS.sub("\n", text) if kind == "rougeLsum" else text
 
-    def score(said: str, answer: str) -> float:
-        return _rouge_scorer(kind).score(lines(answer), lines(said))[kind].fmeasure
+    def score(text: str, answer: str) -> float:
+        return _rouge_scorer(kind).score(lines(answer), lines(text))[kind].fmeasure
 
     return lambda prediction, answers: _best(score, prediction, answers)
 
@@ -109,7 +109,7 @@ def accuracies(
     lengths: Sequence[int],
     domain_log_probs: Sequence[float] | None = None,
 ) -> dict[str, float]:
-    """Whether the most probable choice is right: by its log probability, by that of a token, and calibrated.
+    """Return 1 if the most probable choice is right: by its log probability, by that of a token, and calibrated.
 
     `lengths`: tokens of each choice. Calibrated is log p(choice | prompt) - log p(choice | domain prompt).
     """
@@ -129,8 +129,8 @@ def means(values: Sequence[dict[str, float]]) -> dict[str, float]:
     """
     if not values:
         raise ValueError("no predictions: a metric needs one or more")
-    found = {name: sum(value[name] for value in values) / len(values) for name in values[0]}
-    if set(ROUGE) <= set(found):
-        product = found["rouge1"] * found["rouge2"] * found["rougeL"]
-        found["rouge"] = product ** (1 / 3)
-    return found
+    averages = {name: sum(value[name] for value in values) / len(values) for name in values[0]}
+    if set(ROUGE) <= set(averages):
+        product = averages["rouge1"] * averages["rouge2"] * averages["rougeL"]
+        averages["rouge"] = product ** (1 / 3)
+    return averages

@@ -9,42 +9,44 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
+from typing import Literal
 
 from cepe_jax import progress
 from cepe_jax.data.units import end_with_parent
 from cepe_jax.devices import forget_peak_memory, on_devices, peak_memory
 from cepe_jax.directories import download_hint, in_one_line, write_json
-from cepe_jax.evaluation import cells as store
-from cepe_jax.evaluation import perplexity, tasks
-from cepe_jax.evaluation.cells import Cell, Missing
-from cepe_jax.evaluation.grid import PerplexityRun, SweepConfig, TaskRun
-from cepe_jax.evaluation.language_model import LanguageModel
-from cepe_jax.evaluation.models import ModelConfig, check_model, load_model
-from cepe_jax.evaluation.report import ReportConfig, report
+from cepe_jax.evaluation.readers.language_model import LanguageModel
+from cepe_jax.evaluation.readers.models import ModelConfig, check_model, load_model
+from cepe_jax.evaluation.sweep import cells as store
+from cepe_jax.evaluation.sweep.cells import Cell, CellFacts, Missing
+from cepe_jax.evaluation.sweep.grid import SweepConfig
+from cepe_jax.evaluation.sweep.report import ReportConfig, report
 from cepe_jax.identity import as_json
 from cepe_jax.weights.files import read_json
 
-# What a process says of its work: what happened ("loaded", "begun", "record", "done", "failed"; last, "ended"), the
-# cell, and of a failure the message and the traceback.
-Message = tuple[str, str, str, str]
 
+@dataclass(frozen=True)
+class Event:
+    """A report of a process on its work. In the last one, that it ended, `message` says how."""
 
-def run_one(config: PerplexityRun | TaskRun) -> None:
-    """What `run_sweep` does, for one model and one set of data."""
-    run_sweep(config.sweep())
+    kind: Literal["loaded", "begun", "record", "done", "failed", "ended"]
+    cell: str = ""  # its name
+    message: str = ""  # of a failure
+    trace: str = ""
 
 
 def run_sweep(config: SweepConfig) -> None:
-    """Every cell that had no result has been run, and the report is in `config.out`. ValueError where cells failed.
+    """Run every cell that has no result, and write the report. ValueError where cells failed.
 
     The same command goes on where it was stopped. ValueError, before anything is run, where a cell was finished with
     other settings, weights or data, where the report would lose a model or data that are there, where no cell has
     all that it needs, or where another command runs in `config.out`.
     """
     with _held(config.out):
-        groups = _left(config)
+        groups = _unfinished(config)
         _run(config, groups, _lacking(groups))
 
 
@@ -57,24 +59,26 @@ def _held(out: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"{out} is in use by another command: wait for its end, or use another --out") from None
-        for left in (out / "cells").glob(".*"):
-            left.unlink()
+        for partial_file in (out / "cells").glob(".*"):
+            partial_file.unlink()
         yield
 
 
-def _left(config: SweepConfig) -> list[list[Cell]]:
-    """The cells without a result, of each model on each data."""
+def _unfinished(config: SweepConfig) -> list[list[Cell]]:
+    """Return the cells without a result, of each model on each data."""
     before, now = config.out / "sweep.json", as_json(config)
-    kept = read_json(before) if before.exists() else {}
-    groups = "models", "perplexity", "tasks"
-    if lost := [f"{group}.{name}" for group in groups for name in kept.get(group, {}) if name not in now[group]]:
+    stored = read_json(before) if before.exists() else {}
+    sections = {name: section for name, section in stored.items() if isinstance(section, dict)}
+    if lost := [f"{name}.{one}" for name, section in sections.items() for one in section if one not in now[name]]:
         raise ValueError(
             f"{config.out} has {', '.join(lost)}, which this command lacks, and its report would lose them: name them "
             f"too, or use another --out"
         )
-    digests = {name: store.data_at(data, config.out) for name, data in (config.perplexity | config.tasks).items()}
-    left = [[cell for cell in group if not _finished(config, cell, digests[cell.data])] for group in config.cells()]
-    return [group for group in left if group]
+    digests = {name: store.data_at(evaluation, config.out) for name, evaluation in config.evaluations.items()}
+    unfinished = [
+        [cell for cell in group if not _finished(config, cell, digests[cell.data])] for group in config.cells()
+    ]
+    return [group for group in unfinished if group]
 
 
 def _lacking(groups: list[list[Cell]]) -> list[str]:
@@ -100,41 +104,39 @@ def _model_faults(config: ModelConfig) -> list[str]:
 
 def _data_faults(cell: Cell) -> list[str]:
     """Return what of the cell's data is not there, or empty."""
-    data = cell.data_config
-    source = f": put there {data.origin.source}" if cell.family == "tasks" and data.data else ""
     faults = []
-    for path in store.places(data):
+    for path, source in cell.evaluation.places().items():
+        mend = f": put there {source}" if source else ""
         if not path.exists():
-            faults.append(f"{path}: no such file or directory{source}")
+            faults.append(f"{path}: no such file or directory{mend}")
         elif path.is_file() and not path.stat().st_size:
-            faults.append(f"{path} is empty{source}")
+            faults.append(f"{path} is empty{mend}")
     return faults
 
 
 def _run(config: SweepConfig, groups: list[list[Cell]], lacking: list[str]) -> None:
-    """The cells of groups that lack nothing have been run, and the report is written. ValueError where some failed."""
+    """Run the cells of groups that lack nothing, and write the report. ValueError where some failed."""
     write_json(config.out / "sweep.json", as_json(config))
     for cell in (cell for group in groups for cell in group):
         cell.path(config.out, "failed").unlink(missing_ok=True)
     failures: dict[str, str] = {}
     where = ""
 
-    def said() -> Iterator[Message]:
+    def events() -> Iterator[Event]:
         nonlocal where
         for group, reason in zip(groups, lacking, strict=True):
             records = 0
             run = partial(_in_process, config)
-            for message in _refused(config, group, reason) if reason else run_group(config, group, run):
-                event, cell, text, trace = message
-                records = records + 1 if event == "record" else 0
-                where = f"{cell}, {records} records" if records else cell
-                if event == "failed":
-                    failures[cell] = text
-                    print(f"{cell} failed: {text}", file=sys.stderr, flush=True)
-                yield message
+            for event in _refused(config, group, reason) if reason else run_group(config, group, run):
+                records = records + 1 if event.kind == "record" else 0
+                where = f"{event.cell}, {records} records" if records else event.cell
+                if event.kind == "failed":
+                    failures[event.cell] = event.message
+                    print(f"{event.cell} failed: {event.message}", file=sys.stderr, flush=True)
+                yield event
 
     total = sum(map(len, groups))
-    over = progress.track(said(), "evaluate, cells", total, lambda: where, lambda m: m[0] in ("done", "failed"))
+    over = progress.track(events(), "evaluate, cells", total, lambda: where, lambda e: e.kind in ("done", "failed"))
     for _ in over if total else ():
         pass
     print(report(ReportConfig(out=config.out)))
@@ -146,11 +148,11 @@ def _run(config: SweepConfig, groups: list[list[Cell]], lacking: list[str]) -> N
         )
 
 
-def _refused(config: SweepConfig, group: list[Cell], reason: str) -> Iterator[Message]:
-    """What `run_group` says of cells that all fail for this reason."""
+def _refused(config: SweepConfig, group: list[Cell], reason: str) -> Iterator[Event]:
+    """Yield the events of cells that all fail for this reason."""
     for cell in group:
         store.write_failure(config.out, cell, reason, "")
-        yield "failed", cell.name, reason, ""
+        yield Event("failed", cell.name, reason)
 
 
 def _finished(config: SweepConfig, cell: Cell, data: str | None) -> bool:
@@ -164,44 +166,41 @@ def _finished(config: SweepConfig, cell: Cell, data: str | None) -> bool:
             f"{cell.model_config.path} has other weights than when {cell.name} was measured: use another --out"
         )
     if data is not None and data != facts["data_digest"]:
-        where = " or ".join(map(str, store.places(cell.data_config)))
+        where = " or ".join(map(str, cell.evaluation.places()))
         raise ValueError(f"{where} has changed since {cell.name} was measured: use another --out")
     return True
 
 
-def run_group(
-    config: SweepConfig, group: list[Cell], run: Callable[[list[Cell]], Iterator[Message]]
-) -> Iterator[Message]:
-    """What `run` says while it measures the cells of a model on its data; at the end each is "done" or "failed".
+def run_group(config: SweepConfig, group: list[Cell], run: Callable[[list[Cell]], Iterator[Event]]) -> Iterator[Event]:
+    """Yield the events of `run` while it measures the cells of a model on its data, each "done" or "failed" in the end.
 
     Where its process dies, the cell that it was at has failed, and another process does the rest; one that dies before
     it has the model would die again.
     """
-    left = {cell.name: cell for cell in group}
-    while left:
-        current, loaded = next(iter(left)), False
-        for message in run(list(left.values())):
-            event, cell, text, trace = message
-            loaded |= event == "loaded"
-            if event == "begun":
-                current = cell
-            elif event == "ended":
+    remaining = {cell.name: cell for cell in group}
+    while remaining:
+        current, loaded = next(iter(remaining)), False
+        for event in run(list(remaining.values())):
+            loaded |= event.kind == "loaded"
+            if event.kind == "begun":
+                current = event.cell
+            elif event.kind == "ended":
                 break
-            elif event in ("done", "failed"):
-                if event == "failed":
-                    store.write_failure(config.out, left[cell], text, trace)
-                del left[cell]
-                current = next(iter(left), "")
-            yield message
-        if left:
-            died = f"its process ended{'' if loaded else ' while it loaded the model'}, {text}"
-            for cell in [current] if loaded else list(left):
-                store.write_failure(config.out, left.pop(cell), died, "")
-                yield "failed", cell, died, ""
+            elif event.kind in ("done", "failed"):
+                if event.kind == "failed":
+                    store.write_failure(config.out, remaining[event.cell], event.message, event.trace)
+                del remaining[event.cell]
+                current = next(iter(remaining), "")
+            yield event
+        if remaining:
+            died = f"its process ended{'' if loaded else ' while it loaded the model'}, {event.message}"
+            for cell in [current] if loaded else list(remaining):
+                store.write_failure(config.out, remaining.pop(cell), died, "")
+                yield Event("failed", cell, died)
 
 
-def _in_process(config: SweepConfig, group: list[Cell]) -> Iterator[Message]:
-    """What `measure_group` says in a process of its own, and at the end how that ended."""
+def _in_process(config: SweepConfig, group: list[Cell]) -> Iterator[Event]:
+    """Yield the events of `measure_group` in a process of its own, and at the end how that ended."""
     context = multiprocessing.get_context("spawn")  # of a device's memory, this process never takes any
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_worker, args=(config, group, sender))
@@ -212,14 +211,14 @@ def _in_process(config: SweepConfig, group: list[Cell]) -> Iterator[Message]:
             while True:
                 yield receiver.recv()
         process.join()
-        yield "ended", "", _end(process.exitcode), ""
+        yield Event("ended", message=_end(process.exitcode))
     finally:
         process.kill()
         process.join()
 
 
 def _end(code: int) -> str:
-    """How a process ended."""
+    """Return how a process ended."""
     return f"killed by {signal.Signals(-code).name}, perhaps for want of memory" if code < 0 else f"with status {code}"
 
 
@@ -227,56 +226,53 @@ def _worker(config: SweepConfig, group: list[Cell], sender) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C too, and ends this process
     threading.Thread(target=end_with_parent, daemon=True).start()
     progress.silence()
-    measure_group(config, group, lambda *message: sender.send(message))
+    measure_group(config, group, sender.send)
 
 
-def measure_group(config: SweepConfig, group: list[Cell], say: Callable[[str, str, str, str], None]) -> None:
-    """Measures the cells of a model on its data, one after another, and says how it goes."""
+def measure_group(config: SweepConfig, group: list[Cell], say: Callable[[Event], None]) -> None:
+    """Measure the cells of a model on its data, one after another, and say how it goes."""
     with ExitStack() as devices:
         try:
             devices.enter_context(on_devices(config.mesh))
-            model, facts = load_model(group[0].model_config), store.provenance()
+            model, provenance = load_model(group[0].model_config), vars(store.provenance())
         except Exception as error:
             for cell in group:
-                say("failed", cell.name, *_told(error))
+                say(_failed(cell, error))
             return
-        facts["tokenizer"] = model.tokenizer.fingerprint()
-        facts["weights"] = store.weights_at(group[0].model_config.path)
-        facts["data_digest"] = store.data_at(group[0].data_config, config.out)
-        facts["mesh"] = as_json(config.mesh)
-        if group[0].family == "tasks":
-            facts["protocol"] = as_json(group[0].data_config.protocol)
-        say("loaded", group[0].name, "", "")
+        facts = partial(
+            CellFacts,
+            **provenance,
+            tokenizer=model.tokenizer.fingerprint(),
+            weights=store.weights_at(group[0].model_config.path),
+            data_digest=store.data_at(group[0].evaluation, config.out),
+            mesh=as_json(config.mesh),
+        )
+        say(Event("loaded", group[0].name))
         for cell in group:
-            say("begun", cell.name, "", "")
+            say(Event("begun", cell.name))
             try:
-                _measure(config, cell, model, facts, say)
+                _measure(config.out, cell, model, facts, say)
             except Exception as error:
-                say("failed", cell.name, *_told(error))
+                say(_failed(cell, error))
             else:
-                say("done", cell.name, "", "")
+                say(Event("done", cell.name))
 
 
-def _told(error: Exception) -> tuple[str, str]:
-    """An error in one line, and where it came from."""
+def _failed(cell: Cell, error: Exception) -> Event:
     kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
-    return kind + in_one_line(error), traceback.format_exc()
+    return Event("failed", cell.name, kind + in_one_line(error), traceback.format_exc())
 
 
-def _measure(config: SweepConfig, cell: Cell, model: LanguageModel, facts: dict, say) -> None:
-    """The cell's result is written."""
-    measured: dict[str, float] = {}
+def _measure(
+    out: Path, cell: Cell, model: LanguageModel, facts: Callable[..., CellFacts], say: Callable[[Event], None]
+) -> None:
+    """Write the cell's result."""
 
     def records() -> Iterator[dict]:
-        begun = time.monotonic()
-        if cell.family == "perplexity":
-            found = perplexity.measure(cell.data_config, cell.kind, cell.value, model)
-        else:
-            found = tasks.measure(cell.data_config, cell.value, model)
-        for record in found:
+        for record in cell.evaluation.measure(cell.point, model):
             yield record
-            say("record", cell.name, "", "")
-        measured.update(seconds=time.monotonic() - begun, peak_memory=peak_memory())
+            say(Event("record", cell.name))
 
     forget_peak_memory()
-    store.write(config.out, cell, records(), facts, measured)
+    begun = time.monotonic()
+    store.write(out, cell, records(), lambda: facts(seconds=time.monotonic() - begun, peak_memory=peak_memory()))

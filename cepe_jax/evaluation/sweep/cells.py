@@ -10,69 +10,69 @@ import json
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import date
 from importlib import metadata
 from pathlib import Path
-from typing import Literal
 
 from cepe_jax.data.records import DATASET
 from cepe_jax.devices import describe
 from cepe_jax.directories import staged, write_json
-from cepe_jax.evaluation.models import ModelConfig
-from cepe_jax.evaluation.perplexity import PerplexityConfig
-from cepe_jax.evaluation.tasks import TaskConfig
+from cepe_jax.evaluation.readers.models import ModelConfig
+from cepe_jax.evaluation.tasks.evaluation import Evaluation, Point
 from cepe_jax.identity import as_json, refuse_another_run
 from cepe_jax.weights.files import read_json
 
 SCHEMA = 2  # of the files of a cell and of results.json
 REQUIRED = "id", "read", "seconds"  # in every record: its name, the tokens that were read for it, and in what time
-FACTS = {
-    "identity",
-    "sha256",
-    "tokenizer",
-    "weights",
-    "data_digest",
-    "mesh",
-    "device",
-    "jax",
-    "python",
-    "commit",
-    "date",
-}
-FACTS |= {"seconds", "peak_memory"}  # of every cell; without one of these it is none
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """The code and the devices of a process."""
+
+    device: str
+    jax: str
+    python: str
+    packages: dict[str, str | None]
+    commit: str | None  # None outside of a checkout
+    date: str
+
+
+@dataclass(frozen=True)
+class CellFacts(Provenance):
+    """The facts of a measurement in a cell's file; a file that lacks one of these is no result."""
+
+    tokenizer: str  # its fingerprint
+    weights: str | None  # their digest
+    data_digest: str | None
+    mesh: dict[str, int]
+    seconds: float  # of all records together
+    peak_memory: int  # bytes
 
 
 @dataclass(frozen=True)
 class Cell:
-    family: Literal["perplexity", "tasks"]
     model: str  # as the grid calls it
     data: str
-    kind: str  # of contexts; "" of a task
-    value: int  # where on the axis: chunks of context, or what the task counts
+    point: Point
     model_config: ModelConfig
-    data_config: PerplexityConfig | TaskConfig
+    evaluation: Evaluation
 
     @property
     def name(self) -> str:
-        return ".".join([self.model, self.data, *([self.kind] if self.kind else []), str(self.value)])
+        return ".".join([self.model, self.data, *filter(None, (self.point.kind, str(self.point.value)))])
 
     @property
     def identity(self) -> dict:
         """The settings that the records depend on, by their dotted names.
 
-        Of the axis that is its longest value where there is room for it in every window, or where there are
-        demonstrations for it in every draw; else nothing. Metrics are of what is recorded.
+        The axis is not among them, so that values can be added, unless questions depend on its longest value. Metrics
+        are not: they are computed from the stored records.
         """
-        axis, unread = ("chunks", "kinds") if self.family == "perplexity" else ("axis", "metrics")
-        data = as_json(self.data_config)
-        del data[unread]
-        longest = max(data.pop(axis))
-        if self.family == "perplexity" or data["family"] == "icl":
-            data[axis] = longest
-        settings = {"model": as_json(self.model_config), "data": data}
-        return {"schema": SCHEMA, "family": self.family} | dict(_dotted(settings))
+        settings = {"model": as_json(self.model_config), "data": self.evaluation.identity()}
+        return {"schema": SCHEMA, "family": self.evaluation.section} | dict(_dotted(settings))
 
     def path(self, out: Path, suffix: str) -> Path:
         return out / "cells" / f"{self.name}.{suffix}"
@@ -90,8 +90,8 @@ class Missing(ValueError):
     """A cell has no result, and why."""
 
 
-def write(out: Path, cell: Cell, records: Iterable[dict], *facts: dict) -> None:
-    """The cell's records and facts are in `out`, facts as they are after the last record.
+def write(out: Path, cell: Cell, records: Iterable[dict], facts: Callable[[], CellFacts]) -> None:
+    """Write the cell's records and facts, which are asked for after the last record.
 
     ValueError, and nothing is there, for records that are no result.
     """
@@ -109,11 +109,9 @@ def write(out: Path, cell: Cell, records: Iterable[dict], *facts: dict) -> None:
                 file.write(line)
         if not ids:
             raise ValueError(f"{cell.name} has no record: its data is empty")
-    names = {name: getattr(cell, name) for name in ("family", "model", "data", "kind", "value")}
+    names = {"family": cell.evaluation.section, "model": cell.model, "data": cell.data} | cell.point._asdict()
     counts = {"records": len(ids), "sha256": digest.hexdigest()}
-    result = {"schema": SCHEMA, "name": cell.name} | names | counts
-    for some in facts:
-        result |= some
+    result = {"schema": SCHEMA, "name": cell.name} | names | counts | vars(facts()) | cell.evaluation.facts()
     write_json(cell.path(out, "json"), result | {"identity": cell.identity})
 
 
@@ -132,8 +130,10 @@ def read(out: Path, cell: Cell) -> tuple[dict, list[dict]]:
         raise Missing(f"{path} is damaged: run it again") from None
     if not isinstance(facts, dict) or not isinstance(facts.get("identity"), dict):
         raise Missing(f"{path} lacks identity: run it again")
-    refuse_another_run(path, facts["identity"], cell.identity)
-    if lacking := FACTS - facts.keys():
+    # Older files have settings, too, that the evaluation does not read: no record depends on them.
+    identity = {name: value for name, value in facts["identity"].items() if name in cell.identity}
+    refuse_another_run(path, identity, cell.identity)
+    if lacking := {"sha256", *CellFacts.__dataclass_fields__} - facts.keys():
         raise Missing(f"{path} lacks {', '.join(sorted(lacking))}: run it again")
     content = records.read_bytes() if records.exists() else b""
     if hashlib.sha256(content).hexdigest() != facts["sha256"]:
@@ -145,18 +145,13 @@ def write_failure(out: Path, cell: Cell, message: str, trace: str) -> None:
     write_json(cell.path(out, "failed"), {"name": cell.name, "message": message, "traceback": trace})
 
 
-def provenance() -> dict:
-    """What computes in this process, and by which code."""
+def provenance() -> Provenance:
+    """Return what computes in this process, and by which code."""
     import jax
 
-    return {
-        "device": describe(),
-        "jax": jax.__version__,
-        "python": platform.python_version(),
-        "packages": {name: _version(name) for name in ("cepe-jax", "jaxlib", "flax", "numpy")},
-        "commit": _commit(),
-        "date": date.today().isoformat(),
-    }
+    packages = {name: _version(name) for name in ("cepe-jax", "jaxlib", "flax", "numpy")}
+    python, today = platform.python_version(), date.today().isoformat()
+    return Provenance(describe(), jax.__version__, python, packages, _commit(), today)
 
 
 def weights_at(path: Path) -> str | None:
@@ -165,18 +160,14 @@ def weights_at(path: Path) -> str | None:
     return read_json(hashes)["all"] if hashes.exists() else None
 
 
-def places(config: PerplexityConfig | TaskConfig) -> list[Path]:
-    """Where what is asked about is read from; none where it is made up."""
-    given = [config.data] if isinstance(config, PerplexityConfig) else [config.data, config.haystack]
-    return [path for path in given if path is not None]
+def data_at(evaluation: Evaluation, out: Path) -> str | None:
+    """Return a digest of what is asked about, None if a place is missing.
 
-
-def data_at(config: PerplexityConfig | TaskConfig, out: Path) -> str | None:
-    """A digest of what is asked about: of a dataset that of its index, which has those of its records; of other files
-    that of their names, sizes and times, but of what is below `out`. None where a place is missing.
+    Of a dataset it is that of its index, which has the digests of its records; of other files that of their names,
+    sizes and times, except of files below `out`.
     """
     digest = hashlib.sha256()
-    for place in places(config):
+    for place in evaluation.places():
         if not place.exists():
             return None
         if (place / DATASET).exists():
@@ -200,8 +191,8 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """Of the checkout that this file is in, and whether it has changes; None where there is none."""
-    root = Path(__file__).parents[2]
+    """Return the commit of the checkout that this file is in, and whether it has changes; None outside of one."""
+    root = Path(__file__).parents[3]
     if not (root / ".git").exists() or shutil.which("git") is None:
         return None
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
