@@ -2,7 +2,6 @@
 
 import ast
 import dataclasses
-import functools
 import inspect
 import io
 import textwrap
@@ -28,13 +27,12 @@ WIDEST = 120  # characters of a line
 GLUE = "\N{NO-BREAK SPACE}"  # where no line ends
 
 
-@functools.cache
 def comments(config_class: type) -> dict[str, str]:
     """Return the comment beside each field of a dataclass, a parent's if the class has none of its own.
 
     A class that has the fields of others without being their child names these in `FIELDS_OF`.
     """
-    beside = {}
+    names, beside = {field.name for field in dataclasses.fields(config_class)}, {}
     owners = config_class, *getattr(config_class, "FIELDS_OF", ())
     bases = (base for owner in reversed(owners) for base in reversed(owner.__mro__))
     for base in filter(dataclasses.is_dataclass, bases):
@@ -42,7 +40,7 @@ def comments(config_class: type) -> dict[str, str]:
         fields = {
             line: node.target.id
             for node in ast.parse(source).body[0].body
-            if isinstance(node, ast.AnnAssign)
+            if isinstance(node, ast.AnnAssign) and node.target.id in names
             for line in range(node.lineno, node.end_lineno + 1)
         }
         for token in tokenize.generate_tokens(io.StringIO(source).readline):

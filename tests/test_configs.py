@@ -18,7 +18,7 @@ from cepe_jax.config import DECODERS, ENCODERS
 from cepe_jax.data.sampling import SampleConfig
 from cepe_jax.evaluation.sweep.grid import SweepConfig
 from cepe_jax.settings import decode, parse, read_yaml
-from cepe_jax.training.run import run_stage
+from cepe_jax.training.run import dry_run
 from cepe_jax.training.teacher import features_of
 from cepe_jax.weights.source import save
 
@@ -110,9 +110,7 @@ def write_dataset(home: Path, made: dict, place: str, tokenizer) -> None:
 
 
 @pytest.mark.parametrize("where", TRAINING)
-def test_readme_training_commands_dry_run(
-    parse_command, tokenizer, model_configs, tmp_path, monkeypatch, capsys, where
-):
+def test_readme_training_commands_dry_run(parse_command, tokenizer, model_configs, tmp_path, monkeypatch, where):
     """The data are those that the commands before it make, of the same lengths, where `--data` and `mix` name them."""
     made = {}
     for name in takewhile(lambda name: name != where, COMMANDS):
@@ -130,8 +128,7 @@ def test_readme_training_commands_dry_run(
             home.mkdir(parents=True)
             (home / "config.json").write_text(model_configs[kind])
             starts[kind] = str(home)
-    run_stage(dataclasses.replace(config, **starts, data=tmp_path / data, out=tmp_path / "out", dry_run=True))
-    told = capsys.readouterr().out
+    told = "\n".join(dry_run(dataclasses.replace(config, **starts, data=tmp_path / data, out=tmp_path / "out")))
     assert all(re.search(rf"^{name}: .* times each of its \d+ examples$", told, re.MULTILINE) for name in config.mix)
 
 

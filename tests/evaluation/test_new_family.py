@@ -21,7 +21,7 @@ class Echo(Generative):
     """The model is to repeat a word. The axis counts the contexts that say it."""
 
     family: str = "echo"
-    words: tuple[str, ...]
+    words: tuple[str, ...]  # words to repeat
 
     usual = Protocol(Template(question="Say {question}:"), ("match_part",), max_new_tokens=3)
     axis_name = "contexts that say it"

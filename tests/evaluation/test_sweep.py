@@ -529,7 +529,7 @@ def test_one_model_is_a_grid_of_one(config):
     assert decode(PerplexityRun, run | as_json(data)) == SweepConfig(**sweep, perplexity={"perplexity": data})
     task = decode(TaskRun, run | {"family": "qa", "axis": [1], "data": "d", "passages": 3})
     assert task == SweepConfig(**sweep, tasks={"task": Qa(axis=(1,), data=Path("d"), passages=3)})
-    with pytest.raises(ValueError, match="give a model"):
+    with pytest.raises(ValueError, match="--model.path: required"):
         decode(PerplexityRun, {"out": "o"} | as_json(data))
 
 

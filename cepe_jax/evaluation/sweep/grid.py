@@ -60,11 +60,11 @@ class PerplexityRun(Perplexity, Run):
     """The perplexity of one model on one set of data. It decodes to a sweep."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class TaskRun(*FAMILIES.values(), Run):
+class TaskRun(TaskConfig):
     """One model and one task. It decodes to a sweep; a setting that the family does not read is refused."""
 
-    family: str = field()
+    __dataclass_fields__ = TaskConfig.__dataclass_fields__ | Run.__dataclass_fields__
+    FIELDS_OF = *FAMILIES.values(), Run
 
 
 def _decode_run(values: dict, section: str, data: str) -> SweepConfig:

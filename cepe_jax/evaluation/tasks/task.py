@@ -3,6 +3,7 @@
 A family is a frozen dataclass in a file of its own, which `register` makes known to the command line and to sweeps.
 """
 
+import copy
 import dataclasses
 import time
 from collections.abc import Iterator, Sequence
@@ -24,6 +25,7 @@ from cepe_jax.evaluation.tasks.selection import Groups, groups_of, sample_demons
 from cepe_jax.identity import as_json
 from cepe_jax.inference.overflow import Overflow, fit, fit_continued
 from cepe_jax.progress import track
+from cepe_jax.settings import decode, is_required
 
 Cut = Literal["truncate_left", "passages"]
 FAMILIES: dict[str, type["Task"]] = {}
@@ -39,7 +41,12 @@ class TaskConfig:
 def register(cls: type["Task"]) -> type["Task"]:
     """Return the class, whose settings are a task's where `family` is its name."""
     FAMILIES[cls.family] = cls
-    TaskConfig.__dataclass_fields__ |= cls.__dataclass_fields__
+    for field in dataclasses.fields(cls):
+        if is_required(field) and field.name not in Task.__dataclass_fields__:  # not in every family
+            field = copy.copy(field)
+            field.default = None
+        TaskConfig.__dataclass_fields__.setdefault(field.name, field)
+    TaskConfig.__dataclass_fields__["family"] = Task.__dataclass_fields__["family"]
     return cls
 
 
@@ -52,7 +59,7 @@ def task_of(values: dict, _=()) -> "Task":
     if unread := values.keys() - FAMILIES[family].__dataclass_fields__:
         name = min(unread)
         raise ValueError(f"{name} is {values[name]}, and the {family} family does not read it: leave it out")
-    return draccus.decode(FAMILIES[family], values)
+    return decode(FAMILIES[family], values)
 
 
 def without_unread(values: dict) -> dict:
