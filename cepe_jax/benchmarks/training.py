@@ -102,29 +102,35 @@ def benchmark_train(config: TrainBenchmarkConfig) -> None:
     if oracle:
         best = {name: min(run.seconds) for name, run in runs.items()}
         losses = {name: run.results[0] for name, run in runs.items()}
-        result["beside"] = {"seconds": best, "first_losses": losses, "ratio": best["ours"] / best["torch"]}
-    memory = result["memory"]
-    rows = {
-        "device": result["device"],
-        "model": f"{result['stage']}, {result['parameters']:,} parameters, attention {compute.attention}",
-        "step": f"{config.batch_size} sequences, {result['tokens']:,} tokens, {median:.3f} s",
-        "tokens a second": f"{result['tokens_per_second']:,.0f}",
-        "model FLOPs": f"{step.model_flops:.4g} a step, {result['flops_per_second']:.4g} a second",
-        "MFU": f"{result['mfu']:.1%}" if peak else "not known: this device's peak is not",
-        "memory": f"{gib(memory['in_use'])} in use at most",
-        "by the compiler": f"{gib(memory['arguments'])} of arguments, {gib(memory['temporaries'])} of temporaries",
-        "compilation": f"{compile_seconds:.1f} s",
-    }
-    if beside := result.get("beside"):
-        rows["beside torch"] = (
-            f"{beside['seconds']['ours']:.3f} s, torch {beside['seconds']['torch']:.3f} s: {beside['ratio']:.2f}; "
-            f"minimum of {config.timed_steps} in turn"
-        )
-    page = "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]) + "\n"
+        ratio = best["ours"] / best["torch"]
+        result["beside"] = {"seconds": best, "first_losses": losses, "ratio": ratio, "steps": config.timed_steps}
+    page = _table(result)
     config.out.mkdir(parents=True, exist_ok=True)
     write_json(config.out / "train.json", result)
     write_text(config.out / "train.md", page)
     print(page)
+
+
+def _table(result: dict) -> str:
+    """Return the result as a table for people."""
+    memory = result["memory"]
+    rows = {
+        "device": result["device"],
+        "model": f"{result['stage']}, {result['parameters']:,} parameters, attention {result['attention']}",
+        "step": f"{result['batch']} sequences, {result['tokens']:,} tokens, {result['step_seconds']:.3f} s",
+        "tokens a second": f"{result['tokens_per_second']:,.0f}",
+        "model FLOPs": f"{result['model_flops']:.4g} a step, {result['flops_per_second']:.4g} a second",
+        "MFU": f"{result['mfu']:.1%}" if result["mfu"] else "not known: this device's peak is not",
+        "memory": f"{gib(memory['in_use'])} in use at most",
+        "by the compiler": f"{gib(memory['arguments'])} of arguments, {gib(memory['temporaries'])} of temporaries",
+        "compilation": f"{result['compile_seconds']:.1f} s",
+    }
+    if beside := result.get("beside"):
+        rows["beside torch"] = (
+            f"{beside['seconds']['ours']:.3f} s, torch {beside['seconds']['torch']:.3f} s: {beside['ratio']:.2f}; "
+            f"minimum of {beside['steps']} in turn"
+        )
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]) + "\n"
 
 
 @dataclass

@@ -27,7 +27,7 @@ from cepe_jax.data.records import Record, Records
 from cepe_jax.data.sampling import documents_in
 
 
-class Source(Protocol):
+class RecordSource(Protocol):
     """Records by number, such as `loader.Sequences`."""
 
     records: Records
@@ -41,7 +41,7 @@ class Source(Protocol):
 class Mixture:
     """The sources that a run draws its records from, as far as a recipe may ask for more than its record."""
 
-    def __init__(self, sources: Sequence[Source]):
+    def __init__(self, sources: Sequence[RecordSource]):
         tokenizer = sources[0].records.tokenizer
         self.special_ids, self.mask_id = (tokenizer.bos_id, tokenizer.eos_id), tokenizer.mask_id
         self._sources = sources

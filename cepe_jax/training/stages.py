@@ -150,7 +150,7 @@ SPLICED = Start(
 )
 
 
-def next_token(config: Settings) -> NextToken:
+def next_token_loss(config: Settings) -> NextToken:
     return NextToken(config.loss_chunk)
 
 
@@ -202,7 +202,7 @@ def check_teacher(config: Settings, data: Path, sources: Sequence[Sequences]) ->
 
 STAGES = {
     # A decoder, from scratch or further.
-    "lm": Stage((DECODER,), ("decoder",), Windows, next_token, lm_flops),
+    "lm": Stage((DECODER,), ("decoder",), Windows, next_token_loss, lm_flops),
     # The encoder (paper, section 3.2).
     "mlm": Stage(
         (ENCODER, ENCODER_AFTER_DECODER),
@@ -213,8 +213,8 @@ STAGES = {
         more_ids=1,
     ),
     # CEPE learns to copy (paper, section 3.2), then to use contexts.
-    "warmup": Stage((CEPE, SPLICED), None, DuplicatedWindows, next_token, context_flops),
-    "cepe": Stage((CEPE, SPLICED), None, WindowsInContext, next_token, context_flops),
+    "warmup": Stage((CEPE, SPLICED), None, DuplicatedWindows, next_token_loss, context_flops),
+    "cepe": Stage((CEPE, SPLICED), None, WindowsInContext, next_token_loss, context_flops),
     # CEPED (paper, section 3.3).
     "ceped": Stage(
         (CEPE, SPLICED),

@@ -47,7 +47,7 @@ class SweepConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
+class OneModel:
     """The settings of a sweep of one model, beside those of the one evaluation."""
 
     model: ModelConfig  # the model, and who reads contexts
@@ -56,20 +56,20 @@ class Run:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PerplexityRun(Perplexity, Run):
+class PerplexityRun(Perplexity, OneModel):
     """The perplexity of one model on one set of data. It decodes to a sweep."""
 
 
 class TaskRun(TaskConfig):
     """One model and one task. It decodes to a sweep; a setting that the family does not read is refused."""
 
-    __dataclass_fields__ = TaskConfig.__dataclass_fields__ | Run.__dataclass_fields__
-    FIELDS_OF = *FAMILIES.values(), Run
+    __dataclass_fields__ = TaskConfig.__dataclass_fields__ | OneModel.__dataclass_fields__
+    FIELDS_OF = *FAMILIES.values(), OneModel
 
 
 def _decode_run(values: dict, section: str, data: str) -> SweepConfig:
     """Return the sweep of one model and one evaluation."""
-    run = {name: values[name] for name in Run.__dataclass_fields__ if name in values}
+    run = {name: values[name] for name in OneModel.__dataclass_fields__ if name in values}
     evaluation = {name: value for name, value in values.items() if name not in run}
     models = {"model": run.pop("model")} if "model" in run else {}
     return draccus.decode(SweepConfig, run | {"models": models, section: {data: evaluation}})
