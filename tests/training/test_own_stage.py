@@ -107,17 +107,8 @@ def trained(tmp_path, monkeypatch):
     data = make_data(tmp_path / "data", 400)
     sizes = {"vocab_size": 400, "tied_head": True}  # PyTorch's class has no head for tokens
     save(make_decoder(DecoderConfig(**vars(DECODER) | sizes)), tmp_path / "decoder", assets=data / "filtered")
-    config = TrainConfig(
-        "scorer",
-        data / "filtered",
-        tmp_path / "out",
-        2,
-        4,
-        decoder=str(tmp_path / "decoder"),
-        micro_batch=2,
-        log_every=1,
-    )
-    config = TrainConfig(**vars(config) | {"examples": ExampleConfig(window=16)})
+    settings = {"decoder": str(tmp_path / "decoder"), "examples": ExampleConfig(window=16), "micro_batch": 2}
+    config = TrainConfig("scorer", data / "filtered", tmp_path / "out", 2, 4, **settings)
     return tmp_path / "decoder", run_stage(config), config
 
 
