@@ -1,5 +1,6 @@
 """The optimiser of a run: AdamW, with which the paper trained, or Muon."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -32,10 +33,14 @@ class OptimizerConfig:
     def __post_init__(self):
         if self.kind not in get_args(Kind):
             raise ValueError(f"optimizer.kind is {self.kind!r}: choose {' or '.join(get_args(Kind))}")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate is {self.learning_rate}: give a number above 0")
-        if not 0 <= self.warmup_fraction < 1:
-            raise ValueError(f"warmup_fraction is {self.warmup_fraction}: give a share of the steps below 1")
+        for name in ("learning_rate", "clip_norm", "eps"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"optimizer.{name} is {getattr(self, name)}: give a number above 0")
+        for name in ("warmup_fraction", "beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"optimizer.{name} is {getattr(self, name)}: give 0 or more, and less than 1")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"optimizer.weight_decay is {self.weight_decay}: give 0 or more")
 
     def schedule(self, steps: int) -> optax.Schedule:
         warmup = int(self.warmup_fraction * steps)

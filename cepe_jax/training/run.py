@@ -46,7 +46,7 @@ from cepe_jax.training.settings import (
     trained_parts,
 )
 from cepe_jax.training.stages import STAGES
-from cepe_jax.training.trainer import init_state, make_train_step, train
+from cepe_jax.training.trainer import all_finite, init_state, make_train_step, train
 from cepe_jax.weights.build import abstract_parts
 from cepe_jax.weights.checkpoint import Checkpoints, any_in, digests_of
 from cepe_jax.weights.kinds import Config
@@ -136,6 +136,8 @@ def trained(
     """
     stage, sizes, kind, mesh = STAGES[config.stage], model.config, type(model), jax.sharding.get_mesh()
     trainable, frozen = split(model, trained_parts(config))
+    if not jax.jit(all_finite)(trainable | frozen):
+        raise ValueError(f"{' or '.join(models_given(config))}: weights are not finite: convert the model again")
     counts = [sum(x.size for x in jax.tree.leaves(parts)) for parts in (trainable, frozen)]
     log.info("%s: %s parameters train, %s are frozen", config.stage, *(f"{count:,}" for count in counts))
     weights = list(config.mix.values()) or [1.0]

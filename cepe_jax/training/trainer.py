@@ -68,6 +68,11 @@ def sum_over_rows(function: Callable, batch: Batch, accumulate: int):
     return jax.lax.scan(add, zeros, micros)[0]
 
 
+def all_finite(tree) -> jax.Array:
+    """Return true if every number in the tree is finite."""
+    return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]).all()
+
+
 def make_train_step(
     objective: Objective, optimizer: optax.GradientTransformation, model: type[Model], accumulate: int = 1
 ) -> Callable:
@@ -75,8 +80,8 @@ def make_train_step(
 
     The batch's rows are taken in `accumulate` micro-batches, weighted so that the result is the whole batch's:
     by kept labels, not by rows. Only what trains has gradients; the frozen parts are an argument like the batch.
-    A step whose loss or gradient is not finite is not taken, nor is any after it: the metrics, which may be read
-    much later, have `halted`, and the state is still the one before that step.
+    A step whose loss, gradient or new state is not finite is not taken, nor is any after it: the metrics, which may be
+    read much later, have `halted`, and the state is still the one before that step.
     """
 
     def train_step(state: TrainState, frozen: Parts, batch: Batch):
@@ -92,9 +97,9 @@ def make_train_step(
         terms, gradient = sum_over_rows(gradient_of, batch, accumulate)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.trainable)
         metrics = terms | {"grad_norm": optax.tree.norm(gradient)}
-        finite = jnp.isfinite(jnp.stack(list(metrics.values()))).all()
-        halted = state.halted | ~finite
         taken = TrainState(optax.apply_updates(state.trainable, updates), opt_state, state.step + 1, state.halted)
+        # Moments overflow long after the gradient that did it, and an infinite one makes updates of 0 without a word.
+        halted = state.halted | ~all_finite((metrics, taken))
         stays = dataclasses.replace(state, halted=halted)
         state = jax.tree.map(lambda new, old: jnp.where(halted, old, new), taken, stays)
         # Placed as it came in, whatever the compiler would choose.
@@ -260,7 +265,7 @@ def kept_before_halt(state: TrainState, checkpoints: Checkpoints, records_of: Ca
         checkpoints.save(step, dataclasses.replace(state, halted=jnp.zeros_like(state.halted)))
     checkpoints.wait()
     return (
-        f"step {step + 1}: the loss or its gradient is not finite. The state before it is "
+        f"step {step + 1}: the loss, its gradient or the update is not finite. The state before it is "
         f"{checkpoints.directory / str(step)}: train in another --out, with a lower optimizer.learning_rate or "
         f"without its records: {', '.join(records_of(step))}"
     )

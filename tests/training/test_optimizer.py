@@ -1,5 +1,7 @@
 """Muon against singular vectors, and AdamW for what Muon leaves out."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -70,3 +72,21 @@ def test_adamw_updates_the_rest(updates):
 def test_an_unknown_optimiser():
     with pytest.raises(ValueError, match="'lion'.*adamw.*muon"):
         OptimizerConfig("lion")
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("learning_rate", [0.0, -1.0, math.inf, math.nan]),
+        ("clip_norm", [0.0, math.nan]),
+        ("eps", [0.0, math.nan]),
+        ("warmup_fraction", [-0.1, 1.0, math.nan]),
+        ("beta1", [-0.1, 1.0, math.nan]),
+        ("beta2", [1.5, math.nan]),
+        ("weight_decay", [-0.1, math.inf, math.nan]),
+    ],
+)
+def test_every_setting_has_a_range(name, values):
+    for value in values:
+        with pytest.raises(ValueError, match=f"optimizer.{name} is {value}: "):
+            OptimizerConfig(**{name: value})

@@ -13,6 +13,7 @@ import signal
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from cepe_jax.data.examples import IGNORE
@@ -242,6 +243,26 @@ def test_a_step_that_is_not_finite_is_not_taken(run, step, tmp_path, bad, log_ev
     if whole:
         assert bits(run(bad - 1)) == whole
     assert int(run().step) == STEPS  # without the poison it goes on from there
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        optax.scale(np.inf),  # the update
+        optax.chain(optax.scale(1e25), optax.adam(1e-3)),  # the second moment, which makes an update of 0
+    ],
+    ids=["update", "moment"],
+)
+def test_a_state_that_is_not_finite_is_not_taken(cepe, optimizer):
+    trainable, frozen = split(a_copy(cepe), TRAIN)
+    before = bits(trainable)
+    state, metrics = make_train_step(NextToken(), optimizer, Cepe)(
+        init_state(trainable, optimizer), frozen, batch_of(0)
+    )
+    assert np.isfinite(metrics["grad_norm"])
+    assert (int(metrics["halted"]), int(state.step)) == (1, 0)
+    assert bits(state.trainable) == before
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
 
 
 def test_sigterm_saves_and_ends(run, step, tmp_path, caplog):
