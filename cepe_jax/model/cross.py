@@ -97,7 +97,9 @@ class CrossAttention(nnx.Module):
         return self._over_the_memory(functools.partial(_materialised_part, backend), q_BTNH, memory)
 
     def absorbed(self, q_BTNH: Array, memory: Memory) -> Array:
-        """From the memory itself, the one key and value of all heads; by XLA, whatever the back end."""
+        """Return attention to the memory itself, the one key and value of all heads; by XLA, whatever the back end."""
+        if not split_axes("memory"):  # XLA may move the few queries instead of the weights, which no block asks for
+            return merge(_absorbed_part(q_BTNH, memory, self.k[...], self.v[...]))
         return self._over_the_memory(_absorbed_part, q_BTNH, memory)
 
     def _over_the_memory(self, part: Callable[..., Partial], q_BTNH: Array, memory: Memory) -> Array:
