@@ -82,7 +82,7 @@ class WeightFiles:
                 if key not in index:
                     raise ValueError(f"{shard} holds {key}, which {found.name} does not name: download both again")
                 if index[key] != name:
-                    raise ValueError(f"{key} is in two shards, {index[key]} and {name}: one of them is wrong")
+                    raise ValueError(f"{found}: {key} is in two shards, {index[key]} and {name}: one of them is wrong")
             for key, shard_name in index.items():
                 if shard_name == name and key not in contents:
                     raise ValueError(f"{found.name} puts {key} in {name}, which lacks it: download both again")

@@ -9,9 +9,10 @@ import re
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict
+from typing import Annotated, Any, NamedTuple, TypedDict
 
 import numpy as np
+from msgspec import Meta
 
 from cepe_jax.config import RopeConfig
 from cepe_jax.data import tokenizer_gguf
@@ -83,6 +84,7 @@ TURNED = "attn_q.weight", "attn_k.weight"  # what rotary positions turn: rows in
 DIVISORS = "rope_freqs.weight"  # of the rotary frequencies, in files of Llama 3.1 and later
 AGAIN = "convert the model to GGUF again"
 LONGEST_ARRAY = 1 << 22  # values in the metadata: several times the merges of any tokenizer
+TokenType = Annotated[int, Meta(ge=0, le=tokenizer_gguf.BYTE)]
 # The metadata that are read; `_as_hf` refuses others of `llama.`.
 Metadata = TypedDict(
     "Metadata",
@@ -92,7 +94,7 @@ Metadata = TypedDict(
     | {"llama.rope.scaling.type": str, "llama.rope.scaling.original_context_length": int}
     | {f"tokenizer.{key}": str for key in ("ggml.model", "ggml.pre", "chat_template")}
     | {f"tokenizer.ggml.{key}": list[str] for key in ("tokens", "merges")}
-    | {"tokenizer.ggml.token_type": list[int], "tokenizer.ggml.scores": list[float]}
+    | {"tokenizer.ggml.token_type": list[TokenType], "tokenizer.ggml.scores": list[float]}
     | {f"tokenizer.ggml.{key}": int for key in IDS}
     | {f"tokenizer.ggml.{key}": bool for key in ("add_bos_token", "add_space_prefix", "remove_extra_whitespaces")},
     total=False,

@@ -263,6 +263,7 @@ def refused(path, message: str) -> None:
         ("tokenizer.ggml.tokens", [1, 2, 3], "tokenizer.ggml.tokens"),
         ("tokenizer.ggml.tokens", "abc", "tokenizer.ggml.tokens is 'abc'"),
         ("tokenizer.ggml.token_type", [1], "tokenizer.ggml.token_type"),
+        ("tokenizer.ggml.token_type", [1] * 10 + [7], "tokenizer.ggml.token_type"),
         ("tokenizer.ggml.scores", [math.nan] * 11, "tokenizer.ggml.scores"),
         ("tokenizer.chat_template", 3, "tokenizer.chat_template is 3"),
     ],
