@@ -6,6 +6,7 @@ D decoder width, E encoder width, F MLP width, V vocabulary, C chunks per exampl
 M = C * L memory length.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -14,9 +15,19 @@ Remat = Literal["none", "dots", "full"]
 Backend = Literal["xla", "splash", "cudnn"]
 
 
+# No model is near these. Names of all layers are listed before any file is looked at.
+MOST_LAYERS = 1 << 12
+LARGEST_SIZE = 1 << 24
+
+
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
+
+
+def _require_above(low: float, **values: float) -> None:
+    for name, value in values.items():
+        _require(low < value < math.inf, f"{name} is {value}: give a finite number above {low:g}")
 
 
 @dataclass(frozen=True)
@@ -34,19 +45,26 @@ class RopeConfig:
     high_freq_factor: float = 4.0  # llama3
 
     def __post_init__(self):
-        _require(self.theta > 0, f"rope theta is {self.theta}: give a number above 0")
+        _require_above(1, theta=self.theta)
+        _require_above(0, beta_fast=self.beta_fast, beta_slow=self.beta_slow, low_freq_factor=self.low_freq_factor)
         known = ("default", "linear", "yarn", "llama3")
         _require(self.scaling in known, f"rope scaling {self.scaling!r}: choose default, linear, yarn or llama3")
         if self.scaling == "default":
             _require(self.factor == 1, f"rope factor is {self.factor} without a scaling: name the scaling")
-        _require(self.factor >= 1, f"rope factor is {self.factor}: give 1 or more")
+        _require(1 <= self.factor < math.inf, f"rope factor is {self.factor}: give a finite number, 1 or more")
+        _require(
+            0 <= self.attention_factor < math.inf,
+            f"rope attention_factor is {self.attention_factor}: give a finite number above 0, or 0 for YaRN's own",
+        )
+        _require(
+            0 <= self.original_length <= LARGEST_SIZE,
+            f"rope original_length is {self.original_length}: give 0 to {LARGEST_SIZE:,} positions",
+        )
         if self.scaling in ("yarn", "llama3"):
             _require(self.original_length > 0, f"rope scaling {self.scaling} needs original_length above 0")
-        if self.scaling == "llama3":
-            _require(
-                self.high_freq_factor > self.low_freq_factor,
-                f"rope high_freq_factor {self.high_freq_factor} must exceed low_freq_factor {self.low_freq_factor}",
-            )
+        for high, low in ("beta_fast", "beta_slow"), ("high_freq_factor", "low_freq_factor"):
+            larger, smaller = getattr(self, high), getattr(self, low)
+            _require(smaller < larger < math.inf, f"rope {high} is {larger}: give more than {low}, {smaller}")
 
 
 @dataclass(frozen=True)
@@ -66,13 +84,13 @@ class TransformerConfig:
     def __post_init__(self):
         sizes = ("vocab_size", "width", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_width")
         for name in sizes:
-            value = getattr(self, name)
-            _require(value > 0, f"{name} is {value}: give a number above 0")
+            value, most = getattr(self, name), MOST_LAYERS if name == "num_layers" else LARGEST_SIZE
+            _require(0 < value <= most, f"{name} is {value}: give 1 to {most:,}")
         _require(
             self.num_heads % self.num_kv_heads == 0,
             f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}",
         )
-        _require(self.norm_eps > 0, f"norm_eps is {self.norm_eps}: give a number above 0")
+        _require(0 < self.norm_eps < 1, f"norm_eps is {self.norm_eps}: give a number between 0 and 1")
         _require(self.head_dim % 2 == 0, f"head_dim {self.head_dim} is odd: rotary positions turn pairs")
 
 
@@ -93,7 +111,10 @@ class EncoderConfig(TransformerConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        _require(self.chunk_positions >= 0, f"chunk_positions is {self.chunk_positions}: give 0 or more")
+        _require(
+            0 <= self.chunk_positions <= LARGEST_SIZE,
+            f"chunk_positions is {self.chunk_positions}: give 0 to {LARGEST_SIZE:,}",
+        )
 
 
 @dataclass(frozen=True)

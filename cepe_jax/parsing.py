@@ -86,7 +86,9 @@ def _refuse_unknown(value: Any, kind: Any, where: str, group: str) -> None:
 
 
 def _at(value: Any, field: str) -> Any:
-    """Return the value at a place such as `a.b[0]`; the whole value if the place names a key with such letters."""
+    """Return the value at a key, or at a place such as `a.b[0]`; the whole value if a key in it has such letters."""
+    if isinstance(value, dict) and field in value:
+        return value[field]
     for key, number in re.findall(r"([^.\[\]]+)|\[(\d+)\]", field):
         try:
             value = value[int(number)] if number else value[key]

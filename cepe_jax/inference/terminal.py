@@ -37,6 +37,7 @@ class GenerateConfig:
     overflow: Overflow = "error"  # a prompt longer than the window: refused, or its beginning goes to the encoder
     sampling: Sampling = Sampling()  # how the next token is drawn
     dtype: Dtype = "float32"  # type of weights and activations
+    verify: bool = False  # first compare the whole directory, which is in our format, with its hash.json
     mesh: Devices = Devices()  # how devices share the model and the contexts
     timings: bool = False  # print seconds and tokens per second on stderr
 
@@ -80,7 +81,7 @@ def run_generate(config: GenerateConfig) -> None:
     else:
         _check_prompt(facts, config)
     with on_devices(config.mesh):
-        model = facts.load(config.dtype)
+        model = facts.load(config.dtype, config.verify)
         context = _context(model, config, texts)
         if setup:
             _converse(model.begin(setup, context), config)

@@ -19,9 +19,10 @@ from cepe_jax.inference.scoring import Score, score
 from cepe_jax.model.cepe import Cepe
 from cepe_jax.model.cross import Memory
 from cepe_jax.model.llama import Llama
+from cepe_jax.parsing import read_json
 from cepe_jax.weights.build import build
-from cepe_jax.weights.files import read_json
-from cepe_jax.weights.source import Source, open_model
+from cepe_jax.weights.hf_config import Facts
+from cepe_jax.weights.source import Source, open_model, open_ours
 
 CHUNK_LENGTH = 256  # tokens of a context that the encoder reads at once: the length of the paper's training
 Contexts = ContextCache | Sequence[ContextCache] | None
@@ -216,7 +217,10 @@ class ModelFacts:
     def decoder(self) -> DecoderConfig:
         return self.config.decoder if isinstance(self.config, CepeConfig) else self.config
 
-    def load(self, dtype: Dtype) -> TextModel:
+    def load(self, dtype: Dtype, verify: bool = False) -> TextModel:
+        """Return the model; with `verify` its directory, which is in our format, is compared with hash.json before."""
+        if verify:
+            open_ours(self.source.path).verify()
         model = build(self.config, Compute(dtype), self.source.read)
         return TextModel(model, self.tokenizer, self.window, self.stop_ids, self.cache)
 
@@ -270,24 +274,21 @@ def load(
     tokenizer: Path | str | Tokenizer | None = None,
     window: int | None = None,
     cache: CacheConfig = FULL,
+    verify: bool = False,
 ) -> TextModel:
     """Return the model at `path`, a directory of ours or one of Hugging Face's, with the tokenizer beside it.
 
     `tokenizer`: it, or where it is, if not beside the model. `window`: how many tokens the decoder reads at most, where
     that is not the directory's max_position_embeddings. `cache`: what it keeps of them; with a bounded one it reads
-    texts of any length. Under a mesh (`jax.set_mesh`) the weights are born sharded.
+    texts of any length. `verify`: whether all weights are first compared with hash.json, which takes a second reading.
+    Under a mesh (`jax.set_mesh`) the weights are born sharded.
     """
-    return read_facts(path, tokenizer, window, cache).load(dtype)
+    return read_facts(path, tokenizer, window, cache).load(dtype, verify)
 
 
 def _stop_ids(source: Source, tokenizer: Tokenizer) -> tuple[int, ...]:
     """Return the end of sequence, and the ids that end a text by generation_config.json, or config.json without it."""
     where = source.path / "generation_config.json"
-    if where.exists():
-        setting = read_json(where).get("eos_token_id")
-    else:
-        where, setting = source.path / "config.json", source.facts.get("eos_token_id")
-    ends = setting if isinstance(setting, list) else [] if setting is None else [setting]
-    if not all(type(i) is int and i >= 0 for i in ends):
-        raise ValueError(f"{where}: eos_token_id is {setting!r}: give an id, or a list of ids")
+    ends = read_json(where, Facts).eos_token_id if where.exists() else source.facts.get("eos_token_id")
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
     return tuple(sorted({tokenizer.eos_id, *ends}))

@@ -8,7 +8,7 @@ from cepe_jax.directories import new_directory, write_json
 from cepe_jax.progress import track
 from cepe_jax.weights.build import shapes
 from cepe_jax.weights.directory import Directory, write
-from cepe_jax.weights.files import write_shards
+from cepe_jax.weights.files import check_finite, write_shards
 from cepe_jax.weights.huggingface import table
 from cepe_jax.weights.kinds import to_hf_config
 from cepe_jax.weights.source import open_model, open_ours
@@ -26,7 +26,9 @@ def to_jax(source: Path | str, target: Path | str, dtype: Dtype | None = None) -
     def tensors():
         for name in track(shapes(model.config), f"converting {source}"):
             array = model.read(name)
-            yield name, array if dtype is None else array.astype(dtype, copy=False)
+            array = array if dtype is None else array.astype(dtype, copy=False)
+            check_finite(source, name, array)
+            yield name, array
 
     with tempfile.TemporaryDirectory() as assets:
         model.write_assets(Path(assets))
@@ -43,7 +45,9 @@ def to_hf(source: Path | str, target: Path | str) -> None:
 
     def tensors():
         for entry in track(list(entries.values()), f"converting {source}"):
-            yield entry.key, entry.to_torch(model.read(entry.name))
+            array = model.read(entry.name)
+            check_finite(source, entry.name, array)
+            yield entry.key, entry.to_torch(array)
 
     with new_directory(Path(target)) as partial:
         model.write_assets(partial)

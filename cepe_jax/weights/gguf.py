@@ -9,15 +9,18 @@ import re
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypedDict
 
 import numpy as np
+from msgspec import Meta
 
 from cepe_jax.config import RopeConfig
 from cepe_jax.data import tokenizer_gguf
 from cepe_jax.data.tokenizer import file_in
 from cepe_jax.model.rope import inverse_frequencies
+from cepe_jax.parsing import shortened, typed
 from cepe_jax.weights.directory import check_names, copy_assets
+from cepe_jax.weights.files import DOWNLOAD
 from cepe_jax.weights.hf_config import ROPE_FIELDS, facts_of, read_llama
 from cepe_jax.weights.huggingface import table
 from cepe_jax.weights.torch_keys import Entry
@@ -56,6 +59,7 @@ HARMLESS = {
 NOTES = {"tensor_data_layout", "rope.scaling.finetuned"}  # change nothing
 # What ends a text for llama.cpp: ids after `tokenizer.ggml.`, and tokens of these names, which many files name nowhere.
 ENDS = "eos_token_id", "eot_token_id", "eom_token_id"
+IDS = {*ENDS, *(f"{role}_token_id" for role in tokenizer_gguf.ROLES)}
 END_NAMES = {"</s>", "<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>"}
 END_NAMES |= {"<end_of_turn>", "<end_of_utterance>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]"}
 
@@ -78,6 +82,23 @@ BLOCK = {
 }
 TURNED = "attn_q.weight", "attn_k.weight"  # what rotary positions turn: rows in llama.cpp's order
 DIVISORS = "rope_freqs.weight"  # of the rotary frequencies, in files of Llama 3.1 and later
+AGAIN = "convert the model to GGUF again"
+LONGEST_ARRAY = 1 << 22  # values in the metadata: several times the merges of any tokenizer
+TokenType = Annotated[int, Meta(ge=0, le=tokenizer_gguf.BYTE)]
+# The metadata that are read; `_as_hf` refuses others of `llama.`.
+Metadata = TypedDict(
+    "Metadata",
+    {"general.architecture": str, "split.count": int}
+    | {f"llama.{key}": int for key in (*REQUIRED, *OPTIONAL, *WIDTHS)}
+    | {f"llama.{key}": float for key in ("attention.layer_norm_rms_epsilon", "rope.freq_base", "rope.scaling.factor")}
+    | {"llama.rope.scaling.type": str, "llama.rope.scaling.original_context_length": int}
+    | {f"tokenizer.{key}": str for key in ("ggml.model", "ggml.pre", "chat_template")}
+    | {f"tokenizer.ggml.{key}": list[str] for key in ("tokens", "merges")}
+    | {"tokenizer.ggml.token_type": list[TokenType], "tokenizer.ggml.scores": list[float]}
+    | {f"tokenizer.ggml.{key}": int for key in IDS}
+    | {f"tokenizer.ggml.{key}": bool for key in ("add_bos_token", "add_space_prefix", "remove_extra_whitespaces")},
+    total=False,
+)
 PIECE = 1 << 24  # numbers that are dequantised at once: the library takes several times their room
 
 
@@ -95,19 +116,22 @@ class Gguf:
 
     def __init__(self, path: Path):
         self.path = path
-        self.metadata, self.tensors = _contents(self.path)
+        metadata, self.tensors = _contents(self.path)
+        self.metadata = metadata | typed(metadata, Metadata, str(path), AGAIN)
         architecture = self.metadata.get("general.architecture")
         if architecture != "llama":
-            raise ValueError(f"{path}: architecture {architecture!r}: only llama is read")
+            raise ValueError(f"{path}: architecture {shortened(architecture)}: only llama is read")
         if self.metadata.get("split.count", 1) > 1:
             raise ValueError(f"{path} is one of {self.metadata['split.count']} parts: llama-gguf-split --merge them")
         hf = self._as_hf()
         self.config = read_llama(hf, str(path))
-        self.facts = facts_of(hf)
+        self.facts = facts_of(hf, str(path))
         width = self.config.head_dim
         for key in WIDTHS:
-            if (found := self.metadata.get(f"llama.{key}", width)) != width:
-                raise ValueError(f"{path}: llama.{key} {found} is not computed here: only a head's width, {width}, is")
+            if (stored := self.metadata.get(f"llama.{key}", width)) != width:
+                raise ValueError(f"{path}: llama.{key} {stored} is not computed here: only a head's width, {width}, is")
+        if DIVISORS in self.tensors and (shape := self.tensors[DIVISORS].shape) != (width // 2,):
+            raise ValueError(f"{path}: {DIVISORS} is {list(shape)}, by its metadata [{width // 2}]: {AGAIN}")
 
     @cached_property
     def entries(self) -> dict[str, Entry]:
@@ -151,18 +175,18 @@ class Gguf:
         """The config.json that says the same; ValueError for what is missing, and what it has no words for."""
         own, of_tokenizer = self._after("llama."), self._after("tokenizer.ggml.")
         if missing := set(REQUIRED) - set(own):
-            raise ValueError(f"{self.path} lacks llama.{min(missing)}: convert the model to GGUF again")
+            raise ValueError(f"{self.path} lacks llama.{min(missing)}: {AGAIN}")
         for key, value in HARMLESS.items():
             if own.get(key, value) != value:
-                raise ValueError(f"{self.path}: llama.{key} {own[key]!r} is not computed here: only {value!r} is")
+                stored = shortened(own[key])
+                raise ValueError(f"{self.path}: llama.{key} {stored} is not computed here: only {value!r} is")
         if unknown := set(own) - {*REQUIRED, *OPTIONAL, *ROPE, *WIDTHS, *HARMLESS, *NOTES}:
-            raise ValueError(f"{self.path}: llama.{min(unknown)} is unknown here, and may change the model")
+            key = shortened(f"llama.{min(unknown)}", quoted=False)
+            raise ValueError(f"{self.path}: {key} is unknown here, and may change the model")
         hf = {theirs: own[key] for key, theirs in (REQUIRED | OPTIONAL).items() if key in own}
         if "bos_token_id" in of_tokenizer:
             hf["bos_token_id"] = of_tokenizer["bos_token_id"]
-        for key in ENDS:
-            if not isinstance(of_tokenizer.get(key, 0), int | np.integer):
-                raise ValueError(f"{self.path}: {key} is {of_tokenizer[key]!r}: convert the model to GGUF again")
+        self._check_tokenizer(of_tokenizer)
         ends = {of_tokenizer[key] for key in ENDS if key in of_tokenizer}
         ends |= {i for i, name in enumerate(of_tokenizer.get("tokens", ())) if name in END_NAMES}
         if ends:
@@ -178,10 +202,21 @@ class Gguf:
         tied = KEYS["lm_head.weight"] not in self.tensors
         return hf | {"tie_word_embeddings": tied, "rope_parameters": rope}
 
+    def _check_tokenizer(self, tokenizer: dict) -> None:
+        """Raise ValueError for an id without a token, and for a list that has no value for each token."""
+        if (tokens := tokenizer.get("tokens")) is None:
+            return
+        for key, value in tokenizer.items():
+            if key in IDS and not 0 <= value < len(tokens):
+                raise ValueError(f"{self.path}: tokenizer.ggml.{key} {value} is not one of {len(tokens)} ids: {AGAIN}")
+            if key in ("token_type", "scores") and (len(value) != len(tokens) or not np.isfinite(value).all()):
+                raise ValueError(f"{self.path}: tokenizer.ggml.{key} has no number for each of its tokens: {AGAIN}")
+
     def _llama3(self, rope: dict) -> dict:
         """Rope parameters of Llama 3.1 and later, of which a file has only what each frequency is divided by."""
         divisors = self._dequantized(DIVISORS)
-        config = RopeConfig(rope["rope_theta"], "llama3", float(divisors.max()), original_length=8192)
+        fields = {"theta": rope["rope_theta"], "factor": float(divisors.max()), "original_length": 8192}
+        config = typed(fields | {"scaling": "llama3"}, RopeConfig, f"{self.path}: {DIVISORS}", AGAIN)
         plain, slowed = (inverse_frequencies(c, 2 * len(divisors))[0] for c in (RopeConfig(config.theta), config))
         if rope["rope_type"] != "default" or not np.allclose(plain / slowed, divisors, rtol=1e-4):
             raise ValueError(f"{self.path}: {DIVISORS} is not computed here: only Llama 3.1's, 3.2's and 3.3's are")
@@ -222,18 +257,36 @@ def _contents(path: Path) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
         import gguf
     except ModuleNotFoundError as error:
         raise ValueError(f"{path} is a GGUF file: pip install '.[gguf]' in the checkout, to read it") from error
+
+    class Reader(gguf.GGUFReader):
+        """The library's reader, which would believe any length of an array and read on after the file's end."""
+
+        def _get_field_parts(self, orig_offs, raw_type):
+            if raw_type == gguf.GGUFValueType.ARRAY and (n := self._get(orig_offs + 4, np.uint64)[0]) > LONGEST_ARRAY:
+                raise ValueError(f"an array of {n} values")
+            return super()._get_field_parts(orig_offs, raw_type)
+
     try:
-        reader = gguf.GGUFReader(path)
+        reader = Reader(path)
         metadata = {key: _value_of(field) for key, field in reader.fields.items()}
-    except (ValueError, IndexError, KeyError, OverflowError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path} is not a whole GGUF file ({reason}): download it again") from error
+    except (ValueError, IndexError, KeyError, OverflowError, RecursionError) as error:
+        reason = shortened(" ".join(str(error).split()), quoted=False)
+        raise ValueError(f"{path} is not a whole GGUF file ({reason}): {DOWNLOAD}") from error
     if reader.endianess != gguf.GGUFEndian.LITTLE:
         raise ValueError(f"{path} is a big-endian file: convert the model again for this machine")
-    shapes = {t.name: tuple(t.shape.tolist()[::-1]) for t in reader.tensors}  # the file's begin with the last axis
-    return metadata, {
-        t.name: GgufTensor(shapes[t.name], t.tensor_type, t.data_offset, int(t.n_bytes)) for t in reader.tensors
-    }
+    tensors, end, padded, alignment = {}, reader.data_offset, reader.data_offset, int(reader.alignment)
+    for t in reader.tensors:
+        name, shape = shortened(t.name, quoted=False), tuple(t.shape.tolist()[::-1])  # the last axis comes first there
+        if not shape or 0 in shape:
+            raise ValueError(f"{path}: {name} is {list(shape)}, without a number: {DOWNLOAD}")
+        if t.data_offset != padded:
+            raise ValueError(f"{path}: {name} is at {t.data_offset:,}, by its neighbours at {padded:,}: {DOWNLOAD}")
+        tensors[t.name] = GgufTensor(shape, t.tensor_type, t.data_offset, int(t.n_bytes))
+        end = t.data_offset + int(t.n_bytes)
+        padded = -(-end // alignment) * alignment
+    if (size := path.stat().st_size) not in (end, padded):
+        raise ValueError(f"{path} has {size:,} bytes, and its last tensor ends at {end:,}: {DOWNLOAD}")
+    return metadata, tensors
 
 
 def _value_of(field: Any) -> Any:

@@ -4,9 +4,16 @@ Read: Llama (transformers 4 and 5), and the two classes of the CEPE reference. K
 arithmetic (special ids, `max_position_embeddings`, ...) are kept as `facts` and written back on export.
 """
 
-import dataclasses
+from typing import Annotated
 
-from cepe_jax.config import CepeConfig, CrossLayers, DecoderConfig, EncoderConfig, RopeConfig
+import msgspec
+from msgspec import Meta
+
+from cepe_jax.config import CepeConfig, DecoderConfig, EncoderConfig, RopeConfig
+from cepe_jax.parsing import COPY, shortened, typed
+
+Count = Annotated[int, Meta(ge=1)]
+Id = Annotated[int, Meta(ge=0)]
 
 # Keys, each with the values under which it changes nothing; another value is refused. A missing key is such a value.
 HARMLESS = {
@@ -42,6 +49,7 @@ HARMLESS_IN_ROPE = {
 # Hugging Face's names of RopeConfig's fields, per scaling.
 YARN = {"factor": "factor", "original_max_position_embeddings": "original_length", "beta_fast": "beta_fast"}
 YARN |= {"beta_slow": "beta_slow", "attention_factor": "attention_factor"}
+YARN_OPTIONAL = {"beta_fast", "beta_slow", "attention_factor"}
 LLAMA3 = {"factor": "factor", "original_max_position_embeddings": "original_length"}
 LLAMA3 |= {"low_freq_factor": "low_freq_factor", "high_freq_factor": "high_freq_factor"}
 ROPE_FIELDS = {"default": {}, "linear": {"factor": "factor"}, "yarn": YARN, "llama3": LLAMA3}
@@ -59,115 +67,148 @@ SIZES = {
 DEFAULT_FACTS = {"bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.02, "max_position_embeddings": 4096}
 
 
+class Facts(msgspec.Struct, kw_only=True):
+    """The facts that are read here. A Struct leaves out the other keys of an object, which a dataclass would refuse."""
+
+    max_position_embeddings: Annotated[int, Meta(ge=1, le=1 << 31)] | None = None
+    eos_token_id: Id | list[Id] | None = None
+    encoder_config: "Facts | None" = None
+
+
+class _Rope(msgspec.Struct):
+    rope_type: str | None = None
+    type: str | None = None
+    rope_theta: float | None = None
+    factor: float | None = None
+    original_max_position_embeddings: int | None = None
+    beta_fast: float | None = None
+    beta_slow: float | None = None
+    attention_factor: float | None = None
+    low_freq_factor: float | None = None
+    high_freq_factor: float | None = None
+
+
+class _Transformer(Facts, kw_only=True):
+    vocab_size: Count
+    hidden_size: Count
+    num_hidden_layers: Count
+    num_attention_heads: Count
+    intermediate_size: Count
+    num_key_value_heads: Count | None = None
+    head_dim: Count | None = None
+    rms_norm_eps: float | None = None
+    rope_theta: float | None = None
+    rope_parameters: _Rope | None = None
+    rope_scaling: _Rope | None = None
+    original_max_position_embeddings: int | None = None
+    tie_word_embeddings: bool | None = None
+
+
+class _Cepe(_Transformer, kw_only=True):
+    encoder_config: _Transformer
+    encoder_hidden_size: int | None = None
+    num_cross_attn_layers: Count
+
+
 def read_llama(hf: dict, where: str) -> DecoderConfig:
     """Return our config of a Hugging Face config.json; so do the other readers."""
     _refuse(hf, HARMLESS | OF_PLAIN, where)
-    return _decoder(hf, where)
+    return typed(_decoder(hf, typed(hf, _Transformer, where), where), DecoderConfig, where)
 
 
 def read_mlm(hf: dict, where: str) -> EncoderConfig:
     _refuse(hf, HARMLESS | OF_PLAIN | OF_ENCODER | {"tie_word_embeddings": (True, None)}, where)
-    return EncoderConfig(**_transformer(hf, where), mlm_head=True)
+    return typed(_fields(hf, typed(hf, _Transformer, where), where) | {"mlm_head": True}, EncoderConfig, where)
 
 
 def read_cepe(hf: dict, where: str) -> CepeConfig:
     _refuse(hf, HARMLESS | OF_CEPE, where)
-    encoder = _get(hf, "encoder_config", dict, where)
-    inside = f"{where}: encoder_config"
+    inside, model = f"{where}: encoder_config", typed(hf, _Cepe, where)
+    encoder = hf["encoder_config"]
     _refuse(encoder, HARMLESS | OF_PLAIN | OF_ENCODER, inside)
-    if (readers := _get(hf, "num_cross_attn_layers", int, where)) < 1:
-        raise ValueError(f"{where}: num_cross_attn_layers is {readers}: a CEPE has one or more")
-    layers = CrossLayers("last", readers)
-    config = CepeConfig(_decoder(hf, where), EncoderConfig(**_transformer(encoder, inside)), layers)
-    if hf.get("encoder_hidden_size", config.encoder.width) != config.encoder.width:
+    width = model.encoder_config.hidden_size
+    if model.encoder_hidden_size not in (width, None):
         raise ValueError(
-            f"{where}: encoder_hidden_size {hf['encoder_hidden_size']} is not encoder_config's hidden_size "
-            f"{config.encoder.width}: one of them is wrong"
+            f"{where}: encoder_hidden_size {model.encoder_hidden_size} is not encoder_config's hidden_size {width}: "
+            f"one of them is wrong"
         )
-    return config
+    fields = {
+        "decoder": _decoder(hf, model, where),
+        "encoder": _fields(encoder, model.encoder_config, inside),
+        "cross_layers": {"kind": "last", "count": model.num_cross_attn_layers},
+    }
+    return typed(fields, CepeConfig, where)
 
 
 def _refuse(hf: dict, harmless: dict[str, tuple], where: str) -> None:
     for key, values in harmless.items():
         if key in hf and hf[key] not in values:
-            raise ValueError(f"{where}: {key} {hf[key]!r} is not computed here: only {values[0]!r} is")
+            raise ValueError(f"{where}: {key} {shortened(hf[key])} is not computed here: only {values[0]!r} is")
 
 
-def _get(hf: dict, key: str, kind: type | tuple[type, ...], where: str, default=None):
-    value = hf.get(key)
-    if value is None:
-        value = default
-    if value is None:
-        raise ValueError(f"{where} lacks {key}")
-    if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
-        raise ValueError(f"{where}: {key} is {value!r}: give a {getattr(kind, '__name__', 'number')}")
-    return value
+def _decoder(hf: dict, model: _Transformer, where: str) -> dict:
+    return _fields(hf, model, where) | {"tied_head": bool(model.tie_word_embeddings)}
 
 
-def _decoder(hf: dict, where: str) -> DecoderConfig:
-    return DecoderConfig(**_transformer(hf, where), tied_head=_get(hf, "tie_word_embeddings", bool, where, False))
-
-
-def _transformer(hf: dict, where: str) -> dict:
-    """The fields of TransformerConfig; defaults for missing keys are transformers' own."""
-    width, heads = (_get(hf, key, int, where) for key in ("hidden_size", "num_attention_heads"))
-    if hf.get("head_dim") is None and (heads < 1 or width % heads):
+def _fields(hf: dict, model: _Transformer, where: str) -> dict:
+    """Return the fields of TransformerConfig; defaults for missing keys are transformers' own."""
+    width, heads = model.hidden_size, model.num_attention_heads
+    if model.head_dim is None and width % heads:
         raise ValueError(
             f"{where}: hidden_size {width} is not a multiple of num_attention_heads {heads}: give head_dim"
         )
-    defaults = {"num_key_value_heads": heads, "head_dim": width // heads if heads > 0 else None}
-    fields = {ours: _get(hf, key, int, where, defaults.get(key)) for key, ours in SIZES.items()}
-    return fields | {
-        "norm_eps": float(_get(hf, "rms_norm_eps", (int, float), where, 1e-6)),
-        "rope": _rope(hf, where),
-    }
+    defaults = {"num_key_value_heads": heads, "head_dim": width // heads}
+    fields = {ours: getattr(model, key) or defaults[key] for key, ours in SIZES.items()}
+    fields["norm_eps"] = 1e-6 if model.rms_norm_eps is None else model.rms_norm_eps
+    return fields | {"rope": _rope(hf, model, where)}
 
 
-def _rope(hf: dict, where: str) -> RopeConfig:
-    """From transformers 5's rope_parameters, or 4's rope_theta and rope_scaling; both may stand, if they agree."""
-    found = []
-    for name in ("rope_parameters", "rope_scaling"):
-        rope = hf.get(name)
-        if rope is None:
-            continue
-        rope = {"rope_theta": hf.get("rope_theta", 10_000.0)} | rope
-        found.append(_rope_of(rope, hf, f"{where}: {name}"))
-    if found and hf.get("rope_theta") is not None:
-        found.append(dataclasses.replace(found[0], theta=float(hf["rope_theta"])))
-    if any(other != found[0] for other in found):
-        raise ValueError(f"{where}: rope_parameters, rope_scaling and rope_theta disagree: {found}: keep one")
-    return found[0] if found else RopeConfig(float(_get(hf, "rope_theta", (int, float), where, 10_000.0)))
+def _rope(hf: dict, model: _Transformer, where: str) -> RopeConfig:
+    """Read transformers 5's rope_parameters, or 4's rope_theta and rope_scaling; both may stand, if they agree."""
+    theta = RopeConfig.theta if model.rope_theta is None else model.rope_theta
+    readings = [
+        _rope_of(hf[name], rope, model, theta, f"{where}: {name}")
+        for name in ("rope_parameters", "rope_scaling")
+        if (rope := getattr(model, name)) is not None
+    ]
+    if not readings:
+        return typed({"theta": theta}, RopeConfig, where)
+    if any(other != readings[0] for other in readings) or model.rope_theta not in (readings[0].theta, None):
+        raise ValueError(f"{where}: rope_parameters, rope_scaling and rope_theta disagree: keep one")
+    return readings[0]
 
 
-def _rope_of(rope: dict, hf: dict, where: str) -> RopeConfig:
-    scaling = rope.get("rope_type", rope.get("type", "default"))
+def _rope_of(hf: dict, rope: _Rope, model: _Transformer, theta: float, where: str) -> RopeConfig:
+    scaling = rope.rope_type or rope.type or "default"
     if scaling not in ROPE_FIELDS:
-        raise ValueError(f"{where}: rope type {scaling!r} is not computed here: only {', '.join(ROPE_FIELDS)}")
-    _refuse(rope, HARMLESS_IN_ROPE, where)
+        raise ValueError(f"{where}: rope type {shortened(scaling)} is not computed here: only {', '.join(ROPE_FIELDS)}")
+    _refuse(hf, HARMLESS_IN_ROPE, where)
     known = ROPE_FIELDS[scaling]
-    if unknown := set(rope) - set(known) - set(HARMLESS_IN_ROPE) - {"rope_theta", "rope_type", "type"}:
-        raise ValueError(f"{where}: unknown for rope type {scaling}: {', '.join(sorted(unknown))}")
-    rope = dict(rope)
-    if "original_max_position_embeddings" in known:
+    if unknown := set(hf) - set(known) - set(HARMLESS_IN_ROPE) - {"rope_theta", "rope_type", "type"}:
+        raise ValueError(f"{where}: unknown for rope type {scaling}: {', '.join(map(shortened, sorted(unknown)[:3]))}")
+    fields = {ours: getattr(rope, key) for key, ours in known.items()}
+    if "original_length" in fields:
         # As transformers does: beside the rope's own dict it has priority; without any, the model's length.
-        own = rope.get("original_max_position_embeddings", hf.get("max_position_embeddings"))
-        rope["original_max_position_embeddings"] = hf.get("original_max_position_embeddings") or own
-    required = {"default": (), "linear": ("factor",), "yarn": ("factor", "original_max_position_embeddings")}
-    for key in required.get(scaling, LLAMA3):
-        _get(rope, key, (int, float), where)
-    numbers = {ours: _get(rope, key, (int, float), where) for key, ours in known.items() if rope.get(key) is not None}
-    return RopeConfig(float(_get(rope, "rope_theta", (int, float), where)), scaling, **numbers)
+        own = rope.original_max_position_embeddings or model.max_position_embeddings
+        fields["original_length"] = model.original_max_position_embeddings or own
+    for key, ours in known.items():
+        if fields[ours] is None and key not in YARN_OPTIONAL:
+            raise ValueError(f"{where} lacks {key}: {COPY}")
+    fields = {ours: value for ours, value in fields.items() if value is not None}
+    own_theta = theta if rope.rope_theta is None else rope.rope_theta
+    return typed(fields | {"theta": own_theta, "scaling": scaling}, RopeConfig, where)
 
 
-def facts_of(hf: dict) -> dict:
-    """What a Hugging Face config.json says beyond our config: kept, and written back on export."""
+def facts_of(hf: dict, where: str = "config.json") -> dict:
+    """Return what a Hugging Face config.json has beyond our config: kept, and written back on export."""
+    typed(hf, Facts, where)
     ours = {*SIZES, "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters", "model_type", "hidden_act"}
     ours |= {"attention_bias", "mlp_bias", "architectures", "torch_dtype", "dtype", "tie_word_embeddings"}
     ours |= {"encoder_hidden_size", "num_cross_attn_layers", *OF_CEPE}
     ours |= {"auto_map"}  # names code beside the weights, which is not exported with them
     facts = {key: value for key, value in hf.items() if key not in ours}
-    if "encoder_config" in facts:
-        facts["encoder_config"] = facts_of(facts["encoder_config"])
+    if facts.get("encoder_config"):
+        facts["encoder_config"] = facts_of(facts["encoder_config"], where)
     return facts
 
 

@@ -27,8 +27,8 @@ class HuggingFace:
     """A Hugging Face directory; tensors are read under our names, in our layout. `written` is its config.json."""
 
     def __init__(self, path: Path, written: dict):
-        self.path, self.facts = path, facts_of(written)
-        self.config = from_hf(written, str(path / "config.json"))
+        where = str(path / "config.json")
+        self.path, self.config, self.facts = path, from_hf(written, where), facts_of(written, where)
 
     @cached_property
     def files(self) -> WeightFiles:

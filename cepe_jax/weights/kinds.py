@@ -13,6 +13,7 @@ from cepe_jax.model.cepe import Cepe
 from cepe_jax.model.encoder import Encoder
 from cepe_jax.model.llama import Llama
 from cepe_jax.model.parts import Model
+from cepe_jax.parsing import shortened, typed
 from cepe_jax.weights import hf_config, torch_keys
 
 Config = Any  # a dataclass of the column `config` below
@@ -100,9 +101,10 @@ def architecture_of(config: Config) -> Architecture:
 def from_hf(hf: dict, where: str = "config.json") -> Config:
     """Return our config of a Hugging Face config.json; ValueError names what we do not compute."""
     known = {kind.architecture.name: kind.architecture for kind in KINDS.values() if kind.architecture}
-    architectures = hf.get("architectures") or ["none"]
+    architectures = typed(hf.get("architectures") or ["none"], list[str], f"{where}: architectures")
     if len(architectures) != 1 or architectures[0] not in known:
-        raise ValueError(f"{where}: architecture {', '.join(architectures)}: {', '.join(known)} are read")
+        names = shortened(", ".join(architectures), quoted=False)
+        raise ValueError(f"{where}: architecture {names}: {', '.join(known)} are read")
     return known[architectures[0]].read(hf, where)
 
 

@@ -8,10 +8,11 @@ import numpy as np
 from cepe_jax.config import FLOAT32, Compute
 from cepe_jax.distributed import is_first, meet
 from cepe_jax.model.parts import Model
+from cepe_jax.parsing import parse_json
 from cepe_jax.progress import track
 from cepe_jax.weights.build import build, shapes, tensors_of
-from cepe_jax.weights.directory import FORMAT, Directory, write
-from cepe_jax.weights.files import read_json
+from cepe_jax.weights.directory import CONFIG, FORMAT, Directory, note_of, write
+from cepe_jax.weights.files import existing
 from cepe_jax.weights.gguf import SUFFIX, Gguf
 from cepe_jax.weights.huggingface import HuggingFace
 from cepe_jax.weights.kinds import Config
@@ -38,8 +39,11 @@ def open_model(path: Path | str) -> Source:
     path = Path(path)
     if path.suffix == SUFFIX:
         return Gguf(path)
-    written = read_json(path / "config.json")
-    return (Directory if written.get("format") == FORMAT else HuggingFace)(path, written)
+    content = existing(path / CONFIG).read_bytes()
+    written = parse_json(content, str(path / CONFIG))
+    if written.get("format") == FORMAT:
+        return Directory(path, written, note_of(path / CONFIG, content))
+    return HuggingFace(path, written)
 
 
 def open_ours(path: Path | str) -> Directory:
@@ -68,7 +72,7 @@ def save(model: Model, path: Path | str, assets: Path | str | None = None) -> No
 
     Of many processes, which all call this, the first writes.
     """
-    has_config = assets is not None and (Path(assets) / "config.json").is_file()
+    has_config = assets is not None and (Path(assets) / CONFIG).is_file()
     facts = open_model(assets).facts if has_config else {}
     tensors = track(tensors_of(model), f"writing {path}", len(shapes(model.config)))
     if is_first():

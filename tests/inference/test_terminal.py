@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from support.models import flip, forget
 from support.tokenizers import CHUNK, WINDOW
 
 from cepe_jax.data.tokenizer import Tokenizer
@@ -165,11 +166,18 @@ def test_refusals_come_before_weights_are_read(plain_home, tmp_path, settings, s
         run_generate(GenerateConfig(bare, prompt="x", max_new_tokens=6))
 
 
+def test_verify_refuses_changed_weights(plain_home, tmp_path):
+    flip(path := shutil.copytree(plain_home, tmp_path / "flipped"))
+    with pytest.raises(ValueError, match=f"{path}: .* changed"):
+        run_generate(GenerateConfig(path, prompt="x", max_new_tokens=2, verify=True))
+
+
 @pytest.mark.parametrize("chat", [True, False])
 def test_a_tokenizer_elsewhere(home, text_model, tmp_path, monkeypatch, capsys, chat):
     """And it is read once."""
     bare, beside = shutil.copytree(home, tmp_path / "bare"), tmp_path / "beside"
     beside.mkdir()
+    forget(bare)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (bare / name).rename(beside / name)
     read = []

@@ -6,7 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
-from support.models import make_encoder
+from support.models import flip, forget, make_encoder
 from support.oracles import draw
 from support.tokenizers import CHUNK, WINDOW, byte_level, chunks_of
 
@@ -265,6 +265,7 @@ def test_load(home, text_model, tmp_path):
     assert cepe_jax.load(home, "bfloat16", window=20).window == 20
     assert cepe_jax.load(home, "bfloat16").model.decoder.embed.dtype == "bfloat16"
     bare = shutil.copytree(home, tmp_path / "bare")
+    forget(bare)
     for name in ("tokenizer.json", "generation_config.json"):
         (bare / name).unlink()
     with pytest.raises(FileNotFoundError, match=r"bare: no tokenizer\.model .*no tokenizer\.json"):
@@ -280,6 +281,15 @@ def test_load(home, text_model, tmp_path):
         (bare / "generation_config.json").write_text(json.dumps({"eos_token_id": wrong}))
         with pytest.raises(ValueError, match=f"generation_config.json: eos_token_id is {wrong!r}"):
             cepe_jax.load(bare, tokenizer=home)
+
+
+def test_verify_reads_all_weights_first(home, tmp_path):
+    path = shutil.copytree(home, tmp_path / "flipped")
+    assert cepe_jax.load(path, verify=True).window == WINDOW
+    flip(path)
+    cepe_jax.load(path)
+    with pytest.raises(ValueError, match=f"{path}: .* changed"):
+        cepe_jax.load(path, verify=True)
 
 
 def test_refused_directories(home, tmp_path, monkeypatch):

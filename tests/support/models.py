@@ -1,6 +1,8 @@
 """Tiny models for every test: grouped heads, a head_dim that is not width / heads, weights far from their init."""
 
 import dataclasses
+import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -116,3 +118,18 @@ def float64(module) -> dict:
 
 def bits(part) -> list[bytes]:
     return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(part)]
+
+
+def forget(directory: Path) -> None:
+    """Make a directory in our format one of before hash.json noted files: any of them may be changed."""
+    hashes = json.loads((directory / "hash.json").read_text())
+    hashes.pop("files", None)
+    (directory / "hash.json").write_text(json.dumps(hashes))
+
+
+def flip(directory: Path) -> None:
+    """Change one bit of the last weight in a directory of one file of weights."""
+    (file,) = directory.glob("*.safetensors")
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)

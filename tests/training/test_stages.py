@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import pytest
 from support.datasets import make_data
-from support.models import SIZES, bits
+from support.models import SIZES, bits, forget
 
 from cepe_jax.config import DECODERS, ENCODERS, CrossLayers
 from cepe_jax.data.examples import ExampleConfig
@@ -258,6 +258,7 @@ def test_a_model_of_another_vocabulary_is_refused(runs, tmp_path):
         run_stage(config)
     bare = tmp_path / "bare"
     shutil.copytree(runs / "cepe/model", bare)
+    forget(bare)
     (bare / "tokenizer.model").unlink()
     with pytest.raises(ValueError, match="decoder's vocabulary .* 400 .* 420 ids"):
         run_stage(dataclasses.replace(config, cepe=str(bare)))

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 from support.datasets import make_data
-from support.models import SIZES
+from support.models import SIZES, forget
 
 from cepe_jax.config import DECODERS, ENCODERS
 from cepe_jax.data.examples import ExampleConfig
@@ -41,6 +41,7 @@ def home(tmp_path_factory):
 
 
 def limited(model, positions: int) -> None:
+    forget(model)
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"huggingface": {"max_position_embeddings": positions}}))
 

@@ -1,5 +1,6 @@
 """Our directories: round trips bit for bit, whole or absent, each process reading only its slices."""
 
+import errno
 import json
 import os
 import re
@@ -13,8 +14,11 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file
+from support.models import flip, forget
+from support.refusals import one_line
 
 from cepe_jax.config import Compute, CrossLayers
+from cepe_jax.exits import FAULT, REFUSED, status_of
 from cepe_jax.weights import files
 from cepe_jax.weights.build import tensors_of
 from cepe_jax.weights.convert import to_hf, to_jax
@@ -158,13 +162,16 @@ def test_existing_target_is_kept(cepe_source, tmp_path):
     assert not list((tmp_path / "target").iterdir())
 
 
-def test_full_disk_is_one_line(cepe_source, tmp_path, monkeypatch):
-    def full(*_, **__):
-        raise files.SafetensorError("I/O error: No space left on device (os error 28)")
+@pytest.mark.parametrize(("code", "status"), [(errno.ENOSPC, FAULT), (errno.EACCES, REFUSED)])
+def test_a_disk_that_refuses_is_no_bad_input(cepe_source, tmp_path, monkeypatch, code, status):
+    def refuse(*_, **__):
+        raise files.SafetensorError(f"I/O error: {os.strerror(code)} (os error {code})")
 
-    monkeypatch.setattr(files, "save_file", full)
-    with pytest.raises(ValueError, match="No space left on device.*disk"):
+    monkeypatch.setattr(files, "save_file", refuse)
+    with pytest.raises(OSError, match=os.strerror(code)) as refused:
         to_jax(cepe_source.path, tmp_path / "target")
+    assert refused.value.errno == code
+    assert status_of(refused.value) == status
     assert not (tmp_path / "target").exists()
 
 
@@ -184,16 +191,14 @@ def ours(cepe_source, tmp_path):
 
 def test_flipped_bit_is_found(ours):
     open_ours(ours).verify()
-    file = next(ours.glob("*.safetensors"))
-    data = bytearray(file.read_bytes())
-    data[-1] ^= 1
-    file.write_bytes(data)
+    flip(ours)
     with pytest.raises(ValueError, match=r"encoder\.norm\.scale changed"):
         open_ours(ours).verify()
 
 
 def test_layers_that_read_are_kept_and_the_reference_has_the_last_alone(ours, tmp_path):
     """A directory of before, which has the number of last layers, is the same model."""
+    forget(ours)
     model, written = load(ours), json.loads((ours / "config.json").read_text())
     assert written["cross_layers"] == {"kind": "last", "count": 2}
     before = {key: value for key, value in written.items() if key != "cross_layers"} | {"num_cross_layers": 2}
@@ -208,6 +213,7 @@ def test_layers_that_read_are_kept_and_the_reference_has_the_last_alone(ours, tm
 
 def test_chunks_with_positions_are_ours_alone(ours, tmp_path):
     """A directory of before, which does not know of them, has none."""
+    forget(ours)
     written = json.loads((ours / "config.json").read_text())
     assert written["encoder"].pop("chunk_positions") == 0
     (ours / "config.json").write_text(json.dumps(written))
@@ -219,30 +225,158 @@ def test_chunks_with_positions_are_ours_alone(ours, tmp_path):
         to_hf(ours, tmp_path / "hf")
 
 
-def test_spoiled_directories_are_named(ours):
-    def spoil(name: str, change, message: str) -> None:
-        before = (ours / name).read_text()
-        value = json.loads(before)
-        change(value)
-        (ours / name).write_text(json.dumps(value))
-        with pytest.raises(ValueError, match=message):
-            load(ours)
-        (ours / name).write_text(before)
+def edit(path: Path, change) -> None:
+    """Let `change` change the value in a JSON file."""
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
 
-    spoil("config.json", lambda c: c["decoder"].update(mlp_width=95), r"mlp\.down .*\[96, 48\].*\[95, 48\]")
-    spoil("config.json", lambda c: c["decoder"].update(surprise=1), "decoder: unknown.* surprise")
-    spoil("config.json", lambda c: c["decoder"]["rope"].update(surprise=1), "rope: unknown.* surprise")
-    spoil("config.json", lambda c: c["encoder"].pop("width"), "encoder lacks.* width")
-    spoil("config.json", lambda c: c["cross_layers"].update(count=1), r"unknown cross\.1\.k")
-    spoil("config.json", lambda c: c["cross_layers"].update(count=3), r"lacks cross\.2\.k")
-    spoil("config.json", lambda c: c["cross_layers"].update(kind="middle"), "middle.*last, first or every")
-    spoil("config.json", lambda c: c.update(kind="other"), "kind 'other'")
-    spoil("config.json", lambda c: c.update(kind="llama"), "kind llama .*needs decoder")
-    spoil("hash.json", lambda c: c["tensors"]["cross.0.q"].update(dtype="bfloat16"), r"cross\.0\.q .*hash\.json")
-    spoil("hash.json", lambda c: c.pop("base"), r"hash\.json .*ours")
+
+DEEP = "[" * 100_000
+DECODER, ROPE = ("decoder",), ("decoder", "rope")
+
+
+@pytest.mark.parametrize(
+    ("file", "place", "change", "message"),
+    [
+        ("config.json", DECODER, {"mlp_width": 95}, r"mlp\.down .*\[96, 48\].*\[95, 48\]"),
+        ("config.json", DECODER, {"surprise": 1}, "decoder.surprise"),
+        ("config.json", ROPE, {"surprise": 1}, "decoder.rope.surprise"),
+        ("config.json", ("encoder",), {"width": ...}, "encoder .*width"),
+        ("config.json", DECODER, {"norm_eps": {}}, "decoder.norm_eps is an object"),
+        ("config.json", DECODER, {"norm_eps": 1e30}, "norm_eps is 1e"),
+        ("config.json", DECODER, {"num_layers": 2**31}, "num_layers is 2147483648"),
+        ("config.json", DECODER, {"tied_head": 1}, "decoder.tied_head is 1"),
+        ("config.json", DECODER, {"rope": None}, "decoder.rope is None"),
+        ("config.json", ROPE, {"theta": True}, "decoder.rope.theta is True"),
+        ("config.json", ROPE, {"theta": float("nan")}, "NaN"),
+        ("config.json", ROPE, {"beta_fast": "x"}, "decoder.rope.beta_fast is 'x'"),
+        ("config.json", ROPE, {"beta_fast": []}, "decoder.rope.beta_fast is a list"),
+        ("config.json", ROPE, {"beta_fast": float("inf")}, "Infinity"),
+        ("config.json", ROPE, {"beta_slow": 0.0}, "beta_slow is 0.0"),
+        ("config.json", ROPE, {"original_length": {}}, "decoder.rope.original_length is an object"),
+        ("config.json", ("encoder",), {"chunk_positions": -1}, "chunk_positions is -1"),
+        ("config.json", ("cross_layers",), {"count": 1}, r"unknown cross\.1\.k"),
+        ("config.json", ("cross_layers",), {"count": 3}, r"lacks cross\.2\.k"),
+        ("config.json", ("cross_layers",), {"kind": "middle"}, "cross_layers.kind is 'middle'"),
+        ("config.json", (), {"decoder": 5}, "decoder is 5"),
+        ("config.json", (), {"kind": "other"}, "kind 'other'"),
+        ("config.json", (), {"kind": ["cepe"]}, "kind: holds a list"),
+        ("config.json", (), {"kind": "llama"}, "kind llama .*needs decoder"),
+        ("config.json", (), {"huggingface": None}, "huggingface: holds None"),
+        ("config.json", ("huggingface",), {"max_position_embeddings": True}, "max_position_embeddings is True"),
+        ("config.json", ("huggingface",), {"eos_token_id": -5}, "eos_token_id is -5"),
+        ("config.json", (), DEEP, "config.json .*deep"),
+        ("hash.json", ("tensors", "cross.0.q"), {"dtype": "bfloat16"}, r"cross\.0\.q .*hash\.json"),
+        ("hash.json", ("tensors",), {"cross.0.q": ...}, r"cross\.0\.q .*hash\.json"),
+        ("hash.json", ("tensors",), {"cross.0.q": None}, "hash.json: tensors"),
+        ("hash.json", ("tensors",), {"cross.0.q": "x"}, "hash.json: tensors"),
+        ("hash.json", (), {"tensors": None}, "hash.json: tensors is None"),
+        ("hash.json", (), {"tensors": []}, "hash.json: tensors is a list"),
+        ("hash.json", (), {"base": ...}, "hash.json: .*base"),
+        ("hash.json", (), {"files": {"config.json": 3}}, "hash.json: files"),
+        ("hash.json", (), DEEP, "hash.json .*deep"),
+        ("model.safetensors.index.json", (), DEEP, "index.json .*deep"),
+    ],
+)
+def test_spoiled_directories_are_named(ours, file, place, change, message):
+    def spoil(value: dict) -> None:
+        for key in place:
+            value = value[key]
+        value.update(change)
+        for key in [key for key, new in change.items() if new is ...]:
+            del value[key]
+
+    forget(ours)
+    if change is DEEP:
+        (ours / file).write_text(DEEP)
+    else:
+        edit(ours / file, spoil)
+    with pytest.raises(ValueError, match=message) as refused:
+        load(ours)
+    assert str(ours) in one_line(refused)
+
+
+def test_hashes_are_asked_for(ours):
     (ours / "hash.json").unlink()
     with pytest.raises(ValueError, match=r"no hash\.json"):
         load(ours)
+
+
+FILES = {"tokenizer.json": "pieces", "generation_config.json": '{"eos_token_id": 2}', "chat_template.jinja": "{{ x }}"}
+
+
+@pytest.fixture
+def whole(cepe_source, tmp_path):
+    """A directory in our format with files of every sort."""
+    for name, content in FILES.items():
+        (cepe_source.path / name).write_text(content)
+    to_jax(cepe_source.path, tmp_path / "whole")
+    open_ours(tmp_path / "whole").verify()
+    return tmp_path / "whole"
+
+
+@pytest.mark.parametrize("name", [*FILES, "config.json", "model.safetensors.index.json"])
+def test_changed_and_missing_files_are_refused(whole, name):
+    """On every load, even where the file has kept its length and is well formed."""
+    content = (whole / name).read_bytes()
+    assert b"e" in content or b"x" in content
+    for changed in (content.replace(b"e", b"i", 1).replace(b"x", b"y"), content + b" "):
+        (whole / name).write_bytes(changed)
+        with pytest.raises(ValueError, match=name.replace(".", r"\.")) as refused:
+            load(whole)
+        one_line(refused)
+        with pytest.raises(ValueError, match=name.replace(".", r"\.")):
+            open_ours(whole).verify()
+    (whole / name).unlink()
+    with pytest.raises(ValueError, match=rf"(lacks|no) {name}"):
+        load(whole)
+
+
+def test_valid_changes_of_the_config_are_refused(whole):
+    edit(whole / "config.json", lambda config: config["decoder"].update(norm_eps=3e-5))
+    with pytest.raises(ValueError, match=r"config\.json .*hash\.json"):
+        load(whole)
+    edit(whole / "hash.json", lambda hashes: hashes["files"].pop("config.json"))  # who changed it says so
+    assert load(whole).config.decoder.norm_eps == 3e-5
+
+
+def test_files_beside_a_model_are_read_and_told_by_verify(whole):
+    (whole / "README.md").write_text("mine")
+    open_ours(whole).verify()
+    (whole / "tokenizer.model").write_text("added")
+    load(whole)
+    with pytest.raises(ValueError, match=r"tokenizer\.model"):
+        open_ours(whole).verify()
+
+
+def test_directories_written_before_files_were_noted(whole):
+    forget(whole)
+    (whole / "tokenizer.json").unlink()
+    model = load(whole)
+    open_ours(whole).verify()
+    edit(whole / "hash.json", lambda hashes: hashes.update(all="0"))
+    same(load(whole), model)
+    with pytest.raises(ValueError, match=r"hash\.json contradicts"):
+        open_ours(whole).verify()
+
+
+def test_weights_that_are_not_finite(cepe_source, decoder, tmp_path):
+    """Neither converted, in any dtype, nor verified."""
+    tensors = cepe_source.tensors()
+    embed = tensors["model.embed_tokens.weight"]
+    for value, dtype in ((np.nan, None), (-np.inf, None), (3.4e38, "bfloat16")):
+        embed[3, 4] = value
+        cepe_source.store(tensors)
+        with pytest.raises(ValueError, match=r"decoder\.embed .*finite") as refused:
+            to_jax(cepe_source.path, tmp_path / "ours", dtype)
+        assert str(cepe_source.path) in one_line(refused)
+        assert not (tmp_path / "ours").exists()
+    save(jax.tree.map(lambda a: a.at[(0,) * a.ndim].set(jnp.nan), decoder), tmp_path / "ours")
+    with pytest.raises(ValueError, match="finite"):
+        open_ours(tmp_path / "ours").verify()
+    with pytest.raises(ValueError, match="finite"):
+        to_hf(tmp_path / "ours", tmp_path / "hf")
 
 
 def test_save_refuses_tensors_of_another_model(cepe_source, tmp_path):

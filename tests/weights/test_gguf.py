@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import struct
 import sys
 
 import jax
@@ -172,6 +173,7 @@ def test_what_metadata_may_leave_out(decoder, tensors, tmp_path):
     metadata = metadata_of(plain) | {f"llama.attention.{key}": None for key in absent}
     metadata |= {"llama.rope.freq_base": None, "llama.rope.dimension_count": None, "llama.vocab_size": None}
     metadata["tokenizer.ggml.tokens"] = [str(i) for i in range(plain.vocab_size)]
+    metadata["tokenizer.ggml.token_type"] = [1] * plain.vocab_size
     assert open_model(save(tmp_path / "x.gguf", tensors_in(make_decoder(plain)), metadata)).config == plain
 
 
@@ -242,10 +244,28 @@ def refused(path, message: str) -> None:
         ("llama.attention.value_length", 12, r"llama.attention.value_length 12 .* 10\b"),
         ("llama.rope.scaling.yarn_beta_fast", 16.0, "yarn_beta_fast 16.0 .* 32.0 "),
         ("llama.rope.scaling.type", "longrope", "rope type 'longrope'"),
-        ("llama.attention.head_count", [4, 4, 2], r"num_attention_heads is \[4, 4, 2\]"),
+        ("llama.rope.scaling.type", ["yarn"], "llama.rope.scaling.type is a list"),
+        ("llama.rope.freq_base", math.nan, "theta is nan"),
+        ("llama.rope.freq_base", "1e4", "llama.rope.freq_base is '1e4'"),
+        ("llama.attention.layer_norm_rms_epsilon", math.inf, "norm_eps is inf"),
+        ("llama.attention.head_count", [4, 4, 2], "llama.attention.head_count is a list of 3"),
+        ("llama.attention.head_count", 0, "num_attention_heads is 0"),
+        ("llama.context_length", "96", "llama.context_length is '96'"),
         ("llama.block_count", 2, "unknown blk.2.attn_k.weight, .* 6 more"),
+        ("llama.block_count", 2**31, "num_layers is 2147483648"),
+        ("llama.block_count", 4096, "lacks blk.10.attn_k.weight, .* more"),
         ("llama.vocab_size", 65, r"(output|token_embd).weight .*\[64, 24\].*\[65, 24\]"),
         ("split.count", 3, " 3 parts: llama-gguf-split --merge"),
+        ("split.count", "3", "split.count is '3'"),
+        ("tokenizer.ggml.padding_token_id", 10**6, "padding_token_id 1000000 .* 11 "),
+        ("tokenizer.ggml.eos_token_id", 11, "eos_token_id 11 .* 11 "),
+        ("tokenizer.ggml.eot_token_id", "</s>", "eot_token_id is '</s>'"),
+        ("tokenizer.ggml.tokens", [1, 2, 3], "tokenizer.ggml.tokens"),
+        ("tokenizer.ggml.tokens", "abc", "tokenizer.ggml.tokens is 'abc'"),
+        ("tokenizer.ggml.token_type", [1], "tokenizer.ggml.token_type"),
+        ("tokenizer.ggml.token_type", [1] * 10 + [7], "tokenizer.ggml.token_type"),
+        ("tokenizer.ggml.scores", [math.nan] * 11, "tokenizer.ggml.scores"),
+        ("tokenizer.chat_template", 3, "tokenizer.chat_template is 3"),
     ],
 )
 def test_metadata_refused(key, value, message, tensors, tmp_path):
@@ -289,6 +309,58 @@ def test_truncated_file(kept, tensors, tmp_path):
     path = save(tmp_path / "x.gguf", tensors, metadata_of(DECODER))
     path.write_bytes(path.read_bytes()[:kept])
     refused(path, "whole GGUF file.*download")
+
+
+def place_of(path, name: str) -> int:
+    """Return where the file has the type of this tensor, which 8 bytes of its offset follow."""
+    field = next(t.field for t in gguf.GGUFReader(path).tensors if t.name == name)
+    return field.offset + sum(part.nbytes for part in field.parts[:4])
+
+
+NORM = "blk.1.attn_norm.weight"
+
+
+@pytest.mark.parametrize(
+    ("shift", "replacement", "message"),
+    [
+        (4, struct.pack("<Q", 1), NORM),  # not a multiple of the alignment
+        (4, struct.pack("<Q", 32), NORM),  # in another tensor
+        (0, struct.pack("<I", gguf.GGMLQuantizationType.F16), "blk.1.attn_q.weight"),  # half the bytes: a gap
+        (-8, struct.pack("<Q", 12), "blk.1.attn_q.weight"),
+        (-8, struct.pack("<Q", 0), NORM),
+    ],
+)
+def test_tensors_lie_one_after_the_other(shift, replacement, message, tensors, tmp_path):
+    """As llama.cpp wants them: what else the bytes are read as is no weight."""
+    path = save(tmp_path / "x.gguf", tensors, metadata_of(DECODER))
+    place, data = place_of(path, NORM) + shift, bytearray(path.read_bytes())
+    data[place : place + len(replacement)] = replacement
+    path.write_bytes(data)
+    refused(path, message)
+
+
+def test_bytes_after_the_last_tensor(tensors, tmp_path):
+    path = save(tmp_path / "x.gguf", tensors, metadata_of(DECODER))
+    path.write_bytes(path.read_bytes() + bytes(32))
+    refused(path, f"{path.stat().st_size:,} bytes")
+
+
+@pytest.mark.parametrize("kind", [gguf.GGUFValueType.ARRAY, 99])
+def test_a_wrong_type_of_the_first_key_is_refused_at_once(kind, tensors, tmp_path):
+    """Its value is read as the length of an array, beyond the file's end."""
+    path = save(tmp_path / "x.gguf", tensors, metadata_of(DECODER))
+    data = path.read_bytes()
+    place = data.index(b"general.architecture") + len(b"general.architecture")
+    path.write_bytes(data[:place] + struct.pack("<I", kind) + data[place + 4 :])
+    refused(path, "whole GGUF file")
+
+
+def test_weights_that_are_not_finite(tensors, tmp_path):
+    tensors["blk.1.ffn_up.weight"][3, 4] = np.nan
+    path = save(tmp_path / "x.gguf", tensors, metadata_of(DECODER))
+    with pytest.raises(ValueError, match=r"decoder\.layers\.1\.mlp\.up .*finite") as caught:
+        to_jax(path, tmp_path / "ours")
+    assert str(path) in one_line(caught)
 
 
 def test_other_files(tensors, tmp_path):

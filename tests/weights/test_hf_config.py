@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from support.refusals import one_line
 
 from cepe_jax.config import CepeConfig, CrossLayers, DecoderConfig, EncoderConfig, RopeConfig
 from cepe_jax.weights.hf_config import facts_of
@@ -102,6 +103,7 @@ def test_rope_of_both_versions(keys, rope):
     assert from_hf(nested).decoder.rope == RopeConfig()
 
 
+YARN = {"rope_type": "yarn", "factor": 8.0}
 REFUSED = [
     ({"model_type": "mistral"}, "model_type 'mistral'"),
     ({"architectures": ["MistralForCausalLM"]}, "architecture MistralForCausalLM"),
@@ -116,16 +118,45 @@ REFUSED = [
     ({"do_cross_attention": True}, "do_cross_attention True"),
     ({"hidden_size": 50}, "hidden_size 50 .*num_attention_heads 6"),
     ({"num_key_value_heads": 4}, "num_heads 6 .*num_kv_heads 4"),
-    ({"hidden_size": ...}, "lacks hidden_size"),
+    ({"hidden_size": ...}, "hidden_size"),
     ({"hidden_size": "48"}, "hidden_size is '48'"),
-    ({"num_hidden_layers": 0}, "num_layers is 0"),
+    ({"hidden_size": 48.5}, "hidden_size is 48.5"),
+    ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
+    ({"num_hidden_layers": True}, "num_hidden_layers is True"),
+    ({"num_hidden_layers": 2**31}, "num_layers is 2147483648"),
+    ({"num_attention_heads": 0}, "num_attention_heads is 0"),
+    ({"vocab_size": 2**40}, "vocab_size is 1099511627776"),
+    ({"rms_norm_eps": 0}, "norm_eps is 0"),
+    ({"rms_norm_eps": 2.0}, "norm_eps is 2.0"),
+    ({"rms_norm_eps": []}, "rms_norm_eps is a list"),
+    ({"rope_theta": 1}, "theta is 1.0"),
+    ({"rope_theta": "1e4"}, "rope_theta is '1e4'"),
+    ({"max_position_embeddings": "abc"}, "max_position_embeddings is 'abc'"),
+    ({"max_position_embeddings": [1]}, "max_position_embeddings is a list"),
+    ({"max_position_embeddings": {}}, "max_position_embeddings is an object"),
+    ({"max_position_embeddings": True}, "max_position_embeddings is True"),
+    ({"max_position_embeddings": 0}, "max_position_embeddings is 0"),
+    ({"eos_token_id": -1}, "eos_token_id is -1"),
+    ({"eos_token_id": [2, "x"]}, r"eos_token_id\[1\] is 'x'"),
+    ({"architectures": [3]}, r"architectures: \[0\] is 3"),
+    ({"rope_scaling": "x"}, "rope_scaling is 'x'"),
+    ({"rope_parameters": [1]}, "rope_parameters is a list"),
+    ({"rope_scaling": YARN | {"rope_type": ["yarn"]}}, "rope_scaling.rope_type is a list"),
+    ({"rope_scaling": YARN | {"factor": "8"}}, "rope_scaling.factor is '8'"),
+    ({"rope_scaling": YARN | {"factor": 0.5}}, "factor is 0.5"),
+    ({"rope_scaling": YARN | {"attention_factor": -1}}, "attention_factor is -1"),
+    ({"rope_scaling": YARN | {"beta_fast": 1}}, "beta_fast is 1"),
+    ({"rope_scaling": YARN | {"beta_slow": 0}}, "beta_slow is 0"),
+    ({"rope_scaling": YARN, "original_max_position_embeddings": -4}, "original_length is -4"),
+    ({"rope_scaling": {"rope_type": "llama3", **LLAMA3, "low_freq_factor": 0}}, "low_freq_factor is 0"),
+    ({"rope_scaling": {"rope_type": "llama3", **LLAMA3, "high_freq_factor": 1}}, "high_freq_factor is 1"),
     ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope type 'dynamic'"),
     ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "rope type 'longrope'"),
     ({"rope_scaling": {"type": "linear"}}, "lacks factor"),
     ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "lacks low_freq_factor"),
     ({"rope_scaling": {"rope_type": "yarn", "factor": 8.0, "mscale": 1.0}}, "mscale 1.0"),
     ({"rope_scaling": {"rope_type": "yarn", "factor": 8.0, "truncate": False}}, "truncate False"),
-    ({"rope_scaling": {"rope_type": "linear", "factor": 8.0, "surprise": 1}}, "rope type linear: surprise"),
+    ({"rope_scaling": {"rope_type": "linear", "factor": 8.0, "surprise": 1}}, "rope type linear: .*surprise"),
     ({"rope_theta": 1e4, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, "disagree"),
 ]
 
@@ -136,16 +167,18 @@ def without(config: dict) -> dict:
 
 @pytest.mark.parametrize(("keys", "message"), REFUSED)
 def test_refused_by_name(keys, message):
-    with pytest.raises(ValueError, match=message):
-        from_hf(without(PLAIN | keys))
+    with pytest.raises(ValueError, match=message) as refused:
+        from_hf(without(PLAIN | keys), "/there/config.json")
+    assert one_line(refused).startswith("/there/config.json: ")
 
 
 @pytest.mark.parametrize(
     ("keys", "message"), [case for case in REFUSED if "architectures" not in case[0] and "head" not in str(case)]
 )
 def test_refused_in_the_encoder_too(keys, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as refused:
         from_hf(CEPE | {"encoder_config": without(CEPE["encoder_config"] | keys)})
+    assert "encoder" in one_line(refused)
 
 
 @pytest.mark.parametrize(
@@ -156,15 +189,25 @@ def test_refused_in_the_encoder_too(keys, message):
         ({"num_cross_attn_hidden_states": 2}, "num_cross_attn_hidden_states 2"),
         ({"do_cross_attention": False}, "do_cross_attention False"),
         ({"num_cross_attn_layers": 4}, r"cross_layers\.count 4"),
-        ({"num_cross_attn_layers": ...}, "lacks num_cross_attn_layers"),
-        ({"encoder_config": ...}, "lacks encoder_config"),
+        ({"num_cross_attn_layers": ...}, "num_cross_attn_layers"),
+        ({"num_cross_attn_layers": 0}, "num_cross_attn_layers is 0"),
+        ({"encoder_config": ...}, "encoder_config"),
+        ({"encoder_config": 5}, "encoder_config is 5"),
+        ({"encoder_hidden_size": "24"}, "encoder_hidden_size is '24'"),
         ({"encoder_hidden_size": 32}, "encoder_hidden_size 32 .*hidden_size 24"),
         ({"encoder_config": CEPE["encoder_config"] | {"is_decoder": True}}, "is_decoder True"),
     ],
 )
 def test_refused_in_cepe(keys, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as refused:
         from_hf(without(CEPE | keys))
+    one_line(refused)
+
+
+def test_facts_of_another_type_are_refused():
+    with pytest.raises(ValueError, match="encoder_config is 5"):
+        facts_of(PLAIN | {"encoder_config": 5})
+    assert facts_of(PLAIN | {"encoder_config": None})["encoder_config"] is None
 
 
 def test_untied_mlm_head_is_refused():

@@ -181,9 +181,36 @@ def test_index_that_contradicts_its_shards(cepe_source):
     refused(cepe_source, r"index\.json .*extra .*shard-0\.safetensors")
     path = cepe_source.path / "model.safetensors.index.json"
     path.write_text(path.read_text().replace('"extra"', f'"{key}"'))
-    refused(cepe_source, f"{key} twice")
-    path.write_text("{}")
-    refused(cepe_source, "no weight_map")
+    refused(cepe_source, f"index.json .*{key}.* twice")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{}", "weight_map: holds None"),
+        ('{"weight_map": []}', "weight_map: holds a list"),
+        *((f'{{"weight_map": {{"a": {name}, "b": "x"}}}}', "weight_map: ") for name in ("null", "3", "[]", "{}")),
+        *((f'{{"weight_map": {{"a": "{name}"}}}}', f"shard '{name}'") for name in ("../a", "/etc/passwd", "b/a", ".")),
+        ('{"weight_map": {"a": ".."}}', r"shard \.\."),
+        ("[" * 100_000, "nested"),
+        ("\xff", "JSON"),
+    ],
+)
+def test_bad_index(cepe_source, content, message):
+    cepe_source.shard(*halves(cepe_source.tensors()))
+    (cepe_source.path / "model.safetensors.index.json").write_text(content, "latin-1")
+    refused(cepe_source, rf"index\.json.*{message}")
+
+
+def test_links_to_shards_are_followed(cepe_source, tmp_path):
+    """As in the hub's cache."""
+    single = load(cepe_source.path)
+    cepe_source.shard(*halves(cepe_source.tensors()))
+    (tmp_path / "blobs").mkdir()
+    for file in sorted(cepe_source.path.iterdir()):
+        file.rename(tmp_path / "blobs" / file.name)
+        file.symlink_to(f"../blobs/{file.name}")
+    jax.tree.map(np.testing.assert_array_equal, load(cepe_source.path), single)
 
 
 @pytest.mark.parametrize("size", [0, 5, 3000, -100])
@@ -199,7 +226,9 @@ def test_no_weights_no_config(llama_source):
     (llama_source.path / "config.json").write_text('{"model_type": ')
     refused(llama_source, "config.json .*not JSON")
     (llama_source.path / "config.json").write_text("[]")
-    refused(llama_source, "config.json .*JSON object")
+    refused(llama_source, r"config\.json: .*object")
+    (llama_source.path / "config.json").write_text("[" * 100_000)
+    refused(llama_source, r"config\.json .*nested")
     (llama_source.path / "config.json").unlink()
     refused(llama_source, "no config.json in")
     with pytest.raises(ValueError, match=r"no config\.json in"):
@@ -228,10 +257,15 @@ class TestPickles:
         llama_source.store({key: value.numpy() for key, value in tensors.items()})
         safe = load(llama_source.path)
         (llama_source.path / "model.safetensors").unlink()
-        # A view that is not contiguous, and two names of one storage: as torch may save them.
+        # A view that is not contiguous, one that is only marked as negative, parameters: as torch may save them.
         tensors[GATE] = tensors[GATE].T.contiguous().T
+        tensors[HEAD] = torch._neg_view(-tensors[HEAD])
+        tensors[EMBED] = torch.nn.Parameter(tensors[EMBED])
         torch.save(tensors, file)
         jax.tree.map(np.testing.assert_array_equal, load(llama_source.path), safe)
+        half = {key: torch.nn.Parameter(value.detach().bfloat16()) for key, value in tensors.items()}
+        torch.save(half, file)
+        np.testing.assert_array_equal(load(llama_source.path).embed[...], half[EMBED].detach().float().numpy())
 
     @pytest.mark.parametrize("size", [0, 20, 50_000, -2000])
     def test_truncated(self, torch, llama_source, pickle, size):
@@ -245,15 +279,33 @@ class TestPickles:
         torch.save({EMBED: Unpickled()}, file)
         refused(llama_source, r"pytorch_model\.bin .*whole")
 
-    def test_not_tensors(self, torch, llama_source, pickle):
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda tensors: {"model": tensors}, "dict 'model'"),
+            (lambda tensors: [*tensors.values()], "a list"),
+            (lambda tensors: tensors | {3: tensors[GATE]}, " 3:"),
+            (lambda tensors: tensors | {GATE: tensors[GATE].double()}, f"{GATE} is torch.float64"),
+            (lambda tensors: tensors | {GATE: tensors[GATE].to_sparse()}, f"{GATE} is torch.sparse_coo"),
+            (lambda tensors: tensors | {GATE: tensors[GATE].to("meta")}, f"{GATE} is meta"),
+            (lambda tensors: tensors | {GATE: None}, f"NoneType '{GATE}'"),
+        ],
+    )
+    def test_refused(self, torch, llama_source, pickle, change, message):
         tensors, file = pickle
-        torch.save({"model": tensors}, file)
-        refused(llama_source, "dict 'model'")
+        torch.save(change(tensors), file)
+        refused(llama_source, rf"pytorch_model\.bin.*{message}")
 
-    def test_dtype_that_is_not_read(self, torch, llama_source, pickle):
+    @pytest.mark.parametrize("seed", range(5))
+    def test_flipped_weights_are_refused(self, torch, llama_source, pickle, seed):
+        """By the CRC of the zip, at which torch does not look."""
         tensors, file = pickle
-        torch.save(tensors | {GATE: tensors[GATE].double()}, file)
-        refused(llama_source, f"{GATE} is torch.float64")
+        torch.save(tensors, file)
+        data = bytearray(file.read_bytes())
+        place = data.index(tensors[EMBED].numpy().tobytes()) + 7919 * seed % tensors[EMBED].nbytes
+        data[place] ^= 1 << seed
+        file.write_bytes(data)
+        refused(llama_source, r"pytorch_model\.bin: .*/data/.* CRC")
 
 
 class Unpickled:

@@ -22,7 +22,7 @@ from cepe_jax.directories import staged, write_json
 from cepe_jax.evaluation.readers.models import ModelConfig
 from cepe_jax.evaluation.tasks.evaluation import Evaluation, Point
 from cepe_jax.identity import as_json, refuse_another_run
-from cepe_jax.weights.files import read_json
+from cepe_jax.parsing import read_json
 
 SCHEMA = 2  # of the files of a cell and of results.json
 REQUIRED = "id", "read", "seconds"  # in every record: its name, the tokens that were read for it, and in what time

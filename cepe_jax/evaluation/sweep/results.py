@@ -15,8 +15,8 @@ from cepe_jax.evaluation.sweep.grid import SweepConfig
 from cepe_jax.evaluation.tasks.evaluation import Unit
 from cepe_jax.evaluation.tasks.metrics import means
 from cepe_jax.evaluation.tasks.task import without_unread
+from cepe_jax.parsing import read_json
 from cepe_jax.settings import decode
-from cepe_jax.weights.files import read_json
 
 
 @dataclass(frozen=True, eq=False)

@@ -25,7 +25,7 @@ from cepe_jax.evaluation.sweep.cells import Cell, CellFacts, Missing
 from cepe_jax.evaluation.sweep.grid import SweepConfig
 from cepe_jax.evaluation.sweep.report import ReportConfig, report
 from cepe_jax.identity import as_json
-from cepe_jax.weights.files import read_json
+from cepe_jax.parsing import read_json
 
 
 @dataclass(frozen=True)
