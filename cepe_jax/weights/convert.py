@@ -1,6 +1,5 @@
 """Models from PyTorch's formats to ours, and back."""
 
-import tempfile
 from pathlib import Path
 
 from cepe_jax.config import Dtype
@@ -28,9 +27,7 @@ def to_jax(source: Path | str, target: Path | str, dtype: Dtype | None = None) -
             array = model.read(name)
             yield name, array if dtype is None else array.astype(dtype, copy=False)
 
-    with tempfile.TemporaryDirectory() as assets:
-        model.write_assets(Path(assets))
-        write(target, model.config, tensors(), model.facts, assets)
+    write(target, model.config, tensors(), model.facts, model.write_assets)
 
 
 def to_hf(source: Path | str, target: Path | str) -> None:
