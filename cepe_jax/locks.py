@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
-from filelock import LeaseSettingsMismatch, SoftFileLease, Timeout
+from filelock import LeaseCompromise, LeaseSettingsMismatch, SoftFileLease, Timeout
 
 from cepe_jax.exits import FAULT
 
@@ -71,8 +71,11 @@ def _this_host() -> str:
         return lease.owner.hostname
 
 
-def _end(loss) -> None:
-    """End this process: its lock is gone, and another process may be writing."""
+def _end(loss: LeaseCompromise) -> None:
+    """End this process if its lock is gone: another process may be writing. Warn if it cannot be renewed."""
+    if loss.reason == "refresh-failed":
+        log.warning("%s cannot be renewed (%s): another host may take it over", loss.lock_file, loss.error)
+        return
     message = f"{loss.lock_file}: the lock was lost ({loss.reason}), another process may be writing: start again"
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr, flush=True)
     os._exit(FAULT)
