@@ -111,7 +111,7 @@ def starting_model(config: TrainConfig, sizes: Config, compute: Compute, tokeniz
             tokenizer.check_is_of(start)
     model = start_of(config).model(config, sizes, compute, trained_parts(config))
     needed = tokenizer.vocab_size + STAGES[config.stage].more_ids
-    for name in {"decoder", "encoder"} & set(model.parts):
+    for name in sorted({"decoder", "encoder"} & set(model.parts)):  # one message, whatever the order of a set
         if (known := model.parts[name].config.vocab_size) < needed:
             raise ValueError(
                 f"the {name}'s vocabulary of {known} is below the {needed} ids of {config.data}: prepare the data with "
