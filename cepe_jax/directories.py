@@ -1,29 +1,82 @@
-"""Directories and files that are whole or absent, in a file system or a bucket (gs://), and refused places."""
+"""Directories and files with one writer, whole or absent, in a file system or a bucket (gs://)."""
 
 import json
 import re
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from glob import escape
 from pathlib import Path
 
 from etils import epath
 
-# What to do about what a file system refuses.
-MENDS = {
-    FileNotFoundError: "no such file or directory: look at its name",
-    FileExistsError: "is there already, and no directory: give another name",
-    IsADirectoryError: "is a directory: give a file",
-    NotADirectoryError: "is no directory, or lies below a file: give another place",
-    PermissionError: "permission denied: give a place that you may read and write",
-}
+from cepe_jax.locks import held
+
+STAGED = ".part"  # the end of names under which files are written
+LOCK = ".lock"
+
+
+@contextmanager
+def one_writer_in(directory: Path | epath.Path, job: str = "") -> Iterator[None]:
+    """Write in `directory`, which is made if absent, as its one writer; ValueError if there is another.
+
+    Jobs of different names share a directory, and each name is one writer's. What writers that are gone have staged is
+    removed at both ends of the block, once no other job is there. A place in a bucket has no lock.
+    """
+    if is_remote(directory):
+        yield
+        return
+    absent = not directory.exists()
+    directory.mkdir(parents=True, exist_ok=True)
+    lock = directory / (f".job-{job}{LOCK}" if job else f".writer{LOCK}")
+    try:
+        with held(lock, directory):
+            _remove_staged(directory, lock)
+            yield
+            _remove_staged(directory, lock)
+    finally:
+        if absent:
+            with suppress(OSError):  # it is not empty
+                directory.rmdir()
+
+
+def _remove_staged(directory: Path, lock: Path) -> None:
+    # Listed before the locks are: a job that begins in between has its files to itself.
+    abandoned = [*directory.glob(f".*{STAGED}"), *directory.glob(f"*/.*{STAGED}")]
+    if all(other == lock for other in directory.glob(f".job-*{LOCK}")):
+        _remove(abandoned)
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in paths:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def is_a_writers(path: Path) -> bool:
+    """Return whether this is a lock or a staged file: the next writer removes it."""
+    return path.name.startswith(".") and path.suffix in (STAGED, LOCK)
+
+
+@contextmanager
+def one_writer_of(path: Path) -> Iterator[None]:
+    """Write what will be called `path`, as its one writer; ValueError if there is another.
+
+    What writers that are gone have staged for it is removed.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with held(path.with_name(f".{path.name}{LOCK}"), path):
+        _remove(path.parent.glob(f".{escape(path.name)}.{'?' * 32}{STAGED}"))  # not those of NAME.more
+        yield
 
 
 def staged_path(path: Path) -> Path:
-    """Where to write what is then renamed to `path`: beside it, and no other process' of any machine."""
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    """Return where to write what is then renamed to `path`: beside it, and no other process' of any machine."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}{STAGED}")
 
 
 @contextmanager
@@ -35,6 +88,17 @@ def staged(path: Path) -> Iterator[Path]:
         place.rename(path)
     finally:
         place.unlink(missing_ok=True)
+
+
+@contextmanager
+def staged_directory(path: Path) -> Iterator[Path]:
+    """Yield a new directory beside `path`, which is removed at the end of the block unless it was renamed."""
+    place = staged_path(path)
+    place.mkdir()
+    try:
+        yield place
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
 
 
 def write_text(path: Path | epath.Path, text: str) -> None:
@@ -54,15 +118,6 @@ def write_json(path: Path | epath.Path, value) -> None:
 def is_remote(path: Path | epath.Path | str) -> bool:
     """Whether this is a place in a bucket: objects are written whole, and directories have no rename."""
     return str(path).startswith("gs://")
-
-
-def in_one_line(error: BaseException) -> str:
-    """Return the error's message in one line; where a file system has refused a place, this and what to do about it."""
-    message = str(error)
-    if isinstance(error, OSError) and error.filename is not None:
-        place = error.filename if error.filename2 is None else error.filename2  # where something is renamed to
-        message = f"{place}: {MENDS.get(type(error), error.strerror)}"
-    return " ".join(message.split())
 
 
 def download_hint(path: Path | epath.Path | str) -> str:
@@ -90,15 +145,9 @@ def new_directory(path: Path | epath.Path | str) -> Iterator[Path]:
                 epath.Path(file).copy(path / file.name, overwrite=True)
         return
     path = Path(path).absolute()
-    if path.exists():
-        raise ValueError(f"{path} exists: remove it or give another name")
-    partial = path.with_name(f".{path.name}.partial")
-    if partial.exists():
-        shutil.rmtree(partial)  # of a run that was killed
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-    except BaseException:
-        shutil.rmtree(partial)
-        raise
-    partial.rename(path)
+    with one_writer_of(path):
+        if path.exists():
+            raise ValueError(f"{path} exists: remove it or give another name")
+        with staged_directory(path) as place:
+            yield place
+            place.rename(path)

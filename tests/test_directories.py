@@ -1,12 +1,15 @@
-"""Files that are whole or absent, and settings as JSON."""
+"""Directories with one writer, files that are whole or absent, and settings as JSON."""
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from etils import epath
+from support.refusals import one_line
 
-from cepe_jax.directories import staged, write_json, write_text
+from cepe_jax.directories import new_directory, one_writer_in, staged, staged_path, write_json, write_text
 from cepe_jax.identity import as_json, as_of, refuse_another_run
 
 
@@ -25,6 +28,63 @@ def test_a_file_is_whole_or_what_it_was(tmp_path):
         write_json(tmp_path / "page.md", {"key": object()})
     assert [path.name for path in tmp_path.iterdir()] == ["page.md"]
     assert (tmp_path / "page.md").read_text("utf-8") == "é\n"
+
+
+def test_a_directory_has_one_writer(tmp_path):
+    """A directory in which nothing was written is not left behind."""
+    out = tmp_path / "out"
+    with one_writer_in(out):
+        with (
+            pytest.raises(ValueError, match=f"out is being written by process {os.getpid()} ") as error,
+            one_writer_in(out),
+        ):
+            pass
+        one_line(error)
+        assert out.exists()
+    assert not out.exists()
+    with one_writer_in(out):
+        write_text(out / "page", "")
+    assert [path.name for path in out.iterdir()] == ["page"]
+
+
+def test_jobs_share_a_directory(tmp_path):
+    """What a killed job staged goes once no other job is there: a file of a running one stays."""
+    (tmp_path / "units").mkdir()
+    abandoned = [staged_path(tmp_path / "shard"), staged_path(tmp_path / "units" / "0.json")]
+    for path in abandoned:
+        path.touch()
+    with one_writer_in(tmp_path, "0-of-2"):
+        assert not any(path.exists() for path in abandoned)
+        running = staged_path(tmp_path / "shard")
+        running.touch()
+        with one_writer_in(tmp_path, "1-of-2"):
+            assert running.exists()
+            with pytest.raises(ValueError, match="is being written by"), one_writer_in(tmp_path, "0-of-2"):
+                pass
+        assert running.exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["units"]
+
+
+def test_a_new_directory_has_one_writer(tmp_path):
+    """The second is refused and leaves the first's files alone; what was left of a killed one is removed."""
+    target, other = tmp_path / "model", staged_path(tmp_path / "model.v2")
+    abandoned = staged_path(target)
+    for path in (abandoned, other):
+        path.mkdir()
+    with new_directory(target) as place:
+        (place / "file").write_text("whole")
+        with (
+            pytest.raises(ValueError, match=f"model is being written by process {os.getpid()} "),
+            new_directory(target),
+        ):
+            pass
+    assert sorted(tmp_path.iterdir()) == sorted([other, target])
+    assert [path.name for path in target.iterdir()] == ["file"]
+
+
+def test_a_bucket_has_no_lock():
+    with one_writer_in(epath.Path("gs://bucket/out")), one_writer_in(epath.Path("gs://bucket/out")):
+        pass
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import errno
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ SCRIPTS = Path(__file__).parents[1] / "scripts"
         (PermissionError("a b"), 1),
         (OSError("a b"), 70),  # a full disk
         (ConnectionResetError("a b"), 70),
+        (BrokenPipeError("a b"), 70),  # of another pipe than standard output
     ],
 )
 def test_run_says_bad_input_in_one_line(error, status, capsys):
@@ -53,6 +55,27 @@ def test_run_names_a_refused_place_and_the_mend(case, tmp_path, capsys):
         run(lambda: use(tmp_path))
     assert ended.value.code == 1
     assert re.fullmatch(f"[^\n]*: {tmp_path}/{said}[^\n]*\n", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [(errno.ENOSPC, 70), (errno.EDQUOT, 70), (errno.EFBIG, 70), (errno.EROFS, 1), (errno.EACCES, 1), (errno.EPERM, 1)],
+)
+def test_room_may_come_and_permission_does_not(number, status):
+    assert status_of(OSError(number, "why", "a")) == status
+    in_words = OSError("a: why")  # as a checkpoint's, which names the whole one
+    in_words.errno = number
+    assert status_of(in_words) == status
+
+
+def test_help_whose_reader_has_gone_ends_quietly():
+    """As of `--help | head`: only a real pipe breaks."""
+    process = subprocess.Popen(
+        [sys.executable, SCRIPTS / "generate.py", "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() == -signal.SIGPIPE
 
 
 def test_run_says_what_a_full_disk_says(capsys):

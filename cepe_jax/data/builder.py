@@ -18,7 +18,7 @@ import numpy as np
 from cepe_jax.data.records import DATASET, TFDS_FILES, check_shard, lengths_path, read_index, shard_path
 from cepe_jax.data.tokenizer import Tokenizer
 from cepe_jax.data.tokenizer_files import BESIDE, NAMES
-from cepe_jax.directories import staged_path, write_json, write_text
+from cepe_jax.directories import is_a_writers, staged, staged_directory, staged_path, write_json, write_text
 from cepe_jax.identity import as_json, refuse_another_run
 
 log = logging.getLogger(__name__)
@@ -83,7 +83,8 @@ class ShardWriter:
         domains = sorted(self._counts)
         numbers = {domain: number for number, domain in enumerate(domains)}
         table = np.array([(numbers[domain], length) for domain, length in self._lengths], np.int64).reshape(-1, 2)
-        with open(f"{self._staged}.npy", "wb") as file:
+        lengths = lengths_path(self.path)
+        with staged(lengths) as place, open(place, "wb") as file:
             np.save(file, table)
         facts = {
             "records": len(self._lengths),
@@ -91,7 +92,6 @@ class ShardWriter:
             "sha256": digest,
             "domains": {domain: _counts(self._counts[domain]) for domain in domains},
         }
-        Path(f"{self._staged}.npy").rename(lengths_path(self.path))
         self._staged.rename(self.path)
         return facts
 
@@ -130,7 +130,7 @@ class Builder:
             log.info("%s is finished: remove it to make it again", out)
             return
         if not stored.exists():
-            inside = {path.name for path in out.iterdir()} if out.exists() else set()
+            inside = {path.name for path in out.iterdir() if not is_a_writers(path)} if out.exists() else set()
             begun = "units" in inside and inside <= {"units", *TOKENIZER_FILES}  # by a job now, or one that was killed
             if inside and not begun:
                 raise ValueError(f"{out} exists and is no unfinished dataset: remove it or give another name")
@@ -145,7 +145,9 @@ class Builder:
         return (self.out / TFDS_FILES[-1]).exists()
 
     def forget(self) -> None:
-        """Another run may begin here: this one failed before its first unit."""
+        """Another run may begin here, with another tokenizer: this one failed before its first unit."""
+        for name in TOKENIZER_FILES:
+            (self.out / name).unlink(missing_ok=True)
         (self.units / "identity.json").unlink()
 
     def mark(self, number: int, key, facts: dict) -> None:
@@ -185,19 +187,17 @@ class Builder:
             )
         write_json(self.out / DATASET, {"name": name, "identity": self.identity} | facts | {"splits": splits})
         write_text(self.out / "report.md", report(name, splits))
-        staged = staged_path(self.units / "metadata")
-        staged.mkdir(exist_ok=True)
-        for split in splits:  # TFDS looks for the names of shards beside its metadata
-            shard_path(staged, name, split, 0, len(marks)).touch()
-        tfds.folder_dataset.write_metadata(
-            data_dir=staged,
-            features=tfds.features.FeaturesDict(features),
-            split_infos=infos,
-            check_data=False,  # checking imports TensorFlow
-        )
-        for file in TFDS_FILES:
-            (staged / file).rename(self.out / file)
-        shutil.rmtree(staged)
+        with staged_directory(self.units / "metadata") as place:
+            for split in splits:  # TFDS looks for the names of shards beside its metadata
+                shard_path(place, name, split, 0, len(marks)).touch()
+            tfds.folder_dataset.write_metadata(
+                data_dir=place,
+                features=tfds.features.FeaturesDict(features),
+                split_infos=infos,
+                check_data=False,  # checking imports TensorFlow
+            )
+            for file in TFDS_FILES:
+                (place / file).rename(self.out / file)
         for left in self.out.glob(f".{name}-*"):  # of processes that were killed
             left.unlink(missing_ok=True)
 
@@ -224,6 +224,6 @@ def copy_tokenizer(tokenizer: Tokenizer, out: Path, staging: Path) -> None:
     beside = [(tokenizer.path.with_name(other), out / other) for other in BESIDE]
     for source, target in (*beside, (tokenizer.path, out / name)):
         if source.exists():
-            staged = staged_path(staging / target.name)
-            shutil.copy(source, staged)
-            staged.rename(target)
+            place = staged_path(staging / target.name)
+            shutil.copy(source, place)
+            place.rename(target)

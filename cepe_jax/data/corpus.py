@@ -14,7 +14,7 @@ from cepe_jax.data.records import Records, read_index, shard_path
 from cepe_jax.data.sources import Extent, holds_lines, plan, read
 from cepe_jax.data.tokenizer import Tokenizer, file_in
 from cepe_jax.data.tokenizer_training import train, training_pieces
-from cepe_jax.data.units import JobConfig, Work, run_units
+from cepe_jax.data.units import JobConfig, Work, one_job, run_units
 
 log = logging.getLogger(__name__)
 
@@ -106,6 +106,7 @@ def check_share(counts: dict, config: PrepareConfig) -> None:
         )
 
 
+@one_job
 def prepare(config: PrepareConfig) -> None:
     """A dataset of documents at `config.out`: a document is BOS, its tokens, EOS. Whole, or not a dataset yet.
 

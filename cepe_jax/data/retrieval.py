@@ -19,8 +19,8 @@ from cepe_jax.data.examples import PAD, RETRIEVED
 from cepe_jax.data.records import Records, joins, opened, shard_path
 from cepe_jax.data.sampling import documents_in
 from cepe_jax.data.search import BATCH, BM25, Dense, Encoder, Searcher, load_encoder
-from cepe_jax.data.units import JobConfig, Work, run_units
-from cepe_jax.directories import staged_path
+from cepe_jax.data.units import JobConfig, Work, one_job, run_units
+from cepe_jax.directories import staged_directory
 from cepe_jax.progress import track
 
 INDEX = "index"
@@ -102,26 +102,23 @@ def build_index(config: RetrieveConfig, corpus: Corpus, encode: Encoder | None) 
     index = config.out / INDEX
     if index.exists():
         return
-    staged = staged_path(index)
-    staged.mkdir()
     try:
-        numbers = choose(corpus, config.passage_tokens, config.seed).tolist()
-        documents = [corpus[n] for n in track(numbers, "read, documents")]
-        np.save(staged / "tokens.npy", np.concatenate([document.tokens for document in documents]))
-        facts = {"names": [document.name for document in documents], "lengths": [len(d.tokens) for d in documents]}
-        (staged / "documents.json").write_text(json.dumps(facts))
-        passages, decode = Passages(staged, config.passage_length), corpus.tokenizer.decode
-        texts = (decode(passages[n].tolist()) for n in track(range(len(passages)), "index, passages"))
-        if encode:
-            Dense.build(staged, texts, encode)
-        else:
-            BM25.build(staged, texts)
-        staged.rename(index)
+        with staged_directory(index) as place:
+            numbers = choose(corpus, config.passage_tokens, config.seed).tolist()
+            documents = [corpus[n] for n in track(numbers, "read, documents")]
+            np.save(place / "tokens.npy", np.concatenate([document.tokens for document in documents]))
+            facts = {"names": [document.name for document in documents], "lengths": [len(d.tokens) for d in documents]}
+            (place / "documents.json").write_text(json.dumps(facts))
+            passages, decode = Passages(place, config.passage_length), corpus.tokenizer.decode
+            texts = (decode(passages[n].tolist()) for n in track(range(len(passages)), "index, passages"))
+            if encode:
+                Dense.build(place, texts, encode)
+            else:
+                BM25.build(place, texts)
+            place.rename(index)
     except OSError:
         if not index.exists():  # by now, of another job
             raise
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
 
 
 def features_of(dtype, passage_length: int) -> dict:
@@ -137,6 +134,7 @@ def features_of(dtype, passage_length: int) -> dict:
     }
 
 
+@one_job
 def retrieve(config: RetrieveConfig) -> None:
     """A dataset of passages at `config.out`, the best ones for each sequence, none of them of its own documents."""
     base = Records(config.data, config.split)

@@ -11,7 +11,7 @@ import numpy as np
 from cepe_jax.data.builder import Builder, ShardWriter, array, text, token_dtype
 from cepe_jax.data.corpus import NAME as DOCUMENTS
 from cepe_jax.data.records import Records, opened, shard_path
-from cepe_jax.data.units import JobConfig, Work, run_units
+from cepe_jax.data.units import JobConfig, Work, one_job, run_units
 
 Piece = tuple[int, int, int]  # a document of a shard, and the first and one past the last of its tokens
 
@@ -128,6 +128,7 @@ def documents_in(name: str) -> set[str]:
     return {line.rpartition("@")[0] for line in name.split("\n")}
 
 
+@one_job
 def sample(config: SampleConfig) -> None:
     """A dataset of sequences at `config.out`, with as many tokens of each domain as the budget says."""
     records = Records(config.data, config.split)

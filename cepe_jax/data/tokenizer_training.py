@@ -31,7 +31,7 @@ def train(texts: Iterable[str], vocab_size: int, path: Path) -> Tokenizer:
     def watched() -> Iterator[str]:
         try:
             yield from texts
-        except Exception as error:  # of the texts: SentencePiece would make a RuntimeError of its traceback
+        except BaseException as error:  # Ctrl-C too: SentencePiece would make a RuntimeError of its traceback
             faults.append(error)
 
     with staged(path) as place:

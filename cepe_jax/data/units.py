@@ -10,10 +10,11 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, fields
-from functools import partial
+from functools import partial, wraps
 from queue import Empty
 
 from cepe_jax.data.builder import Builder
+from cepe_jax.directories import one_writer_in
 from cepe_jax.progress import track
 
 log = logging.getLogger(__name__)
@@ -40,6 +41,17 @@ class JobConfig:
         """The settings that make the result what it is: all but these `places` and how the work is shared."""
         shared = {field.name for field in fields(JobConfig)}
         return {name: value for name, value in vars(self).items() if name not in shared | set(places)}
+
+
+def one_job(command: Callable[[JobConfig], None]) -> Callable[[JobConfig], None]:
+    """Return `command`, which writes in `config.out`, as the one job that runs `config.shard` there."""
+
+    @wraps(command)
+    def alone(config: JobConfig) -> None:
+        with one_writer_in(config.out, config.shard.replace("/", "-of-")):
+            command(config)
+
+    return alone
 
 
 def run_units(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from cepe_jax.checks import check_chunk_length
 from cepe_jax.devices import Devices, on_devices
-from cepe_jax.directories import write_json, write_text
+from cepe_jax.directories import one_writer_in, write_json, write_text
 from cepe_jax.evaluation.readers.models import ModelConfig, check_model, load_model
 from cepe_jax.evaluation.sweep.cells import provenance, weights_at
 from cepe_jax.identity import as_json, refuse_another_run
@@ -22,6 +22,7 @@ from cepe_jax.inference.text import CHUNK_LENGTH
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
+    from lm_eval.tasks import TaskManager
 
 CUT = "cut.jsonl"  # in the directory of the results
 
@@ -59,13 +60,9 @@ def run_harness(config: HarnessConfig) -> None:
     """The results in `config.out`, as files and as a table on standard output."""
     _check(config)
     try:
-        import lm_eval
+        from lm_eval.tasks import TaskManager
     except ModuleNotFoundError as error:
         raise ValueError(f"{error}: the harness is an extra, pip install '.[harness]' in the checkout") from None
-    from lm_eval.tasks import TaskManager
-    from lm_eval.utils import make_table
-
-    from cepe_jax.evaluation.adapters import Adapter, Splitter
 
     facts = {"max_seq_lengths": list(config.lengths)} if config.lengths else {}
     facts["tokenizer"] = str(config.model.tokenizer or config.model.path)  # what RULER's tasks measure lengths with
@@ -73,7 +70,18 @@ def run_harness(config: HarnessConfig) -> None:
     for name in config.tasks:
         if not manager.match_tasks([name]):
             raise ValueError(f"{name} is no task of lm-evaluation-harness: lm-eval ls tasks lists them")
-    _claim(config)
+    with one_writer_in(config.out):
+        _claim(config)
+        _ask(config, manager, facts)
+
+
+def _ask(config: HarnessConfig, manager: "TaskManager", facts: dict) -> None:
+    """Have the model answer, and write what the harness makes of it."""
+    import lm_eval
+    from lm_eval.utils import make_table
+
+    from cepe_jax.evaluation.adapters import Adapter, Splitter
+
     with on_devices(config.mesh):
         model = load_model(config.model)
         template = Template(model.tokenizer) if config.chat else None

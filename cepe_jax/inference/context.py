@@ -23,7 +23,7 @@ from cepe_jax.checks import check_chunk_length, check_tokens
 from cepe_jax.cost import gib
 from cepe_jax.data.tokenizer import Tokenizer
 from cepe_jax.devices import free_bytes
-from cepe_jax.directories import staged
+from cepe_jax.directories import one_writer_of, staged_directory
 from cepe_jax.inference.generate import bucket, check_reads_contexts, one_ahead, power_of_two
 from cepe_jax.model.cepe import Cepe, chunk_positions
 from cepe_jax.model.cross import Memory
@@ -91,13 +91,26 @@ class ContextCache:
                 raise ValueError(f"{name} was encoded with another {key} ({there}, not {value}): encode it anew")
 
     def save(self, path: Path | str) -> None:
-        """Writes one safetensors file; where that fails, what was at `path` is still there and nothing else."""
-        path, states = Path(path), self._states()
+        """Write one safetensors file; where that fails, what was at `path` is still there and nothing else."""
+        with one_writer_of(Path(path)):
+            self._write(Path(path))
+
+    def add_to(self, path: Path) -> None:
+        """Add to the file at `path`, which is made if absent, the passages that it lacks."""
+        with one_writer_of(path):
+            kept = self.load(path, self.identity) if path.exists() else ContextCache(self.identity)
+            known = {passage.digest for passage in kept.passages}
+            new = {passage.digest: passage for passage in self.passages if passage.digest not in known}
+            ContextCache(self.identity, (*kept.passages, *new.values()))._write(path)
+
+    def _write(self, path: Path) -> None:
+        states = self._states()
         passages = [passage.digest for passage in self.passages]
         chunks = [(passage.chunk_length, passage.chunk_positions) for passage in self.passages]
         facts = json.dumps({"identity": self.identity, "passages": passages, "chunks": chunks})
-        with staged(path) as place:
-            save_tensors(states, place, {"facts": facts, "sha256": _sha256(facts, states)})
+        with staged_directory(path) as place:  # safetensors has a temporary file of its own
+            save_tensors(states, place / path.name, {"facts": facts, "sha256": _sha256(facts, states)})
+            (place / path.name).rename(path)
 
     @classmethod
     def load(cls, path: Path | str, identity: dict[str, str]) -> "ContextCache":

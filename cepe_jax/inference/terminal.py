@@ -10,7 +10,7 @@ from cepe_jax.checks import check_chunk_length
 from cepe_jax.config import Dtype
 from cepe_jax.data.sources import decoded
 from cepe_jax.devices import Devices, on_devices, peak_memory
-from cepe_jax.directories import in_one_line
+from cepe_jax.exits import in_one_line
 from cepe_jax.inference.caches import FULL, CacheConfig
 from cepe_jax.inference.chat import MAX_NEW_TOKENS, Chat, chat_setup
 from cepe_jax.inference.context import ContextCache
@@ -109,9 +109,9 @@ def _context(model: TextModel, config: GenerateConfig, texts: list[str]) -> Cont
         kept = ContextCache.load(config.contexts, model.identity)
     context = model.encode(texts, chunk_length=config.chunk_length, known=kept) if texts else kept
     known = {passage.digest for passage in kept.passages}
-    new = {passage.digest: index for index, passage in enumerate(context.passages) if passage.digest not in known}
+    new = {passage.digest for passage in context.passages} - known
     if config.contexts is not None and new:
-        (kept + context.select(list(new.values()))).save(config.contexts)
+        context.add_to(config.contexts)
     if config.timings:
         size = f"{context.num_tokens:,} tokens, {context.nbytes / 2**20:.1f} MiB"
         _note(f"contexts: {size}, {len(new)} of {len(context)} new, {time.perf_counter() - start:.2f} s")

@@ -21,7 +21,7 @@ from cepe_jax.data.loader import Sequences, batches, examples, names_in, open_mi
 from cepe_jax.data.records import NoDataset
 from cepe_jax.data.tokenizer import Tokenizer, file_in
 from cepe_jax.devices import describe
-from cepe_jax.directories import is_remote, write_json
+from cepe_jax.directories import is_remote, one_writer_in, write_json
 from cepe_jax.distributed import connected, first_says, is_first, meet
 from cepe_jax.exits import STOPPED
 from cepe_jax.identity import as_json, as_of, refuse_another_run
@@ -62,7 +62,10 @@ def launch(config: TrainConfig) -> Path:
     """
     if is_remote(config.out) and find_spec("gcsfs") is None:
         raise ValueError(f"{config.out} is in a bucket: pip install gcsfs to write there")
-    with connected(config.distributed, config.out / "compiled"):
+    with (
+        connected(config.distributed, config.out / "compiled"),
+        one_writer_in(config.out) if is_first() else contextlib.nullcontext(),  # many processes are one writer
+    ):
         ended = run_stage(config)
     return ended or sys.exit(STOPPED)
 
@@ -108,7 +111,7 @@ def starting_model(config: TrainConfig, sizes: Config, compute: Compute, tokeniz
             tokenizer.check_is_of(start)
     model = start_of(config).model(config, sizes, compute, trained_parts(config))
     needed = tokenizer.vocab_size + STAGES[config.stage].more_ids
-    for name in {"decoder", "encoder"} & set(model.parts):
+    for name in sorted({"decoder", "encoder"} & set(model.parts)):  # one message, whatever the order of a set
         if (known := model.parts[name].config.vocab_size) < needed:
             raise ValueError(
                 f"the {name}'s vocabulary of {known} is below the {needed} ids of {config.data}: prepare the data with "

@@ -15,7 +15,7 @@ from cepe_jax.config import Compute, Dtype
 from cepe_jax.data.builder import Builder, ShardWriter, array, token_dtype
 from cepe_jax.data.examples import TEACHER
 from cepe_jax.data.records import Records, joins, opened, shard_path
-from cepe_jax.data.units import JobConfig, Work, run_units
+from cepe_jax.data.units import JobConfig, Work, one_job, run_units
 
 CHUNK = 512  # positions whose logits exist at once
 
@@ -43,6 +43,7 @@ def features_of(dtype, top_k: int) -> dict:
     return {"teacher_index": array(dtype, None, top_k), "teacher_prob": array(np.float16, None, top_k + 1)}
 
 
+@one_job
 def teach(config: TeacherConfig) -> None:
     """A dataset at `config.out` of what the teacher expects in the window of each sequence."""
     base = Records(config.data, "train")

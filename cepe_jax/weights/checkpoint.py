@@ -211,7 +211,9 @@ class Checkpoints:
                 raise
             step = self.latest_whole()
             whole = "there is none yet" if step is None else f"the one of step {step} is whole"
-            raise OSError(f"{self.directory}: a checkpoint was not written ({_shortened(reason)}): {whole}") from None
+            failure = OSError(f"{self.directory}: a checkpoint was not written ({_shortened(reason)}): {whole}")
+            failure.errno = getattr(reason, "errno", None)  # by which the exit status is chosen
+            raise failure from None
 
 
 @contextlib.contextmanager

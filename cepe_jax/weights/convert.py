@@ -1,6 +1,5 @@
 """Models from PyTorch's formats to ours, and back."""
 
-import tempfile
 from pathlib import Path
 
 from cepe_jax.config import Dtype
@@ -24,15 +23,13 @@ def to_jax(source: Path | str, target: Path | str, dtype: Dtype | None = None) -
         raise ValueError(f"{source} is already in our format: copy it")
 
     def tensors():
-        for name in track(shapes(model.config), f"converting {source}"):
+        for name in track(list(table(model.config)), f"converting {source}"):
             array = model.read(name)
             array = array if dtype is None else array.astype(dtype, copy=False)
             check_finite(source, name, array)
             yield name, array
 
-    with tempfile.TemporaryDirectory() as assets:
-        model.write_assets(Path(assets))
-        write(target, model.config, tensors(), model.facts, assets)
+    write(target, model.config, tensors(), model.facts, model.write_assets)
 
 
 def to_hf(source: Path | str, target: Path | str) -> None:

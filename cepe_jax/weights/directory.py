@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypedDict
@@ -133,12 +133,12 @@ def write(
     config: Config,
     tensors: Iterable[tuple[str, np.ndarray]],
     facts: dict | None = None,
-    assets: Path | str | None = None,
+    write_assets: Callable[[Path], None] = lambda to: None,
 ) -> None:
     """The tensors, consumed one by one, are at `path` in our format. `facts` go back into an exported config.json."""
     expected = shapes(config)
     with new_directory(path) as partial:
-        copy_assets(assets, partial)
+        write_assets(partial)
         hashes = write_shards(partial, tensors)
         check_names(path, set(expected), set(hashes))
         for name, written in hashes.items():

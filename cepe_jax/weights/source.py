@@ -1,5 +1,6 @@
 """A model at a path: opened and loaded, whatever its format, and saved in ours."""
 
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -11,7 +12,7 @@ from cepe_jax.model.parts import Model
 from cepe_jax.parsing import parse_json
 from cepe_jax.progress import track
 from cepe_jax.weights.build import build, shapes, tensors_of
-from cepe_jax.weights.directory import CONFIG, FORMAT, Directory, note_of, write
+from cepe_jax.weights.directory import CONFIG, FORMAT, Directory, copy_assets, note_of, write
 from cepe_jax.weights.files import existing
 from cepe_jax.weights.gguf import SUFFIX, Gguf
 from cepe_jax.weights.huggingface import HuggingFace
@@ -76,7 +77,7 @@ def save(model: Model, path: Path | str, assets: Path | str | None = None) -> No
     facts = open_model(assets).facts if has_config else {}
     tensors = track(tensors_of(model), f"writing {path}", len(shapes(model.config)))
     if is_first():
-        write(path, model.config, tensors, facts, assets)
+        write(path, model.config, tensors, facts, partial(copy_assets, assets))
     else:
         for _ in tensors:
             pass  # the first process needs this one's part of each

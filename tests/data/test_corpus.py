@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece
 import tokenizers
 from support.refusals import one_line
 
@@ -22,6 +23,7 @@ from cepe_jax.data.corpus import SPLITS, Corpus, PrepareConfig, prepare, split_o
 from cepe_jax.data.records import Records, read_index
 from cepe_jax.data.tokenizer import Tokenizer
 from cepe_jax.data.tokenizer_training import train
+from cepe_jax.exits import FAULT
 
 WORDS = ["def ", "return ", "self", "\n", "    ", "x", " = ", "é🙂", "(", ")", "1", "\t", "\r\n"]
 
@@ -514,6 +516,55 @@ def test_a_failed_tokenizer_leaves_room_for_another_run(config):
         prepare(dataclasses.replace(config, tokenizer="", vocab_size=100_000))
     prepare(dataclasses.replace(config, tokenizer="", vocab_size=300))
     assert Corpus(config.out, "train").tokenizer.vocab_size == 300
+
+
+@pytest.mark.parametrize("moment", ["of the texts", "after them", "once it is there"])
+def test_ctrl_c_while_a_tokenizer_is_trained(config, monkeypatch, moment):
+    """The same command goes on, and so does one with another tokenizer: nothing remembers the first."""
+    own = dataclasses.replace(config, tokenizer="", vocab_size=300)
+
+    def interrupt(*args, **_):
+        signal.raise_signal(signal.SIGINT)
+        return real(*args)
+
+    def interrupt_after(*args, **settings):
+        real(*args, **settings)
+        signal.raise_signal(signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job is deaf to it
+    try:
+        with monkeypatch.context() as patch:
+            if moment == "of the texts":
+                real = corpus_module.training_pieces
+                patch.setattr(corpus_module, "training_pieces", interrupt)
+            elif moment == "after them":
+                real = sentencepiece.SentencePieceTrainer.train
+                patch.setattr(sentencepiece.SentencePieceTrainer, "train", interrupt_after)
+            else:
+                real = corpus_module.train
+                patch.setattr(corpus_module, "train", interrupt_after)
+            with pytest.raises(KeyboardInterrupt):
+                prepare(own)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    again = dataclasses.replace(own, vocab_size=310)
+    prepare(again)
+    assert Corpus(config.out, "train").tokenizer.vocab_size == 310
+
+
+def test_a_full_disk_while_a_tokenizer_is_trained(config):
+    """It has status 70, and with room the same command goes on. A limit of the size of files stands for the disk."""
+    own = dataclasses.replace(config, tokenizer="", vocab_size=300)
+    settings = [f"--{name}={getattr(own, name)}" for name in ("input", "out", "vocab_size", "test_fraction", "workers")]
+    settings += [f"--{name}={getattr(own, name)}" for name in ("retrieval_fraction", "unit_bytes")]
+    root = Path(corpus_module.__file__).parents[2]
+    command = ["bash", "-c", 'ulimit -f 2; exec "$@"', "", sys.executable, root / "scripts/prepare_data.py", *settings]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(root)}, capture_output=True, text=True)
+    assert done.returncode == FAULT
+    assert "File too large" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    prepare(own)
+    assert {path.name for path in config.out.iterdir() if path.name.startswith(".")} == set()
 
 
 def test_the_share_of_bad_documents_is_that_of_all(tmp_path):

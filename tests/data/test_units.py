@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from support.refusals import one_line
 from support.units import UNITS, Note
 
 from cepe_jax.data.builder import Builder
-from cepe_jax.data.units import JobConfig, run_units
+from cepe_jax.data.units import JobConfig, one_job, run_units
 
 
 @pytest.fixture
@@ -164,6 +165,28 @@ def test_no_process_is_left(tmp_path, end):
             assert time.monotonic() < until
             time.sleep(0.02)
     assert not (tmp_path / "out" / "units" / "00000.json").exists()
+
+
+@dataclass(frozen=True)
+class Job(JobConfig):
+    out: Path = Path()
+
+
+def test_jobs_of_other_shards_work_at_once(tmp_path):
+    """The same job a second time does not."""
+    begun = []
+
+    @one_job
+    def begin(job: Job) -> None:
+        begun.append(job.shard)
+        if job.shard == "0/2":
+            begin(Job("1/2", out=tmp_path))
+            with pytest.raises(ValueError, match=f"{tmp_path} is being written by process {os.getpid()} "):
+                begin(job)
+
+    begin(Job("0/2", out=tmp_path))
+    begin(Job("0/2", out=tmp_path))
+    assert begun == ["0/2", "1/2"] * 2
 
 
 @pytest.mark.parametrize("shard", ["", "3", "1/1", "2/1", "-1/2", "0/0", "a/b", "1/2/3", "0 /2", "0/", "/2", "0.5/2"])

@@ -1,7 +1,6 @@
 """Grids that are stopped, that fail, that change: what is run, what is kept, what is refused."""
 
 import dataclasses
-import fcntl
 import json
 import multiprocessing
 import os
@@ -17,6 +16,7 @@ from support.fakes import Asked
 
 from cepe_jax.data.tokenizer import Tokenizer
 from cepe_jax.devices import Devices
+from cepe_jax.directories import one_writer_in, staged_path
 from cepe_jax.evaluation.readers.models import ModelConfig
 from cepe_jax.evaluation.sweep import cells as store
 from cepe_jax.evaluation.sweep import run as sweep
@@ -273,11 +273,8 @@ def test_nothing_vanishes_from_the_report(config, runs):
 
 
 def test_one_command_at_a_time(config, runs):
-    config.out.mkdir()
-    with open(config.out / ".lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(ValueError, match="out .*in use"):
-            run_sweep(config)
+    with one_writer_in(config.out), pytest.raises(ValueError, match=f"out .*process {os.getpid()} "):
+        run_sweep(config)
     assert not runs.groups
     run_sweep(config)
 
@@ -472,10 +469,10 @@ def test_records_that_are_no_result(config, runs, monkeypatch, records, said):
 
 def test_what_a_killed_process_left_is_cleared(config, runs):
     (config.out / "cells").mkdir(parents=True)
-    left = config.out / "cells" / ".first.text.none.0.jsonl.0123"
-    left.write_text("{")
+    abandoned = staged_path(config.out / "cells" / "first.text.none.0.jsonl")
+    abandoned.write_text("{")
     run_sweep(config)
-    assert not left.exists()
+    assert not abandoned.exists()
 
 
 def test_tasks(config, runs, monkeypatch):

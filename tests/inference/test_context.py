@@ -20,6 +20,7 @@ from support.models import DECODER, ENCODER, computed, make_cepe, relative_error
 from support.oracles import recompute
 
 from cepe_jax.devices import free_bytes
+from cepe_jax.directories import one_writer_of
 from cepe_jax.inference import context as module
 from cepe_jax.inference.caches import CacheConfig, new_cache
 from cepe_jax.inference.context import (
@@ -339,6 +340,36 @@ def test_a_write_that_fails_leaves_what_was_there(cache, identity, tmp_path, mon
         cache.save(path)
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
     assert len(ContextCache.load(path, identity)) == 1
+
+
+def test_what_a_killed_write_leaves_is_removed(cache, identity, tmp_path, monkeypatch):
+    """The temporary file of safetensors too: it lies in a directory of the writer's."""
+    path, places = tmp_path / "contexts", []
+    save_tensors = module.save_tensors
+
+    def noted(tensors, path, metadata):
+        places.append(path)
+        save_tensors(tensors, path, metadata)
+
+    monkeypatch.setattr(module, "save_tensors", noted)
+    cache.save(path)
+    (place,) = places
+    place.parent.mkdir()
+    (place.parent / ".tmpABC").touch()
+    cache.save(path)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_contexts_are_added_to_those_of_another(cache, identity, tmp_path):
+    """Each passage once; a second writer at the same moment is refused."""
+    path = tmp_path / "contexts"
+    cache.select([0, 1]).add_to(path)
+    cache.select([2, 1, 2]).add_to(path)
+    assert [passage.digest for passage in ContextCache.load(path, identity).passages] == [
+        passage.digest for passage in cache.passages[:3]
+    ]
+    with one_writer_of(path), pytest.raises(ValueError, match="contexts is being written by process"):
+        cache.add_to(path)
 
 
 def test_identity(cepe, identity, tmp_path):

@@ -19,7 +19,7 @@ from support import datasets
 from support.models import DECODER, ENCODER, filled
 
 from cepe_jax.config import CrossLayers
-from cepe_jax.exits import FAULT, STOPPED
+from cepe_jax.exits import FAULT, REFUSED, STOPPED
 from cepe_jax.model.cepe import Cepe, cross_from_self_attention
 from cepe_jax.model.encoder import Encoder
 from cepe_jax.model.llama import Llama
@@ -133,6 +133,7 @@ def assert_equal(process: Process, whole: Process) -> None:
     assert any(name.endswith(".safetensors") for name in files)
     for name in files:
         assert (process.out / "model" / name).read_bytes() == (whole.out / "model" / name).read_bytes(), name
+    assert not list(process.out.glob(".*"))  # no lock, nothing staged
 
 
 def test_a_run_that_was_killed_equals_one_that_was_not(home, whole):
@@ -143,7 +144,13 @@ def test_a_run_that_was_killed_equals_one_that_was_not(home, whole):
     rng = np.random.default_rng(1)
     process = home.run("killed")
     line = int(rng.integers(8, 20))
-    process.when(lambda: len(process.lines()) >= line).kill()
+    process.when(lambda: len(process.lines()) >= line)
+    second = home.run("killed").process  # is refused, and disturbs nothing
+    assert re.fullmatch(
+        rf"train.py: {process.out} is being written by process {process.process.pid} on .*\n", second.communicate()[1]
+    )
+    assert second.returncode == REFUSED
+    process.kill()
 
     for _ in range(5):
         process = home.run("killed")
@@ -165,10 +172,10 @@ def test_sigterm_and_a_full_disk(home, whole):
     """The first saves and says how to go on, by its status too; the second says which state is whole."""
     process = home.run("stopped")
     process.when(lambda: len(process.lines()) >= 7).process.send_signal(signal.SIGTERM)
-    status, out, _ = process.end()
-    (step,) = [step for step in process.saved() if f"stopped after step {step} of {STEPS}" in out]
+    status, _, err = process.end()
+    (step,) = [step for step in process.saved() if f"stopped after step {step} of {STEPS}" in err]
     assert (status, step) == (STOPPED, max(process.saved()))
-    assert out.splitlines()[-1].startswith(f"stopped after step {step} of {STEPS}")
+    assert err.splitlines()[-1].startswith(f"stopped after step {step} of {STEPS}")
     assert process.lines()[-1]["step"] == step
     assert not (process.out / "model").exists()
 
@@ -180,4 +187,5 @@ def test_sigterm_and_a_full_disk(home, whole):
     assert status == FAULT
     said = f"train.py: {process.out}/checkpoints: .*not written .*File too large.* step {newest} "
     assert re.match(said, err.splitlines()[-1])
+    assert "Traceback" not in err
     assert_equal(home.run("stopped"), whole)

@@ -18,6 +18,7 @@ from support.models import flip, forget
 from support.refusals import one_line
 
 from cepe_jax.config import Compute, CrossLayers
+from cepe_jax.directories import staged_path
 from cepe_jax.exits import FAULT, REFUSED, status_of
 from cepe_jax.weights import files
 from cepe_jax.weights.build import tensors_of
@@ -146,10 +147,11 @@ def test_never_half_written(convert, cepe_source, tmp_path, monkeypatch):
             convert(source, tmp_path / "target")
     assert set(tmp_path.iterdir()) == before
     # What a killed process leaves has another name, is no model, and is removed by the next run.
-    (tmp_path / ".target.partial").mkdir()
-    (tmp_path / ".target.partial" / "1.safetensors").write_text("half")
+    place = staged_path(tmp_path / "target")
+    place.mkdir()
+    (place / "1.safetensors").write_text("half")
     with pytest.raises(ValueError, match="no config"):
-        load(tmp_path / ".target.partial")
+        load(place)
     convert(source, tmp_path / "target")
     assert set(tmp_path.iterdir()) == before | {tmp_path / "target"}
     assert not list((tmp_path / "target").glob("[0-9]*"))

@@ -1,6 +1,5 @@
 """Running a grid: a process for each model on each set of data, and what goes wrong stays in its cell."""
 
-import fcntl
 import multiprocessing
 import signal
 import sys
@@ -8,7 +7,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -17,13 +16,14 @@ from typing import Literal
 from cepe_jax import progress
 from cepe_jax.data.units import end_with_parent
 from cepe_jax.devices import forget_peak_memory, on_devices, peak_memory
-from cepe_jax.directories import download_hint, in_one_line, write_json
+from cepe_jax.directories import download_hint, one_writer_in, write_json
 from cepe_jax.evaluation.readers.language_model import LanguageModel
 from cepe_jax.evaluation.readers.models import ModelConfig, check_model, load_model
 from cepe_jax.evaluation.sweep import cells as store
 from cepe_jax.evaluation.sweep.cells import Cell, CellFacts, Missing
 from cepe_jax.evaluation.sweep.grid import SweepConfig
 from cepe_jax.evaluation.sweep.report import ReportConfig, report
+from cepe_jax.exits import in_one_line
 from cepe_jax.identity import as_json
 from cepe_jax.parsing import read_json
 
@@ -45,23 +45,10 @@ def run_sweep(config: SweepConfig) -> None:
     other settings, weights or data, where the report would lose a model or data that are there, where no cell has
     all that it needs, or where another command runs in `config.out`.
     """
-    with _held(config.out):
+    with one_writer_in(config.out):
+        (config.out / "cells").mkdir(exist_ok=True)
         groups = _unfinished(config)
         _run(config, groups, _lacking(groups))
-
-
-@contextmanager
-def _held(out: Path) -> Iterator[None]:
-    """The block has the directory for itself, without what killed processes left there."""
-    (out / "cells").mkdir(parents=True, exist_ok=True)
-    with open(out / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{out} is in use by another command: wait for its end, or use another --out") from None
-        for partial_file in (out / "cells").glob(".*"):
-            partial_file.unlink()
-        yield
 
 
 def _unfinished(config: SweepConfig) -> list[list[Cell]]:
