@@ -1,5 +1,6 @@
 """The exit statuses of scripts, and errors of one line."""
 
+import errno
 import re
 import sys
 import traceback
@@ -41,4 +42,5 @@ def status_of(error: BaseException) -> int:
     """Return the exit status of a process that `error` ends."""
     refusals = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
     refused = isinstance(error, ValueError) and not RUNTIME.match(str(error))
+    refused |= getattr(error, "errno", None) == errno.ENAMETOOLONG
     return REFUSED if refused or isinstance(error, (*refusals, KeyboardInterrupt)) else FAULT

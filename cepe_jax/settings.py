@@ -51,9 +51,8 @@ class _Settings(yaml.SafeLoader):
             if not isinstance(key, str):
                 raise ValueError(f"line {line}: {_shown(key)} is no name of a setting")
             if key in lines:
-                raise ValueError(
-                    f"line {line}: {shortened(key, quoted=False)} is given twice, first on line {lines[key]}"
-                )
+                name = shortened(key, quoted=False)
+                raise ValueError(f"line {line}: {name} is given twice, first on line {lines[key]}")
             lines[key] = line
         return super().construct_mapping(node, deep)
 
@@ -76,6 +75,8 @@ def _from_yaml(text: str, where: str):
         raise ValueError(f"{where}: line {error.problem_mark.line + 1}: {problem}") from None
     except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from None
+    except (KeyError, AttributeError) as error:  # of PyYAML, for `!!bool x` and `!!timestamp x`
+        raise ValueError(f"{where}: {error} does not fit its tag: leave the tag out") from None
 
 
 def read_yaml(path: Path) -> dict:

@@ -7,7 +7,12 @@ from typing import Literal
 
 import pytest
 
+from cepe_jax.data.corpus import PrepareConfig
+from cepe_jax.data.retrieval import RetrieveConfig
+from cepe_jax.data.sampling import SampleConfig
+from cepe_jax.evaluation.tasks.perplexity import Perplexity
 from cepe_jax.settings import parse
+from cepe_jax.training.settings import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -276,6 +281,8 @@ def test_unknown_on_the_command_line_names_the_nearest(call, wrong, said):
         ("--count=010", "count is '010'"),
         ("--count=1:30", "count is '1:30'"),
         ("--count=0x10", "count is '0x10'"),
+        ("--count=!!bool x", "count=!!bool x: "),
+        ("--count=!!timestamp x", "count=!!timestamp x: "),
         ("--count=2026-11-22", r"count is datetime\.date"),
         ("--count=1" + "0" * 30, r"count is 1e\+30"),
         ("--count=" + "9" * 5000, r"9{50}\.\.\. \(5,000 characters\) is no number"),
@@ -332,3 +339,17 @@ def test_what_is_missing_is_named(call, tmp_path):
         parse(Copies, ["--copies.a.source=b"])
     with pytest.raises(FileNotFoundError, match="nowhere.yaml"):
         call("--config", str(tmp_path / "nowhere.yaml"))
+
+
+@pytest.mark.parametrize("config_class", [TrainConfig, PrepareConfig, SampleConfig, RetrieveConfig, Perplexity])
+@pytest.mark.parametrize("seed", [-1, 1 << 32])
+def test_seeds_have_32_bits(config_class, seed):
+    with pytest.raises(ValueError, match=f"seed is {seed}: ") as error:
+        parse(config_class, [f"--seed={seed}"])
+    one_line(error)
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf"), 0.0])
+def test_weights_of_a_mix_are_finite(weight):
+    with pytest.raises(ValueError, match=f"mix is .*{weight}"):
+        TrainConfig("lm", Path("data"), Path("out"), 1, 1, decoder="tiny", mix={"packed": weight})
