@@ -24,7 +24,7 @@ MENDS = {
     PermissionError: "permission denied: give a place that you may read and write",
 }
 # Errors of a file system that would come again with the same command, whatever room there is.
-REFUSALS = {errno.EROFS, errno.EACCES, errno.EPERM}
+REFUSALS = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG}
 # The beginning of messages of JAX's runtime, some of which come as a ValueError.
 RUNTIME = re.compile(r"(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION): ")
 

@@ -53,6 +53,8 @@ def type_words(kind) -> str:
     """Return the type of a setting in words, the choices for a Literal."""
     arguments = typing.get_args(kind)
     match typing.get_origin(kind):
+        case typing.Annotated:
+            return type_words(arguments[0])
         case typing.Literal:
             return " | ".join(value_words(choice) for choice in arguments)
         case types.UnionType | typing.Union:

@@ -8,22 +8,31 @@ import json
 import math
 import re
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
+from msgspec import Meta
 
 T = TypeVar("T")
 COPY = "copy it again"
-LARGEST = 1 << 63  # whole numbers are below it: no size, id or count is larger
+LARGEST = 1 << 63  # whole numbers are below it
+Seed = Annotated[int, Meta(ge=0, lt=1 << 32)]  # of a random generator
 
 
 def read_json(path: Path, kind: type[T] = dict[str, Any], mend: str = COPY) -> T:
     """Return the content of the file at `path`, which exists, as `kind`; ValueError for anything else."""
+    check_is_file(path, mend)
     try:
         text = path.read_text("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not JSON (not UTF-8 at byte {error.start}): {mend}") from None
     return parse_json(text, str(path), kind, mend)
+
+
+def check_is_file(path: Path, mend: str = COPY) -> None:
+    """Raise ValueError for a device or a pipe, which may have no end."""
+    if not path.is_file():
+        raise ValueError(f"{path} is no regular file: {mend}")
 
 
 def parse_json(text: str | bytes, where: str, kind: type[T] = dict[str, Any], mend: str = COPY) -> T:
@@ -36,13 +45,6 @@ def parse_json(text: str | bytes, where: str, kind: type[T] = dict[str, Any], me
             raise ValueError(f"{shortened(next(key for key in keys if keys.count(key) > 1))} stands twice")
         return values
 
-    def number(digits: str) -> float | int:
-        whole = not re.search("[.eENI]", digits)
-        value = math.inf if len(digits) > 400 else int(digits) if whole else float(digits)
-        if abs(value) >= (LARGEST if whole else math.inf) or math.isnan(value):
-            raise ValueError(f"{shortened(digits, quoted=False)} is no number that can be meant")
-        return value
-
     hooks = {"object_pairs_hook": once, "parse_int": number, "parse_float": number, "parse_constant": number}
     try:
         value = json.loads(text, **hooks)
@@ -53,6 +55,19 @@ def parse_json(text: str | bytes, where: str, kind: type[T] = dict[str, Any], me
     return typed(value, kind, where, mend)
 
 
+def number(digits: str) -> float | int:
+    """Return the number; ValueError for one that is not finite.
+
+    A whole one that no size, id or count can be is a float: some tokenizer_config.json have 10^30 for "no limit".
+    """
+    value = math.inf if len(digits) > 400 else float(digits)
+    if not re.search("[.eENI]", digits) and abs(value) < LARGEST:
+        return int(digits)
+    if not math.isfinite(value):
+        raise ValueError(f"{shortened(digits, quoted=False)} is no number that can be meant")
+    return value
+
+
 def typed(value: Any, kind: type[T], where: str, mend: str = COPY) -> T:
     """Return decoded JSON as `kind`: a type, or a dataclass, which has all keys of its object."""
     try:
@@ -61,14 +76,14 @@ def typed(value: Any, kind: type[T], where: str, mend: str = COPY) -> T:
         message, _, place = str(error).partition(" - at ")
         field = place.strip("`").removeprefix("$").removeprefix(".")
         held = f"{field} is {shortened(_at(value, field))}" if field else f"holds {shortened(value)}"
-        raise ValueError(f"{where}: {held}: {_in_words(message)}: {mend}") from None
+        raise ValueError(f"{where}: {held}: {in_words(message)}: {mend}") from None
     except (RecursionError, OverflowError) as error:
         raise ValueError(f"{where}: {type(error).__name__}: {mend}") from None
     _refuse_unknown(value, kind, where, "")
     return result
 
 
-def _in_words(message: str) -> str:
+def in_words(message: str) -> str:
     """Return a message of the library's as the end of ours."""
     return message[:1].lower() + message[1:].replace("`", "")
 

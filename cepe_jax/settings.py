@@ -2,37 +2,81 @@
 
 import dataclasses
 import difflib
+import re
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 import draccus
+import msgspec
 import yaml
 from etils import epath
 
 from cepe_jax.directories import is_remote
+from cepe_jax.parsing import in_words, number, shortened
 
 Config = TypeVar("Config")
 # A setting of this type may be in a bucket. pathlib's would make gs:/ of gs://.
 draccus.decode.register(epath.Path, lambda text, _: epath.Path(text) if is_remote(text) else Path(text))
+INT, FLOAT, MERGE = (f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", "merge"))
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML in which a repeated key is an error. PyYAML takes the last one silently."""
+class _Settings(yaml.SafeLoader):
+    """YAML in which a setting is written once, where it stands, and a number as a number.
+
+    PyYAML takes the last of repeated keys silently, reads 010 as 8 and 1:30 as 90, and expands aliases without a bound.
+    """
+
+    yaml_implicit_resolvers = {  # of the first character: what a word is; numbers are added below
+        first: [(tag, words) for tag, words in resolvers if tag not in (INT, FLOAT, MERGE)]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            name = shortened(event.anchor, quoted=False)
+            raise ValueError(f"line {event.start_mark.line + 1}: *{name} is an alias: write out what it stands for")
+        return super().compose_node(parent, index)
+
+    def construct_number(self, node) -> float | int:
+        return number(self.construct_scalar(node).replace("_", ""))
 
     def construct_mapping(self, node, deep=False):
         lines: dict = {}
         for key_node, _ in node.value:
-            merges = key_node.tag == "tag:yaml.org,2002:merge"  # <<, another mapping's settings under these
-            key = key_node.value if merges else self.construct_object(key_node, deep=True)
+            key = self.construct_object(key_node, deep=True)
             line = key_node.start_mark.line + 1
             if not isinstance(key, str):
-                raise ValueError(f"line {line}: {key!r} is no name of a setting")
+                raise ValueError(f"line {line}: {_shown(key)} is no name of a setting")
             if key in lines:
-                raise ValueError(f"line {line}: {key} is given twice, first on line {lines[key]}")
+                name = shortened(key, quoted=False)
+                raise ValueError(f"line {line}: {name} is given twice, first on line {lines[key]}")
             lines[key] = line
         return super().construct_mapping(node, deep)
+
+
+_Settings.add_implicit_resolver(INT, re.compile(r"[-+]?(0|[1-9][0-9_]*)$"), list("-+0123456789"))
+FRACTION = re.compile(r"[-+]?([0-9][0-9_]*\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?$")
+_Settings.add_implicit_resolver(FLOAT, FRACTION, list("-+.0123456789"))
+_Settings.add_constructor(INT, _Settings.construct_number)
+_Settings.add_constructor(FLOAT, _Settings.construct_number)
+
+
+def _from_yaml(text: str, where: str):
+    """Return the value of a text in YAML."""
+    try:
+        return yaml.load(text, _Settings)
+    except RecursionError:
+        raise ValueError(f"{where}: nested too deeply for settings") from None
+    except yaml.MarkedYAMLError as error:
+        problem = shortened(error.problem, quoted=False)
+        raise ValueError(f"{where}: line {error.problem_mark.line + 1}: {problem}") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"{where}: {error}") from None
+    except (KeyError, AttributeError) as error:  # of PyYAML, for `!!bool x` and `!!timestamp x`
+        raise ValueError(f"{where}: {error} does not fit its tag: leave the tag out") from None
 
 
 def read_yaml(path: Path) -> dict:
@@ -40,9 +84,9 @@ def read_yaml(path: Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
-        values = yaml.load(path.read_text(), _UniqueKeys)
-    except (yaml.YAMLError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from None
+        values = _from_yaml(path.read_text("utf-8"), str(path))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 at byte {error.start}: write it as UTF-8") from None
     values = {} if values is None else values
     if not isinstance(values, dict):
         raise ValueError(f"{path}: is {type(values).__name__}, not a mapping of settings")
@@ -83,7 +127,7 @@ def _check(config_class, values: dict, root, group: str) -> None:
         if name not in config_class.__dataclass_fields__:
             near = difflib.get_close_matches(name, _field_names(root), 1, cutoff=0.5)
             hint = f": did you mean {near[0]}?" if near else f" in {config_class.__name__}"
-            raise ValueError(f"unknown setting {setting}{hint}")
+            raise ValueError(f"unknown setting {shortened(setting, quoted=False)}{hint}")
         kind = config_class.__dataclass_fields__[name].type
         if value is None and type(None) not in typing.get_args(kind):
             raise ValueError(f"{setting} has no value: give one, or leave it out")
@@ -94,24 +138,44 @@ def _check(config_class, values: dict, root, group: str) -> None:
                 groups = {f"{setting}.{key}": one for key, one in value.items()}
             for name, one in groups.items():
                 if not isinstance(one, dict):
-                    raise ValueError(f"{name} is {one!r}: it is a group of settings, give them by name")
+                    raise ValueError(f"{name} is {_shown(one)}: it is a group of settings, give them by name")
                 _check(group_class, one, root, f"{name}.")
         elif typing.get_origin(kind) is tuple and not _is_list(value):
-            raise ValueError(f"{setting} is {value!r}: give a list, [a, b]")
+            raise ValueError(f"{setting} is {_shown(value)}: give a list, [a, b]")
         elif typing.get_origin(kind) is dict and not isinstance(value, dict):
-            raise ValueError(f"{setting} is {value!r}: give names and their values, {{a: 1}}")
+            raise ValueError(f"{setting} is {_shown(value)}: give names and their values, {{a: 1}}")
         elif _is_text(kind):
             if not isinstance(value, str | None):
-                raise ValueError(f"{setting} is {value!r}: give text, in YAML in quotes")
+                raise ValueError(f"{setting} is {_shown(value)}: give text, in YAML in quotes")
             if kind is not epath.Path and is_remote(value):
                 raise ValueError(f"{setting} is {value}: mount the bucket (gcsfuse) and give the directory it is at")
         else:
-            try:
-                _decode(kind, value)
-            except ValueError as error:
-                raise ValueError(f"{setting} is {value!r}: {error}") from None
+            _check_single(setting, value, kind)
     if missing := [f"--{name}" for name in _missing(config_class, values, group)]:
         raise ValueError(f"{', '.join(missing)}: required, here or in the --config file; see --help")
+
+
+def _check_single(setting: str, value, kind) -> None:
+    """Raise ValueError unless the value is of this type. draccus takes true and "010" for numbers."""
+    try:
+        msgspec.convert(value, kind, strict=True, dec_hook=_path)
+    except msgspec.ValidationError as error:
+        literals = [one for one in (kind, *typing.get_args(kind)) if typing.get_origin(one) is typing.Literal]
+        choices = ", ".join(str(choice) for one in literals for choice in typing.get_args(one))
+        mend = f"choose one of {choices}" if choices else in_words(str(error).partition(" - at ")[0])
+        raise ValueError(f"{setting} is {_shown(value)}: {mend}") from None
+
+
+def _path(kind: type, value):
+    """Return a path in a list of them; msgspec knows no paths."""
+    if not isinstance(value, str):
+        raise ValueError("give text, in YAML in quotes")
+    return kind(value)
+
+
+def _shown(value) -> str:
+    """Return the value in a message: a long one by its beginning."""
+    return shortened(repr(value), quoted=False)
 
 
 def _missing(config_class, values: dict, group: str) -> Iterator[str]:
@@ -177,10 +241,7 @@ def _from_text(kind, name: str, text: str | None):
         return True
     if _is_text(kind):
         return text
-    try:
-        return yaml.load(text, _UniqueKeys)
-    except (yaml.YAMLError, ValueError) as error:
-        raise ValueError(f"--{name}={text}: {error}") from None
+    return _from_yaml(text, f"--{name}={shortened(text, quoted=False)}")
 
 
 def _values(config_class, arguments: list[tuple[str, str | None]]) -> list[tuple[str, object]]:

@@ -41,6 +41,7 @@ PLACES = {
     "below a file": (lambda home: (home / "file" / "x").mkdir(), "file/x: .* give another place"),
     "a file's list": (lambda home: list((home / "file").iterdir()), "file: is no directory"),
     "a file where it makes a directory": (lambda home: (home / "file").mkdir(exist_ok=True), "file: is there already"),
+    "a name that is too long": (lambda home: (home / ("x" * 300)).read_text(), "x{300}: File name too long"),
     "renamed over a directory": (lambda home: (home / "file").rename(home / "dir"), "dir: is a directory: give a file"),
 }
 

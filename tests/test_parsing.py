@@ -43,7 +43,7 @@ def test_a_whole_file(tmp_path):
         ('{"size": 1, "inner": {"theta": -Infinity}}', "-Infinity is no number"),
         ('{"size": 1, "inner": {"theta": 1e999}}', "1e999 is no number"),
         ('{"size": 1%s}' % ("0" * 5000), r"10{49}\.\.\. \(5,001 characters\) is no number"),
-        ('{"size": 9223372036854775808}', "9223372036854775808 is no number"),
+        ('{"size": 9223372036854775808}', r"size is 9\.2\d+e\+18: expected int"),
         ("[" * 100_000, "nested too deeply"),
         ("{}", "missing required field size"),
         ('{"size": true}', "size is True: expected int, got bool"),

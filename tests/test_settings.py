@@ -7,7 +7,12 @@ from typing import Literal
 
 import pytest
 
+from cepe_jax.data.corpus import PrepareConfig
+from cepe_jax.data.retrieval import RetrieveConfig
+from cepe_jax.data.sampling import SampleConfig
+from cepe_jax.evaluation.tasks.perplexity import Perplexity
 from cepe_jax.settings import parse
+from cepe_jax.training.settings import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -101,6 +106,14 @@ def test_values(call):
     assert call("--out=o", text="log: null").log is None
 
 
+def test_numbers_are_written_as_numbers(call):
+    """With underscores between digits too, and an exponent without a point; text keeps its zeros."""
+    settings = call("--out=o", text="count: 4_690_000\ninner: {rate: 1e-4, steps: +7}\ntext: 010\nmix: {a: .5, b: 2.}")
+    assert settings.count == 4690000
+    assert settings.inner == Inner(1e-4, 7)
+    assert (settings.text, settings.mix) == ("010", {"a": 0.5, "b": 2.0})
+
+
 def test_names_may_have_hyphens(call):
     """But in what is named by the user, as a dataset is."""
     assert call("--out=o", "--dry-run=true", "--context-file", "a-b") == call(
@@ -123,17 +136,10 @@ def test_text_in_a_group_that_may_be_left_out(call):
     assert call("--out=o", "--words.before={x}", text="words: {behind_it: c}").words == Words("{x}", "c")
 
 
-def test_groups_that_are_like_another(call):
-    """What a group says itself wins over what it takes from another; and it still says each setting once."""
-    text = "runs:\n  a: &a {rate: 0.25, steps: 7}\n  b: {<<: *a, steps: 9}\n"
-    assert call("--out=o", text=text).runs == {"a": Inner(0.25, 7), "b": Inner(0.25, 9)}
-    with pytest.raises(ValueError, match="line 3: steps .*twice"):
-        call("--out=o", text=text.replace("steps: 9", "steps: 9, steps: 9"))
-
-
 @pytest.mark.parametrize(
     ("text", "said"),
     [
+        ("runs: {a: {<<: {steps: 1}}}", r"unknown .*runs\.a\.<<"),
         ("runs: {a: {stepps: 1}}", r"unknown .*runs\.a\.stepps: .*steps\?"),
         ("runs: {a: {steps: many}}", "runs.a.steps is 'many'"),
         ("runs: {a: 3}", r"runs\.a is 3: .*group"),
@@ -211,6 +217,9 @@ def test_wrong_positionals_are_named(arguments, said):
         ("text\n", "str, not .*mapping"),
         ("[a, b]: c\n", "no name .*setting"),
         ("1: c\n", "no name .*setting"),
+        ("runs:\n  a: &a {rate: 0.25}\n  b: {<<: *a}\n", r"line 3: \*a .*alias"),
+        ("text: !!python/object/apply:os.getcwd []\n", "line 1: .*constructor"),
+        ("[" * 100_000, "nested"),
     ],
 )
 def test_strict_yaml(call, text, where):
@@ -268,6 +277,30 @@ def test_unknown_on_the_command_line_names_the_nearest(call, wrong, said):
         ("--kind=three", "kind is 'three'"),
         ("out=o", "out: .*--setting=value"),
         ("--text", "--text: .*--setting=value"),
+        ("--count=true", "count is True"),
+        ("--count=010", "count is '010'"),
+        ("--count=1:30", "count is '1:30'"),
+        ("--count=0x10", "count is '0x10'"),
+        ("--count=!!bool x", "count=!!bool x: "),
+        ("--count=!!timestamp x", "count=!!timestamp x: "),
+        ("--count=2026-11-22", r"count is datetime\.date"),
+        ("--count=1" + "0" * 30, r"count is 1e\+30"),
+        ("--count=" + "9" * 5000, r"9{50}\.\.\. \(5,000 characters\) is no number"),
+        ("--count=10**12", r"count is '10\*\*12'"),
+        ("--inner.rate=.nan", "inner.rate is '.nan'"),
+        ("--inner.rate=-.inf", "inner.rate is '-.inf'"),
+        ("--inner.rate=nan", "inner.rate is 'nan'"),
+        ("--inner.rate=1e999", "1e999 is no number"),
+        ("--inner.rate=!!float .inf", "inner.rate=!!float .inf: "),
+        ("--inner.rate=yes", "inner.rate is True"),
+        ("--mix={a: .nan}", r"mix is {'a': '\.nan'}"),
+        ("--sizes=[true]", r"sizes is \[True\]"),
+        ("--sizes=true", r"sizes is \[True\]"),
+        ("--context_file=[1]", r"context_file is \[1\]: .*text"),
+        ("--kind=" + "x" * 5000, r"kind is 'x+\.\.\. .*one, two"),
+        ("--sizes=[&a [x, x], *a]", r"line 1: \*a .*alias"),
+        ("--sizes=" + "[" * 100_000, "nested"),
+        ("--" + "x" * 5000 + "=1", r"unknown setting x{50}\.\.\."),
     ],
 )
 def test_wrong_values_are_named(call, argument, said):
@@ -306,3 +339,17 @@ def test_what_is_missing_is_named(call, tmp_path):
         parse(Copies, ["--copies.a.source=b"])
     with pytest.raises(FileNotFoundError, match="nowhere.yaml"):
         call("--config", str(tmp_path / "nowhere.yaml"))
+
+
+@pytest.mark.parametrize("config_class", [TrainConfig, PrepareConfig, SampleConfig, RetrieveConfig, Perplexity])
+@pytest.mark.parametrize("seed", [-1, 1 << 32])
+def test_seeds_have_32_bits(config_class, seed):
+    with pytest.raises(ValueError, match=f"seed is {seed}: ") as error:
+        parse(config_class, [f"--seed={seed}"])
+    one_line(error)
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf"), 0.0])
+def test_weights_of_a_mix_are_finite(weight):
+    with pytest.raises(ValueError, match=f"mix is .*{weight}"):
+        TrainConfig("lm", Path("data"), Path("out"), 1, 1, decoder="tiny", mix={"packed": weight})

@@ -6,24 +6,41 @@ such metadata is not read.
 """
 
 import hashlib
-import json
 import logging
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 
-from cepe_jax.data.records import DATASET, TFDS_FILES, check_shard, lengths_path, read_index, shard_path
+from cepe_jax.data.records import (
+    DATASET,
+    TFDS_FILES,
+    Shard,
+    check_shard,
+    index_digest,
+    lengths_path,
+    read_index,
+    shard_path,
+)
 from cepe_jax.data.tokenizer import Tokenizer
 from cepe_jax.data.tokenizer_files import BESIDE, NAMES
 from cepe_jax.directories import is_a_writers, staged, staged_directory, staged_path, write_json, write_text
 from cepe_jax.identity import as_json, refuse_another_run
+from cepe_jax.parsing import read_json, typed
 
 log = logging.getLogger(__name__)
 
 TOKENIZER_FILES = *NAMES, *BESIDE
+
+
+class Mark(TypedDict):
+    """The facts of a finished unit. Those who do the work add their own."""
+
+    key: Any  # the unit, as JSON
+    splits: NotRequired[dict[str, Shard]]
 
 
 def array(dtype, *shape: int | None):
@@ -78,8 +95,7 @@ class ShardWriter:
     def close(self) -> dict:
         with _writing():
             self._writer.close()
-        with open(self._staged, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = _sha256(self._staged)
         domains = sorted(self._counts)
         numbers = {domain: number for number, domain in enumerate(domains)}
         table = np.array([(numbers[domain], length) for domain, length in self._lengths], np.int64).reshape(-1, 2)
@@ -94,6 +110,11 @@ class ShardWriter:
         }
         self._staged.rename(self.path)
         return facts
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _counts(records: list[tuple[int, Sequence[int]]]) -> dict:
@@ -138,7 +159,7 @@ class Builder:
             if tokenizer is not None:
                 copy_tokenizer(tokenizer, out, self.units)
             write_json(stored, identity)
-        refuse_another_run(out, json.loads(stored.read_text()), identity)
+        refuse_another_run(out, read_json(stored, mend=f"remove {out}"), identity)
 
     @property
     def finished(self) -> bool:
@@ -157,7 +178,11 @@ class Builder:
     def marked(self, number: int, key) -> dict | None:
         """What `mark` was given for the unit, if it was for the same input."""
         path = self.units / f"{number:05}.json"
-        facts = json.loads(path.read_text()) if path.exists() else {"key": None}
+        if not path.exists():
+            return None
+        mend = "remove it, and its unit is done again"
+        facts = read_json(path, mend=mend)
+        typed(facts, Mark, str(path), mend)
         return facts if facts["key"] == as_json(key) else None
 
     def register(self, name: str, features: dict, marks: list[dict], facts: dict) -> None:
@@ -171,7 +196,11 @@ class Builder:
         for split in marks[0]["splits"]:
             shards = [mark["splits"][split] for mark in marks]
             for number, shard in enumerate(shards):
-                check_shard(shard_path(self.out, name, split, number, len(shards)), shard["bytes"])
+                path = shard_path(self.out, name, split, number, len(shards))
+                check_shard(path, shard["bytes"])
+                if _sha256(path) != shard["sha256"]:
+                    mark = self.units / f"{number:05}.json"
+                    raise ValueError(f"{path} is not what was written: remove {mark}, and run it again")
             names = sorted({domain for shard in shards for domain in shard["domains"]})
             domains = {d: add_counts(s["domains"][d] for s in shards if d in s["domains"]) for d in names}
             splits[split] = add_counts(domains.values()) | {"domains": domains, "shards": shards}
@@ -185,7 +214,8 @@ class Builder:
                     ),
                 )
             )
-        write_json(self.out / DATASET, {"name": name, "identity": self.identity} | facts | {"splits": splits})
+        index = {"name": name, "identity": self.identity} | facts | {"splits": splits}
+        write_json(self.out / DATASET, index | {"sha256": index_digest(index)})
         write_text(self.out / "report.md", report(name, splits))
         with staged_directory(self.units / "metadata") as place:
             for split in splits:  # TFDS looks for the names of shards beside its metadata

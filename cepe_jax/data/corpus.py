@@ -15,6 +15,7 @@ from cepe_jax.data.sources import Extent, holds_lines, plan, read
 from cepe_jax.data.tokenizer import Tokenizer, file_in
 from cepe_jax.data.tokenizer_training import train, training_pieces
 from cepe_jax.data.units import JobConfig, Work, one_job, run_units
+from cepe_jax.parsing import Seed
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ class PrepareConfig(JobConfig):
     test_fraction: float = 0.01  # share of documents for evaluation
     retrieval_fraction: float = 0.5  # share of documents for retrieval
     unit_bytes: int = 1 << 28  # stored bytes of a unit of work, which gives a shard to each split
-    seed: int = 0  # draws the documents of each split
+    seed: Seed = 0  # draws the documents of each split
 
     def __post_init__(self):
         super().__post_init__()

@@ -7,14 +7,64 @@ import os
 import resource
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Annotated, Any, NotRequired, TypedDict
 
 import numpy as np
+from msgspec import Meta
 
 from cepe_jax.data.tokenizer import Tokenizer
+from cepe_jax.parsing import read_json, typed
 
 Record = dict[str, np.ndarray | str]
 DATASET = "dataset.json"  # our facts of a dataset
 TFDS_FILES = "features.json", "dataset_info.json"  # the second makes a directory a TFDS dataset
+
+AGAIN = "prepare the dataset again"
+Count = Annotated[int, Meta(ge=0)]
+Size = Annotated[int, Meta(ge=1)]  # tokens
+
+
+class Counts(TypedDict):
+    records: Count
+    tokens: Count
+    histogram: list[Count]
+
+
+class Shard(TypedDict):
+    records: Count
+    bytes: Count
+    sha256: str
+    domains: dict[str, Counts]
+
+
+class Split(Counts):
+    domains: dict[str, Counts]
+    shards: list[Shard]
+
+
+class Joins(TypedDict):
+    """The split of another dataset, to whose records those of this one belong, one to each."""
+
+    path: str  # relative to this dataset
+    split: str
+    digest: str
+
+
+class Index(TypedDict):
+    """The facts of a dataset that this package reads; those who write one may add others."""
+
+    name: str
+    identity: dict[str, Any]
+    tokenizer: str
+    splits: dict[str, Split]
+    joins: NotRequired[Joins]
+    sources: NotRequired[str]
+    length: NotRequired[Size]
+    passage_length: NotRequired[Size]
+    query_tokens: NotRequired[Size]
+    window: NotRequired[Size]
+    context: NotRequired[Count]
+    top_k: NotRequired[Size]
 
 
 def shard_path(out: Path, name: str, split: str, number: int, count: int) -> Path:
@@ -42,15 +92,32 @@ def is_dataset(path: Path) -> bool:
     return (path / DATASET).exists() or (path / "units").exists()
 
 
-def read_index(path: Path) -> dict:
-    """The facts of the dataset at `path`; NoDataset where there is none, or none yet."""
+def read_index(path: Path) -> Index:
+    """Return the facts of the dataset at `path`; NoDataset where there is none, or none yet."""
     if not (path / TFDS_FILES[-1]).exists() or not (path / DATASET).exists():
         state = "not finished: run the command that writes it again" if (path / "units").exists() else "no dataset"
         raise NoDataset(f"{path}: {state}: datasets are made with scripts/prepare_data.py")
-    try:
-        return json.loads((path / DATASET).read_text())
-    except ValueError as error:
-        raise ValueError(f"{path / DATASET} is damaged ({error}): prepare the dataset again") from None
+    place = path / DATASET
+    facts = read_json(place, mend=AGAIN)
+    digest = facts.pop("sha256", None)  # datasets of earlier versions have none
+    index = facts | typed(facts, Index, str(place), AGAIN)
+    if digest not in (None, index_digest(facts)):
+        raise ValueError(f"{place} is not what was written, its sha256 differs from the stored one: {AGAIN}")
+    for name, split in index["splits"].items():
+        if "length" in index and split["tokens"] != index["length"] * split["records"]:
+            held = f"{split['records']} sequences of {index['length']} tokens, and {split['tokens']} tokens in all"
+            raise ValueError(f"{place}: {name} has {held}: {AGAIN}")
+    return index
+
+
+def index_digest(facts: dict) -> str:
+    """Return the digest of an index, which stands in it as `sha256`."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _of_the_process(error: Exception) -> bool:
+    """Return True for an error that sound files meet too, where memory or open files run out."""
+    return isinstance(error, MemoryError | ImportError | OSError) and not isinstance(error, FileNotFoundError)
 
 
 def _reason(error: Exception) -> str:
@@ -102,6 +169,8 @@ class Records:
         try:
             self._source = tfds.builder_from_directory(self.path).as_data_source(split)
         except Exception as error:  # whatever TFDS meets in a damaged file
+            if _of_the_process(error):
+                raise
             raise ValueError(f"{path}: TFDS cannot read its metadata ({_reason(error)}): prepare it again") from None
         if len(self._source) != self.facts["records"]:
             raise ValueError(
@@ -118,6 +187,8 @@ class Records:
             fields = self._source[number]
             return {key: value.decode() if isinstance(value, bytes) else value for key, value in fields.items()}
         except Exception as error:  # what the record format raises is a bare RuntimeError
+            if _of_the_process(error):
+                raise
             raise ValueError(f"{self.path}: record {number} of {self.split} is damaged ({_reason(error)})") from error
 
     def __iter__(self) -> Iterator[Record]:
@@ -155,7 +226,7 @@ class Records:
         return hashlib.sha256(" ".join(shard["sha256"] for shard in self.facts["shards"]).encode()).hexdigest()
 
 
-def joins(records: Records, out: Path) -> dict[str, str]:
+def joins(records: Records, out: Path) -> Joins:
     """What the index of the dataset at `out` says of these records, which its own belong to, one to each."""
     path = os.path.relpath(records.path.resolve(), out.resolve())
     return {"path": path, "split": records.split, "digest": records.digest}

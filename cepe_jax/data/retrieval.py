@@ -10,17 +10,19 @@ import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypedDict
 
 import numpy as np
 
 from cepe_jax.data.builder import Builder, ShardWriter, array, text, token_dtype
 from cepe_jax.data.corpus import Corpus
 from cepe_jax.data.examples import PAD, RETRIEVED
-from cepe_jax.data.records import Records, joins, opened, shard_path
+from cepe_jax.data.records import Count, Records, joins, opened, shard_path
 from cepe_jax.data.sampling import documents_in
 from cepe_jax.data.search import BATCH, BM25, Dense, Encoder, Searcher, load_encoder
 from cepe_jax.data.units import JobConfig, Work, one_job, run_units
 from cepe_jax.directories import staged_directory
+from cepe_jax.parsing import Seed, read_json
 from cepe_jax.progress import track
 
 INDEX = "index"
@@ -38,7 +40,7 @@ class RetrieveConfig(JobConfig):
     query_tokens: int = 256  # first tokens of a sequence, which are its query
     passage_tokens: int = 200_000_000  # tokens that are searched, of whole documents in random order
     encoder: str = ""  # "": BM25; module:function: (n, width) for a list of n texts, compared by dot product
-    seed: int = 0  # draws the documents that are searched
+    seed: Seed = 0  # draws the documents that are searched
 
     def __post_init__(self):
         super().__post_init__()
@@ -50,11 +52,18 @@ class RetrieveConfig(JobConfig):
             raise ValueError(f"encoder is {self.encoder}: give module:function, or leave it out for BM25")
 
 
+class Documents(TypedDict):
+    """The documents of an index, in their order."""
+
+    names: list[str]
+    lengths: list[Count]  # tokens
+
+
 class Passages:
     """The documents of an index in passages of `length` tokens, numbered through; a document's are consecutive."""
 
     def __init__(self, index: Path, length: int):
-        documents = json.loads((index / "documents.json").read_text())
+        documents = read_json(index / "documents.json", Documents, f"remove {index}, and run it again")
         self.names, self.length = documents["names"], length
         self._tokens = np.load(index / "tokens.npy", mmap_mode="r")  # the processes share it
         self._documents = {name: number for number, name in enumerate(self.names)}

@@ -12,6 +12,7 @@ from cepe_jax.data.builder import Builder, ShardWriter, array, text, token_dtype
 from cepe_jax.data.corpus import NAME as DOCUMENTS
 from cepe_jax.data.records import Records, opened, shard_path
 from cepe_jax.data.units import JobConfig, Work, one_job, run_units
+from cepe_jax.parsing import Seed
 
 Piece = tuple[int, int, int]  # a document of a shard, and the first and one past the last of its tokens
 
@@ -25,7 +26,7 @@ class SampleConfig(JobConfig):
     stride: int = 0  # filtered: tokens from one window of a document to the next; 0 = the length
     budget: dict[str, int] = field(default_factory=dict)  # tokens of each domain, 0 = all; {}: all of each
     split: str = "train"  # split of the documents
-    seed: int = 0  # draws the documents
+    seed: Seed = 0  # draws the documents
 
     def __post_init__(self):
         super().__post_init__()

@@ -2,6 +2,7 @@
 
 import glob
 import gzip
+import io
 import json
 import os
 import sys
@@ -11,6 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PACKED = ".gz", ".zst"
+LONGEST = 1 << 28  # bytes of a document; a longer one is a bad one
+RATIO = 1000  # a packed file of more times its own size, and of more than LONGEST, is refused
+TOO_LONG = f"longer than {LONGEST >> 20} MiB: divide it"
 BYTE_ORDER_MARK = "\ufeff"  # some programs begin a file with it
 
 
@@ -91,17 +95,42 @@ def _is_text(string: str) -> bool:
     return True
 
 
-def _open(path: Path):
+class _Unpacked(io.RawIOBase):
+    """The content of a packed file, up to a limit: a few kilobytes of zeros can stand for a disk full of them."""
+
+    def __init__(self, file, path: Path):
+        self._file, self._path = file, path
+        self._remaining = max(RATIO * path.stat().st_size, LONGEST)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        count = self._file.readinto(buffer)
+        self._remaining -= count
+        if self._remaining < 0:
+            raise ValueError(f"{self._path}: unpacks to more than {RATIO:,} times its size: unpack it, and look at it")
+        return count
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def open_unpacked(path: Path) -> io.BufferedReader:
+    """Return the file, open to be read, and unpacked if it is packed."""
     if path.suffix == ".gz":
-        return gzip.open(path)
-    if path.suffix == ".zst":
+        file = gzip.open(path)  # noqa: SIM115 (whoever closes the result closes it)
+    elif path.suffix == ".zst":
         if sys.version_info >= (3, 14):
             from compression import zstd
         else:
             from backports import zstd
         most = {zstd.DecompressionParameter.window_log_max: 31}  # files of zstd --long too
-        return zstd.open(path, options=most)
-    return open(path, "rb")
+        file = zstd.open(path, options=most)
+    else:
+        return open(path, "rb")
+    return io.BufferedReader(_Unpacked(file, path), 1 << 17)
 
 
 def read(root: Path, extent: Extent, domain_field: str) -> Iterator[RawDocument]:
@@ -115,11 +144,13 @@ def read(root: Path, extent: Extent, domain_field: str) -> Iterator[RawDocument]
     if not extent.size and path.suffix in PACKED:
         raise ValueError(f"{path}: damaged or cut short (empty): fetch it again")
     try:
-        with _open(path) as file:
+        with open_unpacked(path) as file:
             if holds_lines(extent.path):
                 yield from _lines(file, path, extent, domain_field, folder)
             else:
-                yield RawDocument(extent.path, folder, *decoded(file.read(), path))
+                content = file.read(LONGEST + 1)
+                text, fault = decoded(content, path) if len(content) <= LONGEST else (None, f"{path}: {TOO_LONG}")
+                yield RawDocument(extent.path, folder, text, fault)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path}: damaged or cut short ({error}): fetch it again") from None
     except Exception as error:
@@ -141,11 +172,11 @@ def _lines(file, path: Path, extent: Extent, domain_field: str, folder: str) -> 
     where, number = extent.start, 0
     if where:  # the line that is under way belongs to the extent before
         file.seek(where - 1)
-        where += len(file.readline()) - 1
+        where += _skip_line(file) - 1
     first, lines_above = where, None
     whole = Path(extent.path).suffix in PACKED
     while whole or where < extent.end:
-        line = file.readline()
+        line = file.readline(LONGEST + 1)
         if not line:
             return
         number += 1
@@ -154,6 +185,9 @@ def _lines(file, path: Path, extent: Extent, domain_field: str, folder: str) -> 
             continue
         domain, text, fault = folder, None, ""
         try:
+            if len(line) > LONGEST:
+                where += 0 if line.endswith(b"\n") else _skip_line(file)
+                raise ValueError(TOO_LONG)
             domain, text = _fields(json.loads(line.decode().removeprefix(BYTE_ORDER_MARK)), domain_field, folder)
             if not text.strip():
                 fault = "an empty document"
@@ -165,6 +199,16 @@ def _lines(file, path: Path, extent: Extent, domain_field: str, folder: str) -> 
             lines_above = _count_lines(path, first) if lines_above is None else lines_above
             fault = f"{path}:{lines_above + number}: {fault}"
         yield RawDocument(name, domain, text, fault)
+
+
+def _skip_line(file) -> int:
+    """Read to the end of a line of any length, and return the number of its bytes."""
+    count = 0
+    while part := file.readline(1 << 20):
+        count += len(part)
+        if part.endswith(b"\n"):
+            break
+    return count
 
 
 def _fields(line, domain_field: str, folder: str) -> tuple[str, str]:

@@ -1,28 +1,64 @@
 """The files of a tokenizer: their names, and what those beside it say of added tokens and of its ends."""
 
-import json
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
+
+from msgspec import Meta
+
+from cepe_jax.parsing import read_json, typed
 
 NAMES = "tokenizer.model", "tokenizer.json"  # what a directory's tokenizer is called
 BESIDE = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"  # files that say more of its tokens
 PADDING = re.compile(r"\W+pad(ding)?\W+", re.IGNORECASE)  # names of tokens that no text contains
+MOST_IDS = 1 << 24  # the largest vocabularies have a million; libraries allocate up to the highest id
+Id = Annotated[int, Meta(ge=0, lt=MOST_IDS)]
+
+
+class _Named(TypedDict):
+    content: str
+
+
+class AddedToken(_Named, total=False):
+    """An added token, with the options of Hugging Face's library."""
+
+    special: bool
+    lstrip: bool
+    rstrip: bool
+    single_word: bool
+    normalized: bool
+
+
+class NamedTemplate(TypedDict):
+    name: str
+    template: str
+
+
+Token = str | _Named
+
+
+class Settings(TypedDict, total=False):
+    """The settings of tokenizer_config.json and special_tokens_map.json that are read. Others may be anything."""
+
+    bos_token: Token | None
+    eos_token: Token | None
+    unk_token: Token | None
+    pad_token: Token | None
+    additional_special_tokens: list[Token] | None
+    added_tokens_decoder: dict[Annotated[str, Meta(pattern="^[0-9]{1,8}$")], AddedToken] | None
+    add_bos_token: bool | None
+    legacy: bool | None
+    chat_template: str | list[NamedTemplate] | None
 
 
 def settings_beside(path: Path, name: str = "tokenizer_config.json") -> dict:
-    """Return what the file of this name says beside the tokenizer at `path`, {} if there is none."""
+    """Return the settings in the file of this name beside the tokenizer at `path`, {} if there is none."""
     beside = path.with_name(name)
     if not beside.exists():
         return {}
-    try:
-        settings = json.loads(beside.read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{beside}: not JSON ({error}): copy it again") from None
-    if not isinstance(settings, dict):
-        raise ValueError(f"{beside}: holds no settings by name: copy it again")
-    return settings
+    settings = read_json(beside)
+    return settings | typed(settings, Settings, str(beside))
 
 
 def tokens_in(setting: Any) -> list[str]:
@@ -44,15 +80,9 @@ def first_characters(names: Iterable[str]) -> re.Pattern:
 
 def added_beside(path: Path) -> dict[str, dict]:
     """Return, by name, what the files beside `path` say of added tokens: `id`, `special` and the library's options."""
-    settings, ids = settings_beside(path), settings_beside(path, "added_tokens.json")
-    for name, i in ids.items():
-        if type(i) is not int or i < 0:
-            raise ValueError(f"{path.with_name('added_tokens.json')}: the id of {name} is {i!r}: copy it again")
+    settings, listed = settings_beside(path), path.with_name("added_tokens.json")
+    ids = read_json(listed, dict[str, Id]) if listed.exists() else {}
     decoder = settings.get("added_tokens_decoder") or {}
-    for i, token in decoder.items():
-        if not i.isdecimal() or not isinstance(token, dict) or not isinstance(token.get("content"), str):
-            where = path.with_name("tokenizer_config.json")
-            raise ValueError(f"{where}: added_tokens_decoder has {i!r}: {token!r}, no token with its id: copy it again")
     roles = settings_beside(path, "special_tokens_map.json") | settings
     special = {n for key, role in roles.items() if key.endswith(("_token", "_tokens")) for n in tokens_in(role)}
     added = {name: {"id": i, "special": name in special} for name, i in ids.items()}

@@ -3,17 +3,41 @@
 import itertools
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
-from cepe_jax.data.tokenizer_files import added_beside, ends_of, marks_turns, without_padding
+import msgspec
+
+from cepe_jax.data.tokenizer_files import Id, added_beside, ends_of, marks_turns, without_padding
+from cepe_jax.parsing import check_is_file, in_words
 
 BYTE = "<0x{:02X}>"  # how a piece that is a byte is called
 OPTIONS = "lstrip", "rstrip", "single_word", "normalized"  # how the library finds an added token
+
+
+class _Added(msgspec.Struct):
+    id: Id
+
+
+class _Model(msgspec.Struct):
+    vocab: dict[str, Id] | list[Any] = {}
+
+
+class _Ids(msgspec.Struct):
+    """The ids in a tokenizer.json."""
+
+    model: _Model
+    added_tokens: list[_Added] = []
 
 
 def read_library_tokenizer(path: Path):
     """Read a tokenizer.json."""
     import tokenizers  # only where a tokenizer.json is read
 
+    check_is_file(path)
+    try:
+        msgspec.json.decode(path.read_bytes(), type=_Ids)  # before the library makes a table up to the highest id
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not a tokenizer.json ({in_words(str(error))}): copy it again") from None
     try:
         return tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception

@@ -15,6 +15,7 @@ from cepe_jax.data.tokenizer_files import (
     settings_beside,
     without_padding,
 )
+from cepe_jax.parsing import check_is_file
 
 PART = 1 << 14  # characters that are encoded as one string where a cut changes nothing
 TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+=* \d+\s")  # how a file in its format begins: a token in base 64, its rank
@@ -27,8 +28,15 @@ def is_tiktoken(path: Path) -> bool:
 
 def read_processor(path: Path) -> sentencepiece.SentencePieceProcessor:
     """Read a SentencePiece model."""
+    check_is_file(path)
     try:
-        return sentencepiece.SentencePieceProcessor(model_file=str(path))
+        processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        processor.id_to_piece(list(range(processor.vocab_size())))
+        return processor
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path}: a token is not UTF-8 ({error.reason} in {error.object[:20]}): copy it again"
+        ) from None
     except (RuntimeError, OSError) as error:
         reason = str(error).splitlines()[0]
     if is_tiktoken(path):

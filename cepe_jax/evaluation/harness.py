@@ -8,7 +8,7 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 from cepe_jax.checks import check_chunk_length
 from cepe_jax.devices import Devices, on_devices
@@ -19,6 +19,7 @@ from cepe_jax.identity import as_json, refuse_another_run
 from cepe_jax.inference.overflow import Overflow
 from cepe_jax.inference.template import Template
 from cepe_jax.inference.text import CHUNK_LENGTH
+from cepe_jax.parsing import parse_json, read_json
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -115,6 +116,12 @@ def _check(config: HarnessConfig) -> None:
         raise NotADirectoryError(f"{config.task_folder}: no such directory of tasks")
 
 
+class Cut(TypedDict):
+    """A line about a request that is cut, as far as it is read."""
+
+    task: str
+
+
 def _note_cut(path: Path, request: "Instance", why: str) -> None:
     """A line at `path` says which request is cut, and why."""
     cut = {"task": request.task_name, "document": request.doc_id, "request": request.idx, "why": why}
@@ -125,7 +132,9 @@ def _note_cut(path: Path, request: "Instance", why: str) -> None:
 def _cuts(path: Path) -> dict[str, int]:
     """Return how many requests of each task were cut, in this run and the earlier ones that it resumes."""
     lines = path.read_text().splitlines() if path.exists() else []
-    return dict(Counter(json.loads(line)["task"] for line in dict.fromkeys(lines)))  # cut twice: stopped in between
+    return dict(
+        Counter(parse_json(line, str(path), Cut)["task"] for line in dict.fromkeys(lines))
+    )  # cut twice: stopped in between
 
 
 def _claim(config: HarnessConfig) -> None:
@@ -134,6 +143,6 @@ def _claim(config: HarnessConfig) -> None:
     for pace in ("out", "mesh", "batch"):  # no answer depends on them
         del ours[pace]
     if path.exists():
-        refuse_another_run(config.out, json.loads(path.read_text()), ours)
+        refuse_another_run(config.out, read_json(path), ours)
     config.out.mkdir(parents=True, exist_ok=True)
     write_json(path, ours)

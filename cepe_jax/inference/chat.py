@@ -9,12 +9,13 @@ from cepe_jax.data.tokenizer import Tokenizer
 from cepe_jax.inference.caches import CacheConfig
 from cepe_jax.inference.context import ContextCache
 from cepe_jax.inference.detokenize import Detokenizer, StopStrings
-from cepe_jax.inference.generate import GREEDY, Sampling
+from cepe_jax.inference.generate import GREEDY, Sampling, check_new_tokens
 from cepe_jax.inference.overflow import Overflow, check_has_window
 from cepe_jax.inference.session import Session, check_head
 from cepe_jax.inference.template import Message, Template
 from cepe_jax.model.cepe import Cepe
 from cepe_jax.model.llama import Llama
+from cepe_jax.parsing import shortened
 
 MAX_NEW_TOKENS = 256  # of an answer
 
@@ -100,8 +101,9 @@ class Chat:
         Wherever it is broken off, by an exception, `close` or the next `say`, what was given out of it stays said. A
         turn that is refused (ValueError before its first token: there is no room) was never said.
         """
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {max_new_tokens}: give 1 or more")
+        check_new_tokens(max_new_tokens)
+        if not isinstance(text, str):
+            raise ValueError(f"the turn is {shortened(text)}: give a text")
         if self._answer is not None:
             self._answer.close()
         self._answer = self._said(text, max_new_tokens, sampling, StopStrings(stop))

@@ -11,12 +11,14 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 from weakref import WeakKeyDictionary
 
 import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
+from msgspec import Meta
 from safetensors import SafetensorError, safe_open
 
 from cepe_jax.checks import check_chunk_length, check_tokens
@@ -28,12 +30,16 @@ from cepe_jax.inference.generate import bucket, check_reads_contexts, one_ahead,
 from cepe_jax.model.cepe import Cepe, chunk_positions
 from cepe_jax.model.cross import Memory
 from cepe_jax.model.llama import Llama
+from cepe_jax.parsing import parse_json
 from cepe_jax.progress import track
 from cepe_jax.sharding import num_shards, partition_spec
 from cepe_jax.weights.files import describe, digest, save_tensors
 
 BATCH_TOKENS = 1 << 12  # that each device encodes at once
 SHORTEST = 32  # tokens that a short chunk is filled up to
+
+AGAIN = "encode its contexts anew"
+Count = Annotated[int, Meta(ge=0)]
 
 encode_chunks = jax.jit(Cepe.encode_chunks)
 
@@ -44,6 +50,15 @@ class Passage:
     states_LE: np.ndarray  # what the encoder wrote of each token, chunk after chunk
     chunk_length: int = 0  # tokens
     chunk_positions: int = 0  # of the encoder's config. The states do not contain them
+
+
+@dataclass(frozen=True)
+class Facts:
+    """The facts in a file of contexts."""
+
+    identity: dict[str, str]
+    passages: list[str]  # their digests, which are the names of their states
+    chunks: list[tuple[Count, Count]] | None = None  # of each passage; older files lack them
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,16 +137,20 @@ class ContextCache:
                 metadata = file.metadata() or {}
                 states = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         except SafetensorError as error:
-            raise ValueError(f"{path} is not a whole file of contexts ({error}): encode them anew") from None
+            raise ValueError(f"{path} is not a whole file of contexts ({error}): {AGAIN}") from None
         if not {"facts", "sha256"} <= metadata.keys():
             raise ValueError(f"{path} is no file of contexts: give one that was saved as such")
         if _sha256(metadata["facts"], states) != metadata["sha256"]:
-            raise ValueError(f"{path} is damaged, its sha256 differs from the stored one: encode its contexts anew")
-        facts = json.loads(metadata["facts"])
-        names = facts["passages"]
-        chunks = facts.get("chunks", [()] * len(names))  # older files lack them
+            raise ValueError(f"{path} is damaged, its sha256 differs from the stored one: {AGAIN}")
+        facts = parse_json(metadata["facts"], str(path), Facts, AGAIN)
+        names = facts.passages
+        chunks = [(0, 0)] * len(names) if facts.chunks is None else facts.chunks
+        widths = {states_LE.shape[1:] for states_LE in states.values()}
+        are_states = len(widths) <= 1 and all(len(width) == 1 for width in widths)
+        if {*names} != states.keys() or len(chunks) != len(names) or not are_states:
+            raise ValueError(f"{path} has facts of {len(names)} passages that its tensors do not fit: {AGAIN}")
         passages = (Passage(name, states[name], *of_passage) for name, of_passage in zip(names, chunks, strict=True))
-        cache = cls(facts["identity"], tuple(passages))
+        cache = cls(facts.identity, tuple(passages))
         cache.check_is_of(identity, str(path))
         return cache
 

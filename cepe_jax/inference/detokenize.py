@@ -45,7 +45,7 @@ class StopStrings:
     """Text up to the first stop string that is complete, wherever pieces cut it; `found` once there was one."""
 
     def __init__(self, stop: Sequence[str]):
-        if isinstance(stop, str) or not all(stop):
+        if not isinstance(stop, Sequence) or isinstance(stop, str) or not all(isinstance(s, str) and s for s in stop):
             raise ValueError(f"stop is {stop!r}: give a list of texts, none of them empty")
         self._stop = tuple(stop)
         self._held = ""

@@ -5,10 +5,12 @@ bucket's slots, and what differs between calls is an array. So another prompt, a
 program, and no result depends on the padding.
 """
 
+import math
 import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from numbers import Integral, Real
 from typing import NamedTuple, TypeVar
 
 import jax
@@ -16,11 +18,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from cepe_jax.checks import check_tokens
+from cepe_jax.cost import gib
+from cepe_jax.devices import free_bytes
 from cepe_jax.inference.caches import FULL, CacheConfig, new_cache
 from cepe_jax.model.cache import Cache
 from cepe_jax.model.cepe import Cepe
 from cepe_jax.model.cross import Memory
 from cepe_jax.model.llama import Llama
+from cepe_jax.parsing import shortened
 
 Array = jax.Array
 Item = TypeVar("Item")
@@ -36,6 +41,10 @@ class Sampling:
     seed: int | None = None  # repeats the same draws; None: a fresh one for each text
 
     def __post_init__(self):
+        kinds = {"temperature": Real, "top_k": Integral, "top_p": Real, "seed": Integral | None}
+        for name, kind in kinds.items():
+            if not isinstance(value := getattr(self, name), kind) or isinstance(value, bool):
+                raise ValueError(f"{name} is {shortened(value)}: give a number")
         # Programs compute with numbers of 32 bits.
         if self.temperature != 0 and not 1e-30 <= self.temperature <= 1e30:  # NaN too
             raise ValueError(f"temperature is {self.temperature}: give 0 (greedy), or 1e-30 to 1e30")
@@ -173,6 +182,22 @@ def check_reads_contexts(model: Cepe | Llama) -> None:
         raise ValueError("a context needs a CEPE model: this one is a plain decoder")
 
 
+def check_new_tokens(count: int) -> None:
+    """Raise ValueError unless at least one token is asked for."""
+    if not isinstance(count, Integral) or isinstance(count, bool) or count < 1:
+        raise ValueError(f"max_new_tokens is {shortened(count)}: give 1 or more")
+
+
+def check_cache_fits(model: Cepe | Llama, policy: CacheConfig, rows: int, slots: int) -> None:
+    """Raise ValueError if a new cache exceeds the memory of all devices."""
+    cache = jax.eval_shape(lambda: new_cache(model.decoder, policy, rows, slots))
+    needed = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
+    free = free_bytes() * jax.device_count()
+    if needed > free:
+        texts = f"{rows} texts of {slots:,} tokens, new ones too,"
+        raise ValueError(f"{texts} need {gib(needed)} of cache, and {gib(free)} are free: lower max_new_tokens")
+
+
 def check_prompts(model: Cepe | Llama, prompts: Sequence[Sequence[int]], memory: Memory | None) -> None:
     """Raise ValueError for prompts that the model cannot read."""
     if len(prompts) == 0 or not all(len(prompt) for prompt in prompts):
@@ -201,9 +226,9 @@ def stream(
     `for_row`. `policy` selects what the cache keeps.
     """
     check_prompts(model, prompts, memory)
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}: give 1 or more")
-    longest = max(len(prompt) for prompt in prompts)
+    check_new_tokens(max_new_tokens)
+    slots = bucket(max(len(prompt) for prompt in prompts) + max_new_tokens)
+    check_cache_fits(model, policy, len(prompts), slots)
     shared = isinstance(sampling, Sampling)
     samplings = [sampling.for_row(row) for row in range(len(prompts))] if shared else sampling
     if len(samplings) != len(prompts):
@@ -211,7 +236,7 @@ def stream(
     draws = Draws.of(samplings)
 
     def dispatched() -> Iterator[Array]:
-        cache = new_cache(model.decoder, policy, len(prompts), bucket(longest + max_new_tokens))
+        cache = new_cache(model.decoder, policy, len(prompts), slots)
         tokens_B1, cache = read(model, prompts, memory, cache, draws)
         yield tokens_B1
         for number in range(1, max_new_tokens):

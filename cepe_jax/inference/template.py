@@ -1,21 +1,63 @@
 """Chat templates: a conversation to the text that the model was trained on, and to its ids.
 
-They come with a model, as programs for Jinja; what they may do is what transformers lets them do.
+They come with a model, as programs for Jinja. They may do what transformers lets them do, in a process of their own,
+with limits of time, memory and output: see `template_program`.
 """
 
-import datetime
 import json
+import os
+import signal
+import subprocess
+import sys
+import threading
 from pathlib import Path
-
-import jinja2
-from jinja2.ext import Extension, loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from cepe_jax.data.tokenizer import Tokenizer
 from cepe_jax.data.tokenizer_files import settings_beside, tokens_in
+from cepe_jax.inference import template_program
 
 Message = dict[str, str]  # role (system, user or assistant) and content
+SECONDS = 10  # of computing, for one conversation; templates take milliseconds
 PRIVATE_USE = range(0xE000, 0xF900)  # characters that no text should contain
+
+
+class Renderer:
+    """The process that runs templates. It starts with the first one, and again after one that ended it."""
+
+    def __init__(self):
+        self._process: subprocess.Popen | None = None
+        self._lock = threading.Lock()
+
+    def ask(self, source: str, variables: dict | None) -> str:
+        """Return the text that the template makes of these variables; ValueError for its refusal or its end."""
+        with self._lock:
+            if self._process is None or self._process.poll() is not None:
+                self._process = self._start()
+            try:
+                request = json.dumps({"source": source, "variables": variables, "seconds": SECONDS})
+                self._process.stdin.write(f"{request}\n".encode())
+                self._process.stdin.flush()
+                line = self._process.stdout.readline()
+            except BaseException:  # Ctrl-C too: the next request must not read this one's reply
+                self._process.kill()
+                raise
+            if not line.endswith(b"\n"):
+                late = self._process.wait() == -signal.SIGPROF
+                fault = f"computes for more than {SECONDS} seconds" if late else "ended its process"
+                raise ValueError(f"the chat template {fault}")
+        reply = json.loads(line)
+        if "fault" in reply:
+            raise ValueError(reply["fault"])
+        return reply["text"]
+
+    def _start(self) -> subprocess.Popen:
+        program = sys.executable, "-P", template_program.__file__
+        paths = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}  # where Jinja is, however this process found it
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        return subprocess.Popen(program, env=paths, start_new_session=True, **pipes)  # which Ctrl-C does not reach
+
+
+RENDERER = Renderer()
 
 
 class Template:
@@ -27,13 +69,8 @@ class Template:
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
         settings = settings_beside(tokenizer.path)
-        self.where, source = _source(tokenizer.path, settings)
-        if not isinstance(source, str):
-            raise ValueError(f"{self.where}: the chat template is {source!r}: give a text, or a list of named ones")
-        try:
-            self._program = _environment().from_string(source)
-        except jinja2.TemplateSyntaxError as error:
-            raise ValueError(f"{self.where}: not a chat template, line {error.lineno}: {error.message}") from None
+        self.where, self._source = _source(tokenizer.path, settings)
+        self._run(None)  # a text that is no template is refused here
         ends = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
         names = {i: name for name, i in tokenizer.special.items()}
         self._tokens = {role: names[i] for role, i in ends.items()}
@@ -43,17 +80,23 @@ class Template:
 
     def escape_for(self, messages: list[Message]) -> str:
         """A character that is in none of the messages, to write special tokens' names with as text."""
-        return next(c for c in map(chr, PRIVATE_USE) if not any(c in message["content"] for message in messages))
+        for character in map(chr, PRIVATE_USE):
+            if not any(character in message["content"] for message in messages):
+                return character
+        raise ValueError("the conversation has all characters of private use, U+E000 to U+F8FF: leave one out")
 
     def render(self, messages: list[Message], escape: str = "") -> str:
         """The conversation as one text, up to where the model's next answer begins."""
         messages = [message | {"content": self.tokenizer.escaped(message["content"], escape)} for message in messages]
+        return self._run(
+            {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": True} | self._tokens
+        )
+
+    def _run(self, variables: dict | None) -> str:
         try:
-            return self._program.render(
-                messages=messages, tools=None, documents=None, add_generation_prompt=True, **self._tokens
-            )
-        except Exception as error:  # of the template's own making, whatever it is: it is a program
-            raise ValueError(f"{self.where}: the chat template refuses the conversation: {error}") from None
+            return RENDERER.ask(self._source, variables)
+        except ValueError as error:
+            raise ValueError(f"{self.where}: {error}") from None
 
 
 def _source(tokenizer: Path, settings: dict) -> tuple[Path, str]:
@@ -76,28 +119,3 @@ def _source(tokenizer: Path, settings: dict) -> tuple[Path, str]:
             raise ValueError(f"{config}: chat templates {', '.join(named)}, and no default: name one so")
         template = named["default"]
     return config, template
-
-
-class _Generation(Extension):
-    """`{% generation %}` marks what a model is trained on: here it changes nothing."""
-
-    tags = {"generation"}
-
-    def parse(self, parser):
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    def refuse(message: str):
-        raise jinja2.TemplateError(message)
-
-    def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    extensions = [loopcontrols, _Generation]
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
-    environment.filters["tojson"] = to_json
-    environment.globals["raise_exception"] = refuse
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    return environment

@@ -13,13 +13,13 @@ from cepe_jax.inference.caches import FULL, CacheConfig
 from cepe_jax.inference.chat import MAX_NEW_TOKENS, Chat, ChatSetup, chat_setup
 from cepe_jax.inference.context import ContextCache, DeviceMemories, encode, encoder_identity, stacked
 from cepe_jax.inference.detokenize import pieces
-from cepe_jax.inference.generate import GREEDY, Sampling, check_reads_contexts, stream
+from cepe_jax.inference.generate import GREEDY, Sampling, check_new_tokens, check_reads_contexts, stream
 from cepe_jax.inference.overflow import Overflow, check_encoder, fit, fit_continued
 from cepe_jax.inference.scoring import Score, score
 from cepe_jax.model.cepe import Cepe
 from cepe_jax.model.cross import Memory
 from cepe_jax.model.llama import Llama
-from cepe_jax.parsing import read_json
+from cepe_jax.parsing import read_json, shortened
 from cepe_jax.weights.build import build
 from cepe_jax.weights.hf_config import Facts
 from cepe_jax.weights.source import Source, open_model, open_ours
@@ -83,8 +83,7 @@ class TextModel:
         between blank lines), and the encoder what stands before, in chunks of `chunk_length` tokens. A plain decoder
         takes "truncate_left", and reads nothing of what stands before.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        rows, memory = self._rows(prompts, context, max_new_tokens, overflow, chunk_length)
+        rows, memory = self._rows(prompt, context, max_new_tokens, overflow, chunk_length)
         written = self._pieces(rows, memory, max_new_tokens, sampling, stop)
         texts = ["".join(of_row) for of_row in zip(*written, strict=True)]
         return texts[0] if isinstance(prompt, str) else texts
@@ -101,7 +100,7 @@ class TextModel:
         chunk_length: int = CHUNK_LENGTH,
     ) -> Iterator[str]:
         """What `generate` gives, a piece a token ("" while a character or a stop string may be incomplete)."""
-        rows, memory = self._rows([prompt], context, max_new_tokens, overflow, chunk_length)
+        rows, memory = self._rows(prompt, context, max_new_tokens, overflow, chunk_length)
         return (piece for (piece,) in self._pieces(rows, memory, max_new_tokens, sampling, stop))
 
     def score(
@@ -151,9 +150,13 @@ class TextModel:
         return Chat(self.model, setup, self.stop_ids, context)
 
     def _rows(
-        self, prompts: list[str], context: Contexts, max_new_tokens: int, overflow: Overflow, chunk_length: int
+        self, prompt: str | Sequence[str], context: Contexts, max_new_tokens: int, overflow: Overflow, chunk_length: int
     ) -> tuple[list[list[int]], Memory | None]:
         """What the decoder reads of each prompt, and the memory it reads beside."""
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        if not isinstance(prompts, Sequence) or not all(isinstance(one, str) for one in prompts):
+            raise ValueError(f"prompt is {shortened(prompt)}: give a text, or a list of texts")
+        check_new_tokens(max_new_tokens)
         shared = context is None or isinstance(context, ContextCache)
         contexts = [context] * len(prompts) if shared else list(context)
         check_encoder(overflow, self.has_encoder)

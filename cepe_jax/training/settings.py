@@ -1,6 +1,7 @@
 """The settings of a run of training, and what follows from them alone: mesh, model, examples, identity."""
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -13,6 +14,7 @@ from cepe_jax.data.recipes import Recipe
 from cepe_jax.distributed import DistributedConfig
 from cepe_jax.model.attention import native_backend
 from cepe_jax.model.cepe import CrossInit
+from cepe_jax.parsing import Seed
 from cepe_jax.training.heldout import EvalConfig
 from cepe_jax.training.objectives import DistillConfig
 from cepe_jax.training.optimizer import OptimizerConfig
@@ -71,7 +73,7 @@ class TrainConfig:
     evaluation: EvalConfig = EvalConfig()  # loss on sequences that are held out
     profile: tuple[int, ...] = ()  # first and last step to trace into out/profile/; []: none
     dry_run: bool = False  # print what the run will be and end; nothing is loaded or written
-    seed: int = 0  # draws the weights and the order of the data
+    seed: Seed = 0  # draws the weights and the order of the data
 
     def __post_init__(self):
         if self.stage not in STAGES:
@@ -91,7 +93,7 @@ class TrainConfig:
             if name in read and getattr(self, name) is None:
                 raise ValueError(f"stage {self.stage} needs {name}: give it")
         recipe_of(self)
-        if any(weight <= 0 for weight in self.mix.values()):
+        if not all(0 < weight < math.inf for weight in self.mix.values()):
             raise ValueError(f"mix is {self.mix}: give weights above 0")
         for name in ("micro_batch", "loss_chunk", "mlp_chunk"):
             if getattr(self, name) < 0:

@@ -262,7 +262,7 @@ DAMAGE = {
         lambda d: np.save(lengths_path(shard(d)), np.zeros(3, int)),
         r"\.lengths\.npy: .*its shard",
     ),
-    "the index cut short": (lambda d: cut(d / "dataset.json", 50), "dataset.json is damaged"),
+    "the index cut short": (lambda d: cut(d / "dataset.json", 50), "dataset.json is not JSON"),
     "no index": (lambda d: (d / "dataset.json").unlink(), "not finished"),
     "no metadata": (lambda d: (d / "dataset_info.json").unlink(), "not finished"),
     "the metadata cut short": (lambda d: cut(d / "dataset_info.json", 50), "TFDS .*metadata"),

@@ -40,31 +40,32 @@ def test_read(tmp_path, name):
 
 
 FAULTS = [
-    ({"question": "Q"}, "answers is missing: .*list"),
-    ({"answers": ["A"]}, "question is missing: .*text"),
-    (FULL | {"answers": []}, r"answers is \[\]: .*list"),
-    (FULL | {"answers": "A"}, 'answers is "A": .*list'),
-    (FULL | {"answers": [""]}, "answers is .*empty"),
-    (FULL | {"answers": ["C"]}, 'answers has "C", .*choices'),
-    (FULL | {"choices": ["B", "B"]}, "choices are .*different"),
-    (FULL | {"question": 3}, "question is 3: .*text"),
-    (FULL | {"id": True}, "id is true: .*text"),
+    ({"question": "Q"}, "missing required field answers"),
+    ({"answers": ["A"]}, "missing required field question"),
+    (FULL | {"answers": []}, "answers is a list of 0"),
+    (FULL | {"answers": "A"}, "answers is 'A'"),
+    (FULL | {"answers": [""]}, r"answers\[0\] is ''"),
+    (FULL | {"answers": ["C"]}, "answers has 'C', .*choices"),
+    (FULL | {"choices": ["B", "B"]}, "choices has .*twice"),
+    (FULL | {"question": 3}, "question is 3"),
+    (FULL | {"id": True}, "id is True"),
     (FULL | {"scores": [1]}, "scores has 1 .* 2 contexts"),
-    (FULL | {"scores": [1, "2"]}, "scores is .*numbers"),
-    (FULL | {"scores": [1, float("nan")]}, "scores is .*numbers"),
-    (FULL | {"context": []}, "unknown field context: .*id, question"),
-    (FULL | {"contexts": [["a"]]}, "contexts is .*list"),
-    (FULL | {"demonstrations": {}}, "demonstrations is {}: .*list"),
-    (FULL | {"demonstrations": ["a"]}, r'demonstrations\[0\] is "a": .*question, answer'),
-    (FULL | {"demonstrations": [{"question": "Q"}]}, r"demonstrations\[0\].answer is missing"),
-    (FULL | {"demonstrations": [{"question": "Q", "answer": " "}]}, r"demonstrations\[0\].answer is .*not empty"),
-    (
-        FULL | {"demonstrations": [{"question": "Q", "answers": []}]},
-        r"unknown field demonstrations\[0\].answers|answer is",
-    ),
-    ([1], r"it is \[1\]: .*question, answers"),
+    (FULL | {"scores": [1, "2"]}, r"scores\[1\] is '2'"),
+    (FULL | {"scores": [1, float("nan")]}, "NaN is no number"),
+    (json.dumps(LEAST).replace("}", ', "scores": [1%s]}' % ("0" * 400)), "1000.* is no number"),
+    (FULL | {"context": []}, "unknown key context"),
+    (FULL | {"contexts": [["a"]]}, r"contexts\[0\] is a list of 1"),
+    (FULL | {"demonstrations": {}}, "demonstrations is an object of 0"),
+    (FULL | {"demonstrations": ["a"]}, r"demonstrations\[0\] is 'a'"),
+    (FULL | {"demonstrations": [{"question": "Q"}]}, r"demonstrations\[0\] .*missing required field answer"),
+    (FULL | {"demonstrations": [{"question": "Q", "answer": " "}]}, r"demonstrations\[0\].answer is ' '"),
+    (FULL | {"demonstrations": [{"question": "Q", "answer": []}]}, r"demonstrations\[0\].answer is a list of 0"),
+    ([1], "a list of 1"),
     ("{", "not JSON"),
-    (FULL | {"contexts": ["x" * 999, 1]}, r'contexts is \["x{50,58}\.\.\.: give'),
+    ('{"question": "", "question": "", "answers": ["x"]}', "'question' stands twice"),
+    ("[" * 100_000, "nested"),
+    (FULL | {"contexts": ["x" * 999, 1]}, r"contexts\[1\] is 1"),
+    (FULL | {"question": ["x" * 999]}, "question is a list of 1"),
     (LEAST | {"id": "1"}, "id 1 .*line 1 "),
 ]
 
@@ -72,7 +73,7 @@ FAULTS = [
 @pytest.mark.parametrize(("line", "message"), FAULTS)
 def test_faults(tmp_path, line, message):
     path = written(tmp_path / "a.jsonl", LEAST, line)
-    with pytest.raises(ValueError, match=f"a.jsonl:2: .*{message}") as raised:
+    with pytest.raises(ValueError, match=f"a.jsonl:2:? .*{message}") as raised:
         list(read(path))
     one_line(raised)
 

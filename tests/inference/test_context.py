@@ -310,6 +310,32 @@ def test_files_of_other_kinds(identity, tmp_path):
             ContextCache.load(path, identity)
 
 
+FACTS = [  # of a file with a right digest; words of the refusal
+    (lambda facts: [], "a list of 0"),
+    (lambda facts: {}, "missing required field identity"),
+    (lambda facts: facts | {"identity": {"dtype": 5}}, "expected str, got int"),
+    (lambda facts: facts | {"passages": 3}, "passages is 3"),
+    (lambda facts: facts | {"passages": ["x"]}, "1 passages"),
+    (lambda facts: facts | {"passages": []}, "0 passages"),
+    (lambda facts: facts | {"chunks": []}, "1 passages"),
+    (lambda facts: facts | {"chunks": [[1]]}, "array of length 2"),
+    (lambda facts: facts | {"chunks": [[-1, 0]]}, "expected int >= 0"),
+    (lambda facts: facts | {"other": 1}, "unknown key other"),
+]
+
+
+@pytest.mark.parametrize(("change", "words"), FACTS)
+def test_crafted_facts(cache, identity, tmp_path, change, words):
+    path, states = tmp_path / "contexts", cache.select([1])._states()
+    cache.select([1]).save(path)
+    with module.safe_open(path, "np") as file:
+        facts = json.dumps(change(json.loads(file.metadata()["facts"])))
+    module.save_tensors(states, path, {"facts": facts, "sha256": module._sha256(facts, states)})
+    with pytest.raises(ValueError, match=f"^{path}.*{words}") as error:
+        ContextCache.load(path, identity)
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("key", ["encoder", "tokenizer", "dtype"])
 def test_foreign_contexts(cepe, cache, identity, tmp_path, key):
     """Refused wherever they come from, and what differs is named."""

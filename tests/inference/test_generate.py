@@ -283,6 +283,10 @@ BAD = {
     "id negative": ({"prompts": [[1], [-1]]}, "id -1, .*vocabulary .* 64"),
     "no integers": ({"prompts": [[1], [1.5]]}, r"prompt is float64\[1\]: .*integers"),
     "no new token": ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+    "half a token": ({"max_new_tokens": 2.5}, "max_new_tokens is 2.5"),
+    "new tokens as text": ({"max_new_tokens": "5"}, "max_new_tokens is '5'"),
+    "more new tokens than memory": ({"max_new_tokens": 10**9}, "2 texts of 1,0.* GiB of cache, .*max_new_tokens"),
+    "more new tokens than an int32": ({"max_new_tokens": 10**12}, "2 texts of 1,.* GiB of cache, .*max_new_tokens"),
     "samplings": ({"sampling": [Sampling()] * 3}, "3 samplings for 2 prompts"),
     "memory rows": ({"memory": Memory(np.zeros((3, 3, 16)))}, r"\[3, 3, 16\].* want \[.*2, M, 16\]"),
     "mask shape": (
@@ -319,9 +323,15 @@ def test_a_context_for_a_plain_decoder(decoder):
     [
         *(("temperature", -0.1), ("temperature", float("nan")), ("temperature", 1e-38), ("temperature", 1e39)),
         *(("top_k", -1), ("top_k", 2**31), ("top_p", 0.0), ("top_p", 1.1), ("top_p", 1e-40)),
-        *(("seed", -1), ("seed", 2**32)),
+        *(("seed", -1), ("seed", 2**32), ("seed", 10**30), ("seed", 0.5)),
+        *(("temperature", [1]), ("temperature", True), ("top_k", 5.5), ("top_p", None)),
     ],
 )
 def test_bad_sampling(name, value):
-    with pytest.raises(ValueError, match=f"^{name} is {re.escape(str(value))}: "):
+    """Where it is made: no program meets it."""
+    with pytest.raises(ValueError, match=f"^{name} is ({re.escape(str(value))}|a list of 1): "):
         Sampling(**{name: value})
+
+
+def test_scalars_of_numpy_are_numbers():
+    assert Sampling(np.float32(0.5), np.int64(3)) == Sampling(0.5, 3)

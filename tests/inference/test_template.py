@@ -9,6 +9,7 @@ import tokenizers
 from support.tokenizers import CHATML, CHATML_TOKENS, LLAMA_2, LLAMA_3, LLAMA_3_TOKENS, ZEPHYR, as_llama_2, byte_level
 
 from cepe_jax.data.tokenizer import Tokenizer
+from cepe_jax.inference import template as template_module
 from cepe_jax.inference.template import Template
 
 KINDS = {
@@ -179,11 +180,19 @@ def test_where_a_template_stands(tmp_path):
         (None, "no chat template: .*chat_template.jinja .*tokenizer_config.json"),
         ([{"name": "tool_use", "template": "x"}], "tool_use, .*no default"),
         ("a\n{% if %}", "tokenizer_config.json: .*template, line 2"),
-        (3, "tokenizer_config.json: .* 3: .*text"),
         ("{{ messages[0].role + 1 }}", "chat template .*conversation"),
         ("{{ raise_exception('no system\nhere') }}", "chat template .*conversation: no system"),
         ("{{ messages.__class__.__mro__ }}", "conversation: .*unsafe"),
         ("{{ messages.append(1) }}", "conversation: .*(unsafe|not safely)"),
+        ("{% break %}", "not a chat template"),
+        ("{% for i in [1] %}" * 25 + "{% endfor %}" * 25, "not a chat template"),
+        ("{% if 1 %}" * 300 + "{% endif %}" * 300, "not a chat template"),
+        ("{{ " + "1 + " * 5000 + "1 }}", "not a chat template|ended its process"),
+        ("{{ 'a' * 10**10 }}", "conversation: .*memory"),
+        ("{{ [1]|batch(10**9, 0)|list }}", "conversation: .*memory"),
+        ("{{ messages|tojson(indent=10**10) }}", "conversation: .*memory"),
+        ("{{ 'a' * 2**25 }}", "33,554,432 characters"),
+        ("{{ raise_exception('x' * 10**6) }}", r"conversation: x{100}\.\.\."),
     ],
 )
 def test_bad_templates(tmp_path, template, said):
@@ -193,12 +202,42 @@ def test_bad_templates(tmp_path, template, said):
         Template(tokenizer).render([ASK])
 
 
+ENDLESS = [
+    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "{% set a = 9999999 %}{{ a**(a**a) }}",
+    "{{ lipsum(n=10**9) }}",
+    "{{ ('a' * 10**6)|wordwrap(1) }}",
+    "{{ [1]|slice(10**9)|list }}",
+]
+
+
+@pytest.mark.parametrize("endless", ENDLESS)
+def test_template_without_end(tmp_path, monkeypatch, endless):
+    """It is ended after its time, and the next conversation is rendered."""
+    _, tokens, settings = KINDS["chatml"]
+    tokenizer = home_of(tmp_path, endless, tokens, settings)
+    monkeypatch.setattr(template_module, "SECONDS", 1)
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json: .*(1 seconds|memory)"):
+        Template(tokenizer).render([ASK])  # Jinja computes some of them when it compiles
+    monkeypatch.undo()
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0].role }}")
+    assert Template(tokenizer).render([ASK]) == "user"
+
+
+def test_conversation_without_a_free_character(tmp_path):
+    chat = Template(home_of(tmp_path, *KINDS["chatml"]))
+    text = "".join(map(chr, range(0xE000, 0xF900)))
+    with pytest.raises(ValueError, match="private use"):
+        chat.escape_for([ASK | {"content": text}])
+    assert chat.escape_for([ASK | {"content": text[:-1]}]) == text[-1]
+
+
 def test_bad_settings(tmp_path):
     _, tokens, settings = KINDS["chatml"]
     tokenizer = home_of(tmp_path, CHATML, tokens, settings)
     for content in ("{", "[]"):
         (tmp_path / "tokenizer_config.json").write_text(content)
-        with pytest.raises(ValueError, match="tokenizer_config.json: "):
+        with pytest.raises(ValueError, match="tokenizer_config.json(: | is not JSON)"):
             Template(tokenizer)
     (tmp_path / "chat_template.jinja").write_bytes(b"ab\xff")
     (tmp_path / "tokenizer_config.json").write_text("{}")

@@ -334,6 +334,12 @@ def test_bad_input(text_model, context):
         "context .*another encoder": lambda: text_model.generate(
             "a", ContextCache({**text_model.identity, "encoder": "x"}), max_new_tokens=5
         ),
+        "prompt is 5": lambda: text_model.generate(5),
+        "prompt is a list of 2": lambda: text_model.generate(["a", 5]),
+        "prompt is None": lambda: text_model.stream(None),
+        "max_new_tokens is '5'": lambda: text_model.generate("a", max_new_tokens="5"),
+        "stop is None": lambda: text_model.generate("a", stop=None, max_new_tokens=5),
+        r"stop is \[5\]": lambda: text_model.generate("a", stop=[5], max_new_tokens=5),
         "stop is 'x'": lambda: text_model.generate("a", stop="x", max_new_tokens=5),
         "continuation 1 .*empty": lambda: text_model.score("a", ["b", ""]),
         f"continuation 0 .*window {WINDOW}": lambda: text_model.score(long, ["a"]),

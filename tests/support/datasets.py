@@ -31,7 +31,7 @@ def write(path: Path, name: str, features: dict, shards: list[list[dict]], token
             typed = {
                 n: np.asarray(v, features[n].np_dtype) if isinstance(v, np.ndarray) else v for n, v in record.items()
             }
-            shard.write(typed, "d", 1)
+            shard.write(typed, "d", facts.get("length", 1))
         marks.append({"splits": {"train": shard.close()}})
     builder.register(name, features, marks, {"tokenizer": tokenizer.fingerprint()} | facts)
     return path

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from datetime import date
 from importlib import metadata
 from pathlib import Path
+from typing import Any, TypedDict
 
 from cepe_jax.data.records import DATASET
 from cepe_jax.devices import describe
@@ -22,7 +23,7 @@ from cepe_jax.directories import staged, write_json
 from cepe_jax.evaluation.readers.models import ModelConfig
 from cepe_jax.evaluation.tasks.evaluation import Evaluation, Point
 from cepe_jax.identity import as_json, refuse_another_run
-from cepe_jax.parsing import read_json
+from cepe_jax.parsing import read_json, typed
 
 SCHEMA = 2  # of the files of a cell and of results.json
 REQUIRED = "id", "read", "seconds"  # in every record: its name, the tokens that were read for it, and in what time
@@ -50,6 +51,17 @@ class CellFacts(Provenance):
     mesh: dict[str, int]
     seconds: float  # of all records together
     peak_memory: int  # bytes
+
+
+class Stored(TypedDict):
+    """What a cell's file has beside its facts."""
+
+    identity: dict[str, Any]
+    sha256: str  # of the records
+
+
+class Failure(TypedDict):
+    message: str
 
 
 @dataclass(frozen=True)
@@ -121,19 +133,18 @@ def read(out: Path, cell: Cell) -> tuple[dict, list[dict]]:
     ValueError for one of the same name that was run with other settings.
     """
     path, records = cell.path(out, "json"), cell.path(out, "jsonl")
-    if not path.exists():
-        failed = cell.path(out, "failed")
-        raise Missing(json.loads(failed.read_text())["message"] if failed.exists() else "not run yet")
+    failed = cell.path(out, "failed")
     try:
-        facts = json.loads(path.read_text())
-    except ValueError:
-        raise Missing(f"{path} is damaged: run it again") from None
-    if not isinstance(facts, dict) or not isinstance(facts.get("identity"), dict):
-        raise Missing(f"{path} lacks identity: run it again")
+        if not path.exists():
+            raise Missing(read_json(failed, Failure)["message"] if failed.exists() else "not run yet")
+        facts = read_json(path, mend="run it again")
+        typed(facts, Stored, str(path), "run it again")
+    except ValueError as error:
+        raise Missing(str(error)) from None
     # Older files have settings, too, that the evaluation does not read: no record depends on them.
     identity = {name: value for name, value in facts["identity"].items() if name in cell.identity}
     refuse_another_run(path, identity, cell.identity)
-    if lacking := {"sha256", *CellFacts.__dataclass_fields__} - facts.keys():
+    if lacking := CellFacts.__dataclass_fields__.keys() - facts.keys():
         raise Missing(f"{path} lacks {', '.join(sorted(lacking))}: run it again")
     content = records.read_bytes() if records.exists() else b""
     if hashlib.sha256(content).hexdigest() != facts["sha256"]:

@@ -5,6 +5,7 @@ import itertools
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TypedDict
 
 import numpy as np
 
@@ -15,7 +16,7 @@ from cepe_jax.evaluation.sweep.grid import SweepConfig
 from cepe_jax.evaluation.tasks.evaluation import Unit
 from cepe_jax.evaluation.tasks.metrics import means
 from cepe_jax.evaluation.tasks.task import without_unread
-from cepe_jax.parsing import read_json
+from cepe_jax.parsing import read_json, typed
 from cepe_jax.settings import decode
 
 
@@ -140,12 +141,23 @@ class Results:
         return self.finished.get(other) if other != result.cell.name else None
 
 
+class StoredTask(TypedDict):
+    family: str
+
+
+class StoredSweep(TypedDict):
+    """What `gather` reads itself of a sweep's settings; `decode` checks them all."""
+
+    tasks: dict[str, StoredTask]
+
+
 def gather(out: Path) -> Results:
     """All results of the sweep at `out`; FileNotFoundError where there is none."""
     settings = out / "sweep.json"
     if not settings.exists():
         raise FileNotFoundError(f"{settings}: no such file: give the --out of a sweep")
     stored = read_json(settings)
+    typed(stored, StoredSweep, str(settings))
     tasks = {name: without_unread(task) for name, task in stored["tasks"].items()}
     config = decode(SweepConfig, stored | {"tasks": tasks, "out": str(out)})
     finished, missing = {}, {}

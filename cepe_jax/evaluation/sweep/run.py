@@ -56,7 +56,9 @@ def _unfinished(config: SweepConfig) -> list[list[Cell]]:
     before, now = config.out / "sweep.json", as_json(config)
     stored = read_json(before) if before.exists() else {}
     sections = {name: section for name, section in stored.items() if isinstance(section, dict)}
-    if lost := [f"{name}.{one}" for name, section in sections.items() for one in section if one not in now[name]]:
+    if lost := [
+        f"{name}.{one}" for name, section in sections.items() for one in section if one not in now.get(name, ())
+    ]:
         raise ValueError(
             f"{config.out} has {', '.join(lost)}, which this command lacks, and its report would lose them: name them "
             f"too, or use another --out"

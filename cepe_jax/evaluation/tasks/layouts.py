@@ -4,23 +4,24 @@ A row of LAYOUTS is one of them. Its data is a directory with `test.jsonl`, and 
 drawn (or `.jsonl.gz`); for the sets that TFDS prepares without TensorFlow, TFDS's `data_dir` will do.
 """
 
-import contextlib
-import json
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
 from cepe_jax.data import tfds
 from cepe_jax.evaluation.tasks.metrics import ROUGE
 from cepe_jax.evaluation.tasks.protocols import Protocol, Template
 from cepe_jax.evaluation.tasks.questions import SUFFIXES, Demonstration, Question, lines, parsed
 from cepe_jax.evaluation.tasks.selection import as_demonstration
+from cepe_jax.parsing import parse_json, shortened, typed
 from cepe_jax.progress import track
 
 Mapping = Callable[[dict, tuple[str, ...]], dict]  # a published line and the names of its labels -> a record's fields
-KINDS = {str: "a text", list: "a list", int: "a whole number", float: "a number"}
+T = TypeVar("T")
+OTHER = "another layout has such a field"
 HEADING = re.compile(r"^(Question and Possible Answers|Question|Query|Summary):\s*")
 OPTION = re.compile(r"^[ \t]*\(([A-Z])\)[ \t]*(.*?)[ \t\r]*$", re.MULTILINE)
 
@@ -47,38 +48,32 @@ class Layout:
     prepared: Prepared | None = None
 
 
-def _get(line: dict, name: str, *kinds: type):
-    """The field's value; ValueError where there is none of these types."""
-    value = line.get(name) if isinstance(line, dict) else None
-    if not isinstance(value, kinds):
-        wanted = " or ".join(KINDS[kind] for kind in kinds)
-        raise ValueError(f"{name} is {json.dumps(value)[:60]}: this layout has {wanted} there")
-    return value
+def _get(line: dict, name: str, kind: type[T]) -> T:
+    """Return the field's value; ValueError if it is of another type."""
+    return typed(line.get(name), kind, name, OTHER)
 
 
-def _written(line: dict, name: str, *kinds: type):
-    """The field's value, which may be written as a text."""
-    value = _get(line, name, str, *kinds)
-    with contextlib.suppress(json.JSONDecodeError):  # a text of something else is refused as it stands
-        value = json.loads(value) if isinstance(value, str) else value
-    return _get({name: value}, name, *kinds)
+def _written(line: dict, name: str, kind: type[T]) -> T:
+    """Return the field's value, which may be written as a text."""
+    value = line.get(name)
+    return parse_json(value, name, kind, OTHER) if isinstance(value, str) else _get(line, name, kind)
 
 
 def _passage(context: dict) -> str:
-    text = _get(context, "text", str)
-    return f"{context['title']}\n{text}" if context.get("title") else text
+    title, text = _get(context, "title", str | None), _get(context, "text", str)
+    return f"{title}\n{text}" if title else text
 
 
 def retrieved(line: dict, _: tuple[str, ...]) -> dict:
     """DPR's layout, which Contriever's retrieval writes: question, answers, and ctxs with title, text and score."""
-    question, contexts = _get(line, "question", str), _get(line, "ctxs", list)
+    question, contexts = _get(line, "question", str), _get(line, "ctxs", list[dict[str, Any]])
     name = next((name for name in ("answers", "answer", "possible_answers") if name in line), "answers")
-    answers = _written(line, name, list) if name == "possible_answers" else _get(line, name, list, str)
+    answers = _written(line, name, list[str]) if name == "possible_answers" else _get(line, name, list[str] | str)
     answers = [answers] if isinstance(answers, str) else answers
     answers = [answer for answer in answers if answer != ""]  # which some lists of aliases hold
     fields = {"question": question, "answers": answers, "contexts": [_passage(context) for context in contexts]}
     if all("score" in context for context in contexts):
-        fields["scores"] = [float(_written(context, "score", float, int)) for context in contexts]
+        fields["scores"] = [_written(context, "score", float) for context in contexts]
     return fields | ({"id": line["id"]} if "id" in line else {})
 
 
@@ -86,7 +81,7 @@ def classified(label: str, *text: str) -> Mapping:
     """A mapping of lines with a label, a number or a name, and the input in one field or several."""
 
     def mapping(line: dict, names: tuple[str, ...]) -> dict:
-        value = _get(line, label, int, str)
+        value = _get(line, label, int | str)
         if isinstance(value, str):
             name = value
         elif 0 <= value < len(names):
@@ -121,9 +116,7 @@ def quality(line: dict, names: tuple[str, ...]) -> dict:
     options, output = OPTION.findall(fields["question"]), line["output"].strip()
     right = [letter for letter, text in options if output in (letter, f"({letter})", text, f"({letter}) {text}")]
     if not right:
-        raise ValueError(
-            f"output is {json.dumps(output)[:60]}: this layout has one of the query's options (A) ... there"
-        )
+        raise ValueError(f"output is {shortened(output)}: this layout has one of the query's options (A) ... there")
     return fields | {"answers": right, "choices": [letter for letter, _ in options]}
 
 
@@ -285,7 +278,7 @@ def _names_in(data: _Data) -> tuple[str, ...]:
     names = set()
     for number, line in numbered():
         try:
-            name = _get(line, data.label, int, str)
+            name = _get(line, data.label, int | str)
         except ValueError as error:
             raise ValueError(f"{place}:{number}: {error}") from None
         if isinstance(name, int):

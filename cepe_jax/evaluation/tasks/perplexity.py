@@ -24,6 +24,7 @@ from cepe_jax.evaluation.readers.language_model import LanguageModel, Prompt
 from cepe_jax.evaluation.tasks.evaluation import Point, Unit
 from cepe_jax.evaluation.tasks.selection import reservoir_by_domain
 from cepe_jax.identity import as_json
+from cepe_jax.parsing import Seed
 
 Kind = Literal["previous", "other", "retrieved"]  # the text before the window; another document's; passages found
 DOCUMENTS = 16  # sliding windows come from at least so many documents of a domain: no long book has them all
@@ -43,7 +44,7 @@ class Perplexity:
     stride: int = 0  # sliding: tokens from a window to the next; 0 = scored, so that no token is scored twice
     windows: int = 0  # windows of a domain at most, few of each document, drawn by the seed; 0 = all
     split: str = "test"  # split of a dataset
-    seed: int = 0  # draws the windows
+    seed: Seed = 0  # draws the windows
 
     section = family = "perplexity"
     origin = Point("none", 0)

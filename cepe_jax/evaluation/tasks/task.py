@@ -24,6 +24,7 @@ from cepe_jax.evaluation.tasks.questions import Demonstration, Question
 from cepe_jax.evaluation.tasks.selection import Groups, groups_of, sample_demonstrations, sample_questions
 from cepe_jax.identity import as_json
 from cepe_jax.inference.overflow import Overflow, fit, fit_continued
+from cepe_jax.parsing import Seed
 from cepe_jax.progress import track
 from cepe_jax.settings import decode, is_required
 
@@ -75,7 +76,7 @@ class Task:
     family: str  # qa: answers from passages; icl: choices after demonstrations; document, synthetic: one long text
     axis: tuple[int, ...]  # passages (qa), demonstrations (icl), tokens of context (document), of the text (synthetic)
     samples: int | None = None  # questions for each seed; None: all
-    seeds: tuple[int, ...] = (42,)  # draw the questions and demonstrations; each gives `samples` results
+    seeds: tuple[Seed, ...] = (42,)  # draw the questions and demonstrations; each gives `samples` results
     chunk_length: int = 256  # tokens of a context that the encoder reads at once: it cuts a longer one
     template: Words = Words()  # words of the prompt
 
