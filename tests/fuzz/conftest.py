@@ -7,7 +7,8 @@ from fuzz.harness import Outcome, table
 
 def pytest_terminal_summary(terminalreporter) -> None:
     reports = [report for reports in terminalreporter.stats.values() for report in reports]
-    properties = [one for report in reports for one in getattr(report, "user_properties", ()) if one[0] == "outcomes"]
+    called = [report for report in reports if getattr(report, "when", "") == "call"]
+    properties = [one for report in called for one in report.user_properties if one[0] == "outcomes"]
     if properties:
         terminalreporter.section("outcomes of spoiled input")
         terminalreporter.write(table(Outcome(*outcome) for _, outcomes in properties for outcome in outcomes))

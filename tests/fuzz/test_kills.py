@@ -19,7 +19,7 @@ from support.models import write_home
 from training.test_kills import Home
 
 from fuzz.harness import LOCKS
-from fuzz.kinds import make_hf
+from fuzz.models import make_hf
 
 ROOT = Path(__file__).parents[2]
 KILLS, LONGEST = 10, 600  # seconds
