@@ -1,7 +1,5 @@
 """How every test computes, and the tiny models of support/models.py, made once."""
 
-import dataclasses
-import json
 import logging
 import os
 from pathlib import Path
@@ -15,13 +13,11 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from support.models import DECODER, ENCODER, make_cepe, make_decoder, make_encoder
-from support.tokenizers import CHATML, CHATML_TOKENS, WINDOW, byte_level
+from support.models import DECODER, ENCODER, make_cepe, make_decoder, make_encoder, write_home
 
 from cepe_jax.model.cepe import Cepe
 from cepe_jax.model.encoder import Encoder
 from cepe_jax.model.llama import Llama
-from cepe_jax.weights.source import save
 
 if os.environ["JAX_PLATFORMS"] == "cpu" and jax.__version_info__ < (0, 12):  # else the first flag is not known
     flags = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
@@ -103,13 +99,4 @@ def token_mask_BT() -> np.ndarray:
 @pytest.fixture(scope="session")
 def home(tmp_path_factory) -> Path:
     """A directory of a tiny CEPE with a tokenizer and a chat template."""
-    assets = tmp_path_factory.mktemp("assets")
-    byte_level(assets / "tokenizer.json", ("<s>", "</s>", *CHATML_TOKENS), 330)
-    settings = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": CHATML}
-    (assets / "tokenizer_config.json").write_text(json.dumps(settings))
-    (assets / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 3]}))
-    config = {"format": "cepe_jax", "kind": "llama", "decoder": dataclasses.asdict(DECODER)}
-    config["huggingface"] = {"max_position_embeddings": WINDOW}
-    (assets / "config.json").write_text(json.dumps(config))
-    save(make_cepe(vocab_size=332), assets / "model", assets)
-    return assets / "model"
+    return write_home(tmp_path_factory.mktemp("assets"))

@@ -13,6 +13,8 @@ from cepe_jax.config import CrossLayers, DecoderConfig, EncoderConfig, RematConf
 from cepe_jax.model.cepe import Cepe, cross_from_self_attention
 from cepe_jax.model.encoder import Encoder
 from cepe_jax.model.llama import Llama
+from cepe_jax.weights.source import save
+from support.tokenizers import CHATML, CHATML_TOKENS, WINDOW, byte_level
 
 DECODER = DecoderConfig(
     vocab_size=64,
@@ -78,6 +80,19 @@ def make_cepe(layers: CrossLayers = CROSS_LAYERS, vocab_size: int = DECODER.voca
         return cross_from_self_attention(decoder, ENCODER, layers, "normal", key=jax.random.key(0))
 
     return Cepe(decoder, encoder, filled(make, seed=3))
+
+
+def write_home(assets: Path) -> Path:
+    """Write a directory of a tiny CEPE with a tokenizer and a chat template below `assets`, and return it."""
+    byte_level(assets / "tokenizer.json", ("<s>", "</s>", *CHATML_TOKENS), 330)
+    settings = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": CHATML}
+    (assets / "tokenizer_config.json").write_text(json.dumps(settings))
+    (assets / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 3]}))
+    config = {"format": "cepe_jax", "kind": "llama", "decoder": dataclasses.asdict(DECODER)}
+    config["huggingface"] = {"max_position_embeddings": WINDOW}
+    (assets / "config.json").write_text(json.dumps(config))
+    save(make_cepe(vocab_size=332), assets / "model", assets)
+    return assets / "model"
 
 
 def with_config(model, **changes):
