@@ -107,7 +107,7 @@ class Command:
 
 
 def content(path: Path, out: Path) -> object:
-    """Return what must be equal of a file below `out`: JSON except times and this place, tensors, other files' bytes."""
+    """Return what must be equal of a file: JSON except times and the place `out`, tensors, the bytes of other files."""
     if path.suffix == ".jsonl":
         return [timeless(json.loads(line)) for line in path.read_text().replace(str(out), "").splitlines()]
     if path.suffix == ".json":
