@@ -103,15 +103,15 @@ class Command:
         """Return what its files hold, without times, and without what a run keeps for itself."""
         paths = [path for path in self.out.rglob("*") if path.is_file() and "checkpoints" not in path.parts]
         names = {str(path.relative_to(self.out)): path for path in paths if not path.name.startswith("events.")}
-        return {name: content(path) for name, path in names.items() if not LOCKS.search(path.name)}
+        return {name: content(path, self.out) for name, path in names.items() if not LOCKS.search(path.name)}
 
 
-def content(path: Path) -> object:
-    """Return what must be equal of a file: of JSON all but times, of safetensors the tensors, of other files bytes."""
+def content(path: Path, out: Path) -> object:
+    """Return what must be equal of a file: JSON except times and the place `out`, tensors, the bytes of other files."""
     if path.suffix == ".jsonl":
-        return [timeless(json.loads(line)) for line in path.read_text().splitlines()]
+        return [timeless(json.loads(line)) for line in path.read_text().replace(str(out), "").splitlines()]
     if path.suffix == ".json":
-        return timeless(json.loads(path.read_text()))
+        return timeless(json.loads(path.read_text().replace(str(out), "")))
     if path.suffix == ".safetensors" or path.name == "contexts":
         return {name: array.tobytes() for name, array in load_file(path).items()}
     return "" if path.suffix in WITH_TIMES else path.read_bytes()
