@@ -48,6 +48,8 @@ def parse_json(text: str | bytes, where: str, kind: type[T] = dict[str, Any], me
     hooks = {"object_pairs_hook": once, "parse_int": number, "parse_float": number, "parse_constant": number}
     try:
         value = json.loads(text, **hooks)
+        if "\\u" in text if isinstance(text, str) else b"\\u" in text:  # half a character may be escaped
+            json.dumps(value, ensure_ascii=False).encode()
     except RecursionError:
         raise ValueError(f"{where} is not JSON as we read it (nested too deeply): {mend}") from None
     except ValueError as error:

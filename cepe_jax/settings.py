@@ -74,7 +74,7 @@ def _from_yaml(text: str, where: str):
         problem = shortened(error.problem, quoted=False)
         raise ValueError(f"{where}: line {error.problem_mark.line + 1}: {problem}") from None
     except (yaml.YAMLError, ValueError) as error:
-        raise ValueError(f"{where}: {error}") from None
+        raise ValueError(f"{where}: {' '.join(str(error).split())}") from None
     except (KeyError, AttributeError) as error:  # of PyYAML, for `!!bool x` and `!!timestamp x`
         raise ValueError(f"{where}: {error} does not fit its tag: leave the tag out") from None
 

@@ -75,3 +75,9 @@ def test_bytes_that_are_no_text(tmp_path):
 def test_long_values_are_shortened():
     assert shortened("x" * 1000) == f"'{'x' * 49}... (1,002 characters)"
     assert shortened(list(range(10**6))) == "a list of 1000000"
+
+
+def test_half_a_character():
+    with pytest.raises(ValueError, match=r"x\.json is not JSON .*surrogates"):
+        parse_json(r'{"names": ["\ud83d"]}', "x.json")
+    assert parse_json(r'{"names": ["\ud83d\ude00"]}', "x.json")["names"] == ["😀"]

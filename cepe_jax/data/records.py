@@ -7,6 +7,7 @@ import os
 import resource
 from collections.abc import Iterator
 from pathlib import Path
+from tokenize import TokenError
 from typing import Annotated, Any, NotRequired, TypedDict
 
 import numpy as np
@@ -200,7 +201,7 @@ class Records:
         path = lengths_path(shard_path(self.path, self.name, self.split, shard, len(shards)))
         try:
             table = np.load(path)
-        except (OSError, ValueError, EOFError) as error:
+        except (OSError, ValueError, EOFError, SyntaxError, TokenError) as error:  # numpy parses the header as Python
             raise ValueError(f"{path}: missing or damaged ({error}): prepare {self.path} again") from None
         first = sum(before["records"] for before in shards[:shard])
         lengths, sound = {}, table.shape == (shards[shard]["records"], 2)

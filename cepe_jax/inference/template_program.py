@@ -56,7 +56,7 @@ def _reason(error: Exception) -> str:
     """Return the error's message, the beginning of a long one."""
     if isinstance(error, MemoryError):
         return f"it needs more than {MEMORY >> 30} GiB of memory"
-    message = str(error) or type(error).__name__
+    message = " ".join(str(error).split()) or type(error).__name__
     return message if len(message) <= 100 else f"{message[:100]}..."
 
 

@@ -48,7 +48,7 @@ with contextlib.suppress(ImportError, AttributeError):  # a version that has it 
     asyncio_utils.run_sync = _run_to_the_end(asyncio_utils.run_sync)
 
 # What damaged files end in, and what in messages of these kinds says that it was not the files.
-DAMAGE = (ValueError, LookupError, EOFError, FileNotFoundError, NotADirectoryError, IsADirectoryError)
+DAMAGE = (ValueError, RecursionError, LookupError, EOFError, FileNotFoundError, NotADirectoryError, IsADirectoryError)
 NOT_DAMAGE = re.compile(
     "UNAVAILABLE|PERMISSION_DENIED|UNAUTHENTICATED|RESOURCE_EXHAUSTED|DEADLINE_EXCEEDED|CANCELLED|ABORTED"
 )

@@ -342,6 +342,6 @@ def test_an_unknown_task_is_named(home, local, tmp_path, monkeypatch):
     config = HarnessConfig(ModelConfig(home), ("no_such_task",), tmp_path / "out", window=32)
     with pytest.raises(ValueError, match="no_such_task"):
         run_harness(config)
-    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
     with pytest.raises(ValueError, match=r"pip install '\.\[harness\]'"):
         run_harness(config)

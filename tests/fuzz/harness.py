@@ -23,8 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cepe_jax.directories import in_one_line
-from cepe_jax.exits import REFUSED, status_of
+from cepe_jax.exits import REFUSED, in_one_line, status_of
 
 GOOD = "refused", "right"
 BAD = "wording", "leftovers", "traceback", "silent", "hang", "memory", "crash"
