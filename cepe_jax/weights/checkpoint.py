@@ -114,7 +114,8 @@ class Checkpoints:
         # Orbax raises what goes wrong with a save, and logs it before, four times and with pages of traces.
         logging.getLogger("absl").addFilter(_not_a_trace_of_orbax)
         options = ocp.CheckpointManagerOptions(max_to_keep=2, cleanup_tmp_directories=True)
-        self.manager = ocp.CheckpointManager(self.directory, options=options)
+        with _refusing_damage(self.directory):
+            self.manager = ocp.CheckpointManager(self.directory, options=options)
 
     def latest(self) -> int | None:
         """The step of the newest; None where there is none."""

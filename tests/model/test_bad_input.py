@@ -126,7 +126,7 @@ def test_cross_layers_of_no_kind():
         (r"factor.* 2.*scaling", {"factor": 2.0}),
         (r"factor.* 0\.5", {"scaling": "linear", "factor": 0.5}),
         (r"yarn.*original_length", {"scaling": "yarn", "factor": 2.0}),
-        (r"high_freq_factor 1.*low_freq_factor 2", {
+        (r"high_freq_factor is 1.*low_freq_factor, 2", {
             "scaling": "llama3", "factor": 2.0, "original_length": 8, "low_freq_factor": 2.0, "high_freq_factor": 1.0,
         }),
         (r"scaling 'dynamic'.*default.*linear.*yarn.*llama3", {"scaling": "dynamic", "factor": 2.0}),
