@@ -116,7 +116,7 @@ def write_json(path: Path | epath.Path, value) -> None:
 
 
 def is_remote(path: Path | epath.Path | str) -> bool:
-    """Whether this is a place in a bucket: objects are written whole, and directories have no rename."""
+    """Return true for a place in a bucket: objects are written whole, and directories have no rename."""
     return str(path).startswith("gs://")
 
 

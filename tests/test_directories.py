@@ -113,3 +113,12 @@ def test_another_run_is_refused_by_its_first_setting():
     with pytest.raises(ValueError, match="added is null there and 4 here"):
         refuse_another_run(Path("out"), stored, newer)
     assert json.loads(json.dumps(stored)) == stored
+
+
+def test_settings_that_are_gone_stop_a_run_only_if_they_did_something():
+    present = {"examples": {"window": 8}, "seed": 0}
+    stored = {"examples": {"window": 8, "neighbours": "none"}}
+    refuse_another_run(Path("out"), stored, as_of(stored, present))
+    stored["examples"]["neighbours"] = "joint"
+    with pytest.raises(ValueError, match="out: .*examples .*joint"):
+        refuse_another_run(Path("out"), stored, as_of(stored, present))

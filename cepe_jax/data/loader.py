@@ -82,7 +82,7 @@ def _shuffled(sources: Sequence[Sequences], seed: int) -> list["grain.MapDataset
 def names_in(
     sources: Sequence[Sequences], weights: Sequence[float], seed: int, batch_size: int, number: int
 ) -> list[str]:
-    """Which sequences global batch `number` is made of: the dataset of each, and the first line of its name.
+    """Return the sequences of global batch `number`: the dataset of each, and the first line of its name.
 
     Those of the windows: with foreign_rate the context of some is of other documents, which are not named.
     """

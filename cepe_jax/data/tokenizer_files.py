@@ -108,5 +108,5 @@ def ends_of(path: Path, usual: dict[str, tuple[str, ...]], id_of: Callable[[str]
 
 
 def marks_turns(name: str, special: bool) -> bool:
-    """Whether an added token of this name may mark a turn."""
+    """Return true if an added token of this name may mark a turn."""
     return special or not name.isspace()

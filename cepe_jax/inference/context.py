@@ -38,7 +38,7 @@ from cepe_jax.weights.files import describe, digest, save_tensors
 BATCH_TOKENS = 1 << 12  # that each device encodes at once
 SHORTEST = 32  # tokens that a short chunk is filled up to
 
-AGAIN = "encode its contexts anew"
+AGAIN = "encode its contexts again"
 Count = Annotated[int, Meta(ge=0)]
 
 encode_chunks = jax.jit(Cepe.encode_chunks)

@@ -71,7 +71,7 @@ def begun(text: str, tokenizer: Tokenizer) -> list[int]:
 
 
 def room_beside(new: int, window: int | None, begin: Sequence[int] = ()) -> int | None:
-    """Return how many tokens of a prompt fit after `begin` into a window of so many positions, with `new` after them.
+    """Return the number of tokens of a prompt that fit into a window of positions, between `begin` and `new` tokens.
 
     The last new token takes no position: nothing is read after it. None: no bound is known. TooLong if none fit.
     """

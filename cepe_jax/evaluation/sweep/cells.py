@@ -54,7 +54,7 @@ class CellFacts(Provenance):
 
 
 class Stored(TypedDict):
-    """What a cell's file has beside its facts."""
+    """The rest of a cell's file."""
 
     identity: dict[str, Any]
     sha256: str  # of the records

@@ -146,7 +146,7 @@ class StoredTask(TypedDict):
 
 
 class StoredSweep(TypedDict):
-    """What `gather` reads itself of a sweep's settings; `decode` checks them all."""
+    """The part of a sweep's settings that `gather` reads itself; `decode` checks them all."""
 
     tasks: dict[str, StoredTask]
 

@@ -39,11 +39,11 @@ class Event:
 
 
 def run_sweep(config: SweepConfig) -> None:
-    """Run every cell that has no result, and write the report. ValueError where cells failed.
+    """Run every cell that has no result, and write the report; ValueError if cells failed.
 
-    The same command goes on where it was stopped. ValueError, before anything is run, where a cell was finished with
-    other settings, weights or data, where the report would lose a model or data that are there, where no cell has
-    all that it needs, or where another command runs in `config.out`.
+    The same command continues after a stop. ValueError, before anything is run, if a cell was finished with other
+    settings, weights or data, if the report would lose a model or data that are there, if no cell has everything that
+    it needs, or if another command runs in `config.out`.
     """
     with one_writer_in(config.out):
         (config.out / "cells").mkdir(exist_ok=True)

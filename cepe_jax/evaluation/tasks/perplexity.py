@@ -27,7 +27,7 @@ from cepe_jax.identity import as_json
 from cepe_jax.parsing import Seed
 
 Kind = Literal["previous", "other", "retrieved"]  # the text before the window; another document's; passages found
-DOCUMENTS = 16  # sliding windows come from at least so many documents of a domain: no long book has them all
+DOCUMENTS = 16  # of a domain, from which sliding windows are drawn at least: no long book has them all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +75,7 @@ class Perplexity:
         return max(self.windows, 2)
 
     def starts(self, length: int) -> Sequence[int]:
-        """Return where the windows of a text of so many tokens start; none if it is too short for the longest context.
+        """Return the starts of the windows in a text of this length; none if it is too short for the longest context.
 
         If windows are drawn, those of one text are few, and spread evenly over it.
         """

@@ -19,7 +19,7 @@ def generator(*names) -> random.Random:
 
 
 def sample_questions(questions: Sequence[Question], samples: int | None, seed: int) -> list[Question]:
-    """Return so many questions (None: all), the same for a seed in whatever order they come."""
+    """Return a sample of the questions (None: all). It depends on the seed and not on their order."""
     if samples is not None and samples > len(questions):
         raise ValueError(f"samples is {samples} and there are {len(questions)} records: ask for fewer, or leave it out")
     return sorted(questions, key=lambda question: (generator(seed, question.id).random(), question.id))[:samples]

@@ -6,6 +6,7 @@ A family is a frozen dataclass in a file of its own, which `register` makes know
 import copy
 import dataclasses
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,8 +71,8 @@ def without_unread(values: dict) -> dict:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Task:
-    """The settings that every family reads, and what an evaluation does."""
+class Task(ABC):
+    """The settings that every family reads, and its evaluation."""
 
     family: str  # qa: answers from passages; icl: choices after demonstrations; document, synthetic: one long text
     axis: tuple[int, ...]  # passages (qa), demonstrations (icl), tokens of context (document), of the text (synthetic)
@@ -108,13 +109,13 @@ class Task:
             self.default_protocol, template=self.template.put_into(self.default_protocol.template)
         )
 
+    @abstractmethod
     def questions(self, value: int, tokenizer: Tokenizer) -> list[tuple[int, Question]]:
-        """Return (seed, question) of all that is asked."""
-        raise NotImplementedError
+        """Return every question with the seed that drew it."""
 
+    @abstractmethod
     def prompt(self, value: int, question: Question, tokenizer: Tokenizer) -> tuple[Prompt, list[list[int]]]:
-        """Return what the model is asked, and the ids of each choice after it."""
-        raise NotImplementedError
+        """Return the prompt, and the ids of each choice after it."""
 
     def points(self) -> list[Point]:
         return [Point("", value) for value in sorted(self.axis)]
