@@ -100,12 +100,12 @@ def _chunked(config: EncoderConfig, num_chunks: int, length: int) -> float:
 
 
 def decoder_flops(config: DecoderConfig, window: int) -> Flops:
-    """Of a plain decoder, all of it trained, on `window` tokens."""
+    """The FLOPs of a plain decoder, all of it trained, on `window` tokens."""
     return Flops(trained=_layers(config, window) + _head(config, window), attention=_causal(config, window))
 
 
 def encoder_flops(config: EncoderConfig, num_chunks: int, chunk_length: int) -> Flops:
-    """Of an encoder, all of it trained, on `num_chunks` chunks; with its MLM head where it has one."""
+    """The FLOPs of an encoder, all of it trained, on `num_chunks` chunks; with its MLM head where it has one."""
     weights = _layers(config, num_chunks * chunk_length)
     if config.mlm_head:
         weights += _head(config, num_chunks * chunk_length) + 2 * config.width**2 * num_chunks * chunk_length
@@ -115,7 +115,7 @@ def encoder_flops(config: EncoderConfig, num_chunks: int, chunk_length: int) -> 
 def cepe_flops(
     config: CepeConfig, window: int, num_chunks: int, chunk_length: int, train: tuple[str, ...] = ("encoder", "cross")
 ) -> Flops:
-    """Of CEPE: `window` tokens that read `num_chunks` chunks of `chunk_length` tokens. `train`: the parts that do."""
+    """The FLOPs of CEPE: `window` tokens read `num_chunks` chunks of `chunk_length`; the parts `train` are trained."""
     decoder, encoder, memory = config.decoder, config.encoder, num_chunks * chunk_length
     heads_width, kv_width = decoder.num_heads * decoder.head_dim, decoder.num_kv_heads * decoder.head_dim
     readers = config.cross_layers.count
@@ -144,7 +144,7 @@ def cepe_flops(
 
 
 class ReadFlops(NamedTuple):
-    """Of a layer's attention to a memory, projections of the memory included."""
+    """The FLOPs of a layer's attention to a memory, projections of the memory included."""
 
     materialised: float  # keys and values made from the memory
     absorbed: float  # their projections absorbed into queries and sums
@@ -152,7 +152,7 @@ class ReadFlops(NamedTuple):
 
 
 def read_flops(num_queries: int, num_heads: int, memory: int, weight: tuple[int, int, int]) -> ReadFlops:
-    """Of `num_queries` queries to a memory of `memory` tokens; `weight` is (E, K, H) of its key projection."""
+    """The FLOPs of queries to a memory of `memory` tokens; `weight` is the shape (E, K, H) of its key projection."""
     E, K, H = weight
     scores = 4 * num_queries * memory * num_heads  # and sums, for each number of a key
     absorbed = 4 * num_queries * num_heads * H * E + scores * E
@@ -160,7 +160,7 @@ def read_flops(num_queries: int, num_heads: int, memory: int, weight: tuple[int,
 
 
 def inference_flops(config: CepeConfig | DecoderConfig, tokens: int, cached: int, memory: int = 0) -> dict[str, float]:
-    """Of a decoder that reads `tokens` tokens after `cached` ones, by how it reads its memory; the last one's logits.
+    """The FLOPs of a decoder that reads `tokens` after `cached` ones, with the last logits, by how it reads memory.
 
     A plain decoder has no memory, and one way.
     """
@@ -190,6 +190,6 @@ def step_bytes(config: CepeConfig | DecoderConfig, cached: int, memory: int, ite
 
 
 def teacher_flops(config: DecoderConfig, window: int, memory: int) -> float:
-    """Of the plain decoder that teaches `window` positions after `memory` tokens of context: a forward pass alone."""
+    """The FLOPs of the plain decoder that teaches `window` positions after `memory` tokens of context, in one pass."""
     length = window + memory
     return _layers(config, length) + _causal(config, length) + _head(config, window)

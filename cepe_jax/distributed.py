@@ -25,7 +25,7 @@ LOST_STATUS = 3  # exit status of a process whose peer was lost; the runtime's o
 
 @dataclass(frozen=True)
 class DistributedConfig:
-    """How this process finds the others. JAX knows by itself on a TPU pod, and where SLURM or Open MPI started it."""
+    """The way to the other processes. JAX knows by itself on a TPU pod, and where SLURM or Open MPI started it."""
 
     coordinator: str = ""  # host:port of process 0, for processes that JAX does not find by itself
     num_processes: int = 0  # number of processes; needed with coordinator
@@ -111,7 +111,7 @@ def _leave(message: str) -> None:
 
 @contextmanager
 def peers(where: Callable[[], str]) -> Iterator[None]:
-    """When another process is lost in the block, this one ends with one line: where, and from where it goes on.
+    """End with one line if another process is lost in the block: where, and from where the run goes on.
 
     It ends here and now: whatever is left to do would wait for the lost one. Where the runtime notices first (no
     process waits in a collective that can fail, as on TPUs), it aborts this process itself.
@@ -126,7 +126,7 @@ def peers(where: Callable[[], str]) -> Iterator[None]:
 
 
 def tells_of_a_lost_peer(error: Exception) -> bool:
-    """Whether the runtime says by `error` that another process ended; refusals that quote its words do not."""
+    """Return True if the runtime says by `error` that another process ended; refusals that quote its words do not."""
     if isinstance(error, OSError) and isinstance(error.__context__, Exception):
         return tells_of_a_lost_peer(error.__context__)  # of a checkpoint that was not written
     by_runtime = isinstance(error, jax.errors.JaxRuntimeError) or RUNTIME.match(str(error))
@@ -134,7 +134,7 @@ def tells_of_a_lost_peer(error: Exception) -> bool:
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes what the processes share."""
+    """Return True if this is the process that writes what the processes share."""
     return jax.process_index() == 0
 
 

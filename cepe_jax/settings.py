@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import os
 import re
 import typing
 from collections.abc import Iterator, Sequence
@@ -147,6 +148,10 @@ def _check(config_class, values: dict, root, group: str) -> None:
         elif _is_text(kind):
             if not isinstance(value, str | None):
                 raise ValueError(f"{setting} is {_shown(value)}: give text, in YAML in quotes")
+            if value == "" and kind not in (str, str | None):
+                raise ValueError(f"{setting} is empty: give a path")
+            if value and not _can_be_passed(value):
+                raise ValueError(f"{setting} is {_shown(value)}: no file name or text may hold one of its characters")
             if kind is not epath.Path and is_remote(value):
                 raise ValueError(f"{setting} is {value}: mount the bucket (gcsfuse) and give the directory it is at")
         else:
@@ -231,6 +236,14 @@ def _is_list(value) -> bool:
 
 def _is_text(kind) -> bool:
     return kind in (str, str | None, Path, Path | None, epath.Path)
+
+
+def _can_be_passed(text: str) -> bool:
+    """Return False for text with a null character or half a surrogate pair, which no argument and no file name has."""
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
 
 
 def _from_text(kind, name: str, text: str | None):

@@ -1,4 +1,4 @@
-"""Where arrays live on a mesh: one table from logical axes to mesh axes. Nothing else knows the mesh's names."""
+"""The place of arrays on a mesh: one table from logical axes to mesh axes. Nothing else knows the mesh's names."""
 
 import math
 from collections.abc import Sequence

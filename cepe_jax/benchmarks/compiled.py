@@ -218,7 +218,7 @@ def table(result: dict) -> str:
 
 
 def bytes_needed(message: str) -> int:
-    """Of what the compiler says when a program does not fit; any other message of its is raised as it is."""
+    """Return the bytes that the compiler says a program needs which does not fit; raise any other message as it is."""
     units = {"B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
     found = re.search(r"(?:temporaries|[Uu]sed|requires?)[^()\d]*\(?([\d.]+)([BKMGT])", message)
     if "RESOURCE_EXHAUSTED" not in message or not found:

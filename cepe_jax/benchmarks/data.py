@@ -1,4 +1,4 @@
-"""How fast data is prepared and loaded, beside the bare loops that bound it, in one run."""
+"""The speed at which data is prepared and loaded, beside the bare loops that bound it, in one run."""
 
 import itertools
 import os

@@ -1,4 +1,4 @@
-"""What the text of a compiled program (HLO) says: its collectives, and the arrays it makes."""
+"""The contents of a compiled program's text (HLO): its collectives, and the arrays it makes."""
 
 import math
 import re
@@ -19,7 +19,7 @@ def arrays(text: str) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def instructions(program: str) -> Iterator[str]:
-    """What each instruction of every computation is: its result's type, operation, operands."""
+    """Return each instruction of every computation: its result's type, operation, operands."""
     computations, _ = _computations(program)
     for computation in computations.values():
         yield from computation.values()
@@ -79,7 +79,7 @@ def _computations(program: str) -> tuple[Computations, str]:
 
 
 def _trips(condition: dict[str, str], body: dict[str, str]) -> int:
-    """How often a loop runs that counts from 0: `counter < constant`, and what the body adds to the counter."""
+    """Return how often a loop runs that counts from 0: `counter < constant`, and what the body adds to the counter."""
 
     def operands(what: str, operation: str) -> list[str] | None:
         found = re.search(rf" {operation}\((.*?)\)(?:,|$)", what)

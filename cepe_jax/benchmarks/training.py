@@ -1,4 +1,4 @@
-"""How fast a step of training is on the devices at hand, and what memory longer sequences take on TPUs."""
+"""The speed of a training step on the devices at hand, and the memory that longer sequences take on TPUs."""
 
 import dataclasses
 import importlib.util

@@ -11,18 +11,18 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Any
 
 import numpy as np
 
 from cepe_jax.data.records import (
     DATASET,
     TFDS_FILES,
-    Shard,
     check_shard,
-    index_digest,
+    digest_of,
     lengths_path,
     read_index,
+    read_lengths,
     shard_path,
 )
 from cepe_jax.data.tokenizer import Tokenizer
@@ -34,13 +34,6 @@ from cepe_jax.parsing import read_json, typed
 log = logging.getLogger(__name__)
 
 TOKENIZER_FILES = *NAMES, *BESIDE
-
-
-class Mark(TypedDict):
-    """The facts of a finished unit. Those who do the work add their own."""
-
-    key: Any  # the unit, as JSON
-    splits: NotRequired[dict[str, Shard]]
 
 
 def array(dtype, *shape: int | None):
@@ -160,6 +153,8 @@ class Builder:
                 copy_tokenizer(tokenizer, out, self.units)
             write_json(stored, identity)
         refuse_another_run(out, read_json(stored, mend=f"remove {out}"), identity)
+        if tokenizer is not None and Tokenizer(out).fingerprint() != tokenizer.fingerprint():
+            raise ValueError(f"{out}: its tokenizer is not {tokenizer.path}, of which it is a copy: remove {out}")
 
     @property
     def finished(self) -> bool:
@@ -173,16 +168,24 @@ class Builder:
 
     def mark(self, number: int, key, facts: dict) -> None:
         """Says that the unit is whole; `key` says of which input."""
-        write_json(self.units / f"{number:05}.json", {"key": as_json(key)} | facts)
+        facts = as_json({"key": key} | facts)
+        write_json(self.units / f"{number:05}.json", facts | {"sha256": digest_of(facts)})
 
     def marked(self, number: int, key) -> dict | None:
-        """What `mark` was given for the unit, if it was for the same input."""
+        """Return what `mark` was given for the unit, if it was for the same input.
+
+        A mark that is not as it was written counts for nothing.
+        """
         path = self.units / f"{number:05}.json"
         if not path.exists():
             return None
-        mend = "remove it, and its unit is done again"
-        facts = read_json(path, mend=mend)
-        typed(facts, Mark, str(path), mend)
+        try:
+            facts = typed(read_json(path), dict[str, Any], str(path))
+        except ValueError:
+            facts = {}
+        if facts.pop("sha256", "") != digest_of(facts):
+            log.warning("%s is damaged or of an earlier version: its unit is done again", path)
+            return None
         return facts if facts["key"] == as_json(key) else None
 
     def register(self, name: str, features: dict, marks: list[dict], facts: dict) -> None:
@@ -198,9 +201,10 @@ class Builder:
             for number, shard in enumerate(shards):
                 path = shard_path(self.out, name, split, number, len(shards))
                 check_shard(path, shard["bytes"])
+                again = f"remove {self.units / f'{number:05}.json'}, and run it again"
                 if _sha256(path) != shard["sha256"]:
-                    mark = self.units / f"{number:05}.json"
-                    raise ValueError(f"{path} is not what was written: remove {mark}, and run it again")
+                    raise ValueError(f"{path} is not what was written: {again}")
+                read_lengths(lengths_path(path), shard, again)
             names = sorted({domain for shard in shards for domain in shard["domains"]})
             domains = {d: add_counts(s["domains"][d] for s in shards if d in s["domains"]) for d in names}
             splits[split] = add_counts(domains.values()) | {"domains": domains, "shards": shards}
@@ -215,7 +219,7 @@ class Builder:
                 )
             )
         index = {"name": name, "identity": self.identity} | facts | {"splits": splits}
-        write_json(self.out / DATASET, index | {"sha256": index_digest(index)})
+        write_json(self.out / DATASET, index | {"sha256": digest_of(index)})
         write_text(self.out / "report.md", report(name, splits))
         with staged_directory(self.units / "metadata") as place:
             for split in splits:  # TFDS looks for the names of shards beside its metadata

@@ -136,6 +136,8 @@ def prepare(config: PrepareConfig) -> None:
     marks = run_units(builder, [(unit,) for unit in units], sizes, work, config, "tokenise, bytes")
     if marks is None:
         return
+    if {mark["tokenizer"] for mark in marks} != {tokenizer.fingerprint()}:
+        raise ValueError(f"{config.out}: its tokenizer has changed since the first unit: remove {config.out}")
     counts = {name: sum(mark[name] for mark in marks) for name in ("documents", "skipped", "bad")}
     counts["faults"] = [fault for mark in marks for fault in mark["faults"]]
     for fault in counts["faults"]:
@@ -196,7 +198,8 @@ class TokeniseUnit:
                 seen += more
                 yield more, len(ids)
             yield extent.size - seen, 0
-        return counts | {"splits": {split: shard.close() for split, shard in shards.items()}}
+        facts = counts | {"tokenizer": tokenizer.fingerprint()}
+        return facts | {"splits": {split: shard.close() for split, shard in shards.items()}}
 
 
 class Corpus:

@@ -33,7 +33,7 @@ class Sequences:
                     f"{path} does not join {self.records.path}: it has {len(self.joined)} records for others than the "
                     f"{len(self.records)} there: make it again"
                 )
-            self.query = {name: self.joined.index[name] for name in ("query_tokens",) if name in self.joined.index}
+            self.query = {name: value for name, value in self.joined.index.items() if name == "query_tokens"}
         if "length" not in self.records.index:
             raise ValueError(f"{path} holds {self.records.name}: sample sequences from it first")
         self.size = recipe.size(self.joined)

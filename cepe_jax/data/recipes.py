@@ -163,12 +163,12 @@ def _refuse(joined: Records | None) -> None:
 
 def check_passages(joined: Records, config: ExampleConfig) -> None:
     """Raise ValueError if a window would have no label, or a chunk no room for a passage."""
-    if joined.index["query_tokens"] > config.window:
+    if (query := joined.fact("query_tokens")) > config.window:
         raise ValueError(
-            f"{joined.path}: its passages were retrieved for {joined.index['query_tokens']} tokens, whose labels are "
+            f"{joined.path}: its passages were retrieved for {query} tokens, whose labels are "
             f"ignored, and the window has {config.window}: retrieve with fewer --query_tokens"
         )
-    if (length := joined.index["passage_length"]) > config.chunk_length:
+    if (length := joined.fact("passage_length")) > config.chunk_length:
         raise ValueError(
             f"{joined.path}: its passages have {length} tokens, chunk_length is {config.chunk_length}: raise it"
         )
@@ -177,10 +177,8 @@ def check_passages(joined: Records, config: ExampleConfig) -> None:
 def check_teacher_read(joined: Records, config: ExampleConfig) -> None:
     """Raise ValueError if the teacher read other tokens than an example has, or was asked about others."""
     for name, size in ("window", config.window), ("context", config.span - config.window):
-        if joined.index[name] != size:
-            raise ValueError(
-                f"{joined.path}: its teacher's {name} has {joined.index[name]} tokens, here it has {size}: change one"
-            )
+        if (read := joined.fact(name)) != size:
+            raise ValueError(f"{joined.path}: its teacher's {name} has {read} tokens, here it has {size}: change one")
 
 
 class _NoMixture(Mixture):

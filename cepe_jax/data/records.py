@@ -14,7 +14,7 @@ import numpy as np
 from msgspec import Meta
 
 from cepe_jax.data.tokenizer import Tokenizer
-from cepe_jax.parsing import read_json, typed
+from cepe_jax.parsing import read_json, shortened, typed
 
 Record = dict[str, np.ndarray | str]
 DATASET = "dataset.json"  # our facts of a dataset
@@ -73,7 +73,7 @@ def shard_path(out: Path, name: str, split: str, number: int, count: int) -> Pat
 
 
 def lengths_path(shard: Path) -> Path:
-    """Where the domain (its place among the shard's) and the length of each of its records stand."""
+    """Return the file with the domain (its place among the shard's) and the length of each record of the shard."""
     return shard.with_name(f"{shard.name}.lengths.npy")
 
 
@@ -82,6 +82,22 @@ def check_shard(path: Path, size: int) -> None:
         raise FileNotFoundError(f"{path}: this shard of the dataset is missing: bring it back, or prepare it again")
     if (found := path.stat().st_size) != size:
         raise ValueError(f"{path}: {found} bytes of a shard that has {size}: fetch it again, or prepare it again")
+
+
+def read_lengths(path: Path, shard: Shard, mend: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Domain -> which of a shard's records are of it, and their lengths; ValueError unless its counts are theirs."""
+    try:
+        table = np.load(path)
+    except (OSError, ValueError, EOFError, SyntaxError, TokenError) as error:  # numpy parses the header as Python
+        raise ValueError(f"{path}: missing or damaged ({error}): {mend}") from None
+    lengths, sound = {}, table.shape == (shard["records"], 2)
+    for number, (domain, counts) in enumerate(shard["domains"].items() if sound else ()):
+        rows = np.flatnonzero(table[:, 0] == number)
+        lengths[domain] = rows, table[rows, 1]
+        sound &= len(rows) == counts["records"] and table[rows, 1].sum() == counts["tokens"]
+    if not sound:
+        raise ValueError(f"{path}: is not of its shard, or damaged: {mend}")
+    return lengths
 
 
 class NoDataset(FileNotFoundError):
@@ -102,7 +118,7 @@ def read_index(path: Path) -> Index:
     facts = read_json(place, mend=AGAIN)
     digest = facts.pop("sha256", None)  # datasets of earlier versions have none
     index = facts | typed(facts, Index, str(place), AGAIN)
-    if digest not in (None, index_digest(facts)):
+    if digest not in (None, digest_of(facts)):
         raise ValueError(f"{place} is not what was written, its sha256 differs from the stored one: {AGAIN}")
     for name, split in index["splits"].items():
         if "length" in index and split["tokens"] != index["length"] * split["records"]:
@@ -111,8 +127,8 @@ def read_index(path: Path) -> Index:
     return index
 
 
-def index_digest(facts: dict) -> str:
-    """Return the digest of an index, which stands in it as `sha256`."""
+def digest_of(facts: dict) -> str:
+    """Return the digest of facts, which is stored among them as `sha256`."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
@@ -159,7 +175,7 @@ class Records:
         self.path, self.split, self.index = Path(path), split, read_index(Path(path))
         self.name = self.index["name"]
         if split not in self.index["splits"]:
-            raise ValueError(f"{path}: has no split {split}: it has {', '.join(self.index['splits'])}")
+            raise ValueError(f"{path}: has no split {shortened(split)}: it has {', '.join(self.index['splits'])}")
         self.facts = self.index["splits"][split]
         if not self.facts["records"]:
             raise ValueError(f"{path}: its {split} split is empty")
@@ -199,19 +215,9 @@ class Records:
         """Domain -> the numbers and the lengths, in tokens, of the shard's records that are of it."""
         shards = self.facts["shards"]
         path = lengths_path(shard_path(self.path, self.name, self.split, shard, len(shards)))
-        try:
-            table = np.load(path)
-        except (OSError, ValueError, EOFError, SyntaxError, TokenError) as error:  # numpy parses the header as Python
-            raise ValueError(f"{path}: missing or damaged ({error}): prepare {self.path} again") from None
         first = sum(before["records"] for before in shards[:shard])
-        lengths, sound = {}, table.shape == (shards[shard]["records"], 2)
-        for number, (domain, counts) in enumerate(shards[shard]["domains"].items() if sound else ()):
-            rows = np.flatnonzero(table[:, 0] == number)
-            lengths[domain] = first + rows, table[rows, 1]
-            sound &= len(rows) == counts["records"] and table[rows, 1].sum() == counts["tokens"]
-        if not sound:
-            raise ValueError(f"{path}: is not of its shard, or damaged: prepare {self.path} again")
-        return lengths
+        found = read_lengths(path, shards[shard], f"prepare {self.path} again")
+        return {domain: (first + rows, lengths) for domain, (rows, lengths) in found.items()}
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -221,6 +227,12 @@ class Records:
             raise ValueError(f"{self.path}: its tokenizer is not the one it was tokenised with: prepare it again")
         return tokenizer
 
+    def fact(self, name: str) -> Any:
+        """Return what the index says of `name`; ValueError if nothing, as in datasets of earlier versions."""
+        if name not in self.index:
+            raise ValueError(f"{self.path / DATASET} has no {name}: {AGAIN}")
+        return self.index[name]
+
     @property
     def digest(self) -> str:
         """Equal for splits with the same records in the same order."""
@@ -228,6 +240,6 @@ class Records:
 
 
 def joins(records: Records, out: Path) -> Joins:
-    """What the index of the dataset at `out` says of these records, which its own belong to, one to each."""
+    """Return what the index at `out` says of these records, if each of its own belongs to one of them."""
     path = os.path.relpath(records.path.resolve(), out.resolve())
     return {"path": path, "split": records.split, "digest": records.digest}

@@ -73,7 +73,7 @@ def packs(lengths: np.ndarray, config: SampleConfig, rng: np.random.Generator) -
 
 
 def supply(lengths: np.ndarray, config: SampleConfig) -> int:
-    """How many sequences documents of these lengths give."""
+    """Return how many sequences documents of these lengths give."""
     if config.kind == "packed":
         return int(lengths.sum()) // (config.length + 1)
     enough = lengths[lengths >= config.length]

@@ -227,7 +227,7 @@ def _fields(line, domain_field: str, folder: str) -> tuple[str, str]:
 
 
 def _count_lines(path: Path, offset: int) -> int:
-    """How many lines end before the byte `offset`."""
+    """Return how many lines end before the byte `offset`."""
     count = 0
     with open(path, "rb") as file:
         while offset > 0 and (block := file.read(min(offset, 1 << 20))):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 def versions(data_dir: Path, name: str) -> list[Path]:
-    """Where TFDS put the dataset `name` ("glue/sst2") below `data_dir`: each version's directory, the newest last."""
+    """Return where TFDS put the dataset `name` ("glue/sst2") below `data_dir`: each version, the newest last."""
     found = [path.parent for path in (data_dir / name).glob("*/dataset_info.json")]
     return sorted(found, key=lambda path: [(len(part), part) for part in path.name.split(".")])
 

@@ -143,5 +143,5 @@ def _check_unicode(text: str) -> None:
 
 
 def _written(number: int, escape: str) -> str:
-    """What stands for the name of one character with this number: two escapes stand nowhere else."""
+    """Return what stands for the name of one character with this number: two escapes stand nowhere else."""
     return f"{escape}{escape}{number}{escape}"

@@ -20,7 +20,7 @@ CUTS = {"smollm": None, "llama-bpe": LLAMA3}
 
 
 def is_known(kind: str | None, cuts: str | None) -> bool:
-    """Whether `write` writes tokenizers of this `model` and `pre`."""
+    """Return True if `write` writes tokenizers of this `model` and `pre`."""
     return kind == "llama" or (kind == "gpt2" and cuts in CUTS)
 
 

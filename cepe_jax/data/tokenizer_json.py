@@ -16,6 +16,7 @@ OPTIONS = "lstrip", "rstrip", "single_word", "normalized"  # how the library fin
 
 class _Added(msgspec.Struct):
     id: Id
+    content: str
 
 
 class _Model(msgspec.Struct):
@@ -30,18 +31,25 @@ class _Ids(msgspec.Struct):
 
 
 def read_library_tokenizer(path: Path):
-    """Read a tokenizer.json."""
+    """Read a tokenizer.json; ValueError if it gives a token two ids or an id two tokens: the library drops one."""
     import tokenizers  # only where a tokenizer.json is read
 
     check_is_file(path)
     try:
-        msgspec.json.decode(path.read_bytes(), type=_Ids)  # before the library makes a table up to the highest id
+        # before the library makes a table up to the highest id
+        written = msgspec.json.decode(path.read_bytes(), type=_Ids)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not a tokenizer.json ({in_words(str(error))}): copy it again") from None
     try:
-        return tokenizers.Tokenizer.from_file(str(path))
+        tokenizer = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
         raise ValueError(f"{path}: not a tokenizer.json ({error})") from None
+    pieces = written.model.vocab if isinstance(written.model.vocab, dict) else {}
+    added = [(token.content, token.id) for token in written.added_tokens]
+    for name, i in itertools.chain(pieces.items(), added):
+        if tokenizer.token_to_id(name) != i or tokenizer.id_to_token(i) != name:
+            raise ValueError(f"{path}: token {name!r} or its id {i} is there twice: copy it again")
+    return tokenizer
 
 
 class JsonTokenizer:
@@ -93,7 +101,7 @@ class JsonTokenizer:
         return parser
 
     def _added_token(self, name: str):
-        """As the file says of it, but found in a text as it stands."""
+        """Return the token as the file says of it, but found in a text as it stands."""
         import tokenizers
 
         token = self.tokenizer.get_added_tokens_decoder().get(self.tokenizer.token_to_id(name))
@@ -104,7 +112,7 @@ class JsonTokenizer:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def encode_special(self, text: str, escape: str, written: dict[str, str]) -> list[int]:
-        """As the library finds special tokens; normalising, which comes after, takes the escape out."""
+        """Encode, with special tokens as the library finds them; normalising, which comes later, drops the escape."""
         from tokenizers import normalizers
 
         own = self.tokenizer.normalizer

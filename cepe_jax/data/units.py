@@ -25,7 +25,7 @@ Work = Generator[tuple[float, int], None, dict]
 
 @dataclass(frozen=True)
 class JobConfig:
-    """How a job shares the work."""
+    """The shares of a job's work."""
 
     shard: str = "0/1"  # i/n: this job does every n-th unit, from unit i on; n jobs with i = 0 ... n - 1 do all
     workers: int = 0  # processes; 0 = one per core

@@ -143,7 +143,7 @@ class Chat:
                 self._parts, self.messages = [*self._parts, part], [*self.messages, message, answer]
 
     def _text(self, ids: list[int], before: list[int]) -> str:
-        """What the ids add to the text of those before: anew, whatever was under way when an answer broke off."""
+        """Return what the ids add to the text of those before, anew if an answer broke off."""
         text = Detokenizer(self._template.tokenizer, before)
         return "".join(map(text.add, ids)) + text.end()
 

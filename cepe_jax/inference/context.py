@@ -81,7 +81,7 @@ class ContextCache:
 
     @property
     def nbytes(self) -> int:
-        """Of the host's memory; a passage that comes twice is held once."""
+        """The bytes of the host's memory; a passage that comes twice is held once."""
         return sum(states_LE.nbytes for states_LE in self._states().values())
 
     def __add__(self, other: "ContextCache") -> "ContextCache":
@@ -129,7 +129,7 @@ class ContextCache:
 
     @classmethod
     def load(cls, path: Path | str, identity: dict[str, str]) -> "ContextCache":
-        """What `save` wrote; ValueError where it is damaged, or written by something else than `identity` says."""
+        """Return what `save` wrote; ValueError if it is damaged, or written by something else than `identity` says."""
         if not Path(path).is_file():
             raise FileNotFoundError(f"{path}: no such file of contexts")
         try:
@@ -169,7 +169,7 @@ def _sha256(facts: str, states: dict[str, np.ndarray]) -> str:
 
 
 def encoder_identity(model: Cepe, tokenizer: Tokenizer) -> dict[str, str]:
-    """What the states of a passage depend on beside its tokens. Reads all weights of the encoder: ask once a model."""
+    """Return what a passage's states depend on beside its tokens. It reads the whole encoder: ask once a model."""
     encoder = model.encoder
     leaves = jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(nnx.state(encoder)))
     # Of copies: what numpy reads of an array stays on the host as long as the array does.
@@ -320,7 +320,7 @@ def _add_positions(row_ME: np.ndarray, passages: Sequence[Passage]) -> None:
 
 
 def _placement(rows: int, *axes: str | None) -> NamedSharding | None:
-    """Of an array with so many rows of memory and further axes; None without a mesh."""
+    """Return the sharding of an array with so many rows of memory and further axes; None without a mesh."""
     mesh = jax.sharding.get_mesh()
     batch = "batch" if rows % num_shards("batch") == 0 else None
     return None if mesh.empty else NamedSharding(mesh, partition_spec((batch, "memory", *axes)))
@@ -346,5 +346,5 @@ def _check_fits(rows: int, num_tokens: int, width: int, dtype: np.dtype, copies:
 
 
 def _on_host() -> bool:
-    """Whether the host's memory is the devices' too."""
+    """Return True if the host's memory is the devices' too."""
     return jax.default_backend() == "cpu"

@@ -52,7 +52,7 @@ class StopStrings:
         self.found = False
 
     def add(self, text: str) -> str:
-        """What can be given out: the beginning of what may become a stop string is held back."""
+        """Return what can be given out: the beginning of what may become a stop string is held back."""
         held = self._held + text
         places = [(at + len(stop), at) for stop in self._stop if (at := held.find(stop)) >= 0]
         if places:

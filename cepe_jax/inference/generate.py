@@ -33,7 +33,7 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn. `temperature` 0 takes the most probable one and ignores the rest."""
+    """The rule by which the next token is drawn. `temperature` 0 takes the most probable one and ignores the rest."""
 
     temperature: float = 0.0  # divides the logits; 0 takes the most probable token
     top_k: int = 0  # the most probable tokens to draw from; 0 = all

@@ -178,7 +178,7 @@ def cut_continued(
 
 
 def _moves(overflow: Overflow, window: int | None, chunk_length: int) -> bool:
-    """Whether this mode may give a part of the prompt to the encoder; ValueError where it cannot know which."""
+    """Return True if this mode may give a part of the prompt to the encoder; ValueError if it cannot know which."""
     if overflow not in get_args(Overflow):
         raise ValueError(f"overflow {overflow!r}: choose {', '.join(get_args(Overflow))}")
     if overflow == "error":

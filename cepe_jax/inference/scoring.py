@@ -1,4 +1,4 @@
-"""How probable texts are: the prompt is read once into a cache, and each continuation after it."""
+"""The probabilities of texts: the prompt is read once into a cache, and each continuation after it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ SCORED_POSITIONS = 16  # of each of them, whose logits exist at once
 
 @dataclass(frozen=True)
 class Score:
-    """How probable a continuation is."""
+    """The probability of a continuation."""
 
     log_probs: np.ndarray  # of each token, in nats, given what stands before it
     greedy: bool  # whether each token is the most probable one
@@ -68,7 +68,7 @@ def score(
     memory: Memory | None = None,
     policy: CacheConfig = FULL,
 ) -> list[Score]:
-    """How probable each continuation is after the prompt, which is read once, as the memory (of one row) is.
+    """Score each continuation after the prompt, which is read once, as the memory (of one row) is.
 
     `policy` selects what the cache keeps. Continuations are read together, those that are too long for it one by one.
     """

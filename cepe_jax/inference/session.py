@@ -72,7 +72,7 @@ class Session:
 
     @property
     def tokens(self) -> list[int]:
-        """What the decoder reads."""
+        """Return what the decoder reads."""
         return self.ids[: self.head] + self.ids[self.head + self.moved * self.chunk_length :]
 
     def replace(self, ids: Sequence[int]) -> None:
@@ -106,7 +106,7 @@ class Session:
         return token
 
     def _memory(self) -> Memory | None:
-        """What the decoder reads beside. It has few lengths: each is a program to compile, while a user waits."""
+        """Return the decoder's memory. It has few lengths: each is a program to compile, while a user waits."""
         if self.context is None:
             return None
         if self._placed is None or self._placed[0] is not self.context:
@@ -117,7 +117,7 @@ class Session:
         return self._placed[1]
 
     def _goes_on(self, read: Read, tokens: list[int]) -> bool:
-        """Whether a cache has read a beginning of `tokens` beside the present memory, and has room for the rest."""
+        """Return True if a cache has read a beginning of `tokens` beside this memory and has room for the rest."""
         _, before, context = read
         fresh = len(tokens) - len(before)
         room = self._slots - len(before) - (1 if fresh == 1 else bucket(fresh))

@@ -100,7 +100,7 @@ class Template:
 
 
 def _source(tokenizer: Path, settings: dict) -> tuple[Path, str]:
-    """Where the template stands, and its text: chat_template.jinja's, else tokenizer_config.json's."""
+    """Return the template's file and its text: chat_template.jinja's, else tokenizer_config.json's."""
     alone, config = (tokenizer.with_name(name) for name in ("chat_template.jinja", "tokenizer_config.json"))
     if alone.exists():
         try:

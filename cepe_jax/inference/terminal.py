@@ -1,4 +1,4 @@
-"""What scripts/generate.py does: files, the terminal, and one model between them."""
+"""The work of scripts/generate.py: files, the terminal, and one model between them."""
 
 import sys
 import time

@@ -30,7 +30,10 @@ Contexts = ContextCache | Sequence[ContextCache] | None
 
 @dataclass(frozen=True, eq=False)
 class TextModel:
-    """What the decoder reads begins as the tokenizer says; contexts do not. A text ends before one of `stop_ids`."""
+    """A model with its tokenizer: text in, text out.
+
+    A prompt begins as the tokenizer says; contexts do not. An answer ends before one of `stop_ids`.
+    """
 
     model: Cepe | Llama = field(repr=False)
     tokenizer: Tokenizer
@@ -45,7 +48,7 @@ class TextModel:
 
     @cached_property
     def identity(self) -> dict[str, str]:
-        """Of the contexts that this model's encoder writes."""
+        """The identity of the contexts that this model's encoder writes."""
         check_reads_contexts(self.model)
         return encoder_identity(self.model, self.tokenizer)
 
@@ -56,7 +59,7 @@ class TextModel:
         chunk_length: int = CHUNK_LENGTH,
         known: ContextCache | None = None,
     ) -> ContextCache:
-        """What the encoder says of each text, or list of ids, for any number of calls.
+        """Return what the encoder says of each text, or list of ids, for any number of calls.
 
         A text that `known` holds is not read again.
         """
@@ -76,7 +79,7 @@ class TextModel:
         overflow: Overflow = "error",
         chunk_length: int = CHUNK_LENGTH,
     ) -> str | list[str]:
-        """What the model writes after the prompt, or after each of several, at most to the first of `stop`.
+        """Return what the model writes after the prompt, or after each of several, at most to the first of `stop`.
 
         All prompts read one context, or each its own of a list. What `overflow` says of a prompt that does not fit:
         "error" refuses it; "truncate_left" lets the decoder read its last tokens, "passages" its last passages (parts
@@ -99,7 +102,7 @@ class TextModel:
         overflow: Overflow = "error",
         chunk_length: int = CHUNK_LENGTH,
     ) -> Iterator[str]:
-        """What `generate` gives, a piece a token ("" while a character or a stop string may be incomplete)."""
+        """Yield what `generate` gives, a piece a token ("" while a character or a stop string may be incomplete)."""
         rows, memory = self._rows(prompt, context, max_new_tokens, overflow, chunk_length)
         return (piece for (piece,) in self._pieces(rows, memory, max_new_tokens, sampling, stop))
 
@@ -112,7 +115,7 @@ class TextModel:
         overflow: Overflow = "error",
         chunk_length: int = CHUNK_LENGTH,
     ) -> list[Score]:
-        """How probable each text is after the prompt; prompt and context are read once.
+        """Score each text after the prompt; prompt and context are read once.
 
         `overflow` as for `generate`: the longest continuation is what must fit beside the prompt; where continuations
         begin within its last token, `fit_continued` says.
@@ -152,7 +155,7 @@ class TextModel:
     def _rows(
         self, prompt: str | Sequence[str], context: Contexts, max_new_tokens: int, overflow: Overflow, chunk_length: int
     ) -> tuple[list[list[int]], Memory | None]:
-        """What the decoder reads of each prompt, and the memory it reads beside."""
+        """Return what the decoder reads of each prompt, and the memory that it reads beside."""
         prompts = [prompt] if isinstance(prompt, str) else prompt
         if not isinstance(prompts, Sequence) or not all(isinstance(one, str) for one in prompts):
             raise ValueError(f"prompt is {shortened(prompt)}: give a text, or a list of texts")

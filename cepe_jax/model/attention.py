@@ -159,7 +159,7 @@ def combine(*parts: Partial) -> Partial:
 
 
 def combine_over(mesh_axes: tuple[str, ...], part: Partial) -> Partial:
-    """What `combine` gives of the parts that the devices along these axes hold; inside of a shard_map."""
+    """Return what `combine` gives of the parts that the devices along these axes hold; inside of a shard_map."""
     values, total, peak = part
     highest = jax.lax.pmax(jax.lax.stop_gradient(peak), mesh_axes)
     scale = jnp.exp(peak - highest)
@@ -196,7 +196,7 @@ def attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mask, 
 
 
 def splash_partial(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, valid_BS: jax.Array) -> Partial:
-    """What `attend_partial` says of valid keys, from the TPU's kernel, inside of a shard_map; it has no gradient."""
+    """Return `attend_partial` of valid keys, from the TPU's kernel, inside of a shard_map; it has no gradient."""
     B, T, N, H = q_BTNH.shape
     if k_BSKH.shape[0] < B:
         parts = splash_partial(q_BTNH.reshape(1, B * T, N, H), k_BSKH, v_BSKH, valid_BS)

@@ -1,4 +1,4 @@
-"""What a run tells while it trains: a status line, `metrics.jsonl`, TensorBoard events; its speed and memory."""
+"""The words of a run while it trains: a status line, `metrics.jsonl`, TensorBoard events; its speed and memory."""
 
 import json
 import time
@@ -15,7 +15,7 @@ from cepe_jax.distributed import is_first
 
 @dataclass(frozen=True)
 class StepFacts:
-    """What is known of a step before it runs."""
+    """The facts of a step that are known before it runs."""
 
     learning_rates: Sequence[float]  # of every step
     tokens: int  # of all its sequences, contexts too

@@ -98,7 +98,7 @@ class MaskedLM:
 
 
 def teacher_top(decoder: Llama, tokens_BS: Array, window: int, top_k: int, chunk: int) -> dict[str, Array]:
-    """What the plain decoder expects after each of the last `window` tokens; no gradient passes.
+    """Return what the plain decoder expects after each of the last `window` tokens; no gradient passes.
 
     `teacher_index` (B, window, K) are its likeliest next tokens, `teacher_prob` (B, window, K + 1) in fp32 their
     probabilities and the rest's mass. Logits exist for `chunk` positions at a time (0 = all).

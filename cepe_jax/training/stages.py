@@ -182,7 +182,7 @@ def check_teacher(config: Settings, data: Path, sources: Sequence[Sequences]) ->
     The teacher's probabilities are in the datasets, or else the decoder that the stage starts from computes them.
     """
     for source in sources:
-        if source.joined and (top_k := source.joined.index["top_k"]) != config.distill.top_k:
+        if source.joined and (top_k := source.joined.fact("top_k")) != config.distill.top_k:
             raise ValueError(
                 f"{source.joined.path} has {top_k} tokens a position and distill.top_k is {config.distill.top_k}: set "
                 f"the one, or make the other again"

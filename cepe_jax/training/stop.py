@@ -1,4 +1,4 @@
-"""How a run learns that it should save and end: a signal to its one process, or preemption of any of many."""
+"""The requests that a run save and end: a signal to its one process, or preemption of any of many."""
 
 import signal
 
@@ -31,7 +31,7 @@ class StopRequests:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def after(self, step: int) -> bool:
-        """Whether to end after `step`; each process must ask at every step."""
+        """Return True if the run must end after `step`; each process must ask at every step."""
         if jax.process_count() > 1:
             return multihost_utils.reached_preemption_sync_point(step)
         return self.received is not None

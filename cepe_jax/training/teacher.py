@@ -96,7 +96,7 @@ def check(config: TeacherConfig, base: Records) -> tuple[int, str]:
 
 @functools.lru_cache(maxsize=1)
 def opened_teacher(config: TeacherConfig) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
-    """What `teacher_top` says of up to `batch_size` sequences; the model, cut over all devices, is loaded once."""
+    """Return `teacher_top` of up to `batch_size` sequences; the model, cut over all devices, is loaded once."""
     import jax
 
     from cepe_jax.sharding import make_mesh, place_batch

@@ -110,7 +110,7 @@ def make_train_step(
 
 @dataclass(frozen=True)
 class Run:
-    """Where one run's files go and how often: `checkpoints/`, `metrics.jsonl`, `tensorboard/`, `profile/`."""
+    """The place of a run's files and their intervals: `checkpoints/`, `metrics.jsonl`, `tensorboard/`, `profile/`."""
 
     out: Path
     steps: int

@@ -1,4 +1,4 @@
-"""Which tensors a model consists of, one per layer, and a model built from them.
+"""The tensors that a model consists of, one per layer, and a model built from them.
 
 Names are the paths in the model's parts with the layer's number after the stack's: `decoder.layers.3.attention.q`,
 `cross.0.q` (cross-attention counts in its own stack), `encoder.mlm_head.dense`.

@@ -85,7 +85,7 @@ def _unflat(flat: dict[str, jax.Array], like):
 
 
 def _described(flat: dict[str, jax.Array]) -> dict[str, dict]:
-    """What is stored of every array beside it: type, shape, digest. The digests wait for the arrays to be computed."""
+    """Return what is stored beside every array: type, shape, digest. The digests wait for the arrays to be computed."""
     digests = jax.device_get(_digests(flat))
     return {
         name: {"dtype": str(x.dtype), "shape": list(x.shape), "digest": int(digests[name])} for name, x in flat.items()
@@ -93,7 +93,7 @@ def _described(flat: dict[str, jax.Array]) -> dict[str, dict]:
 
 
 def any_in(directory: Path | epath.Path) -> bool:
-    """Whether a checkpoint is there, be it damaged."""
+    """Return True if a checkpoint is there, even a damaged one."""
     return bool(ocp.utils.checkpoint_steps_paths(directory))
 
 

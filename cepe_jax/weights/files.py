@@ -51,7 +51,7 @@ class Description(TypedDict):
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies, and what it is."""
+    """The place of a tensor, and its type."""
 
     file: Path
     shape: tuple[int, ...]

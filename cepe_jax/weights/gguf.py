@@ -103,7 +103,7 @@ PIECE = 1 << 24  # numbers that are dequantised at once: the library takes sever
 
 
 class GgufTensor(NamedTuple):
-    """Where a tensor lies in the file, and what it is; `kind` is the library's GGMLQuantizationType."""
+    """The place of a tensor in the file, and its type; `kind` is the library's GGMLQuantizationType."""
 
     shape: tuple[int, ...]
     kind: Any

@@ -15,10 +15,13 @@ from support.refusals import one_line
 from support.tokenizers import byte_level
 
 from cepe_jax.data import sources
-from cepe_jax.data.builder import Builder
-from cepe_jax.data.records import Records, index_digest, read_index, shard_path
+from cepe_jax.data.builder import Builder, ShardWriter
+from cepe_jax.data.examples import ExampleConfig
+from cepe_jax.data.recipes import RETRIEVED, WindowsInContext
+from cepe_jax.data.records import Records, digest_of, lengths_path, read_index, shard_path
 from cepe_jax.data.sources import Extent, read
 from cepe_jax.data.tokenizer import Tokenizer
+from cepe_jax.data.tokenizer_training import train
 from cepe_jax.inference.template import Template
 
 if sys.version_info >= (3, 14):
@@ -81,7 +84,7 @@ def test_edited_index(home, tmp_path, name, field, value, words):
     path = shutil.copytree(home / name, tmp_path / name) / "dataset.json"
     facts = edited(json.loads(path.read_text()), field, value)
     del facts["sha256"]
-    path.write_text(json.dumps(facts | {"sha256": index_digest(facts)}))
+    path.write_text(json.dumps(facts | {"sha256": digest_of(facts)}))
     with pytest.raises(ValueError, match=rf"dataset\.json: .*({words})") as error:
         read_index(path.parent)
     one_line(error)
@@ -120,21 +123,43 @@ def test_lack_of_memory_is_no_damage(home, monkeypatch):
         Records(home / "base", "train")
 
 
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("[]", "a list of 0"),
-        ("{}", "missing required field key"),
-        ('{"key": 1, "splits": 5}', "splits is 5"),
-        ('{"key": 1, "splits": {"train": {}}}', "missing required field"),
-        ('{"key', "not JSON"),
-    ],
-)
-def test_bad_mark_of_a_unit(tmp_path, text, words):
+@pytest.mark.parametrize("spoil", [lambda _: "[]", lambda _: "{}", lambda text: text[:-9], lambda text: text[1:]])
+@pytest.mark.parametrize("value", ["records", "5"])
+def test_a_unit_whose_mark_is_damaged_is_done_again(tmp_path, caplog, spoil, value):
+    """A mark has a digest of itself: nothing that it says is believed without."""
     builder = Builder(tmp_path / "out", {})
-    (builder.units / "00000.json").write_text(text)
-    with pytest.raises(ValueError, match=rf"00000\.json.*{words}.*remove it") as error:
-        builder.marked(0, 1)
+    builder.mark(0, 1, {"records": 5})
+    path = builder.units / "00000.json"
+    assert builder.marked(0, 1) == {"key": 1, "records": 5}
+    text = path.read_text()
+    for changed in (spoil(text), text.replace(value, "7")):
+        path.write_text(changed)
+        caplog.clear()
+        assert builder.marked(0, 1) is None
+        assert f"{path} is damaged" in caplog.text
+
+
+def test_the_tokenizer_of_an_unfinished_dataset_is_held_against_its_source(tmp_path):
+    tokenizer = make_tokenizer(tmp_path)
+    out = Builder(tmp_path / "out", {}, tokenizer).out
+    Builder(out, {}, tokenizer)
+    other = train(["another text of other letters xyz"] * 40, 290, tmp_path / "other.model")
+    shutil.copy(other.path, out / "tokenizer.model")
+    with pytest.raises(ValueError, match=f"{out}: its tokenizer is not {tokenizer.path}") as error:
+        Builder(out, {}, tokenizer)
+    one_line(error)
+
+
+def test_lengths_are_held_against_their_shard_before_a_dataset_is_registered(home, tmp_path):
+    tokenizer = Tokenizer(home / "base")
+    builder = Builder(tmp_path / "out", {}, tokenizer)
+    shard = ShardWriter(shard_path(builder.out, "n", "train", 0, 1), SEQUENCE)
+    shard.write({"tokens": np.arange(4, dtype=np.uint16), "name": "a", "domain": "d"}, "d", 4)
+    facts = shard.close()
+    path = lengths_path(shard.path)
+    np.save(path, np.array([[0, 5]]))
+    with pytest.raises(ValueError, match=f"{path}: is not of its shard.*remove .*00000.json") as error:
+        builder.register("n", SEQUENCE, [{"splits": {"train": facts}}], {})
     one_line(error)
 
 
@@ -192,6 +217,16 @@ def test_documents_have_a_longest(tmp_path, suffix, monkeypatch):
     assert re.search(r"b\.txt.*: longer than", documents["b.txt"][0].fault)
 
 
+def test_a_dataset_without_a_fact_that_a_recipe_needs(home, tmp_path):
+    """Earlier versions wrote fewer facts: here are query_tokens and no passage_length."""
+    record = {"tokens": np.arange(4), "name": "a", "domain": "d"}
+    path = write(tmp_path / "joined", RETRIEVED, SEQUENCE, [[record]], Tokenizer(home / "base"), query_tokens=4)
+    recipe = WindowsInContext(ExampleConfig(window=4, num_chunks=1, chunk_length=2))
+    with pytest.raises(ValueError, match="dataset.json has no passage_length: prepare") as error:
+        recipe.size(Records(path, "train"))
+    one_line(error)
+
+
 @pytest.fixture(scope="module")
 def tokens(tmp_path_factory) -> Path:
     """A tokenizer.json with a chat template beside it."""
@@ -222,6 +257,8 @@ SETTINGS = [  # file, content, words of the refusal
     ("tokenizer.json", lambda facts: edited(facts, "model.vocab.a", 4_000_000_000), "expected int <"),
     ("tokenizer.json", lambda facts: edited(facts, "added_tokens.0.id", 4_000_000_000), "expected int <"),
     ("tokenizer.json", lambda facts: edited(facts, "model", "x"), "expected object"),
+    ("tokenizer.json", lambda facts: edited(facts, "model.vocab.a", 100), "its id 100 is there twice"),
+    ("tokenizer.json", lambda facts: edited(facts, "added_tokens.0.content", "b"), "token 'b' or its id .* twice"),
     ("tokenizer.json", DEEP, "tokenizer.json"),
 ]
 

@@ -14,7 +14,7 @@ import tensorflow_datasets as tfds
 
 from cepe_jax.data import builder as builder_module
 from cepe_jax.data import records
-from cepe_jax.data.builder import Builder, ShardWriter, add_counts, array, report, text, token_dtype
+from cepe_jax.data.builder import Builder, ShardWriter, add_counts, array, copy_tokenizer, report, text, token_dtype
 from cepe_jax.data.records import Records, lengths_path, read_index, shard_path
 from cepe_jax.data.tokenizer import Tokenizer
 from cepe_jax.data.tokenizer_training import train
@@ -425,7 +425,9 @@ def test_the_tokenizer_is_copied_under_its_usual_name(tmp_path, tokenizer, name)
     (tmp_path / "from" / "tokenizer_config.json").write_text("{}")
     given = object.__new__(Tokenizer)
     given.path = tmp_path / "from" / name
-    Builder(tmp_path / "out", {}, given)
+    for place in ("out", "staging"):
+        (tmp_path / place).mkdir()
+    copy_tokenizer(given, tmp_path / "out", tmp_path / "staging")
     found = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir() if path.is_file()}
     usual = "tokenizer.model" if name.endswith(".model") else "tokenizer.json"
     assert found == {usual: b"content", "tokenizer_config.json": b"{}"}

@@ -43,7 +43,7 @@ class Outcome(NamedTuple):
     seconds: float = 0.0  # of CPU
 
     def __str__(self) -> str:
-        return f"{self.kind} {self.seed}: {self.word}: {self.detail}"
+        return f"{self.kind} {self.seed}: {self.word}: {self.detail}".encode(errors="backslashreplace").decode()
 
 
 @functools.cache

@@ -65,8 +65,10 @@ def mistyped(value: Any, kind: Any) -> bool:
     """Return True unless the value has the declared type: no bool for a number, no number that is not finite."""
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind):
-        fields = dataclasses.fields(value) if isinstance(value, kind) else ()
+        fields = dataclasses.fields(value) if dataclasses.is_dataclass(value) else ()  # a task is of its family's class
         return not fields or any(mistyped(getattr(value, field.name), field.type) for field in fields)
+    if origin is typing.Annotated:
+        return mistyped(value, inner[0])
     if origin in (types.UnionType, typing.Union):
         return all(mistyped(value, one) for one in inner)
     if origin is typing.Literal:

@@ -1,5 +1,6 @@
 """Settings that are spoiled, on the command line and in YAML files, of the commands in the scripts' help."""
 
+import dataclasses
 import json
 import math
 import re
@@ -13,7 +14,7 @@ import yaml
 from support.scripts import FOLDER, SCRIPTS, SETTINGS
 
 from cepe_jax.commands import command_in
-from cepe_jax.settings import group_class_of, is_by_name, parse
+from cepe_jax.settings import group_class_of, is_by_name, is_required, parse
 from fuzz.kind import KINDS, Kind, mistyped
 from fuzz.mutations import (
     TEXTS,
@@ -58,7 +59,8 @@ def spoil_setting(place: Path, rng: Rng) -> list[str]:
     name, kind = pick(rng, settings_in(SETTINGS[script, word]))
     case = {"script": script, "word": word, "arguments": arguments, "name": name, "text": pick(rng, TEXTS)}
     (place / "case.json").write_text(json.dumps(case))
-    return [part for part in (name, *name.split(".")) if len(part) > 1]
+    last = name.split(".")[-1]
+    return [name, f"{last} is", *(part for part in name.split(".") if len(part) > 1)]
 
 
 def spoil_yaml(place: Path, rng: Rng) -> list[str]:
@@ -68,16 +70,25 @@ def spoil_yaml(place: Path, rng: Rng) -> list[str]:
     path = place / "settings.yaml"
     files = [argument for argument in case["arguments"] if argument.endswith(".yaml")]
     if files and rng.random() < 0.5:
-        path.write_bytes(change_bytes(Path(files[0]).read_bytes(), rng))
-        case, words = case | {"name": "", "text": ""}, re.findall(r"[\w-]{3,}", path.read_text(errors="replace"))
+        whole = Path(files[0]).read_bytes()
+        path.write_bytes(change_bytes(whole, rng))
+        both = whole.decode() + path.read_text(errors="replace")
+        case, words = case | {"name": "", "text": ""}, re.findall(r"[\w-]{3,}", both)
+        words += [f" {word}:" for word in re.findall(r"\b\w{1,2}\b", both)]
     else:
         groups = case["name"].split(".")
         lines = [f"{'  ' * depth}{group}:" for depth, group in enumerate(groups)]
         path.write_text("\n".join(lines) + f" {case['text']}\n", "utf-8", "surrogatepass")
-    kept = [one for one in case["arguments"] if not one.endswith(".yaml") and not one.startswith(f"--{case['name']}=")]
+        fields = dataclasses.fields(SETTINGS[case["script"], case["word"]])  # those of the example's file are gone
+        words += [f"--{field.name}" for field in fields if is_required(field)]
+    kept = [one for one in case["arguments"] if not one.endswith(".yaml") and setting_of(one) != case["name"]]
     case["arguments"] = [*(one for one in kept if one != "--config"), f"--config={path}"]
     (place / "case.json").write_text(json.dumps(case | {"yaml": True}))
     return words
+
+
+def setting_of(argument: str) -> str:
+    return argument.partition("=")[0].removeprefix("--").replace("-", "_")
 
 
 def parse_case(place: Path) -> Any:
@@ -94,6 +105,8 @@ NOTHING = object()
 def meant(kind: Any, text: str, in_file: bool) -> Any:
     """Return the value that a person means by the text of a setting; NOTHING for a text that has no such meaning."""
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Annotated:
+        return meant(inner[0], text, in_file)
     if origin in (types.UnionType, typing.Union):
         if text in ("", "~", "null") and (in_file or str not in inner and Path not in inner):
             return None
@@ -148,6 +161,8 @@ def wrong_setting(place: Path, result: Any, whole: Any) -> str:
             "" if value in texts or str(value) in map(os_path, texts) else f"{case['name']}={text[:40]!r} is {value!r}"
         )
     expected = meant(kind, text, in_file)
+    if isinstance(value, tuple) and isinstance(expected, tuple) and not in_file and "[" not in text:
+        value = value[-len(expected) :]  # an item, after those in the example
     if expected is NOTHING or repr(value) != repr(type(value)(expected) if type(value) is float else expected):
         return f"{case['name']}={text[:40]!r} is {value!r}"
     return ""
