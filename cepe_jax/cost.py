@@ -15,10 +15,11 @@ class Chip:
     """One accelerator, as its vendor describes it."""
 
     peak_flops: float  # bf16, per second
-    hbm: float  # bytes; of TPUs what their compiler lets a program have
+    hbm: float  # bytes that a program may have
     bandwidth: float  # of HBM, bytes per second
     links: float  # to other chips, all ports together, bytes per second one way
     per_host: int  # chips of a host of a pod
+    across: float = 0.0  # to chips of other hosts, bytes per second one way; 0 = by the same links
 
 
 CHIPS = {
@@ -26,9 +27,9 @@ CHIPS = {
     "v5e": Chip(1.97e14, 15.75 * 2**30, 8.1e11, 2e11, 4),
     "v5p": Chip(4.59e14, 95.74 * 2**30, 2.8e12, 6e11, 4),
     "v6e": Chip(9.18e14, 31.25 * 2**30, 1.6e12, 4e11, 4),
-    "a100": Chip(3.12e14, 80e9, 2.0e12, 3e11, 8),
-    "h100": Chip(9.89e14, 80e9, 3.35e12, 4.5e11, 8),
-    "h200": Chip(9.89e14, 141e9, 4.8e12, 4.5e11, 8),
+    "a100": Chip(3.12e14, 79.25 * 2**30, 2.04e12, 3e11, 8, 2.5e10),
+    "h100": Chip(9.89e14, 79.11 * 2**30, 3.35e12, 4.5e11, 8, 5e10),
+    "h200": Chip(9.89e14, 139.8 * 2**30, 4.8e12, 4.5e11, 8, 5e10),
 }
 
 # In what a device calls itself, the first that fits: chip.

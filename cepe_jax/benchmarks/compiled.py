@@ -1,11 +1,8 @@
-"""Steps compiled ahead of time for TPUs that are not at hand, and what their programs say: memory, collectives, limits.
-
-The compiler comes with `jax[tpu]` and runs on a CPU machine; nothing here touches an accelerator or reads a weight.
+"""Steps compiled ahead of time for devices that are not at hand, and the contents of their programs: memory,
+collectives, limits. Nothing here touches an accelerator or reads a weight.
 """
 
 import dataclasses
-import math
-import os
 import re
 import time
 from collections.abc import Callable
@@ -15,12 +12,12 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import topologies
 from jax.sharding import NamedSharding
 
-from cepe_jax.benchmarks.hlo import collectives
+from cepe_jax.benchmarks.hlo import collectives, cudnn_workspaces
+from cepe_jax.benchmarks.topologies import Topology, topology_of
 from cepe_jax.config import Compute
-from cepe_jax.cost import CHIPS, Chip, gib
+from cepe_jax.cost import gib
 from cepe_jax.data.recipes import blank
 from cepe_jax.directories import write_json
 from cepe_jax.identity import as_json
@@ -58,9 +55,9 @@ class ShapesConfig(TrainConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class CompileConfig(ShapesConfig):
-    """A step of a model, to be compiled for TPUs."""
+    """A step of a model, to be compiled for devices that are not at hand."""
 
-    topology: str  # the TPUs, as the compiler names them: v5e:4x4, v6e:8x8, v4:4x4x4, v5p:2x4x4
+    topology: str  # TPUs, as their compiler names them: v5e:4x4, v4:4x4x4; GPUs as hosts x GPUs of a host: h100:1x8
     step: Literal["train", "encode", "prefill", "decode"] = "train"  # a step of training, or one of inference
     batch: int = 0  # sequences; 0 = batch_size to train, one for the devices that share a sequence to infer
     context: int = 1  # devices over which a memory is cut; more than 1 to infer alone
@@ -88,15 +85,16 @@ Make = Callable[[TrainConfig, Config, Compute], Step]
 def compile_step(config: CompileConfig, make: Make) -> dict:
     """Compile the step that `make` gives and return bytes a chip, collectives, and the time they allow.
 
-    The result is in `config.out` as JSON too. If a chip's memory does not hold the step, it says so: see `check_fits`.
+    The result is in `config.out` as JSON too. If a chip's memory does not hold the step, it says so: see `check`.
     """
-    devices, chip = devices_of(config.topology)
+    topology = topology_of(config.topology)
+    devices, chip = topology.devices, topology.chip
     batch = config.batch
     if not batch and config.step != "train":
         batch = max(len(devices) // config.mesh.tensor // config.context, 1)
     config = dataclasses.replace(config, batch_size=batch or config.batch_size)
     shares = dataclasses.asdict(mesh_of(config, len(devices) // config.context)) | {"context": config.context}
-    sizes, compute = sizes_of(config), compute_of(config, "tpu")
+    sizes, compute = sizes_of(config), compute_of(config, topology.platform)
     result = {
         "topology": config.topology,
         "chips": len(devices),
@@ -109,16 +107,17 @@ def compile_step(config: CompileConfig, make: Make) -> dict:
     with jax.set_mesh(make_mesh(**shares, devices=devices)):
         step = make(config, sizes, compute)
         try:
-            compiled = step.function.lower(*step.arguments).compile()
-        except jax.errors.JaxRuntimeError as error:
-            compiled, needed = None, bytes_needed(str(error))
-    result |= {"fits": compiled is not None, "compile_seconds": time.monotonic() - begun}
-    if compiled is None:
-        result["memory"] = {"needed": needed, "hbm": chip.hbm}
-    else:
-        result["memory"] = memory_of(compiled) | {"hbm": chip.hbm}
-        result["collectives"] = collectives(compiled.as_text())
-        result |= roofline(step, result, chip)
+            compiled = step.function.lower(*step.arguments).compile(compiler_options=topology.options)
+            memory = memory_of(compiled)
+        except jax.errors.JaxRuntimeError as error:  # the TPU's compiler refuses what does not fit
+            compiled, memory = None, {"peak": bytes_needed(str(error))}
+    result |= {"fits": memory["peak"] <= chip.hbm, "compile_seconds": time.monotonic() - begun}
+    result["memory"] = memory | {"hbm": chip.hbm}
+    if compiled is not None:
+        program = compiled.as_text()
+        result["collectives"] = collectives(program)
+        result["cudnn_workspaces"] = cudnn_workspaces(program)
+        result |= roofline(step, result, topology)
     config.out.mkdir(parents=True, exist_ok=True)
     mesh = "x".join(str(size) for size in result["mesh"].values())
     name = f"{result['step']}_{config.topology.replace(':', '_')}_{mesh}_{config.batch_size}.json"
@@ -126,32 +125,19 @@ def compile_step(config: CompileConfig, make: Make) -> dict:
     return result
 
 
-def check_fits(result: dict) -> None:
-    """ValueError where a chip's memory does not hold the step."""
+def check(result: dict) -> None:
+    """ValueError if a chip's memory does not hold the step, or cuDNN was not asked about its calls."""
+    if 0 in result.get("cudnn_workspaces", ()):
+        raise ValueError(
+            f"{result['step']} on {result['topology']}: cuDNN was not asked about its calls, which have no workspace: "
+            f"install .[gpu-compiler], whose versions fit each other"
+        )
     if not result["fits"]:
         raise ValueError(
-            f"{result['step']} on {result['topology']} needs {gib(result['memory']['needed'])} a chip and there are "
+            f"{result['step']} on {result['topology']} needs {gib(result['memory']['peak'])} a chip and there are "
             f"{gib(result['memory']['hbm'])}: take more chips, a larger mesh.tensor, a smaller micro_batch or batch, "
             f"remat, loss_chunk or mlp_chunk"
         )
-
-
-def devices_of(topology: str) -> tuple[list, Chip]:
-    """The devices of a TPU topology, none of them at hand, and their chip; ValueError where the compiler knows none."""
-    name, _, shape = topology.partition(":")
-    if name not in CHIPS or not re.fullmatch(r"\d+(x\d+)+", shape):
-        raise ValueError(f"topology {topology!r}: give a TPU and a shape, as v5e:4x4, v6e:8x8, v4:4x4x4 or v5p:2x4x4")
-    # libtpu asks the machine it runs on for these, and waits where that is no TPU's host.
-    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
-    options = {"chip_config_name": "megacore"} if name == "v4" else {}  # else a chip is two devices
-    if math.prod(map(int, shape.split("x"))) == 1:
-        options["chips_per_host_bounds"] = (1, 1, 1)
-    try:
-        return topologies.get_topology_desc(topology, platform="tpu", **options).devices, CHIPS[name]
-    except Exception as error:  # of the compiler's own kinds, or the library is not there
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"topology {topology}: {reason}: give one that exists, and install jax[tpu]") from None
 
 
 def placed(tree, dtype=None):
@@ -205,12 +191,14 @@ def table(result: dict) -> str:
     memory = {name: gib(size) for name, size in result["memory"].items()}
     shares = ", ".join(f"{axis} {size}" for axis, size in result["mesh"].items())
     seconds = ", ".join(f"{what} {time:.3g} s" for what, time in result["seconds_at_least"].items())
+    spaces = result["cudnn_workspaces"]
     moved = [f"{k} {v['bytes'] / 1e9:.2f} GB in {v['number']:,}" for k, v in result["collectives"].items()]
     return "\n".join(
         (
             f"{result['step']}, {result['batch']} sequences, {result['topology']}: {result['chips']} chips, {shares}",
             f"a chip: {memory.pop('peak')} of {memory.pop('hbm')} ({', '.join(f'{k} {v}' for k, v in memory.items())})",
             f"collectives of a chip and step: {'; '.join(moved) or 'none'}",
+            *([f"cuDNN's calls: {len(spaces)}, workspaces up to {gib(max(spaces))}"] if spaces else []),
             f"{result['model_flops']:.4g} model FLOPs; at least: {seconds}; MFU at most {result['mfu_at_most']:.1%}",
             f"compiled in {result['compile_seconds']:.0f} s",
         )
@@ -234,18 +222,20 @@ def memory_of(compiled) -> dict[str, int]:
     return sizes | {"peak": found.peak_memory_in_bytes}
 
 
-def roofline(step: Step, result: dict, chip: Chip) -> dict:
+def roofline(step: Step, result: dict, topology: Topology) -> dict:
     """The shortest time that compute, memory and network each allow the step, and the MFU of the longest of them.
 
     Compute does all FLOPs at the chip's peak; memory reads every argument and writes every result once; the network
-    carries the collectives' results over all links of a chip.
+    carries the collectives' results over all links of a chip. What a host lacks of them comes over all its chips' links
+    to other hosts.
     """
-    chips = result["chips"]
+    chips, chip, hosts = result["chips"], topology.chip, topology.hosts
     moved = sum(kind["bytes"] for kind in result["collectives"].values())
+    lacking = moved * (hosts - 1) / hosts
     seconds = {
         "compute": step.done_flops / chips / chip.peak_flops,
         "memory": (result["memory"]["arguments"] + result["memory"]["results"]) / chip.bandwidth,
-        "network": moved / chip.links,
+        "network": max(moved / chip.links, lacking and lacking / (chips // hosts * chip.across)),
     }
     longest = max(seconds.values())
     mfu = step.model_flops / chips / chip.peak_flops / longest

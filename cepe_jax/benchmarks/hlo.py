@@ -66,6 +66,13 @@ def collectives(program: str) -> dict[str, dict[str, int]]:
     return {kind: dict(numbers) for kind, numbers in sorted(total.items())}
 
 
+def cudnn_workspaces(program: str) -> list[int]:
+    """Return the bytes of workspace of each call of cuDNN: 0 for one that cuDNN was not asked about."""
+    calls = [what for what in instructions(program) if 'custom_call_target="__cudnn' in what]
+    results = [arrays(what.partition(" custom-call(")[0]) for what in calls]
+    return [max((math.prod(shape) for dtype, shape in result if dtype == "u8"), default=0) for result in results]
+
+
 def _computations(program: str) -> tuple[Computations, str]:
     computations: Computations = defaultdict(dict)
     name = entry = ""

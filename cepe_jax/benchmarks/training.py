@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cepe_jax.benchmarks.compiled import CompileConfig, ShapesConfig, compile_step, devices_of, memory_of, train_step
+from cepe_jax.benchmarks.compiled import CompileConfig, ShapesConfig, compile_step, memory_of, train_step
+from cepe_jax.benchmarks.topologies import topology_of
 from cepe_jax.config import CepeConfig
 from cepe_jax.cost import gib, peak_flops
 from cepe_jax.data.recipes import blank
@@ -212,7 +213,7 @@ def benchmark_memory(config: MemoryConfig) -> None:
     if not (config.loss_chunk or config.mlp_chunk):
         raise ValueError("loss_chunk and mlp_chunk are 0: give at least one, to be compared with none")
     shared = {field.name: getattr(config, field.name) for field in dataclasses.fields(ShapesConfig)}
-    shared |= {"topology": config.topology, "batch": len(devices_of(config.topology)[0]) // config.mesh.tensor}
+    shared |= {"topology": config.topology, "batch": len(topology_of(config.topology).devices) // config.mesh.tensor}
     forms = {"chunked": shared, "whole": shared | {"loss_chunk": 0, "mlp_chunk": 0}}
     points = [("window", size) for size in config.windows] + [("num_chunks", size) for size in config.chunks]
     curves = [{"axis": axis, "size": size, "form": form} for axis, size in points for form in forms]

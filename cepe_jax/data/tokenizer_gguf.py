@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from cepe_jax.data.tokenizer import Tokenizer
+
 UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6  # kinds of tokens: GGUF has taken SentencePiece's numbers
 NEEDED = {"gpt2": ("tokens", "token_type", "merges"), "llama": ("tokens", "token_type", "scores")}
 ROLES = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
@@ -35,24 +37,28 @@ def write(found: dict[str, Any], template: str | None, to: Path, where: str) -> 
         settings["chat_template"] = template
     if found["model"] == "llama":
         settings["add_bos_token"] = found.get("add_bos_token", True)
-    if found["model"] == "gpt2":
-        settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # which takes tokenizer.json as it is
-        try:
-            _byte_level(found).save(str(to / "tokenizer.json"))
-        except Exception as error:  # the library raises bare Exception
-            raise ValueError(f"{where}: its tokens and merges are no tokenizer ({error}): convert it again") from error
     else:
-        (to / "tokenizer.model").write_bytes(_sentencepiece(found))
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # which takes tokenizer.json as it is
     (to / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
+    try:
+        if found["model"] == "llama":
+            (to / "tokenizer.model").write_bytes(_sentencepiece(found))
+        else:
+            _byte_level(found).save(str(to / "tokenizer.json"))
+        Tokenizer(to)
+    except Exception as error:  # the library raises bare Exception
+        reason = str(error).replace(f"{to}/", "")
+        raise ValueError(f"{where}: its tokens are no tokenizer ({reason}): convert it again") from None
 
 
 def _byte_level(found: dict[str, Any]):
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+    from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors
+    from tokenizers import Tokenizer as Library
 
     pattern = CUTS[found["pre"]]
     merges = [tuple(merge.split(" ")) for merge in found["merges"]]
     ids = {token: i for i, token in enumerate(found["tokens"])}
-    tokenizer = Tokenizer(models.BPE(ids, merges, ignore_merges=pattern is not None))
+    tokenizer = Library(models.BPE(ids, merges, ignore_merges=pattern is not None))
     if pattern is None:
         first = pre_tokenizers.Digits(individual_digits=True)
     else:

@@ -73,6 +73,7 @@ class Sampling:
 
 
 GREEDY = Sampling()
+NO_TOKEN = -1
 
 
 class Draws(NamedTuple):
@@ -141,14 +142,24 @@ def next_token(
 ) -> tuple[Array, Cache]:
     """Reads the tokens into the cache and draws the one that follows each row's last real one, (B, 1).
 
-    Rows are padded on the right; without `mask_BT` they are not.
+    Rows are padded on the right; without `mask_BT` they are not. It is NO_TOKEN in rows whose logits are not finite.
     """
     hidden_BTD, cache = model.decode(tokens_BT, memory=memory, cache=cache, token_mask_BT=mask_BT)
     if mask_BT is None:
         last_B1D = hidden_BTD[:, -1:]
     else:
         last_B1D = jnp.take_along_axis(hidden_BTD, mask_BT.sum(axis=1)[:, None, None] - 1, axis=1)
-    return sample(model.decoder.logits(last_B1D)[:, 0], draws)[:, None], cache
+    logits_BV = model.decoder.logits(last_B1D)[:, 0]
+    drawn_B = jnp.where(jnp.isfinite(logits_BV).all(axis=-1), sample(logits_BV, draws), NO_TOKEN)
+    return drawn_B[:, None], cache
+
+
+def on_host(drawn_B1: Array) -> np.ndarray:
+    """Return the tokens of `next_token`, (B,); ValueError if the logits of a row were not finite."""
+    tokens_B = np.asarray(drawn_B1)[:, 0]
+    if NO_TOKEN in tokens_B:
+        raise ValueError("the model's logits are not finite: its weights may be damaged, compare its hashes (--verify)")
+    return tokens_B
 
 
 def one_ahead(results: Iterable[Item]) -> Iterator[Item]:
@@ -253,7 +264,7 @@ def until(stop_ids: Sequence[int], drawn: Iterable[Array]) -> Iterator[list[int 
     """
     running_B: np.ndarray | bool = True
     for tokens_B1 in one_ahead(drawn):
-        tokens_B = np.asarray(tokens_B1)[:, 0]
+        tokens_B = on_host(tokens_B1)
         running_B = running_B & ~np.isin(tokens_B, list(stop_ids))
         if not running_B.any():
             return

@@ -14,6 +14,7 @@ from cepe_jax.inference.generate import (
     Sampling,
     bucket,
     next_token,
+    on_host,
     power_of_two,
     right_padded,
 )
@@ -101,7 +102,7 @@ class Session:
             tokens_BT, mask_BT = right_padded([fresh], bucket(len(fresh)))
         draws = Draws.of([sampling]).at(self._drawn)
         drawn_B1, cache = next_token(self.model, tokens_BT, mask_BT, memory, cache, draws)
-        token = int(np.asarray(drawn_B1)[0, 0])
+        token = int(on_host(drawn_B1)[0])
         self._read, self._drawn = (cache, tokens, self.context), self._drawn + 1
         return token
 

@@ -10,6 +10,7 @@ import logging
 import re
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
+from typing import Any, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from etils import epath
 
 from cepe_jax.directories import is_remote
 from cepe_jax.identity import as_of, refuse_another_run
+from cepe_jax.parsing import typed
 from cepe_jax.sharding import is_variable
 
 
@@ -48,10 +50,27 @@ with contextlib.suppress(ImportError, AttributeError):  # a version that has it 
     asyncio_utils.run_sync = _run_to_the_end(asyncio_utils.run_sync)
 
 # What damaged files end in, and what in messages of these kinds says that it was not the files.
-DAMAGE = (ValueError, RecursionError, LookupError, EOFError, FileNotFoundError, NotADirectoryError, IsADirectoryError)
+DAMAGE = (ValueError, RecursionError, LookupError, OverflowError, EOFError)
+DAMAGE += (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 NOT_DAMAGE = re.compile(
     "UNAVAILABLE|PERMISSION_DENIED|UNAUTHENTICATED|RESOURCE_EXHAUSTED|DEADLINE_EXCEEDED|CANCELLED|ABORTED"
 )
+
+
+class Array(TypedDict):
+    """The type, shape and digest of an array."""
+
+    dtype: str
+    shape: list[int]
+    digest: int
+
+
+class Facts(TypedDict):
+    """What is stored beside a checkpoint's arrays."""
+
+    identity: dict[str, Any]
+    step: int
+    arrays: dict[str, Array]
 
 
 def digests_of(state) -> dict[str, int]:
@@ -84,7 +103,7 @@ def _unflat(flat: dict[str, jax.Array], like):
     return jax.tree.unflatten(jax.tree.structure(like), [flat[name] for name in _flat(like)])
 
 
-def _described(flat: dict[str, jax.Array]) -> dict[str, dict]:
+def _described(flat: dict[str, jax.Array]) -> dict[str, Array]:
     """Return what is stored beside every array: type, shape, digest. The digests wait for the arrays to be computed."""
     digests = jax.device_get(_digests(flat))
     return {
@@ -183,6 +202,7 @@ class Checkpoints:
         where, wanted = self.directory / str(step), _flat(like)
         with _refusing_damage(where):
             facts = self.manager.restore(step, args=ocp.args.Composite(facts=ocp.args.JsonRestore()))["facts"]
+            typed(facts, Facts, "facts")
             identity, arrays, saved_at = facts["identity"], facts["arrays"], facts["step"]
         refuse_another_run(where, identity, as_of(identity, self.identity))
         if saved_at != step:

@@ -84,9 +84,12 @@ def wrong_tensors(tensors: dict, expected: dict) -> str:
             return f"{name} is {tensors[name].dtype}{tensors[name].shape}"
         if tensors[name].tobytes() != array.tobytes():
             return f"{name} has other bits"
-        if not np.isfinite(array.astype(np.float32)).all():
-            return f"{name} has numbers that are not finite"
     return ""
+
+
+def infinite(tensors: dict) -> str:
+    names = [name for name, array in tensors.items() if not np.isfinite(array.astype(np.float32)).all()]
+    return f"numbers that are not finite in {', '.join(names)}" if names else ""
 
 
 def wrong_contents(place: Path, result: dict, whole: dict) -> str:
@@ -182,7 +185,7 @@ def wrong_safetensors(place: Path, result: dict, whole: dict) -> str:
     """The data have no checksum: each tensor must have the bytes that lie where the header says."""
     entries, data = table(result["config"]), stored(place / SHARD)
     expected = {name: entry.to_ours(data[entry.key]) for name, entry in entries.items()}
-    return wrong_tensors(result["tensors"], expected) or wrong_contents(
+    return wrong_tensors(result["tensors"], expected) or infinite(expected) or wrong_contents(
         place, result | {"tensors": {}}, whole | {"tensors": {}}
     )
 
@@ -239,7 +242,7 @@ def spoil_our_config(place: Path, rng: Rng) -> list[str]:
 
 
 def wrong_ours(place: Path, result: dict, whole: dict) -> str:
-    """Loading reads no hashes: what is there must be exactly what the files say, and numbers be finite."""
+    """Loading reads no hashes of weights: what is there must be exactly what the files say."""
     written = json.loads((place / "config.json").read_text())
     if wrong := wrong_config(result["config"]):
         return wrong
@@ -366,7 +369,7 @@ def wrong_gguf(place: Path, result: dict, whole: dict) -> str:
                 pairs = rows.reshape(-1, result["config"].head_dim // 2, 2, rows.shape[1])
                 rows = pairs.swapaxes(1, 2).reshape(rows.shape)
             tensors[name] = entry.to_ours(rows)
-    if wrong := wrong_tensors(result["tensors"], tensors):
+    if wrong := wrong_tensors(result["tensors"], tensors) or infinite(tensors):
         return wrong
     fields = {key: field.contents() for key, field in gguf.GGUFReader(place / "m.gguf").fields.items()}
     config = result["config"]

@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from support.models import DECODER, ENCODER
+from support.models import DECODER, ENCODER, with_leaf
 from support.oracles import recompute
 from support.refusals import one_line
 
@@ -14,6 +14,7 @@ from cepe_jax.inference import generate as module
 from cepe_jax.inference.caches import FULL, full
 from cepe_jax.inference.caches.full import FullCache
 from cepe_jax.inference.generate import Draws, Sampling, bucket, generate, next_token, stream
+from cepe_jax.inference.session import Session
 from cepe_jax.model.cepe import Cepe
 from cepe_jax.model.cross import Memory
 from cepe_jax.model.llama import Llama
@@ -306,6 +307,20 @@ def test_bad_input(cepe, case):
     with pytest.raises(ValueError, match=said) as error:
         generate(cepe, **{"prompts": [[1, 2], [3]], "max_new_tokens": 4} | changes)
     one_line(error)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), HOT], ids=["greedy", "hot"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_logits_that_are_not_finite(decoder, sampling, bad):
+    """The most probable of such logits would be some token, and its text would look like an answer."""
+    damaged = with_leaf(decoder, "norm.scale", np.full(decoder.config.width, bad, np.float32))
+    with pytest.raises(ValueError, match="logits are not finite") as error:
+        generate(damaged, [[1, 2], [3]], max_new_tokens=4, sampling=sampling)
+    one_line(error)
+    with pytest.raises(ValueError, match="logits are not finite"):
+        session = Session(damaged, 100, 0, 4, None, drops=True)
+        session.replace([1, 2])
+        session.next(sampling)
 
 
 def test_bad_input_is_seen_before_the_first_step(decoder):
