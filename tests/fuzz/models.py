@@ -185,8 +185,10 @@ def wrong_safetensors(place: Path, result: dict, whole: dict) -> str:
     """The data have no checksum: each tensor must have the bytes that lie where the header says."""
     entries, data = table(result["config"]), stored(place / SHARD)
     expected = {name: entry.to_ours(data[entry.key]) for name, entry in entries.items()}
-    return wrong_tensors(result["tensors"], expected) or infinite(expected) or wrong_contents(
-        place, result | {"tensors": {}}, whole | {"tensors": {}}
+    return (
+        wrong_tensors(result["tensors"], expected)
+        or infinite(expected)
+        or wrong_contents(place, result | {"tensors": {}}, whole | {"tensors": {}})
     )
 
 

@@ -317,9 +317,9 @@ def test_logits_that_are_not_finite(decoder, sampling, bad):
     with pytest.raises(ValueError, match="logits are not finite") as error:
         generate(damaged, [[1, 2], [3]], max_new_tokens=4, sampling=sampling)
     one_line(error)
+    session = Session(damaged, 100, 0, 4, None, drops=True)
+    session.replace([1, 2])
     with pytest.raises(ValueError, match="logits are not finite"):
-        session = Session(damaged, 100, 0, 4, None, drops=True)
-        session.replace([1, 2])
         session.next(sampling)
 
 
