@@ -9,6 +9,7 @@ All settings of train.py are settings here too. The exit status is 1 if the step
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # before jax is imported: the compiler's own devices are not at hand
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # else the GPU's compiler tells what it cannot rematerialise
 
 from cepe_jax.benchmarks.compiled import CompileConfig
 from cepe_jax.benchmarks.steps import compile_and_print

@@ -5,43 +5,46 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from cepe_jax.benchmarks.compiled import CompileConfig, Make, Step, check, compile_step, placed, table, train_step
-from cepe_jax.config import CepeConfig, Compute
+from cepe_jax.config import CepeConfig, Compute, DecoderConfig
 from cepe_jax.cost import encoder_flops, inference_flops
 from cepe_jax.inference.caches.full import FullCache
 from cepe_jax.inference.context import encode_chunks
 from cepe_jax.inference.generate import Draws, Sampling, next_token
 from cepe_jax.model.cepe import Cepe
 from cepe_jax.model.cross import Memory
+from cepe_jax.model.llama import Llama
 from cepe_jax.sharding import partition_spec
 from cepe_jax.training.settings import TrainConfig
 from cepe_jax.weights.build import abstract_parts
-from cepe_jax.weights.kinds import Config
+from cepe_jax.weights.kinds import Config, kind_of
 
 
 def _array(shape: tuple[int, ...], dtype, *axes: str | None) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(jax.sharding.get_mesh(), partition_spec(axes)))
 
 
-def _model(config: TrainConfig, sizes: Config, compute: Compute) -> Cepe:
-    if not isinstance(sizes, CepeConfig):
-        raise ValueError(f"stage {config.stage} has no context to read: give the config of a CEPE")
-    return Cepe.from_parts(placed(abstract_parts(sizes, compute), jnp.dtype(compute.dtype)))
+def _model(config: TrainConfig, sizes: Config, compute: Compute, needed: tuple[type, ...]) -> Cepe | Llama:
+    if not isinstance(sizes, needed):
+        raise ValueError(f"stage {config.stage} has no model for this step: give the config of a CEPE")
+    return kind_of(sizes).model.from_parts(placed(abstract_parts(sizes, compute), jnp.dtype(compute.dtype)))
 
 
 def encode_step(config: TrainConfig, sizes: Config, compute: Compute) -> Step:
     """All chunks of a batch."""
+    model = _model(config, sizes, compute, (CepeConfig,))
     B, C, L = config.batch_size, config.examples.num_chunks, config.examples.chunk_length
     contexts = [_array((B, C, L), dtype, "batch", "memory", None) for dtype in (jnp.int32, bool)]
     flops = B * encoder_flops(sizes.encoder, C, L).forward
-    return Step(encode_chunks, (_model(config, sizes, compute), *contexts), flops, flops)
+    return Step(encode_chunks, (model, *contexts), flops, flops)
 
 
 def _read(config: TrainConfig, sizes: Config, compute: Compute, tokens: int, cached: bool) -> Step:
-    model, decoder = _model(config, sizes, compute), sizes.decoder
-    B, window = config.batch_size, config.examples.window
-    M = config.examples.num_chunks * config.examples.chunk_length
-    states = _array((B, M, sizes.encoder.width), compute.dtype, "batch", "memory", None)
-    memory = Memory(states, _array((B, M), bool, "batch", "memory"))
+    model = _model(config, sizes, compute, (CepeConfig, DecoderConfig))
+    B, window, decoder, M, memory = config.batch_size, config.examples.window, model.decoder.config, 0, None
+    if isinstance(sizes, CepeConfig):
+        M = config.examples.num_chunks * config.examples.chunk_length
+        states = _array((B, M, sizes.encoder.width), compute.dtype, "batch", "memory", None)
+        memory = Memory(states, _array((B, M), bool, "batch", "memory"))
     kv = (decoder.num_layers, B, decoder.num_kv_heads, window, decoder.head_dim)
     k, v = (_array(kv, compute.dtype, None, "batch", "kv_heads", None, None) for _ in range(2))
     cache = FullCache(k, v, _array((B, window), bool, "batch", None), _array((B,), jnp.int32, "batch"), not cached)
@@ -49,7 +52,7 @@ def _read(config: TrainConfig, sizes: Config, compute: Compute, tokens: int, cac
     draws = jax.tree.map(lambda x: _array(x.shape, x.dtype, *("batch",)[: x.ndim]), Draws.of([Sampling()] * B))
     arguments = model, *given, memory, cache, draws
     of_forms = inference_flops(sizes, tokens, cached * window, M)
-    flops = B * min(of_forms["absorbed"], of_forms["materialised"])
+    flops = B * min(flops for form, flops in of_forms.items() if form != "stored")  # which keeps keys and values
     return Step(next_token, arguments, flops, flops)
 
 

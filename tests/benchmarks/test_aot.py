@@ -40,14 +40,14 @@ def run(*command: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, *command], env=environment, cwd=ROOT, capture_output=True, text=True)
 
 
-def compile_tpu(*arguments: str) -> subprocess.CompletedProcess:
-    return run("scripts/compile_tpu.py", "--config", "configs/train_cepe.yaml", *TINY, *arguments)
+def compile_step(*arguments: str) -> subprocess.CompletedProcess:
+    return run("scripts/compile_step.py", "--config", "configs/train_cepe.yaml", *TINY, *arguments)
 
 
 @pytest.mark.parametrize("step", [pytest.param("train", marks=pytest.mark.slow), "decode"])
 def test_a_step_is_compiled_and_reported(tmp_path, step):
     """8 CPU-seconds and more of the TPU compiler: a whole report, as the command writes it."""
-    done = compile_tpu("--topology=v5e:2x2", f"--step={step}", f"--out={tmp_path}")
+    done = compile_step("--topology=v5e:2x2", f"--step={step}", f"--out={tmp_path}")
     assert done.returncode == 0, done.stderr[-2000:]
     (path,) = tmp_path.iterdir()
     result = json.loads(path.read_text())
@@ -72,10 +72,10 @@ def test_what_does_not_fit_is_said(tmp_path):
 
     8 CPU-seconds of the TPU compiler: its own words are read.
     """
-    done = compile_tpu("--topology=v5e:2x2", "--batch=65536", "--micro_batch=0", f"--out={tmp_path}")
+    done = compile_step("--topology=v5e:2x2", "--batch=65536", "--micro_batch=0", f"--out={tmp_path}")
     assert done.returncode == 1
     assert re.fullmatch(
-        r"compile_tpu.py: cepe on v5e:2x2 .* \d+\.\d\d GiB .* 15.75 GiB: .*",
+        r"compile_step.py: cepe on v5e:2x2 .* \d+\.\d\d GiB .* 15.75 GiB: .*",
         done.stderr.splitlines()[-1],
     )
     assert json.loads((tmp_path / "cepe_v5e_2x2_1x4x1x1_65536.json").read_text())["fits"] is False
@@ -91,9 +91,9 @@ def test_what_does_not_fit_is_said(tmp_path):
     ],
 )
 def test_bad_input(arguments, said):
-    done = compile_tpu("--batch_size=12", *arguments)
+    done = compile_step("--batch_size=12", *arguments)
     assert done.returncode == 1
-    assert re.fullmatch(f"compile_tpu.py: {said}", done.stderr.splitlines()[-1]), done.stderr
+    assert re.fullmatch(f"compile_step.py: {said}", done.stderr.splitlines()[-1]), done.stderr
 
 
 @pytest.mark.slow
@@ -105,7 +105,7 @@ def test_the_7b_model_decodes_over_long_contexts(tmp_path, topology, arguments, 
     """1,048,576 tokens on 16 chips and 131,072 on one, at most `most` GiB each; over the network go sums alone."""
     shared = "--step=decode", "--batch=1", f"--examples.num_chunks={chunks}", "--mesh.fsdp=1", f"--out={tmp_path}"
     done = run(
-        "scripts/compile_tpu.py", "--config", "configs/train_cepe.yaml", f"--topology={topology}", *shared, *arguments
+        "scripts/compile_step.py", "--config", "configs/train_cepe.yaml", f"--topology={topology}", *shared, *arguments
     )
     assert done.returncode == 0, done.stderr[-2000:]
     result = json.loads(next(tmp_path.iterdir()).read_text())
@@ -116,9 +116,9 @@ def test_the_7b_model_decodes_over_long_contexts(tmp_path, topology, arguments, 
 
 
 def test_a_memory_is_not_cut_in_training():
-    done = compile_tpu("--topology=v5e:2x2", "--context=2")
+    done = compile_step("--topology=v5e:2x2", "--context=2")
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith("compile_tpu.py: context is 2 and step train: ")
+    assert done.stderr.splitlines()[-1].startswith("compile_step.py: context is 2 and step train: ")
 
 
 @pytest.fixture(scope="module")
@@ -176,12 +176,12 @@ def test_the_processes_of_a_pod_feed_the_batch():
 
 def print_rows() -> None:
     """For each pod (process, first row, last row + 1) of every device, and the rows that each process feeds."""
-    from cepe_jax.benchmarks.compiled import devices_of
+    from cepe_jax.benchmarks.topologies import topology_of
     from cepe_jax.sharding import make_mesh, rows_of
 
     found = []
     for pod, tensor in PODS:
-        devices = devices_of(pod)[0]
+        devices = topology_of(pod).devices
         mesh = make_mesh(fsdp=len(devices) // tensor, tensor=tensor, devices=devices)
         size = 256 // (len(devices) // tensor)
         of_devices = [
@@ -198,8 +198,9 @@ def print_held() -> None:
     """Compiles our step, and one that stores scores and logits, and prints what each holds."""
     import jax
 
-    from cepe_jax.benchmarks.compiled import devices_of, train_step
+    from cepe_jax.benchmarks.compiled import train_step
     from cepe_jax.benchmarks.hlo import arrays, instructions
+    from cepe_jax.benchmarks.topologies import topology_of
     from cepe_jax.config import DECODERS, ENCODERS
     from cepe_jax.data.examples import ExampleConfig
     from cepe_jax.sharding import make_mesh
@@ -214,7 +215,7 @@ def print_held() -> None:
 
     def compiled(backend: str, **chunks: int) -> str:
         config = dataclasses.replace(base, attention=backend, **chunks)
-        with jax.set_mesh(make_mesh(fsdp=4, devices=devices_of("v5e:2x2")[0])):
+        with jax.set_mesh(make_mesh(fsdp=4, devices=topology_of("v5e:2x2").devices)):
             step = train_step(config, sizes_of(config), compute_of(config, "tpu"))
             return step.function.lower(*step.arguments).compile().as_text()
 

@@ -53,7 +53,7 @@ def test_tokens_are_counted_once(stage, tokens):
 
 
 def test_held_bytes_are_those_of_arrays():
-    """On one device all of it; of 16, a share, and of what `compile_tpu.py` counts as a step's arguments the most."""
+    """On one device all of it; of 16, a share, and of what `compile_step.py` counts as a step's arguments the most."""
     cepe = make_cepe()
     config = dataclasses.replace(PAPER, dtype="float32")
     trainable, frozen = split(cepe, config.train)
