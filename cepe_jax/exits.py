@@ -25,7 +25,7 @@ MENDS = {
 }
 # Errors of a file system that would come again with the same command, whatever room there is.
 REFUSALS = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG}
-LONGEST = 500  # characters of a place that are shown
+LONGEST = 800  # characters of a message: a value in it may have any length
 # The beginning of messages of JAX's runtime, some of which come as a ValueError.
 RUNTIME = re.compile(r"(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION): ")
 
@@ -73,7 +73,7 @@ def in_one_line(error: BaseException) -> str:
     """Return the error's message in one line; where a file system has refused a place, this and what to do about it."""
     message = str(error)
     if isinstance(error, OSError) and error.filename is not None:
-        place = str(error.filename if error.filename2 is None else error.filename2)  # where something is renamed to
-        place = place if len(place) <= LONGEST else f"{place[:100]}... ({len(place):,} characters)"
+        place = error.filename if error.filename2 is None else error.filename2  # where something is renamed to
         message = f"{place}: {MENDS.get(type(error), error.strerror)}"
-    return " ".join(message.split())
+    line = " ".join(message.split())
+    return line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} ... {line[-LONGEST // 4 :]}"

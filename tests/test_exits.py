@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cepe_jax.exits import run, status_of
+from cepe_jax.exits import in_one_line, run, status_of
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 
@@ -33,6 +33,13 @@ def test_run_says_bad_input_in_one_line(error, status, capsys):
         run(main)
     assert ended.value.code == status
     assert capsys.readouterr().err.endswith(": a b\n")
+
+
+def test_a_long_value_is_shown_by_its_ends():
+    line = in_one_line(ValueError(f"seed is {'9' * 5_000}: give less"))
+    assert line.startswith("seed is 999")
+    assert line.endswith("999: give less")
+    assert len(line) < 1_000
 
 
 PLACES = {
