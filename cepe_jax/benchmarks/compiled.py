@@ -127,7 +127,8 @@ def compile_step(config: CompileConfig, make: Make) -> dict:
 
 def check(result: dict) -> None:
     """ValueError if a chip's memory does not hold the step, or cuDNN was not asked about its calls."""
-    if 0 in result.get("cudnn_workspaces", ()):
+    spaces = result.get("cudnn_workspaces")
+    if spaces and not any(spaces):
         raise ValueError(
             f"{result['step']} on {result['topology']}: cuDNN was not asked about its calls, which have no workspace: "
             f"install .[gpu-compiler], whose versions fit each other"
@@ -198,7 +199,7 @@ def table(result: dict) -> str:
             f"{result['step']}, {result['batch']} sequences, {result['topology']}: {result['chips']} chips, {shares}",
             f"a chip: {memory.pop('peak')} of {memory.pop('hbm')} ({', '.join(f'{k} {v}' for k, v in memory.items())})",
             f"collectives of a chip and step: {'; '.join(moved) or 'none'}",
-            *([f"cuDNN's calls: {len(spaces)}, workspaces up to {gib(max(spaces))}"] if spaces else []),
+            *([f"cuDNN's calls: {len(spaces)}, workspaces up to {max(spaces):,} bytes"] if spaces else []),
             f"{result['model_flops']:.4g} model FLOPs; at least: {seconds}; MFU at most {result['mfu_at_most']:.1%}",
             f"compiled in {result['compile_seconds']:.0f} s",
         )
