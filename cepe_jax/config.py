@@ -69,7 +69,7 @@ class RopeConfig:
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """The sizes that decoder and encoder share: Llama blocks (RMSNorm, rotary attention, SwiGLU)."""
+    """The properties that decoder and encoder share: Llama blocks (RMSNorm, rotary attention, SwiGLU)."""
 
     vocab_size: int
     width: int
@@ -80,6 +80,8 @@ class TransformerConfig:
     mlp_width: int
     norm_eps: float = 1e-5
     rope: RopeConfig = RopeConfig()
+    qkv_bias: bool = False  # biases of queries, keys and values, as in Qwen2
+    qk_norm: bool = False  # RMSNorm of each head's queries and keys, as in Qwen3
 
     def __post_init__(self):
         sizes = ("vocab_size", "width", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_width")
@@ -96,7 +98,7 @@ class TransformerConfig:
 
 @dataclass(frozen=True)
 class DecoderConfig(TransformerConfig):
-    """A Llama decoder."""
+    """A decoder of Llama's kind: Llama, Mistral, Qwen2 or Qwen3."""
 
     tied_head: bool = False  # the output head is the embedding
 
@@ -205,6 +207,40 @@ DECODERS = {
         head_dim=128,
         mlp_width=14_336,
         rope=RopeConfig(theta=500_000.0),
+    ),
+    "mistral_7b": DecoderConfig(  # v0.3
+        vocab_size=32_768,
+        width=4096,
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=8,
+        head_dim=128,
+        mlp_width=14_336,
+        rope=RopeConfig(theta=1_000_000.0),
+    ),
+    "qwen2_5_7b": DecoderConfig(
+        vocab_size=152_064,
+        width=3584,
+        num_layers=28,
+        num_heads=28,
+        num_kv_heads=4,
+        head_dim=128,
+        mlp_width=18_944,
+        norm_eps=1e-6,
+        rope=RopeConfig(theta=1_000_000.0),
+        qkv_bias=True,
+    ),
+    "qwen3_8b": DecoderConfig(
+        vocab_size=151_936,
+        width=4096,
+        num_layers=36,
+        num_heads=32,
+        num_kv_heads=8,
+        head_dim=128,
+        mlp_width=12_288,
+        norm_eps=1e-6,
+        rope=RopeConfig(theta=1_000_000.0),
+        qk_norm=True,
     ),
     "smollm2_135m": DecoderConfig(
         vocab_size=49_152,

@@ -67,7 +67,7 @@ def collectives(program: str) -> dict[str, dict[str, int]]:
 
 
 def cudnn_workspaces(program: str) -> list[int]:
-    """Return the bytes of workspace of each call of cuDNN: 0 for one that cuDNN was not asked about."""
+    """Return the bytes of workspace of each call of cuDNN, 0 of all if cuDNN was not asked about them."""
     calls = [what for what in instructions(program) if 'custom_call_target="__cudnn' in what]
     results = [arrays(what.partition(" custom-call(")[0]) for what in calls]
     return [max((math.prod(shape) for dtype, shape in result if dtype == "u8"), default=0) for result in results]

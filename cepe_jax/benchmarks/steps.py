@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from cepe_jax.benchmarks.compiled import CompileConfig, Make, Step, check, compile_step, placed, table, train_step
+from cepe_jax.benchmarks.compiled import CompileConfig, Make, Step, check_fits, compile_step, placed, table, train_step
 from cepe_jax.config import CepeConfig, Compute, DecoderConfig
 from cepe_jax.cost import encoder_flops, inference_flops
 from cepe_jax.inference.caches.full import FullCache
@@ -77,5 +77,5 @@ STEPS: dict[str, Make] = {
 def compile_and_print(config: CompileConfig) -> None:
     """Compile the configured step and print what it takes; ValueError if a chip's memory does not hold it."""
     result = compile_step(config, STEPS[config.step])
-    check(result)
+    check_fits(result)
     print(table(result))

@@ -16,8 +16,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import jax
+import jax.numpy as jnp
 from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
 
+from cepe_jax.benchmarks.hlo import cudnn_workspaces
 from cepe_jax.cost import CHIPS, Chip
 
 EXAMPLES = "v5e:4x4, v6e:8x8, v4:4x4x4 or v5p:2x4x4, or hosts x GPUs of a host, as h100:1x8 or a100:4x8"
@@ -92,7 +96,20 @@ def _gpus(name: str, shape: str) -> Topology:
     found = topologies.get_topology_desc(
         platform="cuda", target_config=target_config(name), topology=f"1x{int(hosts)}x{int(per_host)}"
     )
+    check_asks_cudnn(found.devices[0])
     return Topology(found.devices, CHIPS[name], "gpu", int(hosts), ASK_CUDNN)
+
+
+def check_asks_cudnn(device) -> None:
+    """Raise ValueError if cuDNN is not asked about its calls: then nothing is known of them, and they have no room."""
+
+    def total(q_BTNH):
+        return jax.nn.dot_product_attention(q_BTNH, q_BTNH, q_BTNH, implementation="cudnn").sum()
+
+    q_BTNH = jax.ShapeDtypeStruct((1, 128, 2, 64), jnp.bfloat16, sharding=SingleDeviceSharding(device))
+    compiled = jax.jit(jax.grad(total)).lower(q_BTNH).compile(compiler_options=ASK_CUDNN)
+    if not any(cudnn_workspaces(compiled.as_text())):
+        raise ValueError("cuDNN was not asked about attention")
 
 
 def target_config(name: str) -> str:

@@ -42,7 +42,10 @@ def read_library_tokenizer(path: Path):
         raise ValueError(f"{path}: not a tokenizer.json ({in_words(str(error))}): copy it again") from None
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception
+        tokenizer.encode("a")
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises bare Exception, and where it panics no Exception
         raise ValueError(f"{path}: not a tokenizer.json ({error})") from None
     pieces = written.model.vocab if isinstance(written.model.vocab, dict) else {}
     added = [(token.content, token.id) for token in written.added_tokens]

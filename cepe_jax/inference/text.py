@@ -21,7 +21,7 @@ from cepe_jax.model.cross import Memory
 from cepe_jax.model.llama import Llama
 from cepe_jax.parsing import read_json, shortened
 from cepe_jax.weights.build import build
-from cepe_jax.weights.hf_config import Facts
+from cepe_jax.weights.hf_config import Facts, window_of
 from cepe_jax.weights.source import Source, open_model, open_ours
 
 CHUNK_LENGTH = 256  # tokens of a context that the encoder reads at once: the length of the paper's training
@@ -262,7 +262,7 @@ def read_facts(
                 f"{read.path} has {read.vocab_size} ids and the {name} of {path} knows {part.vocab_size}: it is "
                 f"another model's tokenizer, give this one's"
             )
-    positions = source.facts.get("max_position_embeddings")
+    positions = window_of(source.facts)
     if cache.bounded:
         if window is not None:
             raise ValueError(f"window is {window}: a {cache.kind} cache reads texts of any length, give cache.window")

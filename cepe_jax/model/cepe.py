@@ -26,8 +26,9 @@ def cross_from_self_attention(
 ) -> CrossAttention:
     """Cross-attention for these layers of `decoder`, started from their self-attention.
 
-    Queries are copied; keys and values keep the first E of their D inputs; the norm is the one before the MLP. The
-    output projection is a copy, zero (the spliced model is then the plain one), or normal with deviation 0.02.
+    Queries are copied; keys and values keep the first E of their D inputs; the norm is the one before the MLP. A norm
+    of keys becomes a scale of their projection: its own, over the size that the projection gives to inputs of size 1.
+    The output projection is a copy, zero (the spliced model is then the plain one), or normal with deviation 0.02.
     ValueError when the encoder is wider than the decoder: there is nothing to copy the rest from.
     """
     E, D = encoder.width, decoder.config.width
@@ -42,6 +43,13 @@ def cross_from_self_attention(
     cross.norm.scale, attention = stack.mlp_norm.scale, stack.attention
     cross.q = attention.q
     cross.k, cross.v = (own.replace(copied[:, :E]) for own, copied in ((cross.k, attention.k), (cross.v, attention.v)))
+    if cross.biased:
+        cross.q_bias, cross.v_bias = attention.q_bias, attention.v_bias
+    if cross.normed:
+        cross.q_norm.scale, k_ZEKH = attention.q_norm.scale, cross.k[...]
+        size_ZK = jnp.sqrt(jnp.square(k_ZEKH).sum(axis=1).mean(axis=-1))
+        scale_ZH = attention.k_norm.scale[...]
+        cross.k = cross.k.replace(k_ZEKH * scale_ZH[:, None, None] / size_ZK[:, None, :, None])
     match init:
         case "copy":
             cross.o = attention.o
@@ -61,7 +69,7 @@ def encoder_from_decoder(decoder: Llama, config: EncoderConfig, compute: Compute
     decoder's own space. ValueError unless the encoder has the decoder's sizes and no more layers.
     """
     ours = decoder.config
-    for name in ("width", "num_heads", "num_kv_heads", "head_dim", "mlp_width"):
+    for name in ("width", "num_heads", "num_kv_heads", "head_dim", "mlp_width", "qkv_bias", "qk_norm"):
         if getattr(config, name) != getattr(ours, name):
             raise ValueError(
                 f"encoder {name} {getattr(config, name)} is not the decoder's {getattr(ours, name)}: "

@@ -22,7 +22,7 @@ from cepe_jax.model.attention import (
     merge,
     splash_partial,
 )
-from cepe_jax.model.layers import RMSNorm, normal, project
+from cepe_jax.model.layers import RMSNorm, added, bias, normal, project
 from cepe_jax.sharding import on_shards, rows_of_a_device, split_axes
 
 Array = jax.Array
@@ -50,6 +50,10 @@ class CrossAttention(nnx.Module):
 
     The memory is the encoder's output, the same for every layer. With few queries the key projection goes into the
     query and the value projection after the sum, so that no key or value of the memory exists: q (W_k m) = (q W_k) m.
+
+    Of a decoder with biases the queries and values have them too: a bias of keys would add the same to all scores of a
+    query. Of a decoder with norms of heads the queries have theirs. Keys have none, which is not linear in the memory:
+    `cross_from_self_attention` folds its scale into their projection.
     """
 
     def __init__(self, config: CepeConfig, *, key: Array):
@@ -62,6 +66,11 @@ class CrossAttention(nnx.Module):
         self.k = normal(k, (Z, E, K, H), E**-0.5, ("layer", "embed", "kv_heads", "head_dim"))
         self.v = normal(v, (Z, E, K, H), E**-0.5, ("layer", "embed", "kv_heads", "head_dim"))
         self.o = normal(o, (Z, N, H, D), (2 * Z * N * H) ** -0.5, ("layer", "heads", "head_dim", "embed"))
+        self.biased, self.normed = decoder.qkv_bias, decoder.qk_norm
+        if self.biased:
+            self.q_bias, self.v_bias = bias((Z, N, H), "heads"), bias((Z, K, H), "kv_heads")
+        if self.normed:
+            self.q_norm = RMSNorm((Z, H), decoder.norm_eps, ("layer", "head_dim"))
 
     def __call__(self, x_BTD: Array, memory: Memory, backend: Backend, differentiable: bool = True) -> Array:
         """Return the values to add to x; they are zero in rows whose memory is wholly masked.
@@ -69,7 +78,15 @@ class CrossAttention(nnx.Module):
         Where nothing asks for a gradient, TPUs need not hold keys and values of the whole memory.
         """
         q_BTNH = project("BTD,DNH->BTNH", self.norm(x_BTD), self.q)
+        if self.biased:
+            q_BTNH = added(q_BTNH, self.q_bias)
+        if self.normed:
+            q_BTNH = self.q_norm(q_BTNH)
         out_BTNH = self.read(q_BTNH, memory, backend, differentiable).astype(x_BTD.dtype)
+        if self.biased:  # the weights of a row's values sum to 1, or to 0 if it has no memory
+            bias_NH = jnp.repeat(self.v_bias[...], q_BTNH.shape[2] // self.v_bias.shape[0], axis=0)
+            seen_B = jnp.ones(1, bool) if memory.valid_BM is None else memory.valid_BM.any(axis=1)
+            out_BTNH += jnp.where(seen_B[:, None, None, None], bias_NH.astype(out_BTNH.dtype), 0)
         return project("BTNH,NHD->BTD", out_BTNH, self.o)
 
     def read(self, q_BTNH: Array, memory: Memory, backend: Backend, differentiable: bool) -> Array:

@@ -59,7 +59,19 @@ class RMSNorm(nnx.Module):
         return normed.astype(x.dtype) * self.scale[...].astype(x.dtype)
 
 
+def bias(shape: tuple[int, ...], *axes: str) -> nnx.Param:
+    """Return the zero biases of each layer's heads."""
+    return nnx.Param(jnp.zeros(shape, jnp.float32), axes=("layer", *axes, "head_dim"))
+
+
+def added(x: Array, of_heads: nnx.Param) -> Array:
+    """Return x with a bias of its last axes added."""
+    return x + of_heads[...].astype(x.dtype)
+
+
 class SelfAttention(nnx.Module):
+    """Attention to the tokens before, or all tokens: Llama's, with Qwen2's biases and Qwen3's norms of heads."""
+
     def __init__(self, config: TransformerConfig, *, key: Array):
         Z, D, N, K, H = config.num_layers, config.width, config.num_heads, config.num_kv_heads, config.head_dim
         q, k, v, o = jax.random.split(key, 4)
@@ -67,17 +79,27 @@ class SelfAttention(nnx.Module):
         self.k = normal(k, (Z, D, K, H), D**-0.5, ("layer", "embed", "kv_heads", "head_dim"))
         self.v = normal(v, (Z, D, K, H), D**-0.5, ("layer", "embed", "kv_heads", "head_dim"))
         self.o = normal(o, (Z, N, H, D), (2 * Z * N * H) ** -0.5, ("layer", "heads", "head_dim", "embed"))
+        self.biased, self.normed = config.qkv_bias, config.qk_norm
+        if self.biased:
+            self.q_bias = bias((Z, N, H), "heads")
+            self.k_bias, self.v_bias = bias((Z, K, H), "kv_heads"), bias((Z, K, H), "kv_heads")
+        if self.normed:
+            self.q_norm, self.k_norm = (RMSNorm((Z, H), config.norm_eps, ("layer", "head_dim")) for _ in range(2))
 
     def __call__(
         self, x_BTD: Array, table, mask: Mask, backend: Backend, attend_kept: AttendKept | None = None
     ) -> tuple[Array, tuple[Array, Array, Array]]:
-        """Return the attention's output, and this call's keys (as projected, and rotated by `table`) and values.
+        """Return the attention's output, and the call's keys (before `table` rotates them, and after) and values.
 
         `mask` is over the call's own T keys. `attend_kept` gives the attention to cached keys, which is merged in.
         """
         q_BTNH = project("BTD,DNH->BTNH", x_BTD, self.q)
         k_BTKH = project("BTD,DKH->BTKH", x_BTD, self.k)
         v_BTKH = project("BTD,DKH->BTKH", x_BTD, self.v)
+        if self.biased:
+            q_BTNH, k_BTKH, v_BTKH = added(q_BTNH, self.q_bias), added(k_BTKH, self.k_bias), added(v_BTKH, self.v_bias)
+        if self.normed:
+            q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
         rotated_BTNH, rotated_BTKH = rotate(q_BTNH, table), rotate(k_BTKH, table)
         if attend_kept is None:
             out_BTNH = attend(rotated_BTNH, rotated_BTKH, v_BTKH, mask, backend)

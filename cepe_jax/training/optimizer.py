@@ -72,7 +72,7 @@ def matrices(params):
 
     def dimensions(leaf: nnx.Variable) -> MuonDimensionNumbers | None:
         stack, *axes = leaf.get_metadata()["axes"]
-        if stack != "layer" or len(axes) < 2:
+        if stack != "layer" or len(axes) < 2 or "embed" not in axes:  # such as biases of heads
             return None
         first_output = 2 if axes[0] == "embed" else len(axes)
         return MuonDimensionNumbers(tuple(range(1, first_output)), tuple(range(first_output, len(axes) + 1)))

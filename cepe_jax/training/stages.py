@@ -88,6 +88,13 @@ def masked_config(config: Settings, vocab_size: int | None) -> EncoderConfig:
     return dataclasses.replace(encoder_config(config, vocab_size), mlm_head=True)
 
 
+def masked_like_decoder(config: Settings, vocab_size: int | None) -> EncoderConfig:
+    """Return the config of an encoder that has the biases and norms of the decoder from which it starts."""
+    decoder = decoder_config(config, vocab_size)
+    properties = {"qkv_bias": decoder.qkv_bias, "qk_norm": decoder.qk_norm}
+    return dataclasses.replace(masked_config(config, vocab_size), **properties)
+
+
 def spliced_config(config: Settings, vocab_size: int | None) -> CepeConfig:
     encoder = encoder_config(config, vocab_size)
     encoder = dataclasses.replace(encoder, mlm_head=False, chunk_positions=config.chunk_positions)
@@ -143,7 +150,7 @@ def spliced_model(config: Settings, sizes: CepeConfig, compute: Compute, master:
 
 DECODER = Start(("decoder",), decoder_config, decoder_model)
 ENCODER = Start(("encoder",), masked_config, encoder_model)
-ENCODER_AFTER_DECODER = Start(("decoder", "encoder"), masked_config, encoder_after_decoder)
+ENCODER_AFTER_DECODER = Start(("decoder", "encoder"), masked_like_decoder, encoder_after_decoder)
 CEPE = Start(("cepe",), lambda config, vocab_size: open_model(config.cepe).config, cepe_model)
 SPLICED = Start(
     ("decoder", "encoder"), spliced_config, spliced_model, ("cross_layers", "cross_init", "chunk_positions")

@@ -1,4 +1,4 @@
-"""GGUF files, llama.cpp's format, of its `llama` architecture: config, weights in float32, tokenizer.
+"""GGUF files, llama.cpp's format: config, weights in float32, tokenizer.
 
 The metadata become the Hugging Face config.json that says the same, and torch's keys get GGUF's names: the config is
 made, and each tensor put in our layout, by what reads Hugging Face's directories.
@@ -21,13 +21,15 @@ from cepe_jax.model.rope import inverse_frequencies
 from cepe_jax.parsing import shortened, typed
 from cepe_jax.weights.directory import check_names, copy_assets
 from cepe_jax.weights.files import DOWNLOAD
-from cepe_jax.weights.hf_config import ROPE_FIELDS, facts_of, read_llama
+from cepe_jax.weights.hf_config import LLAMA, OF_MODEL_TYPE, ROPE_FIELDS, facts_of, read_decoder
 from cepe_jax.weights.huggingface import table
 from cepe_jax.weights.torch_keys import Entry
 
 SUFFIX = ".gguf"  # of a file in this format: everything else that holds a model is a directory
 
-# Metadata after `llama.`: config.json's key. Where the optional ones are missing, llama.cpp and transformers agree.
+# The families as which the files of an architecture are read; `llama` is Mistral's too.
+ARCHITECTURES = {"llama": LLAMA, "qwen2": OF_MODEL_TYPE["qwen2"], "qwen3": OF_MODEL_TYPE["qwen3"]}
+# Metadata after the architecture's name: config.json's key.
 REQUIRED = {
     "block_count": "num_hidden_layers",
     "context_length": "max_position_embeddings",
@@ -79,19 +81,25 @@ BLOCK = {
     "mlp.gate_proj.weight": "ffn_gate.weight",
     "mlp.up_proj.weight": "ffn_up.weight",
     "mlp.down_proj.weight": "ffn_down.weight",
+    "self_attn.q_proj.bias": "attn_q.bias",
+    "self_attn.k_proj.bias": "attn_k.bias",
+    "self_attn.v_proj.bias": "attn_v.bias",
+    "self_attn.q_norm.weight": "attn_q_norm.weight",
+    "self_attn.k_norm.weight": "attn_k_norm.weight",
 }
-TURNED = "attn_q.weight", "attn_k.weight"  # what rotary positions turn: rows in llama.cpp's order
+TURNED = "attn_q.weight", "attn_k.weight"  # what rotary positions turn: in `llama` files rows in llama.cpp's order
 DIVISORS = "rope_freqs.weight"  # of the rotary frequencies, in files of Llama 3.1 and later
 AGAIN = "convert the model to GGUF again"
 LONGEST_ARRAY = 1 << 22  # values in the metadata: several times the merges of any tokenizer
 TokenType = Annotated[int, Meta(ge=0, le=tokenizer_gguf.BYTE)]
-# The metadata that are read; `_as_hf` refuses others of `llama.`.
+# The metadata that are read; `_as_hf` refuses others of the architecture.
+OF_MODEL = dict.fromkeys((*REQUIRED, *OPTIONAL, *WIDTHS, "rope.scaling.original_context_length"), int)
+OF_MODEL |= dict.fromkeys(("attention.layer_norm_rms_epsilon", "rope.freq_base", "rope.scaling.factor"), float)
+OF_MODEL |= {"rope.scaling.type": str}
 Metadata = TypedDict(
     "Metadata",
     {"general.architecture": str, "split.count": int}
-    | {f"llama.{key}": int for key in (*REQUIRED, *OPTIONAL, *WIDTHS)}
-    | {f"llama.{key}": float for key in ("attention.layer_norm_rms_epsilon", "rope.freq_base", "rope.scaling.factor")}
-    | {"llama.rope.scaling.type": str, "llama.rope.scaling.original_context_length": int}
+    | {f"{name}.{key}": kind for name in ARCHITECTURES for key, kind in OF_MODEL.items()}
     | {f"tokenizer.{key}": str for key in ("ggml.model", "ggml.pre", "chat_template")}
     | {f"tokenizer.ggml.{key}": list[str] for key in ("tokens", "merges")}
     | {"tokenizer.ggml.token_type": list[TokenType], "tokenizer.ggml.scores": list[float]}
@@ -118,18 +126,19 @@ class Gguf:
         self.path = path
         metadata, self.tensors = _contents(self.path)
         self.metadata = metadata | typed(metadata, Metadata, str(path), AGAIN)
-        architecture = self.metadata.get("general.architecture")
-        if architecture != "llama":
-            raise ValueError(f"{path}: architecture {shortened(architecture)}: only llama is read")
+        self.architecture = self.metadata.get("general.architecture")
+        if self.architecture not in ARCHITECTURES:
+            known = ", ".join(ARCHITECTURES)
+            raise ValueError(f"{path}: architecture {shortened(self.architecture)}: {known} are read")
         if self.metadata.get("split.count", 1) > 1:
             raise ValueError(f"{path} is one of {self.metadata['split.count']} parts: llama-gguf-split --merge them")
         hf = self._as_hf()
-        self.config = read_llama(hf, str(path))
+        self.config = read_decoder(ARCHITECTURES[self.architecture], hf, str(path))
         self.facts = facts_of(hf, str(path))
         width = self.config.head_dim
         for key in WIDTHS:
-            if (stored := self.metadata.get(f"llama.{key}", width)) != width:
-                raise ValueError(f"{path}: llama.{key} {stored} is not computed here: only a head's width, {width}, is")
+            if (stored := self.metadata.get(name := f"{self.architecture}.{key}", width)) != width:
+                raise ValueError(f"{path}: {name} {stored} is not computed here: only a head's width, {width}, is")
         if DIVISORS in self.tensors and (shape := self.tensors[DIVISORS].shape) != (width // 2,):
             raise ValueError(f"{path}: {DIVISORS} is {list(shape)}, by its metadata [{width // 2}]: {AGAIN}")
 
@@ -149,7 +158,7 @@ class Gguf:
         """The tensor in float32, or a slice of it; all of it is dequantised."""
         entry = self.entries[name]
         rows = self._dequantized(entry.key)
-        if entry.key.endswith(TURNED):
+        if entry.key.endswith(TURNED) and self.architecture == "llama":
             # llama.cpp turns the pairs (2i, 2i + 1), where we turn (i, i + H/2): in its files each head's rows are so.
             pairs = rows.reshape(-1, self.config.head_dim // 2, 2, rows.shape[1])
             rows = pairs.swapaxes(1, 2).reshape(rows.shape)
@@ -173,17 +182,21 @@ class Gguf:
 
     def _as_hf(self) -> dict:
         """The config.json that says the same; ValueError for what is missing, and what it has no words for."""
-        own, of_tokenizer = self._after("llama."), self._after("tokenizer.ggml.")
+        own, of_tokenizer = self._after(f"{self.architecture}."), self._after("tokenizer.ggml.")
         if missing := set(REQUIRED) - set(own):
-            raise ValueError(f"{self.path} lacks llama.{min(missing)}: {AGAIN}")
+            raise ValueError(f"{self.path} lacks {self.architecture}.{min(missing)}: {AGAIN}")
         for key, value in HARMLESS.items():
             if own.get(key, value) != value:
                 stored = shortened(own[key])
-                raise ValueError(f"{self.path}: llama.{key} {stored} is not computed here: only {value!r} is")
+                raise ValueError(
+                    f"{self.path}: {self.architecture}.{key} {stored} is not computed here: only {value!r} is"
+                )
         if unknown := set(own) - {*REQUIRED, *OPTIONAL, *ROPE, *WIDTHS, *HARMLESS, *NOTES}:
-            key = shortened(f"llama.{min(unknown)}", quoted=False)
+            key = shortened(f"{self.architecture}.{min(unknown)}", quoted=False)
             raise ValueError(f"{self.path}: {key} is unknown here, and may change the model")
         hf = {theirs: own[key] for key, theirs in (REQUIRED | OPTIONAL).items() if key in own}
+        hf.setdefault("num_key_value_heads", hf["num_attention_heads"])  # as llama.cpp does, whatever the family
+        hf.setdefault("head_dim", hf["hidden_size"] // max(hf["num_attention_heads"], 1))
         if "bos_token_id" in of_tokenizer:
             hf["bos_token_id"] = of_tokenizer["bos_token_id"]
         self._check_tokenizer(of_tokenizer)
@@ -200,7 +213,8 @@ class Gguf:
         if DIVISORS in self.tensors:
             rope = self._llama3(rope)
         tied = KEYS["lm_head.weight"] not in self.tensors
-        return hf | {"tie_word_embeddings": tied, "rope_parameters": rope}
+        family = ARCHITECTURES[self.architecture]
+        return hf | {"model_type": family.model_type, "tie_word_embeddings": tied, "rope_parameters": rope}
 
     def _check_tokenizer(self, tokenizer: dict) -> None:
         """Raise ValueError for an id without a token, and for a list that has no value for each token."""

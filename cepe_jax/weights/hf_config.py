@@ -1,10 +1,12 @@
 """Hugging Face's config.json <-> our config, for each of PyTorch's classes. What we do not compute is refused by name.
 
-Read: Llama (transformers 4 and 5), and the two classes of the CEPE reference. Keys that change nothing about the
-arithmetic (special ids, `max_position_embeddings`, ...) are kept as `facts` and written back on export.
+Read: Llama, Mistral, Qwen2 and Qwen3 (transformers 4 and 5), and the two classes of the CEPE reference. Keys that
+change nothing about the arithmetic (special ids, `max_position_embeddings`, ...) are kept as `facts` and written back
+on export.
 """
 
-from typing import Annotated
+from dataclasses import dataclass, field
+from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta
@@ -14,10 +16,10 @@ from cepe_jax.parsing import COPY, shortened, typed
 
 Count = Annotated[int, Meta(ge=1)]
 Id = Annotated[int, Meta(ge=0)]
+Positions = Annotated[int, Meta(ge=1, le=1 << 31)]
 
 # Keys, each with the values under which it changes nothing; another value is refused. A missing key is such a value.
 HARMLESS = {
-    "model_type": ("llama",),
     "hidden_act": ("silu",),
     "attention_bias": (False, None),
     "mlp_bias": (False, None),
@@ -63,6 +65,36 @@ SIZES = {
     "head_dim": "head_dim",
     "intermediate_size": "mlp_width",
 }
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of decoders in transformers: Llama's arithmetic, and which of the optional weights they have."""
+
+    model_type: str
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    defaults: dict[str, int] = field(default_factory=dict)  # transformers' own, beside those that all families share
+    written: dict[str, Any] = field(default_factory=dict)  # keys of config.json
+    slides: bool = False  # each token sees the last `sliding_window` ones: up to so many the arithmetic is Llama's
+
+    def has(self, config: DecoderConfig) -> bool:
+        """Return True if the config has the weights of this family."""
+        return (config.qkv_bias, config.qk_norm) == (self.qkv_bias, self.qk_norm)
+
+
+NO_BIAS = {"attention_bias": False}
+LLAMA = Family("llama", written=NO_BIAS | {"mlp_bias": False})
+# Of config.json's `architectures`.
+FAMILIES = {
+    "LlamaForCausalLM": LLAMA,
+    "MistralForCausalLM": Family("mistral", defaults={"num_key_value_heads": 8, "sliding_window": 4096}, slides=True),
+    "Qwen2ForCausalLM": Family("qwen2", qkv_bias=True, defaults={"num_key_value_heads": 32}),
+    "Qwen3ForCausalLM": Family(
+        "qwen3", qk_norm=True, defaults={"num_key_value_heads": 32, "head_dim": 128}, written=NO_BIAS
+    ),
+}
+OF_MODEL_TYPE = {family.model_type: family for family in FAMILIES.values()}
 # Facts of a model that never had a Hugging Face config: ids as in the Llama-2 tokenizer.
 DEFAULT_FACTS = {"bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.02, "max_position_embeddings": 4096}
 
@@ -70,7 +102,9 @@ DEFAULT_FACTS = {"bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.02
 class Facts(msgspec.Struct, kw_only=True):
     """The facts that are read here. A Struct leaves out the other keys of an object, which a dataclass would refuse."""
 
-    max_position_embeddings: Annotated[int, Meta(ge=1, le=1 << 31)] | None = None
+    max_position_embeddings: Positions | None = None
+    sliding_window: Positions | None = None
+    layer_types: list[str] | None = None
     eos_token_id: Id | list[Id] | None = None
     encoder_config: "Facts | None" = None
 
@@ -110,22 +144,39 @@ class _Cepe(_Transformer, kw_only=True):
     num_cross_attn_layers: Count
 
 
-def read_llama(hf: dict, where: str) -> DecoderConfig:
+def read_decoder(family: Family, hf: dict, where: str) -> DecoderConfig:
     """Return our config of a Hugging Face config.json; so do the other readers."""
-    _refuse(hf, HARMLESS | OF_PLAIN, where)
-    return typed(_decoder(hf, typed(hf, _Transformer, where), where), DecoderConfig, where)
+    model = typed(hf, _Transformer, where)
+    _refuse(hf, _harmless(family) | OF_PLAIN, where)
+    if not family.slides and (others := set(model.layer_types or ()) - {"full_attention"}):
+        raise ValueError(f"{where}: layer_types {shortened(min(others))} is not computed here: only full_attention is")
+    properties = {"qkv_bias": family.qkv_bias, "qk_norm": family.qk_norm}
+    return typed(_decoder(hf, model, where, family) | properties, DecoderConfig, where)
+
+
+def _harmless(family: Family) -> dict[str, tuple]:
+    """Return HARMLESS for a family. Qwen's files have the width of a sliding window that is not used."""
+    harmless = HARMLESS | {"model_type": (family.model_type,)}
+    return {key: values for key, values in harmless.items() if family is LLAMA or key != "sliding_window"}
+
+
+def window_of(facts: dict) -> int | None:
+    """Return how many tokens a decoder with these facts reads as it was trained to; None if nothing says it."""
+    family, positions = OF_MODEL_TYPE.get(facts.get("model_type"), LLAMA), facts.get("max_position_embeddings")
+    slides = facts.get("sliding_window", family.defaults["sliding_window"]) if family.slides else None
+    return min((count for count in (positions, slides) if count is not None), default=None)
 
 
 def read_mlm(hf: dict, where: str) -> EncoderConfig:
-    _refuse(hf, HARMLESS | OF_PLAIN | OF_ENCODER | {"tie_word_embeddings": (True, None)}, where)
+    _refuse(hf, _harmless(LLAMA) | OF_PLAIN | OF_ENCODER | {"tie_word_embeddings": (True, None)}, where)
     return typed(_fields(hf, typed(hf, _Transformer, where), where) | {"mlm_head": True}, EncoderConfig, where)
 
 
 def read_cepe(hf: dict, where: str) -> CepeConfig:
-    _refuse(hf, HARMLESS | OF_CEPE, where)
+    _refuse(hf, _harmless(LLAMA) | OF_CEPE, where)
     inside, model = f"{where}: encoder_config", typed(hf, _Cepe, where)
     encoder = hf["encoder_config"]
-    _refuse(encoder, HARMLESS | OF_PLAIN | OF_ENCODER, inside)
+    _refuse(encoder, _harmless(LLAMA) | OF_PLAIN | OF_ENCODER, inside)
     width = model.encoder_config.hidden_size
     if model.encoder_hidden_size not in (width, None):
         raise ValueError(
@@ -146,18 +197,18 @@ def _refuse(hf: dict, harmless: dict[str, tuple], where: str) -> None:
             raise ValueError(f"{where}: {key} {shortened(hf[key])} is not computed here: only {values[0]!r} is")
 
 
-def _decoder(hf: dict, model: _Transformer, where: str) -> dict:
-    return _fields(hf, model, where) | {"tied_head": bool(model.tie_word_embeddings)}
+def _decoder(hf: dict, model: _Transformer, where: str, family: Family = LLAMA) -> dict:
+    return _fields(hf, model, where, family) | {"tied_head": bool(model.tie_word_embeddings)}
 
 
-def _fields(hf: dict, model: _Transformer, where: str) -> dict:
+def _fields(hf: dict, model: _Transformer, where: str, family: Family = LLAMA) -> dict:
     """Return the fields of TransformerConfig; defaults for missing keys are transformers' own."""
     width, heads = model.hidden_size, model.num_attention_heads
-    if model.head_dim is None and width % heads:
+    if "head_dim" not in family.defaults and model.head_dim is None and width % heads:
         raise ValueError(
             f"{where}: hidden_size {width} is not a multiple of num_attention_heads {heads}: give head_dim"
         )
-    defaults = {"num_key_value_heads": heads, "head_dim": width // heads}
+    defaults = {"num_key_value_heads": heads, "head_dim": width // heads} | family.defaults
     fields = {ours: getattr(model, key) or defaults[key] for key, ours in SIZES.items()}
     fields["norm_eps"] = 1e-6 if model.rms_norm_eps is None else model.rms_norm_eps
     return fields | {"rope": _rope(hf, model, where)}
@@ -202,19 +253,21 @@ def _rope_of(hf: dict, rope: _Rope, model: _Transformer, theta: float, where: st
 def facts_of(hf: dict, where: str = "config.json") -> dict:
     """Return what a Hugging Face config.json has beyond our config: kept, and written back on export."""
     typed(hf, Facts, where)
-    ours = {*SIZES, "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters", "model_type", "hidden_act"}
+    ours = {*SIZES, "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters", "hidden_act"}
     ours |= {"attention_bias", "mlp_bias", "architectures", "torch_dtype", "dtype", "tie_word_embeddings"}
     ours |= {"encoder_hidden_size", "num_cross_attn_layers", *OF_CEPE}
     ours |= {"auto_map"}  # names code beside the weights, which is not exported with them
     facts = {key: value for key, value in hf.items() if key not in ours}
+    if facts.get("model_type") == LLAMA.model_type:
+        del facts["model_type"]  # a model without is a Llama
     if facts.get("encoder_config"):
         facts["encoder_config"] = facts_of(facts["encoder_config"], where)
     return facts
 
 
-def write_llama(config: DecoderConfig, facts: dict) -> dict:
+def write_decoder(family: Family, config: DecoderConfig, facts: dict) -> dict:
     """Return the config.json of a model with these facts, all but the dtype of its tensors; so do the other writers."""
-    return facts | {"tie_word_embeddings": config.tied_head} | _sizes(config)
+    return facts | {"tie_word_embeddings": config.tied_head} | _sizes(config, family)
 
 
 def write_mlm(config: EncoderConfig, facts: dict) -> dict:
@@ -223,6 +276,7 @@ def write_mlm(config: EncoderConfig, facts: dict) -> dict:
 
 
 def write_cepe(config: CepeConfig, facts: dict) -> dict:
+    window = window_of(facts)
     if config.cross_layers.kind != "last":
         raise ValueError(
             f"cross_layers {config.cross_layers.kind}: the reference reads the memory in the last layers alone, and "
@@ -230,7 +284,10 @@ def write_cepe(config: CepeConfig, facts: dict) -> dict:
         )
     if config.encoder.chunk_positions:
         raise ValueError("chunk_positions: the reference gives chunks none, and has no class for this model")
-    facts = dict(facts)
+    if not (LLAMA.has(config.decoder) and LLAMA.has(config.encoder)):
+        raise ValueError("biases or norms of heads: the reference's decoder is a Llama, and has no place for them")
+    facts = {key: value for key, value in facts.items() if key != "sliding_window"}
+    facts["max_position_embeddings"] = window
     # The encoder reads chunks: its own length is a fact nobody uses, and 512 is the released one's.
     inner = DEFAULT_FACTS | {"max_position_embeddings": 512} | facts.pop("encoder_config", {})
     own_inner = {"architectures": None, "is_decoder": False, "tie_word_embeddings": False}
@@ -248,20 +305,22 @@ def write_cepe(config: CepeConfig, facts: dict) -> dict:
     return {"train_batch_mode": "none", "train_encoder": True} | facts | own | _sizes(config.decoder)
 
 
-def _sizes(config: DecoderConfig | EncoderConfig) -> dict:
+def _sizes(config: DecoderConfig | EncoderConfig, family: Family = LLAMA) -> dict:
     rope = config.rope
     fields = {key: getattr(rope, ours) for key, ours in ROPE_FIELDS[rope.scaling].items()}
     if not fields.get("attention_factor", 1):
         del fields["attention_factor"]
     # The reference's transformers (4.34) knows linear alone, calls it `type`, and takes no third key.
     name = "type" if rope.scaling == "linear" else "rope_type"
-    return {
-        "model_type": "llama",
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "rms_norm_eps": config.norm_eps,
-        "rope_theta": rope.theta,
-        "rope_scaling": None if rope.scaling == "default" else {name: rope.scaling, **fields},
-        "rope_parameters": {"rope_theta": rope.theta, "rope_type": rope.scaling, **fields},
-    } | {key: getattr(config, ours) for key, ours in SIZES.items()}
+    return (
+        family.written
+        | {
+            "model_type": family.model_type,
+            "hidden_act": "silu",
+            "rms_norm_eps": config.norm_eps,
+            "rope_theta": rope.theta,
+            "rope_scaling": None if rope.scaling == "default" else {name: rope.scaling, **fields},
+            "rope_parameters": {"rope_theta": rope.theta, "rope_type": rope.scaling, **fields},
+        }
+        | {key: getattr(config, ours) for key, ours in SIZES.items()}
+    )

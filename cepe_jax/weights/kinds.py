@@ -6,6 +6,8 @@ checkpoints, sharding and conversion go by this table.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 from cepe_jax.config import CepeConfig, DecoderConfig, EncoderConfig
@@ -30,6 +32,7 @@ class Architecture:
     write: Callable[[Config, dict], dict]  # the config and the facts that it does not hold -> config.json's content
     rows: Callable[[Config], Iterable[torch_keys.Row]]
     aliases: Callable[[Config], dict[str, str]] = lambda config: {}  # a second key of a tensor -> its key
+    fits: Callable[[Config, dict], bool] = lambda config, facts: True  # whether it is a model's with these facts
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,18 @@ class Kind:
     model: type[Model]
     create: Callable[..., Model]  # of (config, compute, key=), with random weights
     part: str | None = None  # under which config.json holds the fields of a model of one part
-    architecture: Architecture | None = None  # None = PyTorch has no class for it
+    architectures: tuple[Architecture, ...] = ()  # those that it may be in PyTorch; none = PyTorch has no class for it
+
+
+def _family(name: str, family: hf_config.Family) -> Architecture:
+    return Architecture(
+        name,
+        partial(hf_config.read_decoder, family),
+        partial(hf_config.write_decoder, family),
+        torch_keys.decoder_rows,
+        lambda config: LM_HEAD if config.tied_head else {},
+        lambda config, facts: family.has(config) and facts.get("model_type", family.model_type) == family.model_type,
+    )
 
 
 KINDS = {
@@ -49,25 +63,21 @@ KINDS = {
         Llama,
         Llama,
         "decoder",
-        Architecture(
-            "LlamaForCausalLM",
-            hf_config.read_llama,
-            hf_config.write_llama,
-            torch_keys.decoder_rows,
-            lambda config: LM_HEAD if config.tied_head else {},
-        ),
+        tuple(_family(name, family) for name, family in hf_config.FAMILIES.items()),
     ),
     "encoder": Kind(
         EncoderConfig,
         Encoder,
         Encoder,
         "encoder",
-        Architecture(
-            "LlamaForMLM",
-            hf_config.read_mlm,
-            hf_config.write_mlm,
-            torch_keys.encoder_rows,
-            lambda config: LM_HEAD | {"lm_head.bias": "lm_bias"},
+        (
+            Architecture(
+                "LlamaForMLM",
+                hf_config.read_mlm,
+                hf_config.write_mlm,
+                torch_keys.encoder_rows,
+                lambda config: LM_HEAD | {"lm_head.bias": "lm_bias"},
+            ),
         ),
     ),
     "cepe": Kind(
@@ -75,12 +85,14 @@ KINDS = {
         Cepe,
         Cepe.create,
         None,
-        Architecture(
-            "LlamaForCausalContextLM",
-            hf_config.read_cepe,
-            hf_config.write_cepe,
-            torch_keys.cepe_rows,
-            lambda config: LM_HEAD if config.decoder.tied_head else {},
+        (
+            Architecture(
+                "LlamaForCausalContextLM",
+                hf_config.read_cepe,
+                hf_config.write_cepe,
+                torch_keys.cepe_rows,
+                lambda config: LM_HEAD if config.decoder.tied_head else {},
+            ),
         ),
     ),
 }
@@ -91,16 +103,17 @@ def kind_of(config: Config) -> Kind:
     return next(kind for kind in KINDS.values() if type(config) is kind.config)
 
 
-def architecture_of(config: Config) -> Architecture:
-    """Return PyTorch's class of the model; ValueError if there is none."""
-    if (architecture := kind_of(config).architecture) is None:
-        raise ValueError(f"PyTorch has no class for a model with a {type(config).__name__}: use it here")
-    return architecture
+def architecture_of(config: Config, facts: dict = MappingProxyType({})) -> Architecture:
+    """Return PyTorch's class of a model with these facts; ValueError if there is none."""
+    for architecture in kind_of(config).architectures:
+        if architecture.fits(config, facts):
+            return architecture
+    raise ValueError(f"PyTorch has no class for a model with this {type(config).__name__}: use it here")
 
 
 def from_hf(hf: dict, where: str = "config.json") -> Config:
     """Return our config of a Hugging Face config.json; ValueError names what we do not compute."""
-    known = {kind.architecture.name: kind.architecture for kind in KINDS.values() if kind.architecture}
+    known = {one.name: one for kind in KINDS.values() for one in kind.architectures}
     architectures = typed(hf.get("architectures") or ["none"], list[str], f"{where}: architectures")
     if len(architectures) != 1 or architectures[0] not in known:
         names = shortened(", ".join(architectures), quoted=False)
@@ -113,6 +126,6 @@ def to_hf_config(config: Config, facts: dict, dtype: str) -> dict:
 
     `dtype` is that of the stored tensors. ValueError if PyTorch has no class for the model.
     """
-    architecture = architecture_of(config)
+    architecture = architecture_of(config, facts)
     stored = {"torch_dtype": dtype, "dtype": dtype}  # of transformers 4 and 5
     return architecture.write(config, hf_config.DEFAULT_FACTS | facts) | {"architectures": [architecture.name]} | stored

@@ -15,6 +15,7 @@ from cepe_jax.weights.build import build, shapes, tensors_of
 from cepe_jax.weights.directory import CONFIG, FORMAT, Directory, copy_assets, note_of, write
 from cepe_jax.weights.files import existing
 from cepe_jax.weights.gguf import SUFFIX, Gguf
+from cepe_jax.weights.hf_config import window_of
 from cepe_jax.weights.huggingface import HuggingFace
 from cepe_jax.weights.kinds import Config
 
@@ -86,7 +87,7 @@ def save(model: Model, path: Path | str, assets: Path | str | None = None) -> No
 
 def check_positions(source: Source, length: int) -> None:
     """Raise ValueError if the model says that its decoder was trained for fewer positions."""
-    positions = source.facts.get("max_position_embeddings")
+    positions = window_of(source.facts)
     if positions is not None and length > positions:
         raise ValueError(
             f"{source.path} reads {positions} tokens, and context and window have {length}: lower one of them"

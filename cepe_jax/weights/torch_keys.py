@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cepe_jax.config import CepeConfig, DecoderConfig, EncoderConfig
+from cepe_jax.config import CepeConfig, DecoderConfig, EncoderConfig, TransformerConfig
 
 Row = tuple[str, str, str, str]  # our name, torch's key, our axes, torch's axes
 
@@ -23,6 +23,16 @@ BLOCK = {
     "mlp.gate": ("mlp.gate_proj.weight", "DF", "F D"),
     "mlp.up": ("mlp.up_proj.weight", "DF", "F D"),
     "mlp.down": ("mlp.down_proj.weight", "FD", "D F"),
+}
+# Those of some families alone.
+BIASES = {
+    "attention.q_bias": ("self_attn.q_proj.bias", "NH", "NH"),
+    "attention.k_bias": ("self_attn.k_proj.bias", "KH", "KH"),
+    "attention.v_bias": ("self_attn.v_proj.bias", "KH", "KH"),
+}
+NORMS = {
+    "attention.q_norm.scale": ("self_attn.q_norm.weight", "H", "H"),
+    "attention.k_norm.scale": ("self_attn.k_norm.weight", "H", "H"),
 }
 CROSS = {
     "norm.scale": ("layernorm.weight", *SAME),
@@ -57,7 +67,7 @@ class Entry:
 
 
 def decoder_rows(config: DecoderConfig) -> Iterator[Row]:
-    yield from _stack("decoder", "model", config.num_layers)
+    yield from _stack("decoder", "model", config)
     if not config.tied_head:
         yield "decoder.head", "lm_head.weight", "VD", "V D"
 
@@ -65,7 +75,7 @@ def decoder_rows(config: DecoderConfig) -> Iterator[Row]:
 def encoder_rows(config: EncoderConfig) -> Iterator[Row]:
     if not config.mlm_head:
         raise ValueError("PyTorch has no class for an encoder without its MLM head: export its Cepe")
-    yield from _stack("encoder", "model", config.num_layers)
+    yield from _stack("encoder", "model", config)
     for path, (key, ours, torchs) in MLM_HEAD.items():
         yield f"encoder.mlm_head.{path}", key, ours, torchs
 
@@ -75,13 +85,14 @@ def cepe_rows(config: CepeConfig) -> Iterator[Row]:
     for number, layer in enumerate(config.cross_layers.indices(config.decoder.num_layers)):
         for path, (key, ours, torchs) in CROSS.items():
             yield f"cross.{number}.{path}", f"model.layers.{layer}.cross_attn.{key}", ours, torchs
-    yield from _stack("encoder", "encoder", config.encoder.num_layers)
+    yield from _stack("encoder", "encoder", config.encoder)
 
 
-def _stack(part: str, prefix: str, num_layers: int) -> Iterator[Row]:
+def _stack(part: str, prefix: str, config: TransformerConfig) -> Iterator[Row]:
+    block = BLOCK | (BIASES if config.qkv_bias else {}) | (NORMS if config.qk_norm else {})
     yield f"{part}.embed", f"{prefix}.embed_tokens.weight", "VD", "V D"
-    for layer in range(num_layers):
-        for path, (key, ours, torchs) in BLOCK.items():
+    for layer in range(config.num_layers):
+        for path, (key, ours, torchs) in block.items():
             yield f"{part}.layers.{layer}.{path}", f"{prefix}.layers.{layer}.{key}", ours, torchs
     yield f"{part}.norm.scale", f"{prefix}.norm.weight", *SAME
 

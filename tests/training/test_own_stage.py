@@ -79,8 +79,8 @@ def rows(config: ScorerConfig):
 
 PYTORCH = Architecture(
     "LlamaForSequenceClassification",
-    lambda hf, where: ScorerConfig(hf_config.read_llama(hf, where)),
-    lambda config, facts: hf_config.write_llama(config.decoder, facts) | {"num_labels": 1},
+    lambda hf, where: ScorerConfig(hf_config.read_decoder(hf_config.LLAMA, hf, where)),
+    lambda config, facts: hf_config.write_decoder(hf_config.LLAMA, config.decoder, facts) | {"num_labels": 1},
     rows,
 )
 FROM_DECODER = Start(
@@ -103,7 +103,7 @@ STAGE = Stage(
 def trained(tmp_path, monkeypatch):
     """The directories of the decoder and of the trained model."""
     monkeypatch.setitem(STAGES, "scorer", STAGE)
-    monkeypatch.setitem(KINDS, "scorer", Kind(ScorerConfig, Scorer, Scorer.create, architecture=PYTORCH))
+    monkeypatch.setitem(KINDS, "scorer", Kind(ScorerConfig, Scorer, Scorer.create, architectures=(PYTORCH,)))
     data = make_data(tmp_path / "data", 400)
     sizes = {"vocab_size": 400, "tied_head": True}  # PyTorch's class has no head for tokens
     save(make_decoder(DecoderConfig(**vars(DECODER) | sizes)), tmp_path / "decoder", assets=data / "filtered")

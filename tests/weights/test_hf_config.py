@@ -106,7 +106,7 @@ def test_rope_of_both_versions(keys, rope):
 YARN = {"rope_type": "yarn", "factor": 8.0}
 REFUSED = [
     ({"model_type": "mistral"}, "model_type 'mistral'"),
-    ({"architectures": ["MistralForCausalLM"]}, "architecture MistralForCausalLM"),
+    ({"architectures": ["MixtralForCausalLM"]}, "architecture MixtralForCausalLM"),
     ({"architectures": None}, "architecture none"),
     ({"attention_bias": True}, "attention_bias True"),
     ({"mlp_bias": True}, "mlp_bias True"),
