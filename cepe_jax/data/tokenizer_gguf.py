@@ -17,8 +17,9 @@ LLAMA3 = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 # Where a byte-level BPE cuts a text, by llama.cpp's name for it: around each digit and then as GPT-2 does (None), or by
-# a pattern. With Llama 3's pattern, a part that is a token is that token, whether merges lead to it or not.
-CUTS = {"smollm": None, "llama-bpe": LLAMA3}
+# a pattern. With Llama 3's pattern, a part that is a token is that token, whether merges lead to it or not. Characters
+# of Qwen's texts are composed first (NFC).
+CUTS = {"smollm": None, "llama-bpe": LLAMA3, "qwen2": LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")}
 
 
 def is_known(kind: str | None, cuts: str | None) -> bool:
@@ -39,12 +40,13 @@ def write(found: dict[str, Any], template: str | None, to: Path, where: str) -> 
         settings["add_bos_token"] = found.get("add_bos_token", True)
     else:
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # which takes tokenizer.json as it is
-    (to / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
     try:
         if found["model"] == "llama":
-            (to / "tokenizer.model").write_bytes(_sentencepiece(found))
+            name, content = "tokenizer.model", _sentencepiece(found)
         else:
-            _byte_level(found).save(str(to / "tokenizer.json"))
+            name, content = "tokenizer.json", _byte_level(found).to_str(pretty=True).encode()
+        (to / name).write_bytes(content)
+        (to / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
         Tokenizer(to)
     except Exception as error:  # the library raises bare Exception
         reason = str(error).replace(f"{to}/", "")
@@ -52,13 +54,15 @@ def write(found: dict[str, Any], template: str | None, to: Path, where: str) -> 
 
 
 def _byte_level(found: dict[str, Any]):
-    from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors
+    from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
     from tokenizers import Tokenizer as Library
 
     pattern = CUTS[found["pre"]]
     merges = [tuple(merge.split(" ")) for merge in found["merges"]]
     ids = {token: i for i, token in enumerate(found["tokens"])}
-    tokenizer = Library(models.BPE(ids, merges, ignore_merges=pattern is not None))
+    tokenizer = Library(models.BPE(ids, merges, ignore_merges=pattern == LLAMA3))
+    if found["pre"] == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()
     if pattern is None:
         first = pre_tokenizers.Digits(individual_digits=True)
     else:

@@ -67,7 +67,7 @@ class JsonTokenizer:
         falls_back = self.tokenizer.decoder is not None and self.tokenizer.decoder.decode([BYTE.format(65)]) == "A"
         pieces = {self.tokenizer.token_to_id(BYTE.format(byte)): byte for byte in range(256 if falls_back else 0)}
         self._bytes = {i: byte for i, byte in pieces.items() if i is not None}  # ids of pieces that are a byte
-        usual = {"bos_token": ("<s>", "<|begin_of_text|>"), "eos_token": ("</s>", "<|end_of_text|>")}
+        usual = {"bos_token": ("<s>", "<|begin_of_text|>", "<|endoftext|>"), "eos_token": ("</s>", "<|end_of_text|>")}
         ends = ends_of(path, usual, self.tokenizer.token_to_id)
         (_, self.bos_id), (_, self.eos_id) = ends
         whole = self.tokenizer.encode("a", add_special_tokens=True)  # as the file's own post-processor says

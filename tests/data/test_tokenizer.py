@@ -433,6 +433,18 @@ def test_missing_files(tmp_path):
         Tokenizer(tmp_path)
 
 
+def test_a_tokenizer_without_a_begin(tmp_path):
+    """Qwen's `bos_token` is null: nothing stands before a text, and where a token must, it is <|endoftext|>."""
+    path = save_json(tmp_path / "tokenizer.json", ["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"post_processor": None}))
+    settings = {"bos_token": None, "eos_token": "<|im_end|>", "add_bos_token": False}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = Tokenizer(tmp_path)
+    named = [tokenizer.special[name] for name in ("<|endoftext|>", "<|im_end|>")]
+    assert [tokenizer.bos_id, tokenizer.eos_id] == named
+    assert tokenizer.begin == []
+
+
 @pytest.mark.parametrize(("special", "said"), [(["<pad>"], "no bos_token"), (["<s>"], "no eos_token")])
 def test_a_tokenizer_without_begin_or_end(tmp_path, special, said):
     with pytest.raises(ValueError, match=said):

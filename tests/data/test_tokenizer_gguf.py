@@ -99,6 +99,20 @@ def test_llama_3(tmp_path):
     assert Tokenizer(tmp_path).encode("a zebra") == [metadata["tokens"].index("a"), 360]
 
 
+def test_qwen(tmp_path):
+    """As transformers' own class cuts: digits one by one, characters composed first, and nothing before a text."""
+    transformers = pytest.importorskip("transformers")
+    byte_level(None, tmp_path / "original.json")
+    metadata = metadata_of(tmp_path / "original.json") | {"pre": "qwen2"}
+    write(metadata, None, tmp_path, "x.gguf")
+    model = json.loads((tmp_path / "original.json").read_text())["model"]
+    theirs = transformers.Qwen2Tokenizer(vocab=model["vocab"], merges=[tuple(merge) for merge in model["merges"]])
+    ours = Tokenizer(tmp_path)
+    assert ours.begin == []
+    for text in [*PROBES[:5], "nai\u0308ve cafe\u0301", "WE'LLpay  12345.67\n\n\tnow!!\n x", "a zebra"]:
+        assert ours.encode(text) == theirs(text)["input_ids"], text
+
+
 @pytest.mark.parametrize("prefix", [True, False])
 def test_sentencepiece(prefix, tmp_path):
     """The pieces, scores and kinds are the model: with a space before each text, as Llama 2 has it, or without."""

@@ -27,7 +27,14 @@ KEY = jax.random.key(0)
 
 @pytest.mark.parametrize(
     ("name", "wanted"),
-    [("llama2_7b", 6_738_415_616), ("llama3_8b", 8_030_261_248), ("smollm2_135m", 134_515_008)],
+    [
+        ("llama2_7b", 6_738_415_616),
+        ("llama3_8b", 8_030_261_248),
+        ("mistral_7b", 7_248_023_552),
+        ("qwen2_5_7b", 7_615_616_512),
+        ("qwen3_8b", 8_190_735_360),
+        ("smollm2_135m", 134_515_008),
+    ],
 )
 def test_decoder_counts(name, wanted):
     named = shapes(lambda: Llama(DECODERS[name], key=KEY))
