@@ -1,9 +1,10 @@
 """The place of arrays on a mesh: one table from logical axes to mesh axes. Nothing else knows the mesh's names."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -109,6 +110,21 @@ def on_shards(function, in_axes: tuple[tuple[str | None, ...], ...], out_axes: t
         return jax.shard_map(function, in_specs=tuple(in_specs), out_specs=out_specs, check_vma=False)(*inputs)
 
     return call
+
+
+def of_two_rows(function: Callable[[jax.Array], jax.Array], x: jax.Array, axis: int) -> jax.Array:
+    """Return `function(x)`: on GPUs, for one row along `axis`, the first row of what it makes of that row twice.
+
+    XLA makes sums over the other operand of a product with a single row and, for their sake, turns the whole stack of
+    weights or the whole cache around, once for each token.
+    """
+    if x.shape[axis] != 1:
+        return function(x)
+
+    def of_both(x: jax.Array) -> jax.Array:
+        return jax.lax.slice_in_dim(function(jnp.concatenate([x, x], axis)), 0, 1, axis=axis)
+
+    return jax.lax.platform_dependent(x, cuda=of_both, default=function)
 
 
 def is_variable(x) -> bool:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
 from cepe_jax.config import Backend, Compute
-from cepe_jax.sharding import on_shards
+from cepe_jax.sharding import of_two_rows, on_shards
 
 _NEVER = jnp.finfo(jnp.float32).min
 
@@ -118,7 +118,8 @@ def _scores(q_BKGTH: jax.Array, k_BKSH: jax.Array, mask: Mask, scale: float) -> 
 
 
 def _product(equation: str, left: jax.Array, right: jax.Array) -> jax.Array:
-    return jnp.einsum(equation, left, right, preferred_element_type=jnp.promote_types(left.dtype, jnp.float32))
+    exact = {"preferred_element_type": jnp.promote_types(left.dtype, jnp.float32)}
+    return of_two_rows(lambda left: jnp.einsum(equation, left, right, **exact), left, axis=2)
 
 
 def _seen_alone(mask: Mask, peak: jax.Array, *parts: jax.Array) -> list[jax.Array]:

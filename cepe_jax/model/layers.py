@@ -11,7 +11,7 @@ from flax import nnx
 from cepe_jax.config import Backend, Compute, TransformerConfig
 from cepe_jax.model.attention import Mask, Partial, attend, attend_partial, merge
 from cepe_jax.model.rope import rotate
-from cepe_jax.sharding import constrain
+from cepe_jax.sharding import constrain, of_two_rows, split_axes
 
 Array = jax.Array
 AttendKept = Callable[
@@ -35,13 +35,19 @@ def project(equation: str, x: Array, weight: nnx.Param) -> Array:
     """
     summed = len(set(equation.split(",")[0]) & set(equation.split(",")[1].split("->")[0]))
     matrix = weight[...].astype(x.dtype).reshape(math.prod(weight.shape[:summed]), -1)
-    out = x.reshape(-1, matrix.shape[0]) @ matrix
+    rows = x.reshape(-1, matrix.shape[0])
+    out = of_two_rows(lambda rows: rows @ matrix, rows, 0) if split_axes("heads") else rows @ matrix
     return out.reshape(*x.shape[: x.ndim - summed], *weight.shape[summed:])
 
 
 def embed(table: nnx.Param, tokens: Array, dtype) -> Array:
     """Rows of the (V, D) table; NaN, and so a loud loss, for an id outside it."""
-    rows = table[...].at[tokens].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+
+    def look_up(tokens: Array) -> Array:
+        return table[...].at[tokens].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+
+    # Of one row XLA would gather the whole table, where devices share it.
+    rows = of_two_rows(look_up, tokens, 0) if split_axes("vocab") else look_up(tokens)
     # Placed as the table is before it is placed as the batch is: both at once, and XLA gathers all of it.
     return constrain(rows, "looked_up", *[None] * (tokens.ndim - 1), "embed").astype(dtype)
 
