@@ -63,7 +63,7 @@ def collectives(program: str) -> dict[str, dict[str, int]]:
     for (kind, _), places in found.items():
         number, size = min(places)
         total[kind] += Counter(number=number, bytes=number * size)
-    return {kind: dict(numbers) for kind, numbers in sorted(total.items())}
+    return {kind: dict(numbers) for kind, numbers in sorted(total.items()) if numbers}
 
 
 def cudnn_workspaces(program: str) -> list[int]:

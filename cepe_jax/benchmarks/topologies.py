@@ -69,7 +69,7 @@ class Topology:
 def topology_of(text: str) -> Topology:
     """Return the devices of a topology such as v5e:4x4 or h100:1x8; ValueError if its compiler knows none."""
     name, _, shape = text.partition(":")
-    if name not in CHIPS or not re.fullmatch(r"\d+(x\d+)+", shape):
+    if name not in CHIPS or not re.fullmatch(r"[1-9]\d*x[1-9]\d*" if name in GPUS else r"\d+(x\d+)+", shape):
         raise ValueError(f"topology {text!r}: give a chip and a shape, {EXAMPLES}")
     try:
         return (_gpus if name in GPUS else _tpus)(name, shape)
