@@ -98,7 +98,7 @@ def compile_step(config: CompileConfig, make: Make) -> dict:
     result = {
         "topology": config.topology,
         "chips": len(devices),
-        "step": config.stage if config.step == "train" else config.step,
+        "step": config.stage if config.step == "train" else f"{config.stage}_{config.step}",
         "batch": config.batch_size,
         "mesh": shares,
         "config": as_json(config),

@@ -51,7 +51,7 @@ def test_a_step_is_compiled_and_reported(tmp_path, step):
     assert done.returncode == 0, done.stderr[-2000:]
     (path,) = tmp_path.iterdir()
     result = json.loads(path.read_text())
-    assert path.name == {"train": "cepe_v5e_2x2_1x4x1x1_8.json", "decode": "decode_v5e_2x2_1x4x1x1_4.json"}[step]
+    assert path.name == {"train": "cepe_v5e_2x2_1x4x1x1_8.json", "decode": "cepe_decode_v5e_2x2_1x4x1x1_4.json"}[step]
     assert result["config"]["examples"]["window"] == SETTINGS["window"]
     assert result["mesh"] == {"data": 1, "fsdp": 4, "tensor": 1, "context": 1}
     assert (result["chips"], result["fits"]) == (4, True)
