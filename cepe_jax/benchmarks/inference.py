@@ -33,7 +33,6 @@ from cepe_jax.inference.generate import Draws, Sampling, bucket, next_token, pow
 from cepe_jax.model.attention import Mask, attend_to_cache, merge
 from cepe_jax.model.cepe import Cepe
 from cepe_jax.model.cross import CrossAttention, Memory
-from cepe_jax.model.layers import project
 from cepe_jax.progress import track
 from cepe_jax.weights.build import abstract_parts
 
@@ -70,24 +69,23 @@ class Recomputed(CrossAttention):
     """Keys and values of the memory made anew in every call, however few the queries."""
 
     def __init__(self, cross: CrossAttention):
-        self.norm, self.q, self.k, self.v, self.o = cross.norm, cross.q, cross.k, cross.v, cross.o
-        self.layers = cross.layers
+        for name, value in vars(cross).items():
+            if not name.startswith("_"):
+                setattr(self, name, value)
 
     def read(self, *given) -> Array:
         return self.materialised(*given)
 
 
-class Stored(nnx.Module):
+class Stored(Recomputed):
     """Cross-attention whose keys and values of one memory are at hand for every layer."""
 
     def __init__(self, cross: CrossAttention, k_ZBKMH: Array, v_ZBKMH: Array):
-        self.norm, self.q, self.o, self.layers = cross.norm, cross.q, cross.o, cross.layers
+        super().__init__(cross)
         self.k, self.v = nnx.Param(k_ZBKMH), nnx.Param(v_ZBKMH)
 
-    def __call__(self, x_BTD: Array, memory: Memory, backend: str, differentiable: bool) -> Array:
-        q_BTNH = project("BTD,DNH->BTNH", self.norm(x_BTD), self.q)
-        out_BTNH = merge(attend_to_cache(q_BTNH, self.k[...], self.v[...], Mask(valid_BS=memory.valid_BM)))
-        return project("BTNH,NHD->BTD", out_BTNH.astype(x_BTD.dtype), self.o)
+    def read(self, q_BTNH: Array, memory: Memory, *_) -> Array:
+        return merge(attend_to_cache(q_BTNH, self.k[...], self.v[...], Mask(valid_BS=memory.valid_BM)))
 
 
 Result = TypeVar("Result")

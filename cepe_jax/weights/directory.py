@@ -17,7 +17,7 @@ import numpy as np
 
 from cepe_jax.data.tokenizer_files import BESIDE, NAMES
 from cepe_jax.directories import new_directory, write_json, write_text
-from cepe_jax.parsing import read_json, shortened, typed
+from cepe_jax.parsing import check_is_file, read_json, shortened, typed
 from cepe_jax.progress import track
 from cepe_jax.weights.build import shapes
 from cepe_jax.weights.files import Description, WeightFiles, check_finite, describe, digest, existing, write_shards
@@ -159,8 +159,9 @@ def _totals(tensors: dict[str, Description]) -> tuple[str | None, str]:
 def copy_assets(source: Path | str | None, to: Path) -> None:
     """The tokenizer, chat template and generation files of `source`, those that exist, are in `to`."""
     for name in ASSETS if source is not None else ():
-        if (Path(source) / name).is_file():
-            shutil.copyfile(Path(source) / name, to / name)
+        if (path := Path(source) / name).exists():
+            check_is_file(path)
+            shutil.copyfile(path, to / name)
 
 
 def _config_to(config: Config) -> dict:
