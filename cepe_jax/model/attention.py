@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
 from cepe_jax.config import Backend, Compute
-from cepe_jax.sharding import of_two_rows, on_shards
+from cepe_jax.sharding import of_two_rows, on_shards, split_axes
 
 _NEVER = jnp.finfo(jnp.float32).min
 
@@ -118,8 +118,11 @@ def _scores(q_BKGTH: jax.Array, k_BKSH: jax.Array, mask: Mask, scale: float) -> 
 
 
 def _product(equation: str, left: jax.Array, right: jax.Array) -> jax.Array:
-    exact = {"preferred_element_type": jnp.promote_types(left.dtype, jnp.float32)}
-    return of_two_rows(lambda left: jnp.einsum(equation, left, right, **exact), left, axis=2)
+    product = functools.partial(jnp.einsum, equation, preferred_element_type=jnp.promote_types(left.dtype, jnp.float32))
+    # One device turns the keys of several texts around for a query of each, several devices all that they share.
+    if split_axes("heads") or (left.shape[0] > 1 and equation.endswith("S")):
+        return of_two_rows(lambda left: product(left, right), left, axis=2)
+    return product(left, right)
 
 
 def _seen_alone(mask: Mask, peak: jax.Array, *parts: jax.Array) -> list[jax.Array]:

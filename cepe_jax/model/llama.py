@@ -15,7 +15,7 @@ from cepe_jax.model.cross import CrossAttention, Memory
 from cepe_jax.model.layers import Block, RMSNorm, at, cut, embed, joined, normal
 from cepe_jax.model.parts import Parts
 from cepe_jax.model.rope import rope_table
-from cepe_jax.sharding import constrain
+from cepe_jax.sharding import constrain, of_two_rows
 
 Array = jax.Array
 
@@ -63,7 +63,10 @@ class Llama(nnx.Module):
 
         def logits(hidden_BTD: Array) -> Array:
             cast_VD = weight_VD.astype(hidden_BTD.dtype)
-            return jnp.einsum("BTD,VD->BTV", hidden_BTD, cast_VD, preferred_element_type=jnp.float32)
+            product = partial(jnp.einsum, "BTD,VD->BTV", preferred_element_type=jnp.float32)
+            if hidden_BTD.shape[0] > 1:
+                return product(hidden_BTD, cast_VD)
+            return of_two_rows(lambda hidden_BTD: product(hidden_BTD, cast_VD), hidden_BTD, axis=1)
 
         return logits
 
