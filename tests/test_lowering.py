@@ -15,7 +15,7 @@ from cepe_jax.benchmarks.compiled import train_step
 from cepe_jax.benchmarks.steps import STEPS
 from cepe_jax.config import DECODERS, ENCODERS
 from cepe_jax.data.examples import ExampleConfig
-from cepe_jax.sharding import make_mesh
+from cepe_jax.sharding import make_mesh, of_two_rows
 from cepe_jax.training.objectives import DistillConfig
 from cepe_jax.training.settings import TrainConfig, compute_of, sizes_of
 
@@ -82,3 +82,21 @@ def test_odd_lengths_lower_for_gpus(step):
 @pytest.mark.parametrize(("step", "examples", "kv_heads"), [*((step, EVEN, 6) for step in SPLASH), ("cepe", ODD, 2)])
 def test_steps_lower_for_tpus(step, examples, kv_heads):
     assert lower(step, "tpu", examples, kv_heads).count("tpu_custom_call") == SPLASH[step]
+
+
+def test_a_product_of_one_row_is_one_of_two_on_gpus(monkeypatch):
+    """Nothing else does more than it has to, and the row is the same."""
+    x_1D, weight_DF = (jax.random.normal(jax.random.key(seed), shape) for seed, shape in enumerate([(1, 8), (8, 5)]))
+
+    def product(x_1D):
+        return of_two_rows(lambda rows: rows @ weight_DF, x_1D, axis=0)
+
+    shapes = {
+        platform: "2x8xf32" in jax.jit(product).trace(x_1D).lower(lowering_platforms=(platform,)).as_text()
+        for platform in ("cuda", "tpu", "cpu")
+    }
+    assert shapes == {"cuda": True, "tpu": False, "cpu": False}
+    plain = product(x_1D)
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda x, cuda, default: cuda(x))
+    assert product(x_1D).shape == plain.shape
+    assert abs(product(x_1D) - plain).max() < 1e-6

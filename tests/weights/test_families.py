@@ -17,6 +17,8 @@ from cepe_jax.model.cepe import Cepe, cross_from_self_attention, encoder_from_de
 from cepe_jax.model.cross import CrossAttention, Memory
 from cepe_jax.model.encoder import Encoder
 from cepe_jax.model.llama import Llama
+from cepe_jax.sharding import abstract_mesh, shardings_of
+from cepe_jax.training.optimizer import matrices
 from cepe_jax.weights.build import abstract_parts
 from cepe_jax.weights.convert import to_hf, to_jax
 from cepe_jax.weights.hf_config import FAMILIES, facts_of, window_of
@@ -235,6 +237,20 @@ def test_cross_attention_has_the_leaves_that_can_matter():
     }
     assert {name.removesuffix(".value") for name in names["qwen2"] - names["llama"]} == {"q_bias", "v_bias"}
     assert {name.removesuffix(".value") for name in names["qwen3"] - names["llama"]} == {"q_norm.scale"}
+
+
+def test_the_optional_leaves_are_cut_with_their_heads_and_are_no_matrices():
+    """Muon orthogonalises matrices: biases of heads look like some, and are none."""
+    parts = abstract_parts(splice("qwen2").config)
+    mesh = abstract_mesh(tensor=2)
+    for name, axis in (("q_bias", "heads"), ("k_bias", "kv_heads"), ("v_bias", "kv_heads")):
+        leaf = getattr(parts["decoder"].layers.attention, name)
+        assert leaf.get_metadata()["axes"] == ("layer", axis, "head_dim")
+        cut = getattr(shardings_of(parts["decoder"], mesh).layers.attention, name)
+        assert jax.tree.leaves(cut)[0].spec == jax.sharding.PartitionSpec(None, "tensor", None)
+    of_muon = matrices(parts["cross"])
+    assert [of_muon.q_bias, of_muon.v_bias] == [None, None]
+    assert of_muon.q is not None
 
 
 # config.json
