@@ -239,7 +239,9 @@ def test_directories_that_cannot_be_read_so(home, weights, tmp_path):
     (tmp_path / "plain" / "model-00001-of-00001.safetensors").unlink()
     with pytest.raises(ValueError, match="plain .*--model.reads=decoder"):
         check_model(ModelConfig(tmp_path / "plain"))
+    mistral = {"max_position_embeddings": 64, "model_type": "mistral", "sliding_window": 40}
     for said, changes in [
+        ("plain sees 40 of its 64 positions at once", {"huggingface": mistral}),
         ("max_position_embeddings, .*rope yarn", {"huggingface": {}}),
         ("rope scaling linear", {"scaling": "linear", "factor": 2.0}),
     ]:

@@ -68,6 +68,8 @@ def check_model(config: ModelConfig) -> ModelFacts:
             raise ValueError(
                 f"{config.path}/config.json lacks max_position_embeddings, which rope {config.rope} scales"
             )
+        if (trained := facts.source.facts.get("max_position_embeddings")) not in (None, positions):
+            raise ValueError(f"{config.path} sees {positions} of its {trained} positions at once: leave rope out")
         rope = RopeConfig(rope.theta, config.rope, config.factor, positions if config.rope == "yarn" else 0)
         positions = int(positions * config.factor)
     if positions is not None and (config.window or 0) > positions:
