@@ -10,7 +10,7 @@ import pytest
 from support.models import DECODER, ENCODER, filled, relative_error
 from support.refusals import one_line
 
-from cepe_jax.config import CepeConfig, Compute, CrossLayers, RematConfig
+from cepe_jax.config import CepeConfig, CrossLayers
 from cepe_jax.inference.caches import CacheConfig
 from cepe_jax.inference.generate import generate
 from cepe_jax.model.cepe import Cepe, cross_from_self_attention, encoder_from_decoder
@@ -122,7 +122,7 @@ def test_absorbed_is_materialised(family):
         read = {"absorbed": cross.absorbed, "materialised": lambda q, m: cross.materialised(q, m, "xla", True)}[form]
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(CrossAttention, "read", lambda self, q, m, backend, differentiable, read=read: read(q, m))
-            forms[form] = np.asarray(cross(x_BTD, memory, "xla"))
+            forms[form] = np.asarray(jax.jit(CrossAttention.__call__, static_argnums=3)(cross, x_BTD, memory, "xla"))
     assert relative_error(forms["absorbed"], forms["materialised"]) <= 1e-5
     assert (forms["absorbed"][1] == 0).all()
     assert np.abs(forms["absorbed"][0]).max() > 0.1
@@ -173,10 +173,9 @@ def test_a_cached_decoder_is_the_whole_one(family):
     limits = {"max_new_tokens": 8}
     found = generate(model, tokens.tolist(), memory, **limits)
     assert found == generate(model, tokens.tolist(), memory, policy=CacheConfig("rolling", 64), **limits)
-    text = tokens
-    for token in found[0]:
-        assert np.asarray(model(jnp.asarray(text), jnp.asarray(context)))[0, -1].argmax() == token
-        text = np.append(text, [[token]], axis=1)
+    text = np.append(tokens, found, axis=1)
+    logits = jax.jit(Cepe.__call__)(model, text, context)
+    assert np.asarray(logits)[0, 29:-1].argmax(-1).tolist() == found[0]
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
@@ -211,20 +210,15 @@ def test_an_encoder_starts_from_the_first_layers(family):
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
 def test_gradients_reach_the_optional_leaves(family):
-    """With recomputing as without: each leaf of the cross-attention has a gradient of its own."""
+    """Each leaf of the cross-attention has a gradient of its own."""
     model = splice(family, "normal")
     tokens, context = np.arange(3, 15)[None], np.arange(3, 19).reshape(1, 2, 8)
 
-    def loss(cross, compute):
-        decoder = Llama(model.decoder.config, compute, key=jax.random.key(0))
-        decoder = jax.tree.unflatten(jax.tree.structure(decoder), jax.tree.leaves(model.decoder))
-        return jnp.square(Cepe(decoder, model.encoder, cross)(tokens, context)).mean()
+    def loss(cross):
+        return jnp.square(Cepe(model.decoder, model.encoder, cross)(tokens, context)).mean()
 
-    plain, again = (jax.grad(loss)(model.cross, Compute(remat=RematConfig(kind))) for kind in ("none", "full"))
-    for path, leaf in jax.tree_util.tree_leaves_with_path(plain):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(jax.jit(jax.grad(loss))(model.cross)):
         assert np.abs(leaf).max() > 0, jax.tree_util.keystr(path)
-    for one, other in zip(jax.tree.leaves(plain), jax.tree.leaves(again), strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-7)
 
 
 def test_cross_attention_has_the_leaves_that_can_matter():
