@@ -240,6 +240,10 @@ def spoil_ours(place: Path, rng: Rng) -> list[str]:
 
 
 def spoil_our_config(place: Path, rng: Rng) -> list[str]:
+    """Change config.json, which hash.json no longer describes, as of a file that was changed on purpose."""
+    hashes = json.loads((place / "hash.json").read_text())
+    del hashes["files"]["config.json"]
+    (place / "hash.json").write_text(json.dumps(hashes))
     return spoil_json(place / "config.json", rng)
 
 
