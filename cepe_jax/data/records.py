@@ -14,7 +14,7 @@ import numpy as np
 from msgspec import Meta
 
 from cepe_jax.data.tokenizer import Tokenizer
-from cepe_jax.parsing import read_json, shortened, typed
+from cepe_jax.parsing import read_json, typed
 
 Record = dict[str, np.ndarray | str]
 DATASET = "dataset.json"  # our facts of a dataset
@@ -175,7 +175,7 @@ class Records:
         self.path, self.split, self.index = Path(path), split, read_index(Path(path))
         self.name = self.index["name"]
         if split not in self.index["splits"]:
-            raise ValueError(f"{path}: has no split {shortened(split)}: it has {', '.join(self.index['splits'])}")
+            raise ValueError(f"{path}: has no split {split}: it has {', '.join(self.index['splits'])}")
         self.facts = self.index["splits"][split]
         if not self.facts["records"]:
             raise ValueError(f"{path}: its {split} split is empty")
