@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
-from cepe_jax.config import CepeConfig, DecoderConfig, EncoderConfig, RopeConfig
+from cepe_jax.config import CepeConfig, DecoderConfig, EncoderConfig, RopeConfig, TransformerConfig
 from cepe_jax.parsing import COPY, shortened, typed
 
 Count = Annotated[int, Meta(ge=1)]
@@ -78,7 +78,7 @@ class Family:
     written: dict[str, Any] = field(default_factory=dict)  # keys of config.json
     slides: bool = False  # each token sees the last `sliding_window` ones: up to so many the arithmetic is Llama's
 
-    def has(self, config: DecoderConfig) -> bool:
+    def has(self, config: TransformerConfig) -> bool:
         """Return True if the config has the weights of this family."""
         return (config.qkv_bias, config.qk_norm) == (self.qkv_bias, self.qk_norm)
 
@@ -271,6 +271,7 @@ def write_decoder(family: Family, config: DecoderConfig, facts: dict) -> dict:
 
 
 def write_mlm(config: EncoderConfig, facts: dict) -> dict:
+    _check_is_plain(config)
     own = {"is_encoder": True, "do_cross_attention": False, "tie_word_embeddings": True}
     return facts | own | _sizes(config)
 
@@ -284,8 +285,8 @@ def write_cepe(config: CepeConfig, facts: dict) -> dict:
         )
     if config.encoder.chunk_positions:
         raise ValueError("chunk_positions: the reference gives chunks none, and has no class for this model")
-    if not (LLAMA.has(config.decoder) and LLAMA.has(config.encoder)):
-        raise ValueError("biases or norms of heads: the reference's decoder is a Llama, and has no place for them")
+    _check_is_plain(config.decoder)
+    _check_is_plain(config.encoder)
     facts = {key: value for key, value in facts.items() if key != "sliding_window"}
     facts["max_position_embeddings"] = window
     # The encoder reads chunks: its own length is a fact nobody uses, and 512 is the released one's.
@@ -303,6 +304,12 @@ def write_cepe(config: CepeConfig, facts: dict) -> dict:
         "is_decoder": True,
     }
     return {"train_batch_mode": "none", "train_encoder": True} | facts | own | _sizes(config.decoder)
+
+
+def _check_is_plain(config: TransformerConfig) -> None:
+    """Raise ValueError for weights that the reference's classes have no place for."""
+    if not LLAMA.has(config):
+        raise ValueError("biases or norms of heads: the reference's models are Llamas, and have no place for them")
 
 
 def _sizes(config: DecoderConfig | EncoderConfig, family: Family = LLAMA) -> dict:

@@ -187,9 +187,12 @@ def test_directories_keep_all_and_the_reference_has_no_class(family, tmp_path):
     assert back.config == model.config
     tokens = np.arange(3, 12)[None]
     np.testing.assert_array_equal(model(tokens, tokens[None, :, :8]), back(tokens, tokens[None, :, :8]))
-    with pytest.raises(ValueError, match="biases or norms of heads: the reference's decoder is a Llama") as error:
-        to_hf(tmp_path / "ours", tmp_path / "hf")
-    one_line(error)
+    encoder = dataclasses.replace(ENCODER, mlm_head=True, **PROPERTIES[family])
+    save(filled(lambda: Encoder(encoder, key=jax.random.key(0)), 0), tmp_path / "encoder")
+    for name in "ours", "encoder":
+        with pytest.raises(ValueError, match="biases or norms of heads: the reference's models are Llamas") as error:
+            to_hf(tmp_path / name, tmp_path / "hf")
+        one_line(error)
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
