@@ -170,7 +170,7 @@ def batch_of(step: int) -> dict[str, np.ndarray]:
 
 
 def model_of(**run_time) -> Cepe:
-    cepe = make_cepe()
+    cepe = make_cepe(**PROPERTIES)
     encoder = computed(make_encoder(dataclasses.replace(ENCODER, mlm_head=False)), **run_time)
     return Cepe(computed(cepe.decoder, **run_time), encoder, cepe.cross)
 
@@ -203,11 +203,12 @@ def named(tree) -> dict[str, jax.Array]:
 
 def cuts(tree) -> list[int]:
     """Into how many parts the stacks' matrices are cut: sizes of arrays over sizes of what one device has of them."""
-    return sorted(
-        {leaf.size // leaf.addressable_shards[0].data.size for leaf in jax.tree.leaves(tree) if leaf.ndim > 2}
-    )
+    stacks = [leaf for leaf in jax.tree.leaves(tree) if leaf.ndim > 2]
+    matrices = [leaf for leaf in stacks if leaf.ndim > 3 or leaf.shape[-1] != DECODER.head_dim]  # no biases of heads
+    return sorted({leaf.size // leaf.addressable_shards[0].data.size for leaf in matrices})
 
 
+PROPERTIES: dict[str, bool] = {}  # of the decoder: weights that not every family has
 COMPILED: list[str] = []  # gets an entry for every program
 
 
@@ -252,7 +253,7 @@ def compare(sizes: dict[str, int], attention: str, optimizer, wanted: list, save
     }
 
 
-def check_meshes(attention: str, *meshes: dict[str, int], optimizer: Kind = "adamw") -> None:
+def check_meshes(attention: str, *meshes: dict[str, int], optimizer: Kind = "adamw", **properties: bool) -> None:
     """In a process of 8 devices: every mesh has the answer of none, and the compiler no complaint."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
@@ -260,7 +261,7 @@ def check_meshes(attention: str, *meshes: dict[str, int], optimizer: Kind = "ada
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiles in half the time
         "TF_CPP_MIN_LOG_LEVEL": "1",  # warnings are written
     }
-    command = [sys.executable, __file__, attention, optimizer, json.dumps(meshes)]
+    command = [sys.executable, __file__, attention, optimizer, json.dumps(meshes), json.dumps(properties)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     results = [json.loads(line) for line in done.stdout.splitlines()]
@@ -296,7 +297,13 @@ def test_one_answer_on_a_mesh_by_muon():
     check_meshes("xla", {"data": 2, "fsdp": 2, "tensor": 2}, optimizer="muon")
 
 
-def main(attention: str, kind: Kind, meshes: str) -> None:
+@pytest.mark.slow
+def test_one_answer_on_a_mesh_of_biases_and_norms_of_heads():
+    check_meshes("xla", {"data": 2, "fsdp": 2, "tensor": 2}, qkv_bias=True, qk_norm=True)
+
+
+def main(attention: str, kind: Kind, meshes: str, properties: str) -> None:
+    PROPERTIES.update(json.loads(properties))
     kernels = splash_attention_kernel
     kernels.make_splash_mha = partial(kernels.make_splash_mha, interpret=True)
     jax.config.update("jax_default_matmul_precision", "highest")

@@ -72,8 +72,8 @@ def make_encoder(config: EncoderConfig = ENCODER) -> Encoder:
     return filled(lambda: Encoder(config, key=jax.random.key(0)), seed=2)
 
 
-def make_cepe(layers: CrossLayers = CROSS_LAYERS, vocab_size: int = DECODER.vocab_size) -> Cepe:
-    decoder = make_decoder(dataclasses.replace(DECODER, vocab_size=vocab_size))
+def make_cepe(layers: CrossLayers = CROSS_LAYERS, vocab_size: int = DECODER.vocab_size, **properties: bool) -> Cepe:
+    decoder = make_decoder(dataclasses.replace(DECODER, vocab_size=vocab_size, **properties))
     encoder = make_encoder(dataclasses.replace(ENCODER, vocab_size=vocab_size + 1))
 
     def make():
