@@ -1,8 +1,8 @@
 """Devices that are not at hand, for whose programs a compiler runs on a CPU machine: TPUs and GPUs.
 
 The TPU's compiler comes with `jax[tpu]`. The GPU's comes with `.[gpu-compiler]`, versions that fit each other: XLA asks
-cuDNN about every attention call, and cuDNN needs a driver to link, in whose place a stub of one says that there is no
-device. A C compiler makes the stub.
+cuDNN about every attention call, and cuDNN links a driver. A C compiler makes a stub of one, which says that there is
+no device.
 """
 
 import ctypes
@@ -28,7 +28,7 @@ EXAMPLES = "v5e:4x4, v6e:8x8, v4:4x4x4 or v5p:2x4x4, or hosts x GPUs of a host, 
 
 
 class Gpu(NamedTuple):
-    """What the compiler asks of a GPU, beside what `Chip` knows (XLA: gpu/target_config/specs)."""
+    """The properties of a GPU that its compiler asks for and `Chip` lacks (XLA: gpu/target_config/specs)."""
 
     capability: str  # a GpuComputeCapability as text
     cores: int  # streaming multiprocessors
@@ -132,7 +132,7 @@ def target_config(name: str) -> str:
 
 @functools.cache
 def load_stub_driver() -> None:
-    """Make and load a libcuda.so.1, which cuDNN links, where no driver is."""
+    """Make and load a libcuda.so.1 in the place of the driver that cuDNN links."""
     source = "static int module;\n" + "".join(f"int {name}(void) {{ return 100; }}\n" for name in REFUSES.split())
     source += "".join(f"int {name}(void **out) {{ *out = &module; return 0; }}\n" for name in LOADS)
     source += "int cuLibraryUnload(void) { return 0; }\nint cuKernelSetAttribute(void) { return 0; }\n"

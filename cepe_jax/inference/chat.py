@@ -143,7 +143,7 @@ class Chat:
                 self._parts, self.messages = [*self._parts, part], [*self.messages, message, answer]
 
     def _text(self, ids: list[int], before: list[int]) -> str:
-        """Return what the ids add to the text of those before, anew if an answer broke off."""
+        """Return the text that the ids add to that of `before`."""
         text = Detokenizer(self._template.tokenizer, before)
         return "".join(map(text.add, ids)) + text.end()
 

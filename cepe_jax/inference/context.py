@@ -320,7 +320,7 @@ def _add_positions(row_ME: np.ndarray, passages: Sequence[Passage]) -> None:
 
 
 def _placement(rows: int, *axes: str | None) -> NamedSharding | None:
-    """Return the sharding of an array with so many rows of memory and further axes; None without a mesh."""
+    """Return the sharding of an array of `rows` memories with these further axes; None without a mesh."""
     mesh = jax.sharding.get_mesh()
     batch = "batch" if rows % num_shards("batch") == 0 else None
     return None if mesh.empty else NamedSharding(mesh, partition_spec((batch, "memory", *axes)))

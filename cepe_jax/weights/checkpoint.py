@@ -66,7 +66,7 @@ class Array(TypedDict):
 
 
 class Facts(TypedDict):
-    """What is stored beside a checkpoint's arrays."""
+    """The facts that are stored beside a checkpoint's arrays."""
 
     identity: dict[str, Any]
     step: int

@@ -76,7 +76,7 @@ class Family:
     qk_norm: bool = False
     defaults: dict[str, int] = field(default_factory=dict)  # transformers' own, beside those that all families share
     written: dict[str, Any] = field(default_factory=dict)  # keys of config.json
-    slides: bool = False  # each token sees the last `sliding_window` ones: up to so many the arithmetic is Llama's
+    slides: bool = False  # a token sees only the last `sliding_window` ones; shorter texts are read as by a Llama
 
     def has(self, config: TransformerConfig) -> bool:
         """Return True if the config has the weights of this family."""

@@ -4,7 +4,7 @@ A kind of one's own is one more row here, and its class follows `model/parts.py`
 checkpoints, sharding and conversion go by this table.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
@@ -32,7 +32,7 @@ class Architecture:
     write: Callable[[Config, dict], dict]  # the config and the facts that it does not hold -> config.json's content
     rows: Callable[[Config], Iterable[torch_keys.Row]]
     aliases: Callable[[Config], dict[str, str]] = lambda config: {}  # a second key of a tensor -> its key
-    fits: Callable[[Config, dict], bool] = lambda config, facts: True  # whether it is a model's with these facts
+    fits: Callable[[Config, Mapping[str, Any]], bool] = lambda config, facts: True  # True for a model with these facts
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def kind_of(config: Config) -> Kind:
     return next(kind for kind in KINDS.values() if type(config) is kind.config)
 
 
-def architecture_of(config: Config, facts: dict = MappingProxyType({})) -> Architecture:
+def architecture_of(config: Config, facts: Mapping[str, Any] = MappingProxyType({})) -> Architecture:
     """Return PyTorch's class of a model with these facts; ValueError if there is none."""
     for architecture in kind_of(config).architectures:
         if architecture.fits(config, facts):
