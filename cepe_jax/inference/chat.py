@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from cepe_jax.data.tokenizer import Tokenizer
-from cepe_jax.inference.caches import CacheConfig
+from cepe_jax.inference.caches import Policy
 from cepe_jax.inference.context import ContextCache
 from cepe_jax.inference.detokenize import Detokenizer, StopStrings
 from cepe_jax.inference.generate import GREEDY, Sampling, check_new_tokens
@@ -29,7 +29,7 @@ class Speaker(Protocol):
 
     tokenizer: Tokenizer
     window: int | None
-    cache: CacheConfig
+    cache: Policy
     has_encoder: bool
 
 
@@ -42,7 +42,7 @@ class ChatSetup:
     window: int | None  # tokens that the decoder reads at most; None = no limit
     chunk_length: int  # tokens that leave the window at a time
     drops: bool  # True = a plain decoder forgets these; False = it refuses a turn for which there is no room
-    cache: CacheConfig
+    cache: Policy
 
     @property
     def head(self) -> int:
@@ -58,13 +58,13 @@ class ChatSetup:
 def chat_setup(speaker: Speaker, system: str | None, overflow: Overflow, chunk_length: int) -> ChatSetup:
     """Return the setup of a conversation with the model; ValueError if there is no room for one.
 
-    A model with an encoder encodes tokens before they would leave a bounded cache. A plain decoder forgets them, and
-    its conversations are endless.
+    A model with an encoder encodes tokens before they would leave a cache for texts of any length. A plain decoder
+    forgets them, and its conversations are endless.
     """
     if overflow == "passages":
         raise ValueError("overflow is passages: a conversation is cut anywhere, give truncate_left")
     window, drops = speaker.window, overflow == "truncate_left"
-    if speaker.cache.bounded:
+    if speaker.cache.any_length:
         window = speaker.cache.window if speaker.has_encoder else None
     else:
         check_has_window(window)

@@ -20,7 +20,7 @@ import numpy as np
 from cepe_jax.checks import check_tokens
 from cepe_jax.cost import gib
 from cepe_jax.devices import free_bytes
-from cepe_jax.inference.caches import FULL, CacheConfig, new_cache
+from cepe_jax.inference.caches import FULL, Policy, new_cache
 from cepe_jax.model.cache import Cache
 from cepe_jax.model.cepe import Cepe
 from cepe_jax.model.cross import Memory
@@ -154,6 +154,12 @@ def next_token(
     return drawn_B[:, None], cache
 
 
+@partial(jax.jit, donate_argnames="cache")
+def append(model: Cepe | Llama, tokens_BT, mask_BT, memory: Memory | None, cache: Cache) -> Cache:
+    """Return the cache with the tokens, whose rows are padded on the right."""
+    return model.decode(tokens_BT, memory=memory, cache=cache, token_mask_BT=mask_BT)[1]
+
+
 def on_host(drawn_B1: Array) -> np.ndarray:
     """Return the tokens of `next_token`, (B,); ValueError if the logits of a row were not finite."""
     tokens_B = np.asarray(drawn_B1)[:, 0]
@@ -180,11 +186,24 @@ def right_padded(rows: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray
 
 
 def read(
-    model: Cepe | Llama, prompts: Sequence[Sequence[int]], memory: Memory | None, cache: Cache, draws: Draws
+    model: Cepe | Llama,
+    prompts: Sequence[Sequence[int]],
+    memory: Memory | None,
+    cache: Cache,
+    draws: Draws,
+    policy: Policy,
 ) -> tuple[Array, Cache]:
-    """The prompts are in the cache, which was empty; and the token after each is drawn, (B, 1)."""
-    tokens_BT, mask_BT = right_padded(prompts, bucket(max(map(len, prompts))))
-    return next_token(model, tokens_BT, mask_BT, memory, cache, draws)
+    """Draw the token after each prompt, (B, 1), and return the cache, which is of this policy, with the prompts.
+
+    If the tokens of a piece choose together what they read, the last one of each prompt is read by itself.
+    """
+    if policy.pools:
+        if any(before := [row[:-1] for row in prompts]):
+            cache = append(model, *right_padded(before, bucket(max(map(len, before)))), memory, cache)
+        return next_token(model, np.array([row[-1:] for row in prompts], np.int32), None, memory, cache, draws)
+    if (longest := max(map(len, prompts))) == 1:
+        return next_token(model, np.array(prompts, np.int32), None, memory, cache, draws)
+    return next_token(model, *right_padded(prompts, bucket(longest)), memory, cache, draws)
 
 
 def check_reads_contexts(model: Cepe | Llama) -> None:
@@ -199,7 +218,7 @@ def check_new_tokens(count: int) -> None:
         raise ValueError(f"max_new_tokens is {shortened(count)}: give 1 or more")
 
 
-def check_cache_fits(model: Cepe | Llama, policy: CacheConfig, rows: int, slots: int) -> None:
+def check_cache_fits(model: Cepe | Llama, policy: Policy, rows: int, slots: int) -> None:
     """Raise ValueError if a new cache exceeds the memory of all devices."""
     cache = jax.eval_shape(lambda: new_cache(model.decoder, policy, rows, slots))
     needed = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
@@ -227,14 +246,14 @@ def stream(
     max_new_tokens: int,
     sampling: Sampling | Sequence[Sampling] = GREEDY,
     stop_ids: Sequence[int] = (),
-    policy: CacheConfig = FULL,
+    policy: Policy = FULL,
 ) -> Iterator[list[int | None]]:
     """The tokens that follow each prompt, step by step: one of each row, None where a row has ended.
 
     A row ends before the first of `stop_ids`; the steps end with the last row, at the latest after `max_new_tokens`.
     Memory of one row is read by all prompts. Each row is the one its prompt has alone, sampled ones too: the draws
     depend on the row's seed and the number of the token. Of one `sampling` for all prompts each row has its
-    `for_row`. `policy` selects what the cache keeps.
+    `for_row`. `policy` selects what the cache keeps and a query reads.
     """
     check_prompts(model, prompts, memory)
     check_new_tokens(max_new_tokens)
@@ -248,7 +267,7 @@ def stream(
 
     def dispatched() -> Iterator[Array]:
         cache = new_cache(model.decoder, policy, len(prompts), slots)
-        tokens_B1, cache = read(model, prompts, memory, cache, draws)
+        tokens_B1, cache = read(model, prompts, memory, cache, draws, policy)
         yield tokens_B1
         for number in range(1, max_new_tokens):
             tokens_B1, cache = next_token(model, tokens_B1, None, memory, cache, draws.at(number))
@@ -279,7 +298,7 @@ def generate(
     max_new_tokens: int,
     sampling: Sampling | Sequence[Sampling] = GREEDY,
     stop_ids: Sequence[int] = (),
-    policy: CacheConfig = FULL,
+    policy: Policy = FULL,
 ) -> list[list[int]]:
     """The tokens that follow each prompt: what `stream` gives, row by row."""
     limits = {"max_new_tokens": max_new_tokens, "stop_ids": stop_ids, "policy": policy}

@@ -7,17 +7,9 @@ import jax
 import numpy as np
 
 from cepe_jax.checks import check_tokens
-from cepe_jax.inference.caches import FULL, CacheConfig, new_cache
+from cepe_jax.inference.caches import FULL, Policy, new_cache
 from cepe_jax.inference.caches.full import PIECE_PAIRS
-from cepe_jax.inference.generate import (
-    GREEDY,
-    Draws,
-    bucket,
-    check_prompts,
-    power_of_two,
-    read,
-    right_padded,
-)
+from cepe_jax.inference.generate import append, bucket, check_prompts, power_of_two, right_padded
 from cepe_jax.model.cache import Cache
 from cepe_jax.model.cepe import Cepe
 from cepe_jax.model.cross import Memory
@@ -66,11 +58,14 @@ def score(
     prompt: Sequence[int],
     continuations: Sequence[Sequence[int]],
     memory: Memory | None = None,
-    policy: CacheConfig = FULL,
+    policy: Policy = FULL,
 ) -> list[Score]:
     """Score each continuation after the prompt, which is read once, as the memory (of one row) is.
 
     `policy` selects what the cache keeps. Continuations are read together, those that are too long for it one by one.
+    If tokens that are read together choose together what they read, as in ReAttention, later tokens would choose for
+    those before them, and a token's probability would depend on itself. Then the prompt is read in pieces, and the
+    continuations are read one by one, a token at a time.
     """
     check_prompts(model, [prompt], memory)
     for number, continuation in enumerate(continuations):
@@ -80,16 +75,17 @@ def score(
     slots = bucket(len(prompt))
     before, last = prompt[:-1], prompt[-1]  # the last one is read with each continuation, whose first follows it
     lengths = [_filled(len(continuation)) for continuation in continuations]
-    rows = [
-        PIECE_PAIRS // (length * (slots + length)) for length in lengths
-    ]  # how many of this length are read at once
+    # How many of this length are read at once.
+    rows = [PIECE_PAIRS // (length * (slots + length)) * (not policy.pools) for length in lengths]
     together = [number for number, most in enumerate(rows) if most > 1]
     alone = [number for number, most in enumerate(rows) if most <= 1]
     if alone:
         slots = bucket(len(prompt) + max(bucket(len(continuations[number])) for number in alone))
     cache = new_cache(model.decoder, policy, 1, slots)
     if before:
-        _, cache = read(model, [before], memory, cache, Draws.of([GREEDY]))
+        cache = append(model, *right_padded([before], bucket(len(before))), memory, cache)
+    if policy.pools:
+        cache = cache.by_token()
     scores: dict[int, Score] = {}
     most = min([SCORED_ROWS, *(rows[number] for number in together)])
     for first in range(0, len(together), most):

@@ -3,20 +3,17 @@
 import os
 from collections.abc import Sequence
 
-import numpy as np
-
 from cepe_jax.checks import check_chunk_length
-from cepe_jax.inference.caches import FULL, CacheConfig, new_cache
+from cepe_jax.inference.caches import FULL, Policy, new_cache
 from cepe_jax.inference.context import ContextCache, encode, stacked
 from cepe_jax.inference.generate import (
     GREEDY,
     Draws,
     Sampling,
     bucket,
-    next_token,
     on_host,
     power_of_two,
-    right_padded,
+    read,
 )
 from cepe_jax.model.cache import Cache
 from cepe_jax.model.cepe import Cepe
@@ -43,8 +40,8 @@ class Session:
     The decoder reads the first `head` tokens and, in what its window leaves, the last ones. What is between them is in
     `context`, after the passages given at first: when a token more would not fit, the oldest `chunk_length` tokens
     after the head are encoded and appended, and what remains is read anew from position 0. So what follows is what a
-    fresh model says of `tokens` and `context`, however the text came about. `window` is None for a bounded cache; the
-    decoder then reads the whole text.
+    fresh model says of `tokens` and `context`, however the text came about. `window` is None if the cache
+    is for texts of any length; the decoder then reads the whole text.
     """
 
     def __init__(
@@ -55,7 +52,7 @@ class Session:
         chunk_length: int,
         context: ContextCache | None,
         drops: bool = False,
-        policy: CacheConfig = FULL,
+        policy: Policy = FULL,
     ):
         """`context` is None for a plain decoder: then the text ends with the window, or the session `drops` tokens."""
         check_chunk_length(chunk_length)
@@ -65,7 +62,7 @@ class Session:
         self.context, self.moved = context, 0  # and how many chunks of the text the decoder no longer reads
         self._drops, self._policy = drops, policy
         self._given = 0 if context is None else len(context)
-        # A few tokens more, filled up to a bucket, always fit. Without a window no cache needs slots for all of a text.
+        # A few tokens more, filled up to a bucket, always fit. Without a window it is as long as a text.
         self._slots = 0 if window is None else bucket(window) + bucket(1)
         self._read: Read | None = None
         self._placed: tuple[ContextCache, Memory | None] | None = None
@@ -95,13 +92,11 @@ class Session:
             self._read = None  # its arrays are given away: if this is interrupted, all is read anew
         else:
             self._read = None  # freed before there is another
+            if self.window is None and self._policy.window is None:
+                self._slots = bucket(2 * len(tokens)) + bucket(1)  # twice as many: few texts are read anew
             cache, fresh = new_cache(self.model.decoder, self._policy, 1, self._slots), tokens
-        if len(fresh) == 1:
-            tokens_BT, mask_BT = np.array([fresh], np.int32), None
-        else:
-            tokens_BT, mask_BT = right_padded([fresh], bucket(len(fresh)))
         draws = Draws.of([sampling]).at(self._drawn)
-        drawn_B1, cache = next_token(self.model, tokens_BT, mask_BT, memory, cache, draws)
+        drawn_B1, cache = read(self.model, [fresh], memory, cache, draws, self._policy)
         token = int(on_host(drawn_B1)[0])
         self._read, self._drawn = (cache, tokens, self.context), self._drawn + 1
         return token
@@ -122,7 +117,7 @@ class Session:
         _, before, context = read
         fresh = len(tokens) - len(before)
         room = self._slots - len(before) - (1 if fresh == 1 else bucket(fresh))
-        fits = self._policy.bounded or room >= 0
+        fits = self._policy.window is not None or room >= 0
         return context is self.context and fresh > 0 and fits and tokens[: len(before)] == before
 
     def _overflow(self, ids: list[int]) -> int:

@@ -11,7 +11,7 @@ from cepe_jax.config import Dtype
 from cepe_jax.data.sources import decoded
 from cepe_jax.devices import Devices, on_devices, peak_memory
 from cepe_jax.exits import in_one_line
-from cepe_jax.inference.caches import FULL, CacheConfig
+from cepe_jax.inference.caches import CacheConfig
 from cepe_jax.inference.chat import MAX_NEW_TOKENS, Chat, chat_setup
 from cepe_jax.inference.context import ContextCache
 from cepe_jax.inference.detokenize import StopStrings
@@ -31,7 +31,7 @@ class GenerateConfig:
     contexts: Path | None = None  # a file of encoded contexts: those in it are not encoded again, new ones are added
     chunk_length: int = CHUNK_LENGTH  # tokens that the encoder reads at once
     window: int | None = None  # tokens that the decoder reads at most; None: the model directory's
-    cache: CacheConfig = FULL  # what the decoder keeps of what it reads; kind rolling reads texts of any length
+    cache: CacheConfig = CacheConfig()  # what the decoder keeps and reads of the tokens before
     max_new_tokens: int = MAX_NEW_TOKENS  # tokens of an answer at most
     stop: tuple[str, ...] = ()  # texts before the first of which an answer ends
     overflow: Overflow = "error"  # a prompt longer than the window: refused, or its beginning goes to the encoder
@@ -65,7 +65,7 @@ def run_generate(config: GenerateConfig) -> None:
     kept = config.contexts
     if kept is not None and (kept.is_dir() or not (kept.parent.is_dir() if texts else kept.exists())):
         raise FileNotFoundError(f"{kept}: no such file, and no context_file or no directory to make it")
-    facts = read_facts(config.model, config.tokenizer, config.window, config.cache)
+    facts = read_facts(config.model, config.tokenizer, config.window, config.cache.policy)
     # Whatever this model cannot do is refused before any weight is read.
     if (texts or config.contexts) and not facts.has_encoder:
         raise ValueError(
@@ -75,7 +75,7 @@ def run_generate(config: GenerateConfig) -> None:
     setup = None
     if config.chat:
         setup = chat_setup(facts, config.system, config.overflow, config.chunk_length)
-        if facts.cache.bounded:
+        if facts.cache.window is not None:
             goes = "encoded" if facts.has_encoder else "forgotten, except the first ones"
             _note(f"of a conversation the cache keeps {facts.cache.window:,} tokens, and older ones are {goes}")
     else:

@@ -9,7 +9,7 @@ import numpy as np
 
 from cepe_jax.config import CepeConfig, Compute, DecoderConfig, Dtype, EncoderConfig
 from cepe_jax.data.tokenizer import Tokenizer
-from cepe_jax.inference.caches import FULL, CacheConfig
+from cepe_jax.inference.caches import FULL, Policy
 from cepe_jax.inference.chat import MAX_NEW_TOKENS, Chat, ChatSetup, chat_setup
 from cepe_jax.inference.context import ContextCache, DeviceMemories, encode, encoder_identity, stacked
 from cepe_jax.inference.detokenize import pieces
@@ -39,7 +39,7 @@ class TextModel:
     tokenizer: Tokenizer
     window: int | None  # tokens that the decoder reads at most, new ones too; None: no bound is known
     stop_ids: tuple[int, ...]
-    cache: CacheConfig = FULL
+    cache: Policy = FULL
     _on_devices: DeviceMemories = field(default_factory=DeviceMemories, init=False, repr=False)
 
     @property
@@ -213,7 +213,7 @@ class ModelFacts:
     tokenizer: Tokenizer
     window: int | None
     stop_ids: tuple[int, ...]
-    cache: CacheConfig = FULL
+    cache: Policy = FULL
 
     @property
     def has_encoder(self) -> bool:
@@ -231,13 +231,16 @@ class ModelFacts:
         return TextModel(model, self.tokenizer, self.window, self.stop_ids, self.cache)
 
 
-def prompt_window(window: int | None, cache: CacheConfig, overflow: Overflow) -> int | None:
+def prompt_window(window: int | None, cache: Policy, overflow: Overflow) -> int | None:
     """Return how many tokens of a prompt the decoder reads at most; None is no limit.
 
-    A bounded cache imposes no limit, unless `overflow` moves the excess: then the limit is the size of the cache.
+    A policy for texts of any length imposes no limit, unless `overflow` moves the excess: then the limit is what stays
+    in the cache. ValueError if everything stays, so that nothing is to be moved.
     """
-    if not cache.bounded:
+    if not cache.any_length:
         return window
+    if overflow != "error" and cache.window is None:
+        raise ValueError(f"overflow is {overflow}, and the cache keeps a prompt of any length: leave overflow out")
     return None if overflow == "error" else cache.window
 
 
@@ -245,7 +248,7 @@ def read_facts(
     path: Path | str,
     tokenizer: Path | str | Tokenizer | None = None,
     window: int | None = None,
-    cache: CacheConfig = FULL,
+    cache: Policy = FULL,
 ) -> ModelFacts:
     """Return the facts of the model at `path`, settings as of `load`; ValueError for what cannot be loaded."""
     source = open_model(path)
@@ -263,15 +266,17 @@ def read_facts(
                 f"another model's tokenizer, give this one's"
             )
     positions = window_of(source.facts)
-    if cache.bounded:
+    if cache.any_length:
         if window is not None:
-            raise ValueError(f"window is {window}: a {cache.kind} cache reads texts of any length, give cache.window")
+            instead = "leave it out" if cache.window is None else "give cache.window"
+            raise ValueError(f"window is {window}: with this cache the decoder reads texts of any length, {instead}")
     elif window is None:
         window = positions
     elif window < 2 or (positions is not None and window > positions):
         most = "" if positions is None else f", and at most {positions}, what {path} was trained for"
         raise ValueError(f"window is {window}: give 2 or more{most}")
-    return ModelFacts(source, config, read, window, _stop_ids(source, read), cache.of(positions))
+    cache = cache.of(source.path, config.decoder if isinstance(config, CepeConfig) else config, positions)
+    return ModelFacts(source, config, read, window, _stop_ids(source, read), cache)
 
 
 def load(
@@ -279,14 +284,14 @@ def load(
     dtype: Dtype = "float32",
     tokenizer: Path | str | Tokenizer | None = None,
     window: int | None = None,
-    cache: CacheConfig = FULL,
+    cache: Policy = FULL,
     verify: bool = False,
 ) -> TextModel:
     """Return the model at `path`, a directory of ours or one of Hugging Face's, with the tokenizer beside it.
 
     `tokenizer`: it, or where it is, if not beside the model. `window`: how many tokens the decoder reads at most, where
-    that is not the directory's max_position_embeddings. `cache`: what it keeps of them; with a bounded one it reads
-    texts of any length. `verify`: whether all weights are first compared with hash.json, which takes a second reading.
+    that is not the directory's max_position_embeddings. `cache`: what it keeps and reads of them.
+    `verify`: whether all weights are first compared with hash.json, which takes a second reading.
     Under a mesh (`jax.set_mesh`) the weights are born sharded.
     """
     return read_facts(path, tokenizer, window, cache).load(dtype, verify)

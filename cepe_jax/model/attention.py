@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -11,7 +12,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from cepe_jax.config import Backend, Compute
 from cepe_jax.sharding import of_two_rows, on_shards, split_axes
 
-_NEVER = jnp.finfo(jnp.float32).min
+NEVER = jnp.finfo(jnp.float32).min  # score of a key that a query does not see
 
 # Values weighted by exp(score - peak) (B, T, K, G, H); the sum of the weights and the peak (B, T, K, G, 1 each).
 Partial = tuple[jax.Array, jax.Array, jax.Array]
@@ -114,7 +115,7 @@ def _scores(q_BKGTH: jax.Array, k_BKSH: jax.Array, mask: Mask, scale: float) -> 
         return scores_BKQS
     T, S = q_BKGTH.shape[3], k_BKSH.shape[2]
     scores_BKGTS = scores_BKQS.reshape(*q_BKGTH.shape[:4], S)
-    return _queries(jnp.where(mask.dense(T, S), scores_BKGTS, _NEVER))
+    return _queries(jnp.where(mask.dense(T, S), scores_BKGTS, NEVER))
 
 
 def _product(equation: str, left: jax.Array, right: jax.Array) -> jax.Array:
@@ -127,7 +128,7 @@ def _product(equation: str, left: jax.Array, right: jax.Array) -> jax.Array:
 
 def _seen_alone(mask: Mask, peak: jax.Array, *parts: jax.Array) -> list[jax.Array]:
     """The parts, zero for queries without a valid key: the exponentials of their scores are all 1."""
-    return [part if not mask.may_hide_all else jnp.where(peak == _NEVER, 0, part) for part in parts]
+    return [part if not mask.may_hide_all else jnp.where(peak == NEVER, 0, part) for part in parts]
 
 
 def _attend_to_heads_forward(*inputs):
@@ -160,6 +161,15 @@ def combine(*parts: Partial) -> Partial:
     values = sum(v * scale for (v, _, _), scale in zip(parts, scales, strict=True))
     total = sum(t * scale for (_, t, _), scale in zip(parts, scales, strict=True))
     return values, total, peak
+
+
+def combine_scanned(part: Callable[[jax.Array], Partial], starts: jax.Array) -> Partial:
+    """Return what `combine` gives of `part(start)` for all starts, of which one exists at a time."""
+    values, total, peak = jax.eval_shape(part, starts[0])
+    nothing = jnp.zeros(values.shape, values.dtype), jnp.zeros(total.shape, total.dtype)
+    lowest = jnp.full(peak.shape, NEVER, peak.dtype)
+    step = jax.checkpoint(lambda seen, start: (combine(seen, part(start)), None))
+    return jax.lax.scan(step, (*nothing, lowest), starts)[0]
 
 
 def combine_over(mesh_axes: tuple[str, ...], part: Partial) -> Partial:

@@ -37,8 +37,11 @@ class Cache(Protocol):
     `empty` is static. While it is true, programs leave out the attention to the cache.
     """
 
-    @property
-    def empty(self) -> bool: ...
+    empty: bool
+
+    def by_token(self) -> Self:
+        """Return the same cache, which reads one token at a time if the tokens of a piece affect one another."""
+        return self
 
     def piece(self, rows: int, length: int, backend: Backend) -> int:
         """Return how many of `length` new tokens one pass reads. The decoder scans over such pieces.

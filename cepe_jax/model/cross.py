@@ -17,8 +17,8 @@ from cepe_jax.model.attention import (
     attend,
     attend_partial,
     attend_to_heads,
-    combine,
     combine_over,
+    combine_scanned,
     merge,
     splash_partial,
 )
@@ -185,8 +185,4 @@ def _in_blocks(part: Callable[[Memory], Partial], memory: Memory, limit: int) ->
     def block(start: Array | int) -> Partial:
         return part(jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, size, 1), memory))
 
-    values, total, peak = jax.eval_shape(block, 0)
-    nothing = jnp.zeros(values.shape, values.dtype), jnp.zeros(total.shape, total.dtype)
-    lowest = jnp.full(peak.shape, jnp.finfo(jnp.float32).min, peak.dtype)
-    step = jax.checkpoint(lambda seen, start: (combine(seen, block(start)), None))
-    return jax.lax.scan(step, (*nothing, lowest), jnp.arange(0, memory.states_BME.shape[1], size))[0]
+    return combine_scanned(block, jnp.arange(0, memory.states_BME.shape[1], size))

@@ -92,13 +92,8 @@ class SelfAttention(nnx.Module):
         if self.normed:
             self.q_norm, self.k_norm = (RMSNorm((Z, H), config.norm_eps, ("layer", "head_dim")) for _ in range(2))
 
-    def __call__(
-        self, x_BTD: Array, table, mask: Mask, backend: Backend, attend_kept: AttendKept | None = None
-    ) -> tuple[Array, tuple[Array, Array, Array]]:
-        """Return the attention's output, and the call's keys (before `table` rotates them, and after) and values.
-
-        `mask` is over the call's own T keys. `attend_kept` gives the attention to cached keys, which is merged in.
-        """
+    def heads(self, x_BTD: Array) -> tuple[Array, Array, Array]:
+        """Return queries (B, T, N, H), keys and values (B, T, K, H), before the rotation."""
         q_BTNH = project("BTD,DNH->BTNH", x_BTD, self.q)
         k_BTKH = project("BTD,DKH->BTKH", x_BTD, self.k)
         v_BTKH = project("BTD,DKH->BTKH", x_BTD, self.v)
@@ -106,6 +101,16 @@ class SelfAttention(nnx.Module):
             q_BTNH, k_BTKH, v_BTKH = added(q_BTNH, self.q_bias), added(k_BTKH, self.k_bias), added(v_BTKH, self.v_bias)
         if self.normed:
             q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
+        return q_BTNH, k_BTKH, v_BTKH
+
+    def __call__(
+        self, x_BTD: Array, table, mask: Mask, backend: Backend, attend_kept: AttendKept | None = None
+    ) -> tuple[Array, tuple[Array, Array, Array]]:
+        """Return the attention's output, and the call's keys (before `table` rotates them, and after) and values.
+
+        `mask` is over the call's own T keys. `attend_kept` gives the attention to cached keys, which is merged in.
+        """
+        q_BTNH, k_BTKH, v_BTKH = self.heads(x_BTD)
         rotated_BTNH, rotated_BTKH = rotate(q_BTNH, table), rotate(k_BTKH, table)
         if attend_kept is None:
             out_BTNH = attend(rotated_BTNH, rotated_BTKH, v_BTKH, mask, backend)

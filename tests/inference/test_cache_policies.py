@@ -15,7 +15,8 @@ from support.models import DECODER, relative_error
 from support.oracles import by_token_exactly, rotate
 
 from cepe_jax.config import DecoderConfig
-from cepe_jax.inference.caches import CacheConfig, new_cache
+from cepe_jax.inference import caches
+from cepe_jax.inference.caches import new_cache
 from cepe_jax.inference.generate import Draws, Sampling, generate, next_token, right_padded
 from cepe_jax.model import rope
 from cepe_jax.model.attention import Mask, attend_partial, attend_to_cache, combine
@@ -247,8 +248,15 @@ def test_heads_of_all_layers_in_one_array(decoder):
 
 # --- rows that come and go ---
 
+POLICIES = (
+    caches.FULL,
+    caches.Rolling(9, 2),
+    caches.ReAttention(2, 5, 2, 2, 3, piece=4),
+    caches.Razor(2, 4, 2, heads=((0, 1), (2, 0), (2, 1))),
+)
 
-@pytest.mark.parametrize("policy", [CacheConfig(), CacheConfig("rolling", 9, 2)], ids=lambda policy: policy.kind)
+
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: type(policy).__name__)
 def test_rows_join_and_leave(decoder, policy):
     """Row 1 begins five steps after row 0, which then gets another text: each text is the one it is alone."""
     prompts = [TEXT[:5].tolist(), TEXT[5:12].tolist(), TEXT[12:15].tolist()]

@@ -22,7 +22,7 @@ from support.oracles import recompute
 from cepe_jax.devices import free_bytes
 from cepe_jax.directories import one_writer_of
 from cepe_jax.inference import context as module
-from cepe_jax.inference.caches import CacheConfig, new_cache
+from cepe_jax.inference.caches import Rolling, new_cache
 from cepe_jax.inference.context import (
     ContextCache,
     DeviceMemories,
@@ -516,7 +516,7 @@ def main() -> None:
     cepe, identity, prompts = make_cepe(), {"encoder": "the tiny one"}, PROMPTS[:2]
     alone = encode(cepe, PASSAGES, identity, CHUNK)
     wanted = generate(cepe, prompts, stacked([alone]), max_new_tokens=8, sampling=HOT)
-    rolling = {"policy": CacheConfig("rolling", window=6, sinks=2), "max_new_tokens": 8, "sampling": HOT}
+    rolling = {"policy": Rolling(window=6, sinks=2), "max_new_tokens": 8, "sampling": HOT}
     rolling_wanted = generate(cepe, prompts, stacked([alone]), **rolling)
     (scored,), shapes = score(cepe, prompts[0], [[5, 6]], stacked([alone])), []
     module.encode_chunks = lambda *given: shapes.append(given[1].shape) or encode_chunks(*given)

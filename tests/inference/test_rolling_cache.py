@@ -11,7 +11,7 @@ from support.oracles import by_token_exactly, rotate
 
 from cepe_jax.evaluation.readers.language_model import Prompt
 from cepe_jax.evaluation.readers.models import ModelConfig, load_model
-from cepe_jax.inference.caches import CacheConfig, new_cache
+from cepe_jax.inference.caches import CacheConfig, Rolling, new_cache
 from cepe_jax.inference.generate import generate
 from cepe_jax.inference.scoring import score
 from cepe_jax.inference.text import load as load_text
@@ -22,7 +22,7 @@ from cepe_jax.weights.source import load, save
 
 WINDOW, SINKS = 11, 3
 TEXT = np.random.default_rng(0).integers(0, DECODER.vocab_size, 60).tolist()
-ROLLING = CacheConfig("rolling", WINDOW, SINKS)
+ROLLING = Rolling(WINDOW, SINKS)
 decode = jax.jit(Llama.decode)
 
 
@@ -116,7 +116,7 @@ def test_scores(decoder):
 
 def test_behind_the_seam(home):
     """Contexts and prompt are one text, of any length."""
-    model = load_model(ModelConfig(home, "decoder", cache=ROLLING))
+    model = load_model(ModelConfig(home, "decoder", cache=CacheConfig("rolling", WINDOW, SINKS)))
     context, ids, continuation = list(range(100, 160)), [0, 11, 23, 59], [7, 9, 22]
     (found,) = model.score(Prompt(ids, [context]), [continuation])
     text = [0, *context, *ids[1:], *continuation]
@@ -126,7 +126,7 @@ def test_behind_the_seam(home):
         (("rolling", 4), "sinks is 4 .*window 4: .*larger window"),
         (("rolling", 48, 0), "sinks is 0 .*window 48: .* 1 "),
         (("full", 48), "window .*kind rolling"),
-        (("last",), "kind is 'last': .*full or rolling"),
+        (("last",), "kind is 'last': .*full, rolling, reattention or razor"),
     ]:
         with pytest.raises(ValueError, match=said):
             CacheConfig(*given)
@@ -142,15 +142,15 @@ def test_texts_longer_than_the_positions(home):
     (new,) = generate(text.model, [ids], max_new_tokens=4, policy=ROLLING)
     assert text.generate(prompt, max_new_tokens=4) == text.tokenizer.decode(new)
     assert len(ids) > WINDOW
-    with pytest.raises(ValueError, match="window is 20: a rolling cache .*cache.window"):
+    with pytest.raises(ValueError, match="window is 20: .*cache.window"):
         load_text(home, window=20, cache=ROLLING)
 
 
 def test_who_takes_what_leaves_the_cache_in_a_chat(home, tmp_path):
     """With an encoder it is encoded, without one it goes and the conversation has no end."""
-    cepe = load_text(home, cache=CacheConfig("rolling", 40, SINKS))
+    cepe = load_text(home, cache=Rolling(40, SINKS))
     save(cepe.model.decoder, tmp_path / "plain", home)
-    plain = load_text(tmp_path / "plain", cache=CacheConfig("rolling", 40, SINKS))
+    plain = load_text(tmp_path / "plain", cache=Rolling(40, SINKS))
     chats = [model.chat(chunk_length=8) for model in (cepe, plain)]
     for chat in chats:
         for number in range(4):

@@ -8,8 +8,9 @@ import pytest
 from support.oracles import draw
 from support.tokenizers import CHUNK, WINDOW, chunks_of
 
+from cepe_jax.inference import generate as generating
 from cepe_jax.inference import session as module
-from cepe_jax.inference.caches import CacheConfig, new_cache
+from cepe_jax.inference.caches import Rolling, new_cache
 from cepe_jax.inference.context import ContextCache, Passage, encode
 from cepe_jax.inference.generate import Draws, Sampling, generate
 from cepe_jax.inference.session import Session
@@ -160,7 +161,8 @@ def test_an_interruption_leaves_it_whole(session, drawn, monkeypatch):
         ids = ids + random_ids(more, number)
         session.replace(ids)
         with monkeypatch.context() as patch:
-            patch.setattr(module, name, interrupted(getattr(module, name)))
+            place = module if name == "encode" else generating
+            patch.setattr(place, name, interrupted(getattr(place, name)))
             with pytest.raises(KeyboardInterrupt):
                 session.next(HOT)
         assert session.next(HOT) == drawn(ids, number)
@@ -208,7 +210,7 @@ def test_a_plain_decoder_may_drop_tokens(text_model, drawn):
 
 def test_a_bounded_cache_has_no_end(text_model):
     """Nothing is refused, dropped or read anew: what follows is what the cache's policy says of the whole text."""
-    policy, decoder = CacheConfig("rolling", 12, 3), text_model.model.decoder
+    policy, decoder = Rolling(12, 3), text_model.model.decoder
     session = Session(decoder, None, HEAD, CHUNK, None, policy=policy)
     text = random_ids(3 * WINDOW)
     for count in (9, 40, 41, 3 * WINDOW):

@@ -11,7 +11,7 @@ from support.models import DECODER, ENCODER, filled, relative_error
 from support.refusals import one_line
 
 from cepe_jax.config import CepeConfig, CrossLayers
-from cepe_jax.inference.caches import CacheConfig
+from cepe_jax.inference.caches import Rolling
 from cepe_jax.inference.generate import generate
 from cepe_jax.model.cepe import Cepe, cross_from_self_attention, encoder_from_decoder
 from cepe_jax.model.cross import CrossAttention, Memory
@@ -172,7 +172,7 @@ def test_a_cached_decoder_is_the_whole_one(family):
     memory = model.encode(jnp.asarray(context))
     limits = {"max_new_tokens": 8}
     found = generate(model, tokens.tolist(), memory, **limits)
-    assert found == generate(model, tokens.tolist(), memory, policy=CacheConfig("rolling", 64), **limits)
+    assert found == generate(model, tokens.tolist(), memory, policy=Rolling(64), **limits)
     text = np.append(tokens, found, axis=1)
     logits = jax.jit(Cepe.__call__)(model, text, context)
     assert np.asarray(logits)[0, 29:-1].argmax(-1).tolist() == found[0]

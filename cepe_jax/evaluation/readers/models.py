@@ -9,7 +9,7 @@ from cepe_jax.config import CepeConfig, Dtype, RopeConfig
 from cepe_jax.evaluation.readers.language_model import LanguageModel
 from cepe_jax.evaluation.readers.readers import CepeReader, DecoderReader
 from cepe_jax.evaluation.readers.replug import RePlug
-from cepe_jax.inference.caches import FULL, CacheConfig
+from cepe_jax.inference.caches import CacheConfig
 from cepe_jax.inference.text import ModelFacts, read_facts
 
 Reads = Literal["encoder", "decoder", "replug"]
@@ -21,7 +21,7 @@ class ModelConfig:
     path: Path  # a CEPE model or a decoder; whatever reads with a decoder alone takes a CEPE's
     reads: Reads = "encoder"  # who reads contexts: CEPE's encoder; the decoder, in one text; replug: it, each by itself
     window: int | None = None  # tokens that the decoder reads at most; None: all its positions
-    cache: CacheConfig = FULL  # what the decoder keeps of what it reads; of kind rolling it reads all (StreamingLLM)
+    cache: CacheConfig = CacheConfig()  # what the decoder keeps and reads of the tokens before
     temperature: float = 1.0  # divides the contexts' scores in RePlug
     rope: Rope = "trained"  # linear (position interpolation) or yarn: put on a decoder that was trained without it
     factor: float = 1.0  # how many times as many positions linear and yarn give
@@ -34,11 +34,10 @@ class ModelConfig:
                 raise ValueError(f"{name} is {value!r}: choose {', '.join(get_args(choices))}")
         if self.window is not None and self.window < 2:
             raise ValueError(f"window is {self.window}: give 2 tokens or more")
-        if self.cache.bounded and (self.window is not None or self.reads == "replug"):
-            raise ValueError(
-                f"cache.kind is {self.cache.kind}, which reads texts of any length: leave window out, and let encoder "
-                f"or decoder read"
-            )
+        if self.cache.policy.any_length and self.window is not None:
+            raise ValueError(f"cache.kind is {self.cache.kind}, which reads texts of any length: leave window out")
+        if self.cache != CacheConfig() and self.reads == "replug":
+            raise ValueError(f"cache.kind is {self.cache.kind}, and replug takes full: let encoder or decoder read")
         if self.reads != "replug" and self.temperature != ModelConfig.temperature:
             raise ValueError(
                 f"temperature is {self.temperature}, and reads {self.reads} does not read it: leave it out, or give "
@@ -76,8 +75,9 @@ def check_model(config: ModelConfig) -> ModelFacts:
         raise ValueError(f"window is {config.window}: give at most {positions}, the positions that {config.path} has")
     decoder = dataclasses.replace(facts.decoder, rope=rope)
     sizes = dataclasses.replace(facts.config, decoder=decoder) if isinstance(facts.config, CepeConfig) else decoder
-    window = None if config.cache.bounded else config.window or positions
-    return dataclasses.replace(facts, config=sizes, window=window, cache=config.cache.of(positions))
+    policy = config.cache.policy.of(facts.source.path, decoder, positions)
+    window = None if policy.any_length else config.window or positions
+    return dataclasses.replace(facts, config=sizes, window=window, cache=policy)
 
 
 def load_model(config: ModelConfig) -> LanguageModel:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from cepe_jax.data.tokenizer import Tokenizer
 from cepe_jax.evaluation.readers.language_model import Prompt
-from cepe_jax.inference.caches import FULL, CacheConfig
+from cepe_jax.inference.caches import FULL, Policy
 from cepe_jax.inference.context import encode, stacked
 from cepe_jax.inference.generate import power_of_two, stream
 from cepe_jax.inference.overflow import room_beside
@@ -23,7 +23,7 @@ class CepeReader:
     tokenizer: Tokenizer
     stop_ids: tuple[int, ...]
     window: int | None  # tokens that the decoder reads at most; None: no bound is known
-    cache: CacheConfig = FULL
+    cache: Policy = FULL
 
     def stream(self, prompts: Sequence[Prompt], max_new_tokens: int) -> Iterator[list[int | None]]:
         rows = [self._ids(prompt, max_new_tokens) for prompt in prompts]
@@ -79,7 +79,7 @@ class DecoderReader:
     tokenizer: Tokenizer
     stop_ids: tuple[int, ...]
     window: int | None  # tokens that it reads at most; None: no bound is known
-    cache: CacheConfig = FULL
+    cache: Policy = FULL
 
     def stream(self, prompts: Sequence[Prompt], max_new_tokens: int) -> Iterator[list[int | None]]:
         rows = [self._ids(prompt, max_new_tokens) for prompt in prompts]

@@ -14,12 +14,10 @@ from cepe_jax.evaluation.readers.language_model import Prompt
 from cepe_jax.evaluation.readers.readers import longest, one_text
 from cepe_jax.inference.caches import FULL, new_cache
 from cepe_jax.inference.generate import (
-    GREEDY,
-    Draws,
+    append,
     bucket,
     check_prompts,
     power_of_two,
-    read,
     right_padded,
     until,
 )
@@ -134,7 +132,8 @@ class RePlug:
     def _read(self, group: Rows, slots: int) -> Cache:
         """The group's rows, but the last token of each."""
         cache = new_cache(self.model, FULL, len(group), bucket(slots))
-        return read(self.model, [row[:-1] for row in group], None, cache, Draws.of([GREEDY] * len(group)))[1]
+        rows = [row[:-1] for row in group]
+        return append(self.model, *right_padded(rows, bucket(max(map(len, rows)))), None, cache)
 
     def _drawn(self, rows: Rows, weights_C: np.ndarray, new: int) -> Iterator[Array]:
         """The likeliest token, (1, 1), and the one after it: read by all rows."""

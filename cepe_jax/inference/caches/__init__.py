@@ -1,61 +1,90 @@
-"""Cache policies, one file each, and the setting that selects one."""
+"""Cache policies, one file each, and the settings that select one."""
 
-import dataclasses
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from pathlib import Path
+from typing import ClassVar, Literal, Protocol, Self, get_args
 
 import jax
 
 from cepe_jax.config import DecoderConfig, Dtype
-from cepe_jax.inference.caches.full import FullCache
-from cepe_jax.inference.caches.rolling import RollingCache
+from cepe_jax.inference.caches.full import Full
+from cepe_jax.inference.caches.razor import Razor
+from cepe_jax.inference.caches.reattention import ReAttention
+from cepe_jax.inference.caches.rolling import Rolling
 from cepe_jax.model.cache import Cache
 from cepe_jax.model.llama import Llama
 
 
-@dataclass(frozen=True)
-class CacheConfig:
-    """The selection of a policy. `full` keeps every token, `rolling` the first and the last ones (StreamingLLM)."""
+class Policy(Protocol):
+    """A rule for which tokens a cache keeps and a query reads. It is hashable: programs are compiled for it."""
 
-    kind: Literal["full", "rolling"] = "full"  # full keeps every token; rolling the first and the last ones
-    window: int | None = None  # tokens that a rolling cache keeps; None: as many as the model has positions
-    sinks: int = 4  # how many of these are the first tokens of the text
-
-    def __post_init__(self):
-        if self.kind not in ("full", "rolling"):
-            raise ValueError(f"cache.kind is {self.kind!r}: choose full or rolling")
-        if self.kind == "full" and (self.window is not None or self.sinks != CacheConfig.sinks):
-            raise ValueError("cache.window and cache.sinks are for cache.kind rolling: leave them out, or choose it")
-        if not 0 < self.sinks < (self.sinks + 1 if self.window is None else self.window):
-            raise ValueError(
-                f"cache.sinks is {self.sinks} and cache.window {self.window}: give 1 sink or more, and a larger window"
-            )
+    any_length: ClassVar[bool]  # True: texts may have more tokens than the model has positions
+    # True: tokens that are read together choose together what they read, later ones for earlier ones too. A token whose
+    # prediction counts must then be read by itself.
+    pools: ClassVar[bool]
 
     @property
-    def bounded(self) -> bool:
-        """True if the size does not grow with the text."""
-        return self.kind == "rolling"
+    def window(self) -> int | None:
+        """The number of tokens that stay, the oldest of them leaving; None if every token stays."""
 
-    def of(self, positions: int | None) -> "CacheConfig":
-        """Return the setting for a model with this many positions, the default of `window`."""
-        if not self.bounded or self.window is not None:
-            return self
-        if positions is None:
-            raise ValueError("nothing says how many positions the model has: give cache.window")
-        return dataclasses.replace(self, window=positions)
+    def of(self, path: Path, decoder: DecoderConfig, positions: int | None) -> Self:
+        """Return the policy for the model at `path`; ValueError if it does not suit the model.
+
+        `positions`: how many the model has, None if nothing says it.
+        """
+
+    def create(self, config: DecoderConfig, dtype: Dtype, rows: int, slots: int) -> Cache:
+        """Return an empty cache; ValueError if the present mesh cannot hold it.
+
+        `slots` bounds the length of a text if every token stays.
+        """
 
 
-FULL = CacheConfig()
+POLICIES: dict[str, type[Policy]] = {"full": Full, "rolling": Rolling, "reattention": ReAttention, "razor": Razor}
 
 
-def new_cache(decoder: Llama, cache: CacheConfig, rows: int, slots: int) -> Cache:
-    """Return an empty cache. `slots` bounds the length of a text if the policy keeps every token."""
-    return _new_cache(decoder.config, decoder.compute.dtype, cache, rows, slots)
+@dataclass(frozen=True)
+class CacheConfig:
+    """The selection of a policy by settings. Those that are None have the policy's default."""
+
+    kind: Literal["full", "rolling", "reattention", "razor"] = "full"  # tokens that are kept and read: inference/README
+    window: int | None = None  # tokens that a rolling cache keeps; None: as many as the model has positions
+    sinks: int | None = None  # first tokens of the text, which are always read; None: 4, of reattention 32
+    recent: int | None = None  # last tokens that are read; None: reattention's 4,096, of razor at least 4,000
+    top_k: int | None = None  # tokens that each head of a query selects (reattention); None: 4
+    selected: int | None = None  # of these, how many are read, those that most heads select (reattention); None: 127
+    span: int | None = None  # tokens around each of these that are read with it (reattention); None: 32
+    piece: int | None = None  # tokens of a prompt that select together (reattention); None: 512
+    compression: int | None = None  # heads with recent tokens keep one of so many (razor); None: 5
+    induction: float | None = None  # share of heads that keep all tokens for their induction score (razor); None: 0.14
+    echo: float | None = None  # share of heads that keep all tokens for their echo score (razor); None: 0.01
+
+    def __post_init__(self):
+        if self.kind not in POLICIES:
+            *others, last = get_args(type(self).__dataclass_fields__["kind"].type)
+            raise ValueError(f"cache.kind is {self.kind!r}: choose {', '.join(others)} or {last}")
+        self.policy  # noqa: B018 (it raises ValueError for settings that do not fit)
+
+    @property
+    def policy(self) -> Policy:
+        """The policy, which is not yet that of a model."""
+        given = {name: value for name, value in vars(self).items() if name != "kind" and value is not None}
+        for name in given:
+            kinds = [kind for kind, policy in POLICIES.items() if name in policy.__dataclass_fields__]
+            if self.kind not in kinds:
+                raise ValueError(f"cache.{name} is for cache.kind {' or '.join(kinds)}: leave it out, or choose that")
+        return POLICIES[self.kind](**given)
+
+
+FULL = Full()
+
+
+def new_cache(decoder: Llama, policy: Policy, rows: int, slots: int) -> Cache:
+    """Return an empty cache. `slots` bounds the length of a text if every token stays."""
+    return _new_cache(policy, decoder.config, decoder.compute.dtype, rows, slots)
 
 
 @partial(jax.jit, static_argnums=range(5))
-def _new_cache(config: DecoderConfig, dtype: Dtype, cache: CacheConfig, rows: int, slots: int) -> Cache:
-    if cache.kind == "rolling":
-        return RollingCache.create(config, dtype, rows, cache.window, cache.sinks)
-    return FullCache.create(config, dtype, rows, slots)
+def _new_cache(policy: Policy, config: DecoderConfig, dtype: Dtype, rows: int, slots: int) -> Cache:
+    return policy.create(config, dtype, rows, slots)

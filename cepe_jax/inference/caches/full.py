@@ -3,13 +3,15 @@
 import dataclasses
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from cepe_jax.config import Backend, DecoderConfig
+from cepe_jax.config import Backend, DecoderConfig, Dtype
 from cepe_jax.model.attention import Mask, Partial, attend_to_cache
+from cepe_jax.model.cache import Cache
 from cepe_jax.model.layers import at
 from cepe_jax.sharding import constrain, on_shards, rows_of_a_device
 
@@ -19,9 +21,24 @@ LEAST_PIECE = 128  # tokens
 AXES = "layer", "batch", "kv_heads", "length", "head_dim"
 
 
+@dataclass(frozen=True)
+class Full:
+    """The policy that keeps every token."""
+
+    pools = False
+    any_length = False
+    window = None
+
+    def of(self, path: Path, decoder: DecoderConfig, positions: int | None) -> "Full":
+        return self
+
+    def create(self, config: DecoderConfig, dtype: Dtype, rows: int, slots: int) -> "FullCache":
+        return FullCache.create(config, dtype, rows, slots)
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class FullCache:
+class FullCache(Cache):
     """The rotated keys and the values of Z layers, in S slots. Each row fills its slots from the left.
 
     `valid_BS` marks slots that hold a real token; padding between real tokens leaves holes. `length_B` counts the slots
@@ -86,9 +103,9 @@ class FullCache:
         k_ZBKTH, v_ZBKTH = (x_ZBTKH.swapaxes(2, 3) for x_ZBTKH in kept_Z)
         end_T = jnp.arange(1, real_BT.shape[1] + 1)
         return FullCache(
-            _written(self.k_ZBKSH, k_ZBKTH, self.length_B, AXES),
-            _written(self.v_ZBKSH, v_ZBKTH, self.length_B, AXES),
-            _written(self.valid_BS, real_BT, self.length_B, ("batch", "length")),
+            written(self.k_ZBKSH, k_ZBKTH, self.length_B, AXES),
+            written(self.v_ZBKSH, v_ZBKTH, self.length_B, AXES),
+            written(self.valid_BS, real_BT, self.length_B, ("batch", "length")),
             self.length_B + jnp.where(real_BT, end_T, 0).max(axis=1),
             empty=False,
         )
@@ -110,7 +127,7 @@ class _Reading(NamedTuple):
         return rotated_BTKH, v_BTKH
 
 
-def _written(x: Array, new: Array, start_B: Array, axes: tuple[str, ...]) -> Array:
+def written(x: Array, new: Array, start_B: Array, axes: tuple[str, ...]) -> Array:
     """Return `x` with `new` written to each row, starting at the row's own slot.
 
     Rows are written one after another. A single scatter would first transpose all of `x`.
@@ -119,7 +136,8 @@ def _written(x: Array, new: Array, start_B: Array, axes: tuple[str, ...]) -> Arr
 
     def write(x: Array, new: Array, start_B: Array) -> Array:
         def write_row(row: Array | int, x: Array) -> Array:
-            starts = [start_B[row] if axis == slot_axis else row * (axis == row_axis) for axis in range(x.ndim)]
+            starts = [jnp.zeros_like(start_B[0])] * x.ndim
+            starts[row_axis], starts[slot_axis] = jnp.astype(row, start_B.dtype), start_B[row]
             return jax.lax.dynamic_update_slice(x, jax.lax.dynamic_slice_in_dim(new, row, 1, row_axis), starts)
 
         return write_row(0, x) if len(start_B) == 1 else jax.lax.fori_loop(0, len(start_B), write_row, x)

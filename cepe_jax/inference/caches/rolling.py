@@ -8,13 +8,15 @@ are merged by log-sum-exp.
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from cepe_jax.config import Backend, DecoderConfig
+from cepe_jax.config import Backend, DecoderConfig, Dtype
 from cepe_jax.model.attention import Mask, Partial, attend_partial, combine
+from cepe_jax.model.cache import Cache
 from cepe_jax.model.layers import at
 from cepe_jax.model.rope import rope_table, rotate
 from cepe_jax.sharding import constrain, on_shards
@@ -24,9 +26,38 @@ PIECE = 256  # tokens that are read at once
 AXES = "layer", "batch", "length", "kv_heads", "head_dim"
 
 
+@dataclass(frozen=True)
+class Rolling:
+    """The policy that keeps the first `sinks` tokens and the last ones, `window` in all.
+
+    `window` is None until the policy is a model's: then it is as many as the model has positions.
+    """
+
+    window: int | None = None
+    sinks: int = 4
+    pools = False
+    any_length = True
+
+    def __post_init__(self):
+        if not 0 < self.sinks < (self.sinks + 1 if self.window is None else self.window):
+            raise ValueError(
+                f"cache.sinks is {self.sinks} and cache.window {self.window}: give 1 sink or more, and a larger window"
+            )
+
+    def of(self, path: Path, decoder: DecoderConfig, positions: int | None) -> "Rolling":
+        if self.window is not None:
+            return self
+        if positions is None:
+            raise ValueError("nothing says how many positions the model has: give cache.window")
+        return dataclasses.replace(self, window=positions)
+
+    def create(self, config: DecoderConfig, dtype: Dtype, rows: int, slots: int) -> "RollingCache":
+        return RollingCache.create(config, dtype, rows, self.window, self.sinks)
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class RollingCache:
+class RollingCache(Cache):
     """The keys (not rotated) and the values of Z layers, in S slots: first the sinks, then a ring of the last tokens.
 
     `read_B` counts the tokens that each row has read. A new token overwrites the oldest one in the ring.
