@@ -190,6 +190,22 @@ def step_bytes(config: CepeConfig | DecoderConfig, cached: int, memory: int, ite
     return {form: (numbers + config.cross_layers.count * (weights + read)) * itemsize for form, read in reads.items()}
 
 
+class CacheCost(NamedTuple):
+    """The attention of one token to the tokens before it, in all layers."""
+
+    flops: float
+    numbers: float  # of the cache, which are read
+
+
+def cache_cost(config: DecoderConfig, tokens: float, selects_among: float = 0) -> CacheCost:
+    """Return the cost of a token that reads so many tokens in each key head, on average.
+
+    `selects_among`: tokens whose keys alone are multiplied with its queries before.
+    """
+    queries, keys = (heads * config.head_dim * config.num_layers for heads in (config.num_heads, config.num_kv_heads))
+    return CacheCost((4 * tokens + 2 * selects_among) * queries, (2 * tokens + selects_among) * keys)
+
+
 def teacher_flops(config: DecoderConfig, window: int, memory: int) -> float:
     """The FLOPs of the plain decoder that teaches `window` positions after `memory` tokens of context, in one pass."""
     length = window + memory

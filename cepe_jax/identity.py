@@ -10,18 +10,19 @@ def as_json(value):
     return json.loads(json.dumps(value, default=lambda v: vars(v) if dataclasses.is_dataclass(v) else str(v)))
 
 
-# Settings that earlier versions had, each with the value under which a run is the same without it.
-REMOVED = {"neighbours": "none"}
+# Settings that earlier versions had, or wrote for other runs too, with the value under which a run is the same without.
+REMOVED = {"neighbours": "none", "sinks": 4}
 
 
 def _without_removed(stored: dict) -> dict:
-    values = {key: value for key, value in stored.items() if key not in REMOVED or value != REMOVED[key]}
+    names = {key: key.rpartition(".")[2] for key in stored}
+    values = {key: value for key, value in stored.items() if names[key] not in REMOVED or value != REMOVED[names[key]]}
     return {key: _without_removed(value) if isinstance(value, dict) else value for key, value in values.items()}
 
 
 def refuse_another_run(where: Path, stored: dict, present: dict) -> None:
     """Raise ValueError that names the first setting in which two runs' identities differ."""
-    stored = _without_removed(stored)
+    stored, present = _without_removed(stored), _without_removed(present)
     for key in sorted(set(stored) | set(present)):
         if stored.get(key) != present.get(key):
             differing = f"{key} is {json.dumps(stored.get(key))} there and {json.dumps(present.get(key))} here"

@@ -21,6 +21,7 @@ from cepe_jax.cost import gib
 from cepe_jax.data.recipes import blank
 from cepe_jax.directories import write_json
 from cepe_jax.identity import as_json
+from cepe_jax.inference.caches import CacheConfig
 from cepe_jax.sharding import batch_axes, is_variable, make_mesh, partition_spec, shardings_of
 from cepe_jax.training.settings import (
     TrainConfig,
@@ -60,6 +61,7 @@ class CompileConfig(ShapesConfig):
     topology: str  # TPUs, as their compiler names them: v5e:4x4, v4:4x4x4; GPUs as hosts x GPUs of a host: h100:1x8
     step: Literal["train", "encode", "prefill", "decode"] = "train"  # a step of training, or one of inference
     batch: int = 0  # sequences; 0 = batch_size to train, one for the devices that share a sequence to infer
+    cache: CacheConfig = CacheConfig()  # what the decoder of prefill and decode keeps of a window of tokens
     context: int = 1  # devices over which a memory is cut; more than 1 to infer alone
     out: Path = Path("out/compile")  # gets a JSON file for each step
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from cepe_jax.benchmarks import beside
+from cepe_jax.benchmarks import beside, caches
 from cepe_jax.benchmarks.compiled import memory_of
 from cepe_jax.benchmarks.training import filled
 from cepe_jax.config import DECODERS, ENCODERS, CepeConfig, Compute, Dtype
@@ -27,6 +27,7 @@ from cepe_jax.cost import encoder_flops, gib, inference_flops, step_bytes
 from cepe_jax.devices import describe
 from cepe_jax.directories import write_json, write_text
 from cepe_jax.identity import as_json
+from cepe_jax.inference.caches import CacheConfig
 from cepe_jax.inference.caches.full import FullCache
 from cepe_jax.inference.context import ContextCache, encode, free_bytes, stacked
 from cepe_jax.inference.generate import Draws, Sampling, bucket, next_token, power_of_two
@@ -53,7 +54,8 @@ class InferenceBenchmarkConfig:
     limit_seconds: float = 40.0  # seconds; a run that would take longer, by the speed at the length before, is left out
     dtype: Dtype = "float32"  # type of weights and activations
     beside: Literal["", "torch"] = ""  # torch: this package and the tests' oracle in turn, instead of the four ways
-    out: Path = Path("out/benchmark")  # gets inference.json, inference.md, inference.png; or beside.json, beside.md
+    cache: CacheConfig | None = None  # a policy beside the full and the rolling cache, instead of the four ways
+    out: Path = Path("out/benchmark")  # gets inference.json, .md, .png; or beside.json, .md; or caches.json, .md
 
     def __post_init__(self):
         for name in ("chunk_length", "prompt", "limit_seconds"):
@@ -63,6 +65,10 @@ class InferenceBenchmarkConfig:
             raise ValueError(f"new_tokens is {self.new_tokens}: give 2 or more")
         if min(self.contexts, default=0) < 1 or list(self.contexts) != sorted(set(self.contexts)):
             raise ValueError(f"contexts is {list(self.contexts)}: give rising numbers above 0")
+        if self.beside and self.cache is not None:
+            raise ValueError("give beside or cache, one at a time")
+        if self.cache is not None and self.cache.kind in ("full", "rolling"):
+            raise ValueError(f"cache.kind is {self.cache.kind}, which is measured anyway: give another one")
 
 
 class Recomputed(CrossAttention):
@@ -131,7 +137,11 @@ def benchmark_inference(config: InferenceBenchmarkConfig) -> None:
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, config.dtype), parts)
     model = Cepe.from_parts(filled(shapes, 0.02))
     if config.beside:
-        return _beside(model, config)
+        rows = beside.measure_beside(model, config.contexts, config.chunk_length, config.prompt)
+        return _write_rows(config, "beside", rows, beside.table, f"minimum of {beside.NUMBER} in turn.")
+    if config.cache is not None:
+        rows = caches.measure_caches(model.decoder, config.cache, config.contexts)
+        return _write_rows(config, "caches", rows, caches.table, "random weights, keys and values; medians.")
     clock, rows = _Clock(config.limit_seconds), []
     _encoded(model, config.contexts[0], config.chunk_length)  # compiled before it is timed
     for length in track(config.contexts, "benchmark"):
@@ -163,13 +173,14 @@ def _facts(config: InferenceBenchmarkConfig) -> dict:
     }
 
 
-def _beside(model: Cepe, config: InferenceBenchmarkConfig) -> None:
-    rows = beside.measure_beside(model, config.contexts, config.chunk_length, config.prompt)
+def _write_rows(
+    config: InferenceBenchmarkConfig, name: str, rows: list[dict], table: Callable[[list[dict], str], str], how: str
+) -> None:
     result = _facts(config) | {"rows": rows}
     config.out.mkdir(parents=True, exist_ok=True)
-    write_json(config.out / "beside.json", as_json(result))
-    head = f"{result['device']}, jax {result['jax']}, {result['date']}; minimum of {beside.NUMBER} in turn."
-    write_text(config.out / "beside.md", page := beside.table(rows, head))
+    write_json(config.out / f"{name}.json", as_json(result))
+    head = f"{result['device']}, jax {result['jax']}, {result['date']}; {how}"
+    write_text(config.out / f"{name}.md", page := table(rows, head))
     print(page)
 
 

@@ -6,6 +6,7 @@ import pytest
 from support.oracles import draw
 from support.tokenizers import CHUNK, WINDOW
 
+from cepe_jax.inference import generate as generating
 from cepe_jax.inference import session
 from cepe_jax.inference.detokenize import Detokenizer
 from cepe_jax.inference.generate import Draws, Sampling, generate
@@ -72,9 +73,9 @@ def test_the_whole_conversation_is_what_the_template_says(chat, text_model):
 
 def test_only_what_is_new_is_read(chat, monkeypatch):
     lengths = []
-    following = session.next_token
+    following = generating.next_token
     monkeypatch.setattr(
-        session,
+        generating,
         "next_token",
         lambda *given: (
             lengths.append(given[1].shape[1] if given[2] is None else int(given[2].sum())) or following(*given)
@@ -142,9 +143,9 @@ def test_an_interruption_within_a_step(chat, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    for name, text in (("next_token", "a"), ("encode", "def f(x):\n" * 9)):
+    for module, name, text in ((generating, "next_token", "a"), (session, "encode", "def f(x):\n" * 9)):
         with monkeypatch.context() as patch:
-            patch.setattr(session, name, interrupted)
+            patch.setattr(module, name, interrupted)
             with pytest.raises(KeyboardInterrupt):
                 list(chat.say(text, max_new_tokens=9))
         assert chat.messages[-1] == {"role": "assistant", "content": ""}

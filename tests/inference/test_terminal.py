@@ -15,7 +15,7 @@ from support.tokenizers import CHUNK, WINDOW
 
 from cepe_jax.data.tokenizer import Tokenizer
 from cepe_jax.devices import Devices
-from cepe_jax.inference import context, session
+from cepe_jax.inference import context, generate
 from cepe_jax.inference.context import ContextCache
 from cepe_jax.inference.generate import Sampling
 from cepe_jax.inference.terminal import GenerateConfig, run_generate
@@ -197,7 +197,7 @@ def test_a_tokenizer_elsewhere(home, text_model, tmp_path, monkeypatch, capsys, 
 
 def test_ctrl_c(config, text_model, monkeypatch, capsys):
     """The first ends the answer, and the conversation goes on; one while nothing is said ends it."""
-    lines, steps, following = iter([b"What is it?\n", b"x\n"]), count(), session.next_token
+    lines, steps, following = iter([b"What is it?\n", b"x\n"]), count(), generate.next_token
 
     def readline():
         if line := next(lines, b""):
@@ -213,7 +213,7 @@ def test_ctrl_c(config, text_model, monkeypatch, capsys):
     answer = chat.say("What is it?", max_new_tokens=6, sampling=HOT)
     wanted = ["".join(next(answer) for _ in range(3)), "".join(chat.say("x", max_new_tokens=6, sampling=HOT))]
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=SimpleNamespace(readline=readline), isatty=lambda: False))
-    monkeypatch.setattr(session, "next_token", interrupted)
+    monkeypatch.setattr(generate, "next_token", interrupted)
     run_generate(config(prompt="", chat=True, context_file=()))
     assert capsys.readouterr().out == "".join(f"{text}\n" for text in wanted)
 

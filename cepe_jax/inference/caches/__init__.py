@@ -8,6 +8,7 @@ from typing import ClassVar, Literal, Protocol, Self, get_args
 import jax
 
 from cepe_jax.config import DecoderConfig, Dtype
+from cepe_jax.cost import CacheCost
 from cepe_jax.inference.caches.full import Full
 from cepe_jax.inference.caches.razor import Razor
 from cepe_jax.inference.caches.reattention import ReAttention
@@ -40,13 +41,16 @@ class Policy(Protocol):
         `slots` bounds the length of a text if every token stays.
         """
 
+    def cost(self, config: DecoderConfig, cached: int) -> CacheCost:
+        """Return what a token costs that reads the cache of so many tokens."""
+
 
 POLICIES: dict[str, type[Policy]] = {"full": Full, "rolling": Rolling, "reattention": ReAttention, "razor": Razor}
 
 
 @dataclass(frozen=True)
 class CacheConfig:
-    """The selection of a policy by settings. Those that are None have the policy's default."""
+    """The selection of a policy by settings. Those that are None get the policy's default, if it has such a setting."""
 
     kind: Literal["full", "rolling", "reattention", "razor"] = "full"  # tokens that are kept and read: inference/README
     window: int | None = None  # tokens that a rolling cache keeps; None: as many as the model has positions
@@ -64,7 +68,11 @@ class CacheConfig:
         if self.kind not in POLICIES:
             *others, last = get_args(type(self).__dataclass_fields__["kind"].type)
             raise ValueError(f"cache.kind is {self.kind!r}: choose {', '.join(others)} or {last}")
-        self.policy  # noqa: B018 (it raises ValueError for settings that do not fit)
+        if self.kind == "full" and self.sinks == Rolling.sinks:  # as earlier versions stored it
+            object.__setattr__(self, "sinks", None)
+        for name, value in vars(self.policy).items():
+            if name in vars(self):
+                object.__setattr__(self, name, value)
 
     @property
     def policy(self) -> Policy:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from cepe_jax.config import Backend, DecoderConfig, Dtype
+from cepe_jax.cost import CacheCost, cache_cost
 from cepe_jax.model.attention import Mask, Partial, attend_to_cache
 from cepe_jax.model.cache import Cache
 from cepe_jax.model.layers import at
@@ -34,6 +35,9 @@ class Full:
 
     def create(self, config: DecoderConfig, dtype: Dtype, rows: int, slots: int) -> "FullCache":
         return FullCache.create(config, dtype, rows, slots)
+
+    def cost(self, config: DecoderConfig, cached: int) -> CacheCost:
+        return cache_cost(config, cached)
 
 
 @jax.tree_util.register_dataclass

@@ -18,11 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from cepe_jax.config import Backend, DecoderConfig, Dtype
+from cepe_jax.cost import CacheCost, cache_cost
 from cepe_jax.inference.caches.full import PIECE_PAIRS, written
 from cepe_jax.inference.caches.retrieval_heads import read_scores, retrieval_heads
 from cepe_jax.model.attention import NEVER, Mask, Partial, attend_to_heads, combine, combine_scanned
 from cepe_jax.model.cache import Cache
-from cepe_jax.sharding import constrain, split_axes
+from cepe_jax.sharding import constrain, on_shards, split_axes
 
 Array = jax.Array
 PIECE = 256  # tokens that are read at once
@@ -67,13 +68,18 @@ class Razor:
         if split_axes("heads"):
             raise ValueError("cache.kind is razor, which keeps each head its own tokens: give mesh.tensor 1")
         others = config.num_layers * config.num_kv_heads - len(self.heads)
-        kept = self.sinks + max(self.recent, slots // self.compression)
+        kept = self.sinks + max(self.recent, slots // self.compression) + 1  # padding goes to the last slot
         wide, H = jnp.promote_types(dtype, jnp.float32), config.head_dim
         k, v = (constrain(jnp.zeros((rows, len(self.heads), slots, H), dtype), *AXES) for _ in range(2))
         other_k, other_v = (constrain(jnp.zeros((rows, others, kept, H), dtype), *AXES) for _ in range(2))
         sum_k, sum_v = (constrain(jnp.zeros((rows, others, H), wide), *AXES[:2], "head_dim") for _ in range(2))
         length_B = jnp.zeros(rows, jnp.int32)
         return RazorCache(k, v, other_k, other_v, sum_k, sum_v, length_B, self, config.num_kv_heads, empty=True)
+
+    def cost(self, config: DecoderConfig, cached: int) -> CacheCost:
+        heads = config.num_layers * config.num_kv_heads
+        stay = min(cached, self.sinks + max(self.recent, cached // self.compression) + 1)  # with the compensation token
+        return cache_cost(config, (len(self.heads) * cached + (heads - len(self.heads)) * stay) / heads)
 
     def gone(self, count: Array) -> Array:
         """Return how many of `count` tokens have left the heads that keep recent ones."""
@@ -85,8 +91,9 @@ class Razor:
 class RazorCache(Cache):
     """The rotated keys and the values of R retrieval heads in S slots, and of O other heads in W.
 
-    The heads of all layers stand one after another. In the others the first slots hold the first tokens and the rest
-    are a ring of the last. `sum_k_BOH` and `sum_v_BOH` are sums over the tokens that have left, in fp32 or wider.
+    The heads of all layers stand one after another. In the others the first slots hold the first tokens, the last one
+    padding, and the rest are a ring of the last tokens. `sum_k_BOH` and `sum_v_BOH` are sums over the tokens that have
+    left, in fp32 or wider.
     """
 
     k_BRSH: Array
@@ -106,6 +113,11 @@ class RazorCache(Cache):
         numbers = np.zeros(self.k_BRSH.shape[1] + self.k_BOWH.shape[1], bool).reshape(-1, self.kv_heads)
         numbers[tuple(np.array(self.policy.heads, int).reshape(-1, 2).T)] = True
         return numbers
+
+    @property
+    def ring(self) -> int:
+        """The number of slots for the last tokens: all but those of the first tokens and that of padding."""
+        return self.k_BOWH.shape[2] - self.policy.sinks - 1
 
     def piece(self, rows: int, length: int, backend: Backend) -> int:
         """Return a divisor of `length`, because padding would take slots; at most `recent`: no token of a piece leaves.
@@ -139,14 +151,13 @@ class RazorCache(Cache):
         others = np.flatnonzero(~self.is_whole_ZK)
         added_B = real_BT.sum(axis=1)
         length_B = self.length_B + added_B
-        gone_B1 = self.policy.gone(self.length_B)[:, None]
-        leaves_BT = jnp.arange(T) < self.policy.gone(length_B)[:, None] - gone_B1
-        leaving_BT = self._slot(self.policy.sinks + gone_B1 + jnp.arange(T))
+        gone_B = self.policy.gone(self.length_B)
+        leaves_BT = jnp.arange(T) < (self.policy.gone(length_B) - gone_B)[:, None]
         arrays = {}
         for name, x_ZBTKH in zip("kv", kept_Z, strict=True):
             new_BPTH = jnp.moveaxis(x_ZBTKH, (0, 3), (1, 2)).reshape(len(real_BT), -1, T, x_ZBTKH.shape[-1])
             ring, sums = getattr(self, f"{name}_BOWH"), getattr(self, f"sum_{name}_BOH")
-            left_BOTH = jnp.where(leaves_BT[:, None, :, None], taken(ring, leaving_BT), 0)
+            left_BOTH = jnp.where(leaves_BT[:, None, :, None], self.leaving(ring, T), 0)
             arrays[f"sum_{name}_BOH"] = sums + left_BOTH.sum(axis=2, dtype=sums.dtype)
             arrays[f"{name}_BRSH"] = written(getattr(self, f"{name}_BRSH"), new_BPTH[:, whole], self.length_B, AXES)
             arrays[f"{name}_BOWH"] = self._in_ring(ring, new_BPTH[:, others], added_B)
@@ -155,20 +166,40 @@ class RazorCache(Cache):
     def _slot(self, token: Array) -> Array:
         """Return the slot of a token in the heads that keep recent ones."""
         sinks = self.policy.sinks
-        return jnp.where(token < sinks, token, sinks + (token - sinks) % (self.k_BOWH.shape[2] - sinks))
+        return jnp.where(token < sinks, token, sinks + (token - sinks) % self.ring)
+
+    def leaving(self, x_BOWH: Array, count: int, first: Array | int = 0, heads: int | None = None) -> Array:
+        """Return the `count` tokens that leave next, (B, heads, count, H), of `heads` heads from `first` on, or all."""
+        sinks, heads = self.policy.sinks, heads or x_BOWH.shape[1]
+        begin_B = self._slot(sinks + self.policy.gone(self.length_B))
+
+        def of_a_device(x_BOWH: Array, begin_B: Array, first: Array) -> Array:
+            def span(row: int, start: Array) -> Array:
+                place = jnp.full_like(first, row), first, start, jnp.zeros_like(first)
+                return jax.lax.dynamic_slice(x_BOWH, place, (1, heads, count, x_BOWH.shape[3]))
+
+            def of_row(row: int) -> Array:
+                if count == 1:
+                    return span(row, begin_B[row])
+                # The end of the ring and, behind it, its beginning. To gather slots, a TPU would turn all of it around.
+                start = jnp.minimum(begin_B[row], sinks + self.ring - count)
+                both = jnp.concatenate([span(row, start), span(row, jnp.full_like(start, sinks))], axis=2)
+                return jax.lax.dynamic_slice_in_dim(both, begin_B[row] - start, count, axis=2)
+
+            return jnp.concatenate([of_row(row) for row in range(len(begin_B))])
+
+        in_axes = AXES, ("batch",), ()
+        return on_shards(of_a_device, in_axes, AXES)(x_BOWH, begin_B, jnp.asarray(first, begin_B.dtype))
 
     def _in_ring(self, x_BOWH: Array, new_BOTH: Array, added_B: Array) -> Array:
-        """Return `x_BOWH` with the new tokens in their slots: some before the ring's end, some after its beginning."""
-        sinks, (T, W) = self.policy.sinks, (new_BOTH.shape[2], x_BOWH.shape[2])
-        first_B = self._slot(self.length_B)
-        for start_B in (jnp.minimum(first_B, W - T), jnp.full_like(first_B, min(sinks, W - T))):
-            slot_BT = start_B[:, None] + jnp.arange(T)
-            number_BT = (slot_BT - first_B[:, None]) % (W - sinks)
-            number_BT = jnp.where(slot_BT < sinks, slot_BT - first_B[:, None], number_BT)
-            lands_BT = (number_BT >= 0) & (number_BT < added_B[:, None])
-            there = taken(x_BOWH, slot_BT), taken(new_BOTH, jnp.clip(number_BT, 0, T - 1))
-            x_BOWH = written(x_BOWH, jnp.where(lands_BT[:, None, :, None], *there[::-1]), start_B, AXES)
-        return x_BOWH
+        """Return `x_BOWH` with the new tokens in their slots, one after another, and padding in the last slot."""
+        B, _, T, _ = new_BOTH.shape
+
+        def write(number: Array, x_BOWH: Array) -> Array:
+            slot_B = jnp.where(number < added_B, self._slot(self.length_B + number), x_BOWH.shape[2] - 1)
+            return written(x_BOWH, jax.lax.dynamic_slice_in_dim(new_BOTH, number, 1, axis=2), slot_B, AXES)
+
+        return jax.lax.fori_loop(0, T, write, x_BOWH)
 
     def emptied(self, rows_B: Array) -> "RazorCache":
         sums = (jnp.where(rows_B[:, None, None], 0, x_BOH) for x_BOH in (self.sum_k_BOH, self.sum_v_BOH))
@@ -215,9 +246,10 @@ class _Reading(NamedTuple):
 
             def stay_BQS(slots_S: Array) -> Array:
                 sinks = cache.policy.sinks
-                in_ring = (length_B11 - 1 - slots_S) % (cache.k_BOWH.shape[2] - sinks)
+                in_ring = (length_B11 - 1 - slots_S) % cache.ring
                 token_B1S = length_B11 - 1 - in_ring  # the last one in this slot of the ring
-                stays_BQS = (token_B1S >= sinks + self.gone_BQ[..., None]) & (slots_S >= sinks)
+                is_ring_S = (slots_S >= sinks) & (slots_S < sinks + cache.ring)
+                stays_BQS = (token_B1S >= sinks + self.gone_BQ[..., None]) & is_ring_S
                 return stays_BQS | ((slots_S < sinks) & (slots_S < length_B11))
 
             kept = cache.k_BOWH, cache.v_BOWH
@@ -228,15 +260,14 @@ class _Reading(NamedTuple):
     def _compensation(self, q_BKGQH: Array, first: Array) -> Partial:
         """Return the attention to the mean of the tokens that have left, which counts that many times."""
         cache, count = self.cache, q_BKGQH.shape[1]
-        tokens_BT = cache.policy.sinks + self.gone_B1 + jnp.arange(self.count)
 
         def means_BKQH(x_BOWH: Array, sums_BOH: Array) -> Array:
             """Means for each query: of the tokens that had left, and of those that leave with the new ones."""
-            leaving_BKTH = taken(x_BOWH, cache._slot(tokens_BT), first, count).astype(sums_BOH.dtype)
+            leaving_BKTH = cache.leaving(x_BOWH, self.count, first, count).astype(sums_BOH.dtype)
             before_BK1H = jax.lax.dynamic_slice_in_dim(sums_BOH, first, count, axis=1)[:, :, None]
             sums_BKTH = before_BK1H + jnp.pad(jnp.cumsum(leaving_BKTH, axis=2), [(0, 0), (0, 0), (1, 0), (0, 0)])
-            number_BQ = self.gone_BQ - self.gone_B1
-            return taken(sums_BKTH, number_BQ) / jnp.maximum(self.gone_BQ, 1)[:, None, :, None]
+            number_B1Q1 = (self.gone_BQ - self.gone_B1)[:, None, :, None]
+            return jnp.take_along_axis(sums_BKTH, number_B1Q1, axis=2) / jnp.maximum(self.gone_BQ, 1)[:, None, :, None]
 
         k_BKQH, v_BKQH = means_BKQH(cache.k_BOWH, cache.sum_k_BOH), means_BKQH(cache.v_BOWH, cache.sum_v_BOH)
         scores_BKGQ = jnp.einsum("BKGQH,BKQH->BKGQ", q_BKGQH.astype(k_BKQH.dtype), k_BKQH) * q_BKGQH.shape[-1] ** -0.5
@@ -250,12 +281,6 @@ class _Reading(NamedTuple):
 
     def keep(self, k_BTKH: Array, rotated_BTKH: Array, v_BTKH: Array) -> tuple[Array, Array]:
         return rotated_BTKH, v_BTKH
-
-
-def taken(x_BXSH: Array, slots_BT: Array, first: Array | int = 0, count: int | None = None) -> Array:
-    """Return these slots of each row, (B, X, T, H), or of `count` heads from `first` on."""
-    heads_X = first + jnp.arange(x_BXSH.shape[1] if count is None else count)
-    return jax.vmap(lambda x_XSH, slots_T: x_XSH[heads_X[:, None], slots_T])(x_BXSH, slots_BT)
 
 
 def _in_blocks(q_BKGQH: Array, k_BXSH: Array, v_BXSH: Array, first: Array, seen_of) -> Partial:

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from cepe_jax.config import Backend, DecoderConfig, Dtype
+from cepe_jax.cost import CacheCost, cache_cost
 from cepe_jax.inference.caches.full import AXES, PIECE_PAIRS, written
 from cepe_jax.model.attention import Mask, Partial, attend_to_cache
 from cepe_jax.model.cache import Cache
@@ -23,6 +24,7 @@ from cepe_jax.model.rope import rope_table, rotate
 from cepe_jax.sharding import constrain
 
 Array = jax.Array
+LANES = 128  # numbers that a TPU keeps side by side
 GROUP = 128  # scores of which only the largest is compared at first
 
 
@@ -69,6 +71,10 @@ class ReAttention:
         shape = (config.num_layers, rows, config.num_kv_heads, slots, config.head_dim)
         k, v = (constrain(jnp.zeros(shape, dtype), *AXES) for _ in range(2))
         return ReAttentionCache(k, v, jnp.zeros(rows, jnp.int32), self, empty=True)
+
+    def cost(self, config: DecoderConfig, cached: int) -> CacheCost:
+        between = max(cached - self.sinks - self.recent, 0)
+        return cache_cost(config, min(cached, self.scope), between)
 
 
 @jax.tree_util.register_dataclass
@@ -134,14 +140,11 @@ class _Reading(NamedTuple):
     seen_B: Array  # tokens of the text with the new ones
 
     def attend(self, index: Array, q_BTNH: Array, rotated_BTNH: Array) -> Partial:
-        k_BKSH, v_BKSH = at(self.cache.k_ZBKSH, index), at(self.cache.v_ZBKSH, index)
-        slots_BX, read_BX = self._read(q_BTNH, k_BKSH)
+        slots_BX, read_BX = self._read(q_BTNH, at(self.cache.k_ZBKSH, index))
         rope, head_dim = self.config.rope, self.config.head_dim
         positions_BX = jnp.where(read_BX, jnp.cumsum(read_BX, axis=1) - 1, 0)
         own_BT = read_BX.sum(axis=1, keepdims=True) + jnp.arange(q_BTNH.shape[1])
-        k_BKXH, v_BKXH = (
-            jnp.take_along_axis(x, slots_BX[:, None, :, None], axis=2, mode="clip") for x in (k_BKSH, v_BKSH)
-        )
+        k_BKXH, v_BKXH = (_in_slots(x, index, slots_BX) for x in (self.cache.k_ZBKSH, self.cache.v_ZBKSH))
         k_BXKH = rotate(k_BKXH.swapaxes(1, 2), rope_table(rope, head_dim, positions_BX))
         q_BTNH = rotate(q_BTNH, rope_table(rope, head_dim, own_BT))
         return attend_to_cache(q_BTNH, k_BXKH.swapaxes(1, 2), v_BKXH, Mask(valid_BS=read_BX))
@@ -167,6 +170,16 @@ class _Reading(NamedTuple):
 
     def keep(self, k_BTKH: Array, rotated_BTKH: Array, v_BTKH: Array) -> tuple[Array, Array]:
         return k_BTKH, v_BTKH
+
+
+def _in_slots(x_ZBKSH: Array, index: Array, slots_BX: Array) -> Array:
+    """Return these slots of layer `index`, (B, K, X, H)."""
+    _, B, K, _, H = x_ZBKSH.shape
+    if H % LANES:
+        # TPUs keep the slots of narrow heads side by side: to gather from all layers they would turn all around.
+        return jnp.take_along_axis(at(x_ZBKSH, index), slots_BX[:, None, :, None], axis=2, mode="clip")
+    rows_B11, heads_K1 = jnp.arange(B)[:, None, None], jnp.arange(K)[:, None]
+    return x_ZBKSH.at[index, rows_B11, heads_K1, slots_BX[:, None]].get(mode="clip")
 
 
 def selection(

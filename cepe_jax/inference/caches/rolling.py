@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from cepe_jax.config import Backend, DecoderConfig, Dtype
+from cepe_jax.cost import CacheCost, cache_cost
 from cepe_jax.model.attention import Mask, Partial, attend_partial, combine
 from cepe_jax.model.cache import Cache
 from cepe_jax.model.layers import at
@@ -53,6 +54,9 @@ class Rolling:
 
     def create(self, config: DecoderConfig, dtype: Dtype, rows: int, slots: int) -> "RollingCache":
         return RollingCache.create(config, dtype, rows, self.window, self.sinks)
+
+    def cost(self, config: DecoderConfig, cached: int) -> CacheCost:
+        return cache_cost(config, min(cached, self.window))
 
 
 @jax.tree_util.register_dataclass
