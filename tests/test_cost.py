@@ -17,6 +17,7 @@ from cepe_jax.cost import (
     teacher_flops,
 )
 from cepe_jax.data.examples import ExampleConfig
+from cepe_jax.inference.caches import Full, Razor, ReAttention, Rolling
 from cepe_jax.training.objectives import DistillConfig
 from cepe_jax.training.settings import TrainConfig
 from cepe_jax.training.stages import STAGES
@@ -69,6 +70,23 @@ def test_parts_that_do_not_train_cost_less():
     )
     assert (every.frozen, every.ahead) == (0, 0)
     assert every.train == 3 * every.forward
+
+
+def test_a_token_of_each_cache():
+    """The full cache is what the formulas of a decoder say. Of others, tokens are counted by hand."""
+    tiny = DECODERS["smollm2_135m"]
+    queries, keys = 9 * 64 * 30, 3 * 64 * 30
+    full = Full().cost(tiny, 1000)
+    assert inference_flops(tiny, 1, 1000)["full"] - inference_flops(tiny, 1, 0)["full"] == full.flops
+    assert step_bytes(tiny, 1000, 0, 2)["full"] - step_bytes(tiny, 0, 0, 2)["full"] == 2 * full.numbers
+    assert Rolling(200).cost(tiny, 1000) == (4 * 200 * queries, 2 * 200 * keys)
+    reattention = ReAttention(sinks=4, recent=96, selected=5, span=20, piece=8).cost(tiny, 1000)
+    assert reattention == (4 * 200 * queries + 2 * 900 * queries, 2 * 200 * keys + 900 * keys)
+    heads = tuple((z, 0) for z in range(9))  # a tenth of all
+    razor = Razor(sinks=4, recent=195, compression=10, heads=heads).cost(tiny, 1000)
+    assert razor == pytest.approx((4 * 280 * queries, 2 * 280 * keys))
+    assert Razor(sinks=4, recent=195, compression=4, heads=heads).cost(tiny, 1000).numbers > razor.numbers
+    assert razor.flops > Razor(sinks=4, recent=195, compression=10, heads=heads).cost(tiny, 100).flops
 
 
 def test_a_plain_decoder():

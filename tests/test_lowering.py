@@ -11,13 +11,14 @@ import jax
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo as cudnn_attention
 
-from cepe_jax.benchmarks.compiled import train_step
+from cepe_jax.benchmarks.compiled import CompileConfig, train_step
 from cepe_jax.benchmarks.steps import STEPS
 from cepe_jax.config import DECODERS, ENCODERS
 from cepe_jax.data.examples import ExampleConfig
+from cepe_jax.inference.caches import CacheConfig
 from cepe_jax.sharding import make_mesh, of_two_rows
 from cepe_jax.training.objectives import DistillConfig
-from cepe_jax.training.settings import TrainConfig, compute_of, sizes_of
+from cepe_jax.training.settings import compute_of, sizes_of
 
 EVEN = ExampleConfig(window=256, num_chunks=2, chunk_length=128)
 ODD = ExampleConfig(window=111, num_chunks=3, chunk_length=37)
@@ -39,7 +40,8 @@ def lower(step: str, platform: str, examples: ExampleConfig = EVEN, kv_heads: in
     with pytest.MonkeyPatch.context() as patch:
         for presets in (DECODERS, ENCODERS):
             patch.setitem(presets, "tiny", dataclasses.replace(presets["tiny"], num_kv_heads=kv_heads))
-        config = TrainConfig(**config | dict.fromkeys(starts, "tiny"))
+        # What is compiled for is said by the platform alone.
+        config = CompileConfig(**config | dict.fromkeys(starts, "tiny"), topology="")
         kind = {"cuda": "gpu"}.get(platform, platform)
         sizes, compute = sizes_of(config), compute_of(config, kind)
     with jax.set_mesh(make_mesh()):
@@ -82,6 +84,24 @@ def test_odd_lengths_lower_for_gpus(step):
 @pytest.mark.parametrize(("step", "examples", "kv_heads"), [*((step, EVEN, 6) for step in SPLASH), ("cepe", ODD, 2)])
 def test_steps_lower_for_tpus(step, examples, kv_heads):
     assert lower(step, "tpu", examples, kv_heads).count("tpu_custom_call") == SPLASH[step]
+
+
+CACHES = {  # and whether a kernel reads a prompt of 192 tokens, all of which every query sees
+    "reattention, short": (CacheConfig("reattention", recent=160, selected=1, piece=64), True),
+    "reattention, long": (CacheConfig("reattention", recent=64, selected=1, piece=64), False),
+    "razor, short": (CacheConfig("razor", recent=188), True),
+    "razor, long": (CacheConfig("razor", recent=128), False),
+}
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_caches_lower_for_gpus_and_tpus(name):
+    """A prompt and a token. A kernel reads the memory in each piece of the prompt too."""
+    (cache, by_kernel), examples = CACHES[name], ExampleConfig(window=192, num_chunks=2, chunk_length=128)
+    assert cudnn_calls(lower("prefill", "cuda", examples, cache=cache)) == [0, 0, 1 + by_kernel, 0]
+    assert lower("prefill", "tpu", examples, cache=cache).count("tpu_custom_call") == 1 + by_kernel
+    assert cudnn_calls(lower("decode", "cuda", examples, cache=cache)) == [0, 0, 0, 0]
+    assert "tpu_custom_call" not in lower("decode", "tpu", examples, cache=cache)
 
 
 def test_a_product_of_one_row_is_one_of_two_on_gpus(monkeypatch):

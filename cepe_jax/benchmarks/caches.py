@@ -26,7 +26,7 @@ from cepe_jax.progress import track
 
 Array = jax.Array
 PIECE = 512  # tokens of a prompt that are timed
-WRITTEN = 256  # tokens that are written to a cache at once
+WRITTEN = 256  # tokens that are written to a cache at once, at most
 TOKENS, PIECES = 16, 3  # runs of each program, of which the median counts
 
 
@@ -89,14 +89,15 @@ def _measured(decoder: Llama, policy: Policy, length: int) -> dict | None:
 
 def filled(cache: Cache, config: DecoderConfig, dtype: Dtype, length: int) -> Cache:
     """Return the cache with so many tokens, whose keys and values are random."""
-    shape = 2, config.num_layers, 1, WRITTEN, config.num_kv_heads, config.head_dim
+    count = cache.piece(1, WRITTEN, "xla")
+    shape = 2, config.num_layers, 1, count, config.num_kv_heads, config.head_dim
 
     @partial(jax.jit, donate_argnums=0)
     def written(cache: Cache, first: Array) -> Cache:
         kept = jax.random.normal(jax.random.fold_in(jax.random.key(0), first), shape, dtype)
-        return cache.append(tuple(kept), (first + jnp.arange(WRITTEN) < length)[None])
+        return cache.append(tuple(kept), (first + jnp.arange(count) < length)[None])
 
-    for first in range(0, length, WRITTEN):
+    for first in range(0, length, count):
         cache = written(cache, first)
     return cache
 

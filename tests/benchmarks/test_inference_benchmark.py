@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cepe_jax.benchmarks import beside
+from cepe_jax.benchmarks import beside, caches
 from cepe_jax.benchmarks import inference as benchmark
 from cepe_jax.benchmarks.inference import WAYS, InferenceBenchmarkConfig, _Clock, _LeftOut, benchmark_inference
 from cepe_jax.benchmarks.training import torch_oracle
+from cepe_jax.inference.caches import CacheConfig
 from cepe_jax.weights.source import load
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -77,6 +78,29 @@ def test_the_oracle_beside_us_writes_the_same(tmp_path):
         assert int(getattr(ours, call)()[0, 0]) == int(getattr(theirs, call)()[0, 0])
 
 
+@pytest.mark.parametrize("kind", ["reattention", "razor"])
+def test_caches_beside_each_other(tmp_path, monkeypatch, kind):
+    """7 CPU-seconds: two programs of each cache. Bytes are those of the arrays, and of the formulas."""
+    monkeypatch.setattr(caches, "PIECE", 32)
+    monkeypatch.setattr(caches, "TOKENS", 2)
+    given = {"reattention": {"selected": 2, "span": 4, "piece": 16}, "razor": {"compression": 8}}[kind]
+    config = CacheConfig(kind, sinks=2, recent=16, **given)
+    benchmark_inference(InferenceBenchmarkConfig(cache=config, contexts=(256,), out=tmp_path, **SMALL))
+    rows = {row["cache"]: row for row in json.loads((tmp_path / "caches.json").read_text())["rows"]}
+    assert list(rows) == ["full", "rolling", kind]
+    number, heads, slots = 2 * 4 * 32, 4 * 6, 256 + 4 * 32  # bytes of a key and a value; heads; tokens that have room
+    # Tokens that a head reads on average, and bytes that are held. In a Razor of 24 heads 3 keep all of them.
+    read = {"reattention": 26 + (256 - 18) / 2, "razor": (3 * 256 + 21 * (2 + 32 + 1)) / 24}[kind]
+    tokens = {"reattention": heads * (slots + 16), "razor": 3 * slots + 21 * (2 + slots // 8 + 2)}[kind]
+    assert rows["full"]["cache_bytes"] == heads * slots * number + slots + 4
+    assert rows["rolling"]["cache_bytes"] == heads * int(read) * number + 4
+    assert rows[kind]["cache_bytes"] == tokens * number + 4
+    assert rows["full"]["token_bytes"] - rows[kind]["token_bytes"] == pytest.approx((256 - read) * heads * number)
+    assert rows["full"]["token_flops"] > rows[kind]["token_flops"]
+    assert all(row["memory_bytes"] > row["cache_bytes"] for row in rows.values())
+    assert (tmp_path / "caches.md").read_text().count("| 256 |") == 3
+
+
 def test_speeds_are_of_the_seconds(measured):
     for row in measured[0]["rows"]:
         if "left_out" not in row:
@@ -102,6 +126,8 @@ def test_what_would_take_too_long_is_foreseen():
         ({"contexts": ()}, r"contexts is \[\]: .*rising"),
         ({"new_tokens": 1}, "new_tokens is 1: .* 2 "),
         ({"chunk_length": 0}, "chunk_length is 0"),
+        ({"cache": CacheConfig("rolling")}, "cache.kind is rolling, which is measured anyway"),
+        ({"cache": CacheConfig("razor"), "beside": "torch"}, "give beside or cache"),
     ],
 )
 def test_bad_settings(setting, said):
