@@ -10,9 +10,11 @@ import numpy as np
 from support.tokenizers import CHUNK
 
 from cepe_jax.inference import context as contexts
+from cepe_jax.inference.caches.retrieval_heads import FILE, Scores, read_scores
 from cepe_jax.inference.generate import Sampling
 from cepe_jax.inference.text import TextModel, load
 from cepe_jax.weights.checkpoint import Checkpoints
+from cepe_jax.weights.source import open_ours
 from fuzz.kind import KINDS, Kind, same, spoil_bytes, spoil_json
 from fuzz.models import make_ours, spoil_safetensors, stored
 from fuzz.mutations import (
@@ -103,6 +105,38 @@ KINDS["contexts file"] = Kind(make_contexts, spoil_contexts, read_contexts, wron
 KINDS["checkpoint"] = Kind(make_checkpoints, spoil_checkpoints, read_checkpoints, same)
 
 
+# Retrieval heads
+
+
+def make_heads(to: Path) -> None:
+    make_ours(to)
+    shape = shape_of(to)
+    scores = np.random.default_rng(0).random((2, *shape)).round(6).tolist()
+    written = Scores(open_ours(to).base_hash, 9, 0, *scores)
+    (to / FILE).write_text(json.dumps(vars(written)))
+
+
+def shape_of(place: Path) -> tuple[int, int]:
+    decoder = open_ours(place).config.decoder
+    return decoder.num_layers, decoder.num_kv_heads
+
+
+def spoil_heads(place: Path, rng: Rng) -> list[str]:
+    return [*spoil_json(place / FILE, rng), FILE]
+
+
+def read_heads(place: Path) -> tuple:
+    return tuple(scores.tolist() for scores in read_scores(place, open_ours(place).config.decoder))
+
+
+def wrong_heads(place: Path, result: tuple, whole: tuple) -> str:
+    """Scores of the same model are the numbers in the file, one for each head."""
+    written = json.loads((place / FILE).read_text())
+    same_model = written["base"] == open_ours(place).base_hash
+    shapes = {np.shape(scores) for scores in result} == {shape_of(place)}
+    return "" if same_model and shapes and list(result) == [written["induction"], written["echo"]] else f"{result}"
+
+
 # Prompts and sizes
 
 PROMPTS = ["", "a", "Hello there! <a>\n\nWhat is it?", "\x00", "é🙂", "\ud800", "</s><|im_start|>", "x" * 5_000]
@@ -164,4 +198,5 @@ def wrong_answer(place: Path, result: str, whole: str) -> str:
     return "" if result == expected else f"{result!r} for {expected!r}"
 
 
+KINDS["retrieval heads"] = Kind(make_heads, spoil_heads, read_heads, wrong_heads)
 KINDS["prompts and sizes"] = Kind(make_model, spoil_prompt, answer, wrong_answer)
