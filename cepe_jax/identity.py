@@ -10,21 +10,30 @@ def as_json(value):
     return json.loads(json.dumps(value, default=lambda v: vars(v) if dataclasses.is_dataclass(v) else str(v)))
 
 
-# Settings that earlier versions had, or wrote for other runs too, with the value under which a run is the same without.
-REMOVED = {"neighbours": "none", "sinks": 4}
+# Settings that earlier versions had, each with the value under which a run is the same without it.
+REMOVED = {"neighbours": "none"}
 
 
-def _without_removed(stored: dict) -> dict:
-    names = {key: key.rpartition(".")[2] for key in stored}
-    values = {key: value for key, value in stored.items() if names[key] not in REMOVED or value != REMOVED[names[key]]}
-    return {key: _without_removed(value) if isinstance(value, dict) else value for key, value in values.items()}
+def _comparable(settings: dict) -> dict:
+    """Return the settings that make a run: neither those without a value nor those that change nothing.
+
+    Keys may be dotted. A full cache was stored with the sinks of a rolling one.
+    """
+    values = {}
+    for key, value in settings.items():
+        group, _, name = key.rpartition(".")
+        kind = settings.get(f"{group}.kind" if group else "kind")
+        if value is None or (name in REMOVED and value == REMOVED[name]) or (name, kind) == ("sinks", "full"):
+            continue
+        values[key] = _comparable(value) if isinstance(value, dict) else value
+    return values
 
 
 def refuse_another_run(where: Path, stored: dict, present: dict) -> None:
     """Raise ValueError that names the first setting in which two runs' identities differ."""
-    stored, present = _without_removed(stored), _without_removed(present)
-    for key in sorted(set(stored) | set(present)):
-        if stored.get(key) != present.get(key):
+    before, now = _comparable(stored), _comparable(present)
+    for key in sorted(set(before) | set(now)):
+        if before.get(key) != now.get(key):
             differing = f"{key} is {json.dumps(stored.get(key))} there and {json.dumps(present.get(key))} here"
             raise ValueError(f"{where}: is of another run, {differing}: use another directory, or remove it")
 

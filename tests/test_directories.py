@@ -11,6 +11,7 @@ from support.refusals import one_line
 
 from cepe_jax.directories import new_directory, one_writer_in, staged, staged_path, write_json, write_text
 from cepe_jax.identity import as_json, as_of, refuse_another_run
+from cepe_jax.inference.caches import CacheConfig
 
 
 def test_a_file_is_whole_or_what_it_was(tmp_path):
@@ -122,3 +123,16 @@ def test_settings_that_are_gone_stop_a_run_only_if_they_did_something():
     stored["examples"]["neighbours"] = "joint"
     with pytest.raises(ValueError, match="out: .*examples .*joint"):
         refuse_another_run(Path("out"), stored, as_of(stored, present))
+
+
+def test_caches_as_earlier_versions_stored_them():
+    """Settings without a value are those that were not there; a full cache had the sinks of a rolling one."""
+    for kind, more in (("full", {}), ("rolling", {"window": 9})):
+        old = {"model": {"cache": {"kind": kind, "window": None, "sinks": 4} | more}}
+        new = {"model": {"cache": as_json(CacheConfig(kind, **more))}}
+        refuse_another_run(Path("out"), old, new)
+        dotted = {f"model.cache.{name}": value for name, value in old["model"]["cache"].items()}
+        refuse_another_run(Path("out"), dotted, {f"model.cache.{n}": v for n, v in new["model"]["cache"].items()})
+    eight = {f"cache.{name}": value for name, value in as_json(CacheConfig("rolling", 9, sinks=8)).items()}
+    with pytest.raises(ValueError, match="cache.sinks is 4 there and 8 here"):
+        refuse_another_run(Path("out"), {"cache.kind": "rolling", "cache.window": 9, "cache.sinks": 4}, eight)

@@ -8,6 +8,7 @@ import dataclasses
 import time
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -30,9 +31,11 @@ WRITTEN = 256  # tokens that are written to a cache at once, at most
 TOKENS, PIECES = 16, 3  # runs of each program, of which the median counts
 
 
-def stand_in(config: CacheConfig, decoder: DecoderConfig) -> Policy:
-    """Return the policy for a model that does not exist: retrieval heads of Razor are drawn, those of a seed."""
+def stand_in(config: CacheConfig, decoder: DecoderConfig, positions: int) -> Policy:
+    """Return the policy for a model that does not exist: the retrieval heads of Razor are drawn."""
     policy = config.policy
+    if isinstance(policy, Rolling):
+        return policy.of(Path(), decoder, positions)
     if isinstance(policy, Razor):
         scores = np.random.default_rng(0).random((2, decoder.num_layers, decoder.num_kv_heads))
         policy = dataclasses.replace(policy, heads=retrieval_heads(*scores, policy.induction, policy.echo))
@@ -45,10 +48,10 @@ def measure_caches(decoder: Llama, config: CacheConfig, contexts: Sequence[int])
     The rolling cache keeps as many tokens as the policy costs numbers of its cache.
     """
     sizes, rows = decoder.config, []
-    policy = stand_in(config, sizes)
+    policy = stand_in(config, sizes, max(contexts))
     for length in track(contexts, "benchmark"):
         per_token = 2 * sizes.num_layers * sizes.num_kv_heads * sizes.head_dim
-        rolling = Rolling(int(policy.cost(sizes, length).numbers // per_token))
+        rolling = Rolling(max(int(policy.cost(sizes, length).numbers // per_token), Rolling.sinks + 1))
         for name, one in {"full": FULL, "rolling": rolling, config.kind: policy}.items():
             row = {"cache": name, "context": length}
             rows.append(row | (_measured(decoder, one, length) or {"left_out": "the cache does not fit"}))

@@ -69,6 +69,8 @@ class CompileConfig(ShapesConfig):
         super().__post_init__()
         if self.context < 1 or (self.context > 1 and self.step == "train"):
             raise ValueError(f"context is {self.context} and step {self.step}: give 1 to train, 1 or more to infer")
+        if self.cache != CacheConfig() and self.step not in ("prefill", "decode"):
+            raise ValueError(f"cache.kind is {self.cache.kind}, and step {self.step} has no cache: leave cache out")
 
 
 @dataclass(frozen=True)
@@ -97,10 +99,11 @@ def compile_step(config: CompileConfig, make: Make) -> dict:
     config = dataclasses.replace(config, batch_size=batch or config.batch_size)
     shares = dataclasses.asdict(mesh_of(config, len(devices) // config.context)) | {"context": config.context}
     sizes, compute = sizes_of(config), compute_of(config, topology.platform)
+    kind = [] if config.cache == CacheConfig() else [config.cache.kind]
     result = {
         "topology": config.topology,
         "chips": len(devices),
-        "step": config.stage if config.step == "train" else f"{config.stage}_{config.step}",
+        "step": "_".join([config.stage, *([config.step] if config.step != "train" else []), *kind]),
         "batch": config.batch_size,
         "mesh": shares,
         "config": as_json(config),

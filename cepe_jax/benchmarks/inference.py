@@ -54,7 +54,7 @@ class InferenceBenchmarkConfig:
     limit_seconds: float = 40.0  # seconds; a run that would take longer, by the speed at the length before, is left out
     dtype: Dtype = "float32"  # type of weights and activations
     beside: Literal["", "torch"] = ""  # torch: this package and the tests' oracle in turn, instead of the four ways
-    cache: CacheConfig | None = None  # a policy beside the full and the rolling cache, instead of the four ways
+    cache: CacheConfig | None = None  # a policy beside the full and the rolling cache, after `contexts` tokens each
     out: Path = Path("out/benchmark")  # gets inference.json, .md, .png; or beside.json, .md; or caches.json, .md
 
     def __post_init__(self):

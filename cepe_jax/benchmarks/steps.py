@@ -10,7 +10,7 @@ from cepe_jax.benchmarks.caches import stand_in
 from cepe_jax.benchmarks.compiled import CompileConfig, Make, Step, check_fits, compile_step, placed, table, train_step
 from cepe_jax.config import CepeConfig, Compute, DecoderConfig, Dtype
 from cepe_jax.cost import encoder_flops, inference_flops
-from cepe_jax.inference.caches import Policy
+from cepe_jax.inference.caches import FULL, Policy
 from cepe_jax.inference.context import encode_chunks
 from cepe_jax.inference.generate import Draws, Sampling, next_token
 from cepe_jax.model.cache import Cache
@@ -61,12 +61,16 @@ def _read(config: CompileConfig, sizes: Config, compute: Compute, tokens: int, c
         M = config.examples.num_chunks * config.examples.chunk_length
         states = _array((B, M, sizes.encoder.width), compute.dtype, "batch", "memory", None)
         memory = Memory(states, _array((B, M), bool, "batch", "memory"))
-    cache = _cache(stand_in(config.cache, decoder), decoder, compute.dtype, B, window, empty=not cached)
+    policy = stand_in(config.cache, decoder, window)
+    cache = _cache(policy, decoder, compute.dtype, B, window, empty=not cached)
     given = _array((B, tokens), jnp.int32, "batch", None), None if cached else _array((B, tokens), bool, "batch", None)
     draws = jax.tree.map(lambda x: _array(x.shape, x.dtype, *("batch",)[: x.ndim]), Draws.of([Sampling()] * B))
     arguments = model, *given, memory, cache, draws
     of_forms = inference_flops(sizes, tokens, cached * window, M)
-    flops = B * min(flops for form, flops in of_forms.items() if form != "stored")  # which keeps keys and values
+    flops = min(flops for form, flops in of_forms.items() if form != "stored")  # which keeps keys and values
+    lengths = range(window) if not cached else (window,)
+    flops += sum(policy.cost(decoder, length).flops - FULL.cost(decoder, length).flops for length in lengths)
+    flops *= B
     return Step(next_token, arguments, flops, flops)
 
 

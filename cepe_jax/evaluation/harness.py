@@ -14,7 +14,7 @@ from cepe_jax.checks import check_chunk_length
 from cepe_jax.devices import Devices, on_devices
 from cepe_jax.directories import one_writer_in, write_json, write_text
 from cepe_jax.evaluation.readers.models import ModelConfig, check_model, load_model
-from cepe_jax.evaluation.sweep.cells import provenance, weights_at
+from cepe_jax.evaluation.sweep.cells import provenance, weights_of
 from cepe_jax.identity import as_json, refuse_another_run
 from cepe_jax.inference.overflow import Overflow
 from cepe_jax.inference.template import Template
@@ -139,7 +139,7 @@ def _cuts(path: Path) -> dict[str, int]:
 
 def _claim(config: HarnessConfig) -> None:
     """`config.out` has answers of this model to these tasks alone; ValueError where it has others."""
-    path, ours = config.out / "config.json", as_json(config) | {"weights": weights_at(config.model.path)}
+    path, ours = config.out / "config.json", as_json(config) | {"weights": weights_of(config.model)}
     for pace in ("out", "mesh", "batch"):  # no answer depends on them
         del ours[pace]
     if path.exists():

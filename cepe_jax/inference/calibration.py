@@ -23,6 +23,7 @@ from cepe_jax.model.attention import Mask, attend_partial, merge
 from cepe_jax.model.layers import at, cut, embed, joined, project
 from cepe_jax.model.llama import Llama
 from cepe_jax.model.rope import rope_table, rotate
+from cepe_jax.parsing import Seed
 from cepe_jax.weights.source import open_ours
 
 Array = jax.Array
@@ -34,8 +35,9 @@ QUERIES = 128  # whose scores exist at once
 @dataclass(frozen=True)
 class CalibrateConfig:
     model: Path  # a decoder or a CEPE model in this package's format; the first argument without a name
+    tokenizer: Path | None = None  # its file or directory; None: beside the model
     block: int | None = None  # random tokens, which are read four times; None: 2,500, or as many as the model can read
-    seed: int = 0  # draws the tokens
+    seed: Seed = 0  # draws the tokens
     dtype: Dtype = "float32"  # type of weights and activations
     mesh: Devices = Devices()  # how devices share the model
 
@@ -91,12 +93,12 @@ def head_scores(decoder: Llama, tokens_T: Array, block: int) -> tuple[Array, Arr
 
 
 def random_tokens(tokenizer: Tokenizer, positions: int | None, block: int | None, seed: int) -> np.ndarray:
-    """Return BOS and a block of different tokens of text, repeated; ValueError if the positions have no room for it."""
+    """Return BOS and a block of different tokens of text, repeated; ValueError if they are too many."""
     ends = {tokenizer.bos_id, tokenizer.eos_id, *tokenizer.special.values()}
     ids = np.array([number for number in range(tokenizer.vocab_size) if number not in ends])
     most = len(ids) if positions is None else min(len(ids), (positions - 1) // REPEATS)
     if block is not None and block > most:
-        raise ValueError(f"block is {block}: give at most {most}, of which the model can read {REPEATS}")
+        raise ValueError(f"block is {block}: give at most {most}, for the model reads it {REPEATS} times")
     if most < 2:
         raise ValueError(f"{positions} positions and {len(ids)} tokens leave no room for {REPEATS} blocks of 2 tokens")
     drawn = np.random.default_rng(seed).choice(ids, min(most, BLOCK) if block is None else block, replace=False)
@@ -106,7 +108,7 @@ def random_tokens(tokenizer: Tokenizer, positions: int | None, block: int | None
 def calibrate(config: CalibrateConfig) -> None:
     """Write the scores of the key heads of a model beside it, and print the largest."""
     base = open_ours(config.model).base_hash
-    facts = read_facts(config.model)
+    facts = read_facts(config.model, config.tokenizer)
     tokens_T = random_tokens(facts.tokenizer, facts.window, config.block, config.seed)
     block = (len(tokens_T) - 1) // REPEATS
     with on_devices(config.mesh):

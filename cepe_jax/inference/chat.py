@@ -55,6 +55,12 @@ class ChatSetup:
         return len(os.path.commonprefix(ids))
 
 
+def check_moves(cache: Policy, overflow: Overflow) -> None:
+    """Raise ValueError if `overflow` moves tokens and the cache keeps all of a text of any length."""
+    if overflow != "error" and cache.any_length and cache.window is None:
+        raise ValueError(f"overflow is {overflow}, and the cache keeps texts of any length: leave overflow out")
+
+
 def chat_setup(speaker: Speaker, system: str | None, overflow: Overflow, chunk_length: int) -> ChatSetup:
     """Return the setup of a conversation with the model; ValueError if there is no room for one.
 
@@ -63,6 +69,7 @@ def chat_setup(speaker: Speaker, system: str | None, overflow: Overflow, chunk_l
     """
     if overflow == "passages":
         raise ValueError("overflow is passages: a conversation is cut anywhere, give truncate_left")
+    check_moves(speaker.cache, overflow)
     window, drops = speaker.window, overflow == "truncate_left"
     if speaker.cache.any_length:
         window = speaker.cache.window if speaker.has_encoder else None

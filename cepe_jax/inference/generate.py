@@ -198,8 +198,9 @@ def read(
     If the tokens of a piece choose together what they read, the last one of each prompt is read by itself.
     """
     if policy.pools:
-        if any(before := [row[:-1] for row in prompts]):
-            cache = append(model, *right_padded(before, bucket(max(map(len, before)))), memory, cache)
+        before = [row[:-1] for row in prompts]
+        if longest := max(map(len, before)):
+            cache = append(model, *right_padded(before, bucket(longest)), memory, cache)
         return next_token(model, np.array([row[-1:] for row in prompts], np.int32), None, memory, cache, draws)
     if (longest := max(map(len, prompts))) == 1:
         return next_token(model, np.array(prompts, np.int32), None, memory, cache, draws)
@@ -224,8 +225,11 @@ def check_cache_fits(model: Cepe | Llama, policy: Policy, rows: int, slots: int)
     needed = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
     free = free_bytes() * jax.device_count()
     if needed > free:
-        texts = f"{rows} texts of {slots:,} tokens, new ones too,"
-        raise ValueError(f"{texts} need {gib(needed)} of cache, and {gib(free)} are free: lower max_new_tokens")
+        texts = f"{rows} of up to {slots:,} tokens, new ones too,"
+        raise ValueError(
+            f"the cache of texts, {texts} needs {gib(needed)}, and {gib(free)} are free: lower max_new_tokens, or keep "
+            f"less by cache.kind"
+        )
 
 
 def check_prompts(model: Cepe | Llama, prompts: Sequence[Sequence[int]], memory: Memory | None) -> None:

@@ -19,6 +19,7 @@ from cepe_jax.model.logits import token_nll
 
 Array = jax.Array
 SCORED_ROWS = 16  # continuations that are read at once
+MOST_BY_TOKEN = 256  # tokens of a continuation that are read one at a time
 SCORED_POSITIONS = 16  # of each of them, whose logits exist at once
 
 
@@ -65,18 +66,23 @@ def score(
     `policy` selects what the cache keeps. Continuations are read together, those that are too long for it one by one.
     If tokens that are read together choose together what they read, as in ReAttention, later tokens would choose for
     those before them, and a token's probability would depend on itself. Then the prompt is read in pieces, and the
-    continuations are read one by one, a token at a time.
+    continuations are read one by one, a token at a time, and may have at most MOST_BY_TOKEN tokens.
     """
     check_prompts(model, [prompt], memory)
     for number, continuation in enumerate(continuations):
         if len(continuation) == 0:
             raise ValueError(f"continuation {number} is empty: give one token or more")
         check_tokens(f"continuation {number}", np.asarray(continuation), 1, model.decoder.config.vocab_size)
+        if policy.pools and len(continuation) > MOST_BY_TOKEN:
+            raise ValueError(
+                f"continuation {number} has {len(continuation)} tokens, which this cache reads one at a time: score at "
+                f"most {MOST_BY_TOKEN} at once"
+            )
     slots = bucket(len(prompt))
     before, last = prompt[:-1], prompt[-1]  # the last one is read with each continuation, whose first follows it
     lengths = [_filled(len(continuation)) for continuation in continuations]
     # How many of this length are read at once.
-    rows = [PIECE_PAIRS // (length * (slots + length)) * (not policy.pools) for length in lengths]
+    rows = [1 if policy.pools else PIECE_PAIRS // (length * (slots + length)) for length in lengths]
     together = [number for number, most in enumerate(rows) if most > 1]
     alone = [number for number, most in enumerate(rows) if most <= 1]
     if alone:
@@ -99,7 +105,9 @@ def score(
     for number in alone:
         run = log_probs_onwards if number == alone[-1] else log_probs  # till then the prompt's cache is kept
         continuation = continuations[number]
-        found = run(model, *_given(last, [continuation], bucket(len(continuation))), memory, cache)[:2]
+        # Token by token, padding takes as long as what is scored.
+        length = lengths[number] if policy.pools else bucket(len(continuation))
+        found = run(model, *_given(last, [continuation], length), memory, cache)[:2]
         scores[number] = _score(*(np.asarray(x)[0] for x in found), len(continuation))
     return [scores[number] for number in range(len(continuations))]
 

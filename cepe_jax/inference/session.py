@@ -11,6 +11,7 @@ from cepe_jax.inference.generate import (
     Draws,
     Sampling,
     bucket,
+    check_cache_fits,
     on_host,
     power_of_two,
     read,
@@ -40,8 +41,9 @@ class Session:
     The decoder reads the first `head` tokens and, in what its window leaves, the last ones. What is between them is in
     `context`, after the passages given at first: when a token more would not fit, the oldest `chunk_length` tokens
     after the head are encoded and appended, and what remains is read anew from position 0. So what follows is what a
-    fresh model says of `tokens` and `context`, however the text came about. `window` is None if the cache
-    is for texts of any length; the decoder then reads the whole text.
+    fresh model says of `tokens` and `context`, however the text came about; if the tokens of a piece choose together
+    what they read, it also depends on which were one piece. `window` is None if the cache is for texts of any length:
+    the decoder then reads the whole text.
     """
 
     def __init__(
@@ -62,8 +64,9 @@ class Session:
         self.context, self.moved = context, 0  # and how many chunks of the text the decoder no longer reads
         self._drops, self._policy = drops, policy
         self._given = 0 if context is None else len(context)
-        # A few tokens more, filled up to a bucket, always fit. Without a window it is as long as a text.
+        # A few tokens more, filled up to a bucket, always fit.
         self._slots = 0 if window is None else bucket(window) + bucket(1)
+        self._grows = window is None and policy.window is None
         self._read: Read | None = None
         self._placed: tuple[ContextCache, Memory | None] | None = None
         self._drawn = 0
@@ -88,12 +91,16 @@ class Session:
         self._make_room()
         tokens, memory = self.tokens, self._memory()
         if self._read is not None and self._goes_on(self._read, tokens):
-            cache, fresh = self._read[0], tokens[len(self._read[1]) :]
+            cache, before = self._read[:2]
             self._read = None  # its arrays are given away: if this is interrupted, all is read anew
+            fresh = tokens[len(before) :]
+            if self._grows and self._room(len(before), len(fresh)) < 0:
+                self._take_slots(len(tokens))
+                cache = cache.longer(self._slots)
         else:
             self._read = None  # freed before there is another
-            if self.window is None and self._policy.window is None:
-                self._slots = bucket(2 * len(tokens)) + bucket(1)  # twice as many: few texts are read anew
+            if self._grows:
+                self._take_slots(len(tokens))
             cache, fresh = new_cache(self.model.decoder, self._policy, 1, self._slots), tokens
         draws = Draws.of([sampling]).at(self._drawn)
         drawn_B1, cache = read(self.model, [fresh], memory, cache, draws, self._policy)
@@ -116,9 +123,18 @@ class Session:
         """Return True if a cache has read a beginning of `tokens` beside this memory and has room for the rest."""
         _, before, context = read
         fresh = len(tokens) - len(before)
-        room = self._slots - len(before) - (1 if fresh == 1 else bucket(fresh))
-        fits = self._policy.window is not None or room >= 0
+        fits = self._grows or self._policy.window is not None or self._room(len(before), fresh) >= 0
         return context is self.context and fresh > 0 and fits and tokens[: len(before)] == before
+
+    def _room(self, before: int, fresh: int) -> int:
+        """Return how many slots are left after these tokens."""
+        return self._slots - before - (1 if fresh == 1 else bucket(fresh))
+
+    def _take_slots(self, count: int) -> None:
+        """Take twice as many slots as there are tokens, or raise ValueError: a cache is seldom made longer."""
+        slots = bucket(2 * count) + bucket(1)
+        check_cache_fits(self.model, self._policy, 1, slots)
+        self._slots = slots
 
     def _overflow(self, ids: list[int]) -> int:
         """Return how many chunks of a text must be moved so that one token more fits into the window."""

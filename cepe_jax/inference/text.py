@@ -10,7 +10,7 @@ import numpy as np
 from cepe_jax.config import CepeConfig, Compute, DecoderConfig, Dtype, EncoderConfig
 from cepe_jax.data.tokenizer import Tokenizer
 from cepe_jax.inference.caches import FULL, Policy
-from cepe_jax.inference.chat import MAX_NEW_TOKENS, Chat, ChatSetup, chat_setup
+from cepe_jax.inference.chat import MAX_NEW_TOKENS, Chat, ChatSetup, chat_setup, check_moves
 from cepe_jax.inference.context import ContextCache, DeviceMemories, encode, encoder_identity, stacked
 from cepe_jax.inference.detokenize import pieces
 from cepe_jax.inference.generate import GREEDY, Sampling, check_new_tokens, check_reads_contexts, stream
@@ -239,8 +239,7 @@ def prompt_window(window: int | None, cache: Policy, overflow: Overflow) -> int 
     """
     if not cache.any_length:
         return window
-    if overflow != "error" and cache.window is None:
-        raise ValueError(f"overflow is {overflow}, and the cache keeps a prompt of any length: leave overflow out")
+    check_moves(cache, overflow)
     return None if overflow == "error" else cache.window
 
 
@@ -251,6 +250,8 @@ def read_facts(
     cache: Policy = FULL,
 ) -> ModelFacts:
     """Return the facts of the model at `path`, settings as of `load`; ValueError for what cannot be loaded."""
+    if not hasattr(cache, "create"):
+        raise ValueError(f"cache is {shortened(cache)}: give a policy of cepe_jax.inference.caches, as Rolling(2048)")
     source = open_model(path)
     config = source.config
     if isinstance(config, EncoderConfig):

@@ -164,7 +164,7 @@ def combine(*parts: Partial) -> Partial:
 
 
 def combine_scanned(part: Callable[[jax.Array], Partial], starts: jax.Array) -> Partial:
-    """Return what `combine` gives of `part(start)` for all starts, of which one exists at a time."""
+    """Combine `part(start)` over all starts, one at a time."""
     values, total, peak = jax.eval_shape(part, starts[0])
     nothing = jnp.zeros(values.shape, values.dtype), jnp.zeros(total.shape, total.dtype)
     lowest = jnp.full(peak.shape, NEVER, peak.dtype)

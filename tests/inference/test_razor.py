@@ -137,6 +137,16 @@ def test_memory(decoder):
     assert isinstance(cache, RazorCache)
 
 
+def test_a_short_text_takes_no_room_for_a_long_one(decoder, plain):
+    """Of 4,000 recent tokens there are as many slots as the text has tokens."""
+    policy = dataclasses.replace(POLICY, recent=4000)
+    cache = new_cache(decoder, policy, 1, 24)
+    assert cache.k_BOWH.shape[2] == 24 + 1
+    hidden_BTD, _ = decode(decoder, np.array([TEXT[:24]]), None, cache)
+    assert relative_error(decoder.logits(hidden_BTD)[0], plain(decoder, np.array([TEXT[:24]]))[0]) < 1e-5
+    assert new_cache(decoder, policy, 1, 1).k_BOWH.shape[2] == policy.sinks + 2
+
+
 # --- scores of heads ---
 
 
@@ -193,16 +203,20 @@ def test_bad_input(plain_home, home):
     calibration.calibrate(calibration.CalibrateConfig(plain_home, block=3))
     written = json.loads((plain_home / FILE).read_text())
     for changes, said in [
-        ({"base": "0"}, "is of another model: run scripts/calibrate.py"),
+        ({"base": "0"}, "belongs to another model: run scripts/calibrate.py"),
         ({"echo": [[0.5]]}, "echo has no number for each of 3 x 2 heads: run scripts/calibrate.py"),
         ({"induction": written["induction"][:-1] + [["a", 1]]}, FILE),
     ]:
         (plain_home / FILE).write_text(json.dumps(written | changes))
         with pytest.raises(ValueError, match=said):
             read_scores(plain_home, DECODER)
+    with pytest.raises(ValueError, match="its heads are not known"):
+        generate(load_text(plain_home).model, [[1, 2]], max_new_tokens=1, policy=Razor())
+    assert load_text(plain_home, cache=POLICY).cache == POLICY
     for given, said in [
         ({"recent": 4}, "recent is 4: .*sinks, which is 4"),
         ({"sinks": 0}, "sinks is 0"),
+        ({"recent": "9"}, "recent is '9': "),
         ({"compression": 0}, "compression is 0"),
         ({"induction": 1.5}, "induction is 1.5: .*0 to 1"),
     ]:

@@ -10,11 +10,14 @@ from support.cache_oracles import in_pieces_exactly, reattention
 from support.cache_oracles import selection as oracle
 from support.models import DECODER, ENCODER, float64, make_decoder, relative_error
 
+from cepe_jax.inference import generate as generating
+from cepe_jax.inference import scoring
 from cepe_jax.inference.caches import CacheConfig, ReAttention, new_cache
 from cepe_jax.inference.caches import reattention as module
 from cepe_jax.inference.caches.reattention import largest, selection, spans
 from cepe_jax.inference.generate import generate
 from cepe_jax.inference.scoring import score
+from cepe_jax.inference.session import Session
 from cepe_jax.inference.text import load as load_text
 from cepe_jax.model.cepe import Cepe
 from cepe_jax.model.cross import Memory
@@ -166,6 +169,16 @@ def test_scores(decoder):
         np.testing.assert_allclose(found.log_probs, wanted, atol=2e-5)
 
 
+def test_scores_read_each_token_once(decoder, monkeypatch):
+    """A continuation of one token takes one step, not a bucket's; a long one is refused."""
+    shapes, run = [], scoring.log_probs
+    monkeypatch.setattr(scoring, "log_probs", lambda *given: shapes.append(given[1].shape) or run(*given))
+    score(decoder, TEXT[:9], [[1], [2, 3, 4], [5]], policy=POLICY)
+    assert shapes == [(1, 1), (1, 4)]
+    with pytest.raises(ValueError, match="continuation 1 has 257 tokens.*at most 256"):
+        score(decoder, TEXT[:9], [[1], [2] * 257], policy=POLICY)
+
+
 def test_beside_a_memory(cepe):
     memory = Memory(np.random.default_rng(1).standard_normal((1, 7, ENCODER.width)).astype(np.float32))
     text = TEXT[:33]
@@ -186,16 +199,34 @@ def test_texts_longer_than_the_positions(home, tmp_path):
     assert text.generate(prompt, max_new_tokens=4) == text.tokenizer.decode(new)
     with pytest.raises(ValueError, match="overflow is truncate_left, .*leave overflow out"):
         text.generate(prompt, max_new_tokens=4, overflow="truncate_left")
-    chat = text.chat()
-    for number in range(4):
-        "".join(chat.say(f"{number} and more of it", max_new_tokens=6))
-    assert chat.session.tokens == chat.session.ids
-    assert len(chat.session.ids) > 48
+    with pytest.raises(ValueError, match="overflow is truncate_left, .*leave overflow out"):
+        text.chat(overflow="truncate_left")
+
+
+def test_a_conversation_makes_its_cache_longer(home, monkeypatch):
+    """Nothing is read anew, and what is drawn is what a cache that was long enough draws."""
+    text = load_text(home, cache=dataclasses.replace(POLICY, recent=30))
+    said, read = [], []
+    append = generating.append
+    monkeypatch.setattr(generating, "append", lambda *given: read.append(int(given[2].sum())) or append(*given))
+    take = Session._take_slots
+    for slots in (0, 4000):
+        monkeypatch.setattr(Session, "_take_slots", lambda self, count, slots=slots: take(self, max(count, slots)))
+        chat = text.chat()
+        said.append(["".join(chat.say("x" * 90, max_new_tokens=6)) for _ in range(4)])
+        assert chat.session.tokens == chat.session.ids
+        assert len(chat.session.ids) > 400
+        assert sum(read) < len(chat.session.ids)
+        read.clear()
+    assert said[0] == said[1]
 
 
 def test_bad_settings(home):
     for given, said in [
         ({"sinks": 0}, "sinks is 0"),
+        ({"top_k": 10**12}, "top_k is 1000000000000: "),
+        ({"top_k": 1.5}, "top_k is 1.5: .*whole number"),
+        ({"selected": 1 << 20, "span": 1 << 20}, "reads .* tokens: lower"),
         ({"recent": 256}, "piece is 512: .*recent, which is 256"),
         ({"window": 9}, "cache.window is for cache.kind rolling"),
         ({"compression": 2}, "cache.compression is for cache.kind razor"),
@@ -206,3 +237,5 @@ def test_bad_settings(home):
         load_text(home, cache=ReAttention())
     with pytest.raises(ValueError, match="window is 20: .*leave it out"):
         load_text(home, window=20, cache=dataclasses.replace(POLICY, recent=30))
+    with pytest.raises(ValueError, match="cache is 'razor': give a policy"):
+        load_text(home, cache="razor")

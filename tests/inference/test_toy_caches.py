@@ -25,7 +25,7 @@ SCOPE = {"sinks": 4, "recent": 24}
 POLICIES = {
     "full": FULL,
     "rolling": Rolling(28, 4),
-    "reattention": ReAttention(**SCOPE, top_k=4, selected=8, span=4, piece=8),
+    "reattention": ReAttention(**SCOPE, top_k=4, selected=4, span=4, piece=8),
 }
 BLOCK = 15  # tokens, of which four and BOS are as long as a text of training
 

@@ -23,6 +23,7 @@ from cepe_jax.directories import staged, write_json
 from cepe_jax.evaluation.readers.models import ModelConfig
 from cepe_jax.evaluation.tasks.evaluation import Evaluation, Point
 from cepe_jax.identity import as_json, refuse_another_run
+from cepe_jax.inference.caches.retrieval_heads import FILE as HEADS
 from cepe_jax.parsing import read_json, typed
 
 SCHEMA = 2  # of the files of a cell and of results.json
@@ -165,10 +166,18 @@ def provenance() -> Provenance:
     return Provenance(describe(), jax.__version__, python, packages, _commit(), today)
 
 
-def weights_at(path: Path) -> str | None:
-    """The digest that stands beside the weights in our format; None of others, for it would take reading them all."""
-    hashes = path / "hash.json"
-    return read_json(hashes)["all"] if hashes.exists() else None
+def weights_of(model: ModelConfig) -> str | None:
+    """Return the digest that stands beside the weights in our format, with that of the heads that Razor selects.
+
+    None of other formats: it would take reading all weights.
+    """
+    hashes, heads = model.path / "hash.json", model.path / HEADS
+    if not hashes.exists():
+        return None
+    digest = read_json(hashes)["all"]
+    if model.cache.kind == "razor" and heads.exists():
+        digest += f" {hashlib.sha256(heads.read_bytes()).hexdigest()}"
+    return digest
 
 
 def data_at(evaluation: Evaluation, out: Path) -> str | None:

@@ -150,7 +150,7 @@ def _finished(config: SweepConfig, cell: Cell, data: str | None) -> bool:
         facts, _ = store.read(config.out, cell)
     except Missing:
         return False
-    if (now := store.weights_at(cell.model_config.path)) is not None and now != facts["weights"]:
+    if (now := store.weights_of(cell.model_config)) is not None and now != facts["weights"]:
         raise ValueError(
             f"{cell.model_config.path} has other weights than when {cell.name} was measured: use another --out"
         )
@@ -232,7 +232,7 @@ def measure_group(config: SweepConfig, group: list[Cell], say: Callable[[Event],
             CellFacts,
             **provenance,
             tokenizer=model.tokenizer.fingerprint(),
-            weights=store.weights_at(group[0].model_config.path),
+            weights=store.weights_of(group[0].model_config),
             data_digest=store.data_at(group[0].evaluation, config.out),
             mesh=as_json(config.mesh),
         )

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import ClassVar, Literal, Protocol, Self, get_args
+from typing import ClassVar, Literal, Protocol, Self
 
 import jax
 
@@ -15,6 +15,7 @@ from cepe_jax.inference.caches.reattention import ReAttention
 from cepe_jax.inference.caches.rolling import Rolling
 from cepe_jax.model.cache import Cache
 from cepe_jax.model.llama import Llama
+from cepe_jax.parsing import shortened
 
 
 class Policy(Protocol):
@@ -42,7 +43,7 @@ class Policy(Protocol):
         """
 
     def cost(self, config: DecoderConfig, cached: int) -> CacheCost:
-        """Return what a token costs that reads the cache of so many tokens."""
+        """Return the cost of one token that reads the cache of `cached` tokens."""
 
 
 POLICIES: dict[str, type[Policy]] = {"full": Full, "rolling": Rolling, "reattention": ReAttention, "razor": Razor}
@@ -52,7 +53,7 @@ POLICIES: dict[str, type[Policy]] = {"full": Full, "rolling": Rolling, "reattent
 class CacheConfig:
     """The selection of a policy by settings. Those that are None get the policy's default, if it has such a setting."""
 
-    kind: Literal["full", "rolling", "reattention", "razor"] = "full"  # tokens that are kept and read: inference/README
+    kind: Literal["full", "rolling", "reattention", "razor"] = "full"  # what is kept and read: see the README of caches
     window: int | None = None  # tokens that a rolling cache keeps; None: as many as the model has positions
     sinks: int | None = None  # first tokens of the text, which are always read; None: 4, of reattention 32
     recent: int | None = None  # last tokens that are read; None: reattention's 4,096, of razor at least 4,000
@@ -65,9 +66,9 @@ class CacheConfig:
     echo: float | None = None  # share of heads that keep all tokens for their echo score (razor); None: 0.01
 
     def __post_init__(self):
-        if self.kind not in POLICIES:
-            *others, last = get_args(type(self).__dataclass_fields__["kind"].type)
-            raise ValueError(f"cache.kind is {self.kind!r}: choose {', '.join(others)} or {last}")
+        if not isinstance(self.kind, str) or self.kind not in POLICIES:
+            *others, last = POLICIES
+            raise ValueError(f"cache.kind is {shortened(self.kind)}: choose {', '.join(others)} or {last}")
         if self.kind == "full" and self.sinks == Rolling.sinks:  # as earlier versions stored it
             object.__setattr__(self, "sinks", None)
         for name, value in vars(self.policy).items():
@@ -77,12 +78,14 @@ class CacheConfig:
     @property
     def policy(self) -> Policy:
         """The policy, which is not yet that of a model."""
-        given = {name: value for name, value in vars(self).items() if name != "kind" and value is not None}
-        for name in given:
+        settings = {name: value for name, value in vars(self).items() if name != "kind" and value is not None}
+        for name in settings:
             kinds = [kind for kind, policy in POLICIES.items() if name in policy.__dataclass_fields__]
             if self.kind not in kinds:
-                raise ValueError(f"cache.{name} is for cache.kind {' or '.join(kinds)}: leave it out, or choose that")
-        return POLICIES[self.kind](**given)
+                raise ValueError(
+                    f"cache.{name} is for cache.kind {', '.join(kinds)}: leave it out, or choose that kind"
+                )
+        return POLICIES[self.kind](**settings)
 
 
 FULL = Full()

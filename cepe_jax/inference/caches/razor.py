@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import math
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,10 +20,12 @@ import numpy as np
 
 from cepe_jax.config import Backend, DecoderConfig, Dtype
 from cepe_jax.cost import CacheCost, cache_cost
+from cepe_jax.inference.caches.counts import check_counts
 from cepe_jax.inference.caches.full import PIECE_PAIRS, written
 from cepe_jax.inference.caches.retrieval_heads import read_scores, retrieval_heads
 from cepe_jax.model.attention import NEVER, Mask, Partial, attend_to_heads, combine, combine_scanned
 from cepe_jax.model.cache import Cache
+from cepe_jax.parsing import shortened
 from cepe_jax.sharding import constrain, on_shards, split_axes
 
 Array = jax.Array
@@ -51,24 +54,28 @@ class Razor:
     window = None
 
     def __post_init__(self):
-        for name in ("sinks", "recent", "compression"):
-            if (value := getattr(self, name)) < 1:
-                raise ValueError(f"cache.{name} is {value}: give 1 or more")
+        check_counts(sinks=self.sinks, recent=self.recent, compression=self.compression)
         if self.recent <= self.sinks:
             raise ValueError(f"cache.recent is {self.recent}: give more than cache.sinks, which is {self.sinks}")
         for name in ("induction", "echo"):
-            if not 0 <= (value := getattr(self, name)) <= 1:
-                raise ValueError(f"cache.{name} is {value}: give a share of the heads, 0 to 1")
+            value = getattr(self, name)
+            if not isinstance(value, Real) or not 0 <= value <= 1:
+                raise ValueError(f"cache.{name} is {shortened(value)}: give a share of the heads, 0 to 1")
 
     def of(self, path: Path, decoder: DecoderConfig, positions: int | None) -> "Razor":
+        if self.heads is not None:
+            return self
         heads = retrieval_heads(*read_scores(path, decoder), self.induction, self.echo)
         return dataclasses.replace(self, heads=heads)
 
     def create(self, config: DecoderConfig, dtype: Dtype, rows: int, slots: int) -> "RazorCache":
+        if self.heads is None:
+            raise ValueError("cache.kind is razor, and its heads are not known: load the model with it")
         if split_axes("heads"):
             raise ValueError("cache.kind is razor, which keeps each head its own tokens: give mesh.tensor 1")
         others = config.num_layers * config.num_kv_heads - len(self.heads)
-        kept = self.sinks + max(self.recent, slots // self.compression) + 1  # padding goes to the last slot
+        kept = min(self.sinks + max(self.recent, slots // self.compression), max(slots, self.sinks + 1))
+        kept += 1  # for padding
         wide, H = jnp.promote_types(dtype, jnp.float32), config.head_dim
         k, v = (constrain(jnp.zeros((rows, len(self.heads), slots, H), dtype), *AXES) for _ in range(2))
         other_k, other_v = (constrain(jnp.zeros((rows, others, kept, H), dtype), *AXES) for _ in range(2))
@@ -157,7 +164,7 @@ class RazorCache(Cache):
         for name, x_ZBTKH in zip("kv", kept_Z, strict=True):
             new_BPTH = jnp.moveaxis(x_ZBTKH, (0, 3), (1, 2)).reshape(len(real_BT), -1, T, x_ZBTKH.shape[-1])
             ring, sums = getattr(self, f"{name}_BOWH"), getattr(self, f"sum_{name}_BOH")
-            left_BOTH = jnp.where(leaves_BT[:, None, :, None], self.leaving(ring, T), 0)
+            left_BOTH = jnp.where(leaves_BT[:, None, :, None], self.next_to_leave(ring, T), 0)
             arrays[f"sum_{name}_BOH"] = sums + left_BOTH.sum(axis=2, dtype=sums.dtype)
             arrays[f"{name}_BRSH"] = written(getattr(self, f"{name}_BRSH"), new_BPTH[:, whole], self.length_B, AXES)
             arrays[f"{name}_BOWH"] = self._in_ring(ring, new_BPTH[:, others], added_B)
@@ -168,17 +175,17 @@ class RazorCache(Cache):
         sinks = self.policy.sinks
         return jnp.where(token < sinks, token, sinks + (token - sinks) % self.ring)
 
-    def leaving(self, x_BOWH: Array, count: int, first: Array | int = 0, heads: int | None = None) -> Array:
+    def next_to_leave(self, x_BOWH: Array, count: int, first: Array | int = 0, heads: int | None = None) -> Array:
         """Return the `count` tokens that leave next, (B, heads, count, H), of `heads` heads from `first` on, or all."""
         sinks, heads = self.policy.sinks, heads or x_BOWH.shape[1]
         begin_B = self._slot(sinks + self.policy.gone(self.length_B))
 
         def of_a_device(x_BOWH: Array, begin_B: Array, first: Array) -> Array:
-            def span(row: int, start: Array) -> Array:
+            def span(row: Array | int, start: Array) -> Array:
                 place = jnp.full_like(first, row), first, start, jnp.zeros_like(first)
                 return jax.lax.dynamic_slice(x_BOWH, place, (1, heads, count, x_BOWH.shape[3]))
 
-            def of_row(row: int) -> Array:
+            def of_row(row: Array | int) -> Array:
                 if count == 1:
                     return span(row, begin_B[row])
                 # The end of the ring and, behind it, its beginning. To gather slots, a TPU would turn all of it around.
@@ -186,7 +193,8 @@ class RazorCache(Cache):
                 both = jnp.concatenate([span(row, start), span(row, jnp.full_like(start, sinks))], axis=2)
                 return jax.lax.dynamic_slice_in_dim(both, begin_B[row] - start, count, axis=2)
 
-            return jnp.concatenate([of_row(row) for row in range(len(begin_B))])
+            rows = len(begin_B)
+            return of_row(0) if rows == 1 else jax.lax.map(of_row, jnp.arange(rows))[:, 0]
 
         in_axes = AXES, ("batch",), ()
         return on_shards(of_a_device, in_axes, AXES)(x_BOWH, begin_B, jnp.asarray(first, begin_B.dtype))
@@ -263,7 +271,7 @@ class _Reading(NamedTuple):
 
         def means_BKQH(x_BOWH: Array, sums_BOH: Array) -> Array:
             """Means for each query: of the tokens that had left, and of those that leave with the new ones."""
-            leaving_BKTH = cache.leaving(x_BOWH, self.count, first, count).astype(sums_BOH.dtype)
+            leaving_BKTH = cache.next_to_leave(x_BOWH, self.count, first, count).astype(sums_BOH.dtype)
             before_BK1H = jax.lax.dynamic_slice_in_dim(sums_BOH, first, count, axis=1)[:, :, None]
             sums_BKTH = before_BK1H + jnp.pad(jnp.cumsum(leaving_BKTH, axis=2), [(0, 0), (0, 0), (1, 0), (0, 0)])
             number_B1Q1 = (self.gone_BQ - self.gone_B1)[:, None, :, None]

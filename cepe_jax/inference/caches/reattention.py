@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from cepe_jax.config import Backend, DecoderConfig, Dtype
 from cepe_jax.cost import CacheCost, cache_cost
+from cepe_jax.inference.caches.counts import MOST_TOKENS, check_counts
 from cepe_jax.inference.caches.full import AXES, PIECE_PAIRS, written
 from cepe_jax.model.attention import Mask, Partial, attend_to_cache
 from cepe_jax.model.cache import Cache
@@ -47,9 +48,9 @@ class ReAttention:
     window = None
 
     def __post_init__(self):
-        for name, value in vars(self).items():
-            if value < 1:
-                raise ValueError(f"cache.{name} is {value}: give 1 or more")
+        check_counts(**vars(self))
+        if self.scope > MOST_TOKENS:
+            raise ValueError(f"a query reads {self.scope:,} tokens: lower cache.selected or cache.span")
         if self.piece > self.recent:
             raise ValueError(f"cache.piece is {self.piece}: give at most cache.recent, which is {self.recent}")
 
@@ -67,10 +68,13 @@ class ReAttention:
         return self
 
     def create(self, config: DecoderConfig, dtype: Dtype, rows: int, slots: int) -> "ReAttentionCache":
-        slots += self.piece  # what fills up a text's last piece takes slots until the next tokens come
-        shape = (config.num_layers, rows, config.num_kv_heads, slots, config.head_dim)
+        shape = (config.num_layers, rows, config.num_kv_heads, self.room(slots), config.head_dim)
         k, v = (constrain(jnp.zeros(shape, dtype), *AXES) for _ in range(2))
         return ReAttentionCache(k, v, jnp.zeros(rows, jnp.int32), self, empty=True)
+
+    def room(self, slots: int) -> int:
+        """Return the number of slots with those for padding, which fills up a last piece until the next tokens come."""
+        return slots if slots <= self.piece else slots + self.piece
 
     def cost(self, config: DecoderConfig, cached: int) -> CacheCost:
         between = max(cached - self.sinks - self.recent, 0)
@@ -128,6 +132,11 @@ class ReAttentionCache(Cache):
         length_B = self.length_B + real_BT.sum(axis=1)
         return dataclasses.replace(self, k_ZBKSH=k, v_ZBKSH=v, length_B=length_B, empty=False)
 
+    def longer(self, slots: int) -> "ReAttentionCache":
+        more = [(0, 0)] * 3 + [(0, self.policy.room(slots) - self.k_ZBKSH.shape[3]), (0, 0)]
+        k, v = (jnp.pad(x, more) for x in (self.k_ZBKSH, self.v_ZBKSH))
+        return dataclasses.replace(self, k_ZBKSH=k, v_ZBKSH=v)
+
     def emptied(self, rows_B: Array) -> "ReAttentionCache":
         return dataclasses.replace(self, length_B=jnp.where(rows_B, 0, self.length_B))
 
@@ -176,7 +185,7 @@ def _in_slots(x_ZBKSH: Array, index: Array, slots_BX: Array) -> Array:
     """Return these slots of layer `index`, (B, K, X, H)."""
     _, B, K, _, H = x_ZBKSH.shape
     if H % LANES:
-        # TPUs keep the slots of narrow heads side by side: to gather from all layers they would turn all around.
+        # TPUs keep the slots of narrow heads side by side: a gather from all layers would transpose all of them.
         return jnp.take_along_axis(at(x_ZBKSH, index), slots_BX[:, None, :, None], axis=2, mode="clip")
     rows_B11, heads_K1 = jnp.arange(B)[:, None, None], jnp.arange(K)[:, None]
     return x_ZBKSH.at[index, rows_B11, heads_K1, slots_BX[:, None]].get(mode="clip")
@@ -188,10 +197,11 @@ def selection(
     """Return the slots from `first` to before `end_B` with most votes, (B, selected) in rising order.
 
     Every head of a real query votes for the `top_k` keys with the largest products. Of equal products and votes the
-    first slots count. S, a number that is no slot, stands for what there is not.
+    first slots count. S marks an entry that is empty.
     """
     B, T, N, H = q_BTNH.shape
     K, S = k_BKSH.shape[1:3]
+    top_k = min(top_k, S)
     q_BKQH = jnp.moveaxis(q_BTNH.reshape(B, T, K, N // K, H), 1, 3).reshape(B, K, -1, H)
     block = min(S, max(PIECE_PAIRS // (B * T), GROUP))
     starts = range(0, S, block)

@@ -7,7 +7,8 @@ import numpy as np
 
 from cepe_jax.config import DecoderConfig
 from cepe_jax.parsing import read_json
-from cepe_jax.weights.source import open_ours
+from cepe_jax.weights.directory import Directory
+from cepe_jax.weights.source import open_model
 
 FILE = "retrieval_heads.json"
 
@@ -26,12 +27,16 @@ class Scores:
 def read_scores(path: Path, decoder: DecoderConfig) -> tuple[np.ndarray, np.ndarray]:
     """Return induction and echo scores, (layers, key heads), of the model at `path`; ValueError if they are not its."""
     again = f"run scripts/calibrate.py {path}"
-    base = open_ours(path).base_hash
+    if not isinstance(model := open_model(path), Directory):
+        raise ValueError(
+            f"{path} is not in our format, which cache.kind razor needs: run scripts/convert.py to-jax on it"
+        )
+    base = model.base_hash
     if not (file := path / FILE).exists():
         raise ValueError(f"{path} has no {FILE}, which says what heads keep all tokens: {again}")
     scores = read_json(file, Scores, again)
     if scores.base != base:
-        raise ValueError(f"{file} is of another model: {again}")
+        raise ValueError(f"{file} belongs to another model: {again}")
     shape = decoder.num_layers, decoder.num_kv_heads
     for name in ("induction", "echo"):
         rows = getattr(scores, name)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from cepe_jax.config import Backend, DecoderConfig, Dtype
 from cepe_jax.cost import CacheCost, cache_cost
+from cepe_jax.inference.caches.counts import check_counts
 from cepe_jax.model.attention import Mask, Partial, attend_partial, combine
 from cepe_jax.model.cache import Cache
 from cepe_jax.model.layers import at
@@ -40,6 +41,7 @@ class Rolling:
     any_length = True
 
     def __post_init__(self):
+        check_counts(**{name: value for name, value in vars(self).items() if value is not None})
         if not 0 < self.sinks < (self.sinks + 1 if self.window is None else self.window):
             raise ValueError(
                 f"cache.sinks is {self.sinks} and cache.window {self.window}: give 1 sink or more, and a larger window"
@@ -53,7 +55,11 @@ class Rolling:
         return dataclasses.replace(self, window=positions)
 
     def create(self, config: DecoderConfig, dtype: Dtype, rows: int, slots: int) -> "RollingCache":
-        return RollingCache.create(config, dtype, rows, self.window, self.sinks)
+        if self.window is None:
+            raise ValueError("nothing says how many tokens a rolling cache keeps: give cache.window")
+        shape = (config.num_layers, rows, self.window, config.num_kv_heads, config.head_dim)
+        k, v = (constrain(jnp.zeros(shape, dtype), *AXES) for _ in range(2))
+        return RollingCache(k, v, jnp.zeros(rows, jnp.int32), self.sinks)
 
     def cost(self, config: DecoderConfig, cached: int) -> CacheCost:
         return cache_cost(config, min(cached, self.window))
@@ -72,12 +78,6 @@ class RollingCache(Cache):
     read_B: Array
     sinks: int = dataclasses.field(metadata={"static": True})
     empty = False  # its slots are masked where there is nothing yet
-
-    @classmethod
-    def create(cls, config: DecoderConfig, dtype: str, rows: int, window: int, sinks: int) -> "RollingCache":
-        shape = (config.num_layers, rows, window, config.num_kv_heads, config.head_dim)
-        k, v = (constrain(jnp.zeros(shape, dtype), *AXES) for _ in range(2))
-        return cls(k, v, jnp.zeros(rows, jnp.int32), sinks)
 
     @property
     def slots(self) -> int:
