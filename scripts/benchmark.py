@@ -9,9 +9,10 @@ train: Time a step of training on random weights and tokens, with all settings o
     python scripts/benchmark.py train --config configs/train_cepe.yaml --decoder=tiny --encoder=tiny --batch_size=8 \\
         --dtype=float32 --examples.window=128 --examples.chunk_length=64
 
-inference: Time four ways to read a context, on random weights and tokens.
+inference: Time four ways to read a context, or a cache policy, on random weights and tokens.
     python scripts/benchmark.py inference
     python scripts/benchmark.py inference --decoder=llama2_7b --encoder=mlm_large --chunk_length=256 --dtype=bfloat16
+    python scripts/benchmark.py inference --cache.kind=razor
 
 memory: Compile a step of training for TPUs at several lengths and plot its memory, with all settings of train.py.
     JAX_PLATFORMS=cpu python scripts/benchmark.py memory --config configs/train_cepe.yaml --mlp_chunk=512
