@@ -35,6 +35,7 @@ def lower(step: str, platform: str, examples: ExampleConfig = EVEN, kv_heads: in
     """The program of a stage's step, or of a step of inference, in bfloat16."""
     distill = DistillConfig(top_k=8) if step == "ceped" else None
     config = {"stage": step if step in TRAIN else "cepe", "batch_size": 2, "steps": 2, "dtype": "bfloat16"}
+    config |= {"step": "train" if step in TRAIN else step}
     config |= {"examples": examples, "distill": distill, "data": "none", "out": "none"} | settings
     starts = {"lm": ["decoder"], "mlm": ["encoder"]}.get(step, ["decoder", "encoder"])
     with pytest.MonkeyPatch.context() as patch:

@@ -225,10 +225,10 @@ def check_cache_fits(model: Cepe | Llama, policy: Policy, rows: int, slots: int)
     needed = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
     free = free_bytes() * jax.device_count()
     if needed > free:
-        texts = f"{rows} of up to {slots:,} tokens, new ones too,"
+        texts = f"{rows} text{'s' * (rows > 1)} of {slots:,} tokens, new ones too,"
         raise ValueError(
-            f"the cache of texts, {texts} needs {gib(needed)}, and {gib(free)} are free: lower max_new_tokens, or keep "
-            f"less by cache.kind"
+            f"{texts} need {gib(needed)} of cache, and {gib(free)} are free: lower max_new_tokens, shorten the prompt or "
+            "keep less of it (cache.kind)"
         )
 
 

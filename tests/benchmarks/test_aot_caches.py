@@ -44,7 +44,7 @@ def main(kind: str) -> None:
     for tokens in TOKENS:
         examples = ExampleConfig(window=tokens, num_chunks=1, chunk_length=64)
         config = CompileConfig(
-            "lm", steps=1, batch_size=1, topology="v5e:2x2", out="none", examples=examples, cache=cache
+            "lm", step="decode", steps=1, batch_size=1, topology="v5e:2x2", out="none", examples=examples, cache=cache
         )
         with jax.set_mesh(make_mesh(devices=topology.devices[:1])):
             step = decode_step(config, sizes, Compute("bfloat16", "splash"))
