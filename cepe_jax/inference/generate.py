@@ -227,8 +227,8 @@ def check_cache_fits(model: Cepe | Llama, policy: Policy, rows: int, slots: int)
     if needed > free:
         texts = f"{rows} text{'s' * (rows > 1)} of {slots:,} tokens, new ones too,"
         raise ValueError(
-            f"{texts} need {gib(needed)} of cache, and {gib(free)} are free: lower max_new_tokens, shorten the prompt or "
-            "keep less of it (cache.kind)"
+            f"{texts} need {gib(needed)} of cache, and {gib(free)} are free: lower max_new_tokens, shorten a prompt or "
+            "keep less (cache.kind)"
         )
 
 
