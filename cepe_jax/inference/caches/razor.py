@@ -248,8 +248,8 @@ class _Reading(NamedTuple):
             def before_B1S(slots_S: Array) -> Array:
                 return slots_S < length_B11
 
-            kept = cache.k_BRSH, cache.v_BRSH
-            parts.append(_in_blocks(q_BKGQH[:, :count], *kept, first_whole, before_B1S))
+            whole = cache.k_BRSH, cache.v_BRSH
+            parts.append(_in_blocks(q_BKGQH[:, :count], *whole, first_whole, before_B1S))
         if count < cache.kv_heads:
 
             def stay_BQS(slots_S: Array) -> Array:
@@ -260,9 +260,9 @@ class _Reading(NamedTuple):
                 stays_BQS = (token_B1S >= sinks + self.gone_BQ[..., None]) & is_ring_S
                 return stays_BQS | ((slots_S < sinks) & (slots_S < length_B11))
 
-            kept = cache.k_BOWH, cache.v_BOWH
-            others = _in_blocks(q_BKGQH[:, count:], *kept, first_other, stay_BQS)
-            parts.append(combine(others, self._compensation(q_BKGQH[:, count:], first_other)))
+            others = cache.k_BOWH, cache.v_BOWH
+            stay = _in_blocks(q_BKGQH[:, count:], *others, first_other, stay_BQS)
+            parts.append(combine(stay, self._compensation(q_BKGQH[:, count:], first_other)))
         return tuple(jnp.concatenate(heads, axis=1) for heads in zip(*parts, strict=True))
 
     def _compensation(self, q_BKGQH: Array, first: Array) -> Partial:

@@ -208,22 +208,22 @@ def selection(
 
     def of_block(start: Array | int) -> tuple[Array, Array]:
         """Return the best scores and their slots of a block of keys, which begins earlier where it would not fit."""
-        placed = jnp.minimum(start, S - block)
-        k_BKsH = jax.lax.dynamic_slice_in_dim(k_BKSH, placed, block, axis=2)
+        begin = jnp.minimum(start, S - block)
+        k_BKsH = jax.lax.dynamic_slice_in_dim(k_BKSH, begin, block, axis=2)
         wide = jnp.promote_types(q_BTNH.dtype, jnp.float32)
         scores_BKQs = jnp.einsum("BKQH,BKsH->BKQs", q_BKQH, k_BKsH, preferred_element_type=wide)
-        slots_s = placed + jnp.arange(block)
+        slots_s = begin + jnp.arange(block)
         there_Bs = (slots_s >= jnp.maximum(start, first)) & (slots_s < end_B[:, None])
         best, slots = largest(jnp.where(there_Bs[:, None, None], scores_BKQs, -jnp.inf), min(top_k, block))
-        return best, (slots + placed).astype(jnp.int32)
+        return best, (slots + begin).astype(jnp.int32)
 
     if len(starts) == 1:
         best_BKQk, slots_BKQk = of_block(0)
     else:
 
-        def step(number: Array, found: tuple[Array, Array]) -> tuple[Array, Array]:
-            both = (jnp.concatenate(parts, axis=-1) for parts in zip(found, of_block(number * block), strict=True))
-            best, slots = both  # earlier slots stand before later ones
+        def step(number: Array, before: tuple[Array, Array]) -> tuple[Array, Array]:
+            both = zip(before, of_block(number * block), strict=True)
+            best, slots = (jnp.concatenate(parts, axis=-1) for parts in both)  # earlier slots stand before later ones
             best, places = jax.lax.top_k(best, top_k)
             return best, jnp.take_along_axis(slots, places, axis=-1)
 
