@@ -198,7 +198,7 @@ class CacheCost(NamedTuple):
 
 
 def cache_cost(config: DecoderConfig, tokens: float, selects_among: float = 0) -> CacheCost:
-    """Return the cost of a token that reads so many tokens in each key head, on average.
+    """Return the cost of a token that reads `tokens` tokens in each key head, on average.
 
     `selects_among`: tokens whose keys alone are multiplied with its queries before.
     """

@@ -111,7 +111,7 @@ def _leave(message: str) -> None:
 
 @contextmanager
 def peers(where: Callable[[], str]) -> Iterator[None]:
-    """End this process in one line if another one is lost in the block; the line says where, and where the run goes on.
+    """End this process with one line if another process dies in the block: where, and from which step the run goes on.
 
     It ends here and now: whatever is left to do would wait for the lost one. Where the runtime notices first (no
     process waits in a collective that can fail, as on TPUs), it aborts this process itself.

@@ -91,7 +91,7 @@ def _measured(decoder: Llama, policy: Policy, length: int) -> dict | None:
 
 
 def filled(cache: Cache, config: DecoderConfig, dtype: Dtype, length: int) -> Cache:
-    """Return the cache with so many tokens, whose keys and values are random."""
+    """Return the cache with `length` tokens, whose keys and values are random."""
     count = cache.piece(1, WRITTEN, "xla")
     shape = 2, config.num_layers, 1, count, config.num_kv_heads, config.head_dim
 

@@ -10,7 +10,7 @@ from cepe_jax.inference.caches import Policy
 from cepe_jax.inference.context import ContextCache
 from cepe_jax.inference.detokenize import Detokenizer, StopStrings
 from cepe_jax.inference.generate import GREEDY, Sampling, check_new_tokens
-from cepe_jax.inference.overflow import Overflow, check_has_window
+from cepe_jax.inference.overflow import Overflow, check_has_window, check_moves
 from cepe_jax.inference.session import Session, check_head
 from cepe_jax.inference.template import Message, Template
 from cepe_jax.model.cepe import Cepe
@@ -53,12 +53,6 @@ class ChatSetup:
             rendered = self.template.render([*messages, {"role": "user", "content": text}], escape)
             ids.append(self.template.tokenizer.encode_special(rendered, escape))
         return len(os.path.commonprefix(ids))
-
-
-def check_moves(cache: Policy, overflow: Overflow) -> None:
-    """Raise ValueError if `overflow` moves tokens and the cache keeps all of a text of any length."""
-    if overflow != "error" and cache.any_length and cache.window is None:
-        raise ValueError(f"overflow is {overflow}, and the cache keeps texts of any length: leave overflow out")
 
 
 def chat_setup(speaker: Speaker, system: str | None, overflow: Overflow, chunk_length: int) -> ChatSetup:

@@ -9,6 +9,7 @@ from typing import Literal, get_args
 
 from cepe_jax.checks import check_chunk_length
 from cepe_jax.data.tokenizer import Tokenizer
+from cepe_jax.inference.caches import Policy
 
 Overflow = Literal["error", "truncate_left", "passages"]
 BLANK_LINES = re.compile(r"\n(?:[ \t\r]*\n)+")  # what ends a passage; the indent after it is the next one's
@@ -57,6 +58,12 @@ def check_has_window(window: int | None) -> None:
             "nothing says how many tokens the decoder reads at most: give window, or in the model's config.json "
             "max_position_embeddings"
         )
+
+
+def check_moves(cache: Policy, overflow: Overflow) -> None:
+    """Raise ValueError if `overflow` moves tokens and the cache keeps all of a text of any length."""
+    if overflow != "error" and cache.any_length and cache.window is None:
+        raise ValueError(f"overflow is {overflow}, and the cache keeps texts of any length: leave overflow out")
 
 
 def check_encoder(overflow: Overflow, has_encoder: bool) -> None:

@@ -10,11 +10,11 @@ import numpy as np
 from cepe_jax.config import CepeConfig, Compute, DecoderConfig, Dtype, EncoderConfig
 from cepe_jax.data.tokenizer import Tokenizer
 from cepe_jax.inference.caches import FULL, Policy
-from cepe_jax.inference.chat import MAX_NEW_TOKENS, Chat, ChatSetup, chat_setup, check_moves
+from cepe_jax.inference.chat import MAX_NEW_TOKENS, Chat, ChatSetup, chat_setup
 from cepe_jax.inference.context import ContextCache, DeviceMemories, encode, encoder_identity, stacked
 from cepe_jax.inference.detokenize import pieces
 from cepe_jax.inference.generate import GREEDY, Sampling, check_new_tokens, check_reads_contexts, stream
-from cepe_jax.inference.overflow import Overflow, check_encoder, fit, fit_continued
+from cepe_jax.inference.overflow import Overflow, check_encoder, check_moves, fit, fit_continued
 from cepe_jax.inference.scoring import Score, score
 from cepe_jax.model.cepe import Cepe
 from cepe_jax.model.cross import Memory

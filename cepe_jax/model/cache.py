@@ -61,9 +61,12 @@ class Cache(Protocol):
     def append(self, kept_Z, real_BT: Array) -> Self:
         """Return the cache with the new tokens. `kept_Z` holds the layers' `Reading.keep`, stacked."""
 
-    def longer(self, slots: int) -> Self:
-        """Return the cache with room for so many tokens. Only those that keep texts of any length whole can do that."""
-        raise NotImplementedError
-
     def emptied(self, rows_B: Array) -> Self:
         """Return the cache without the texts of the rows marked in `rows_B`. New texts may begin there."""
+
+
+class GrowingCache(Cache, Protocol):
+    """A cache of a policy for texts of any length, of which every token stays."""
+
+    def longer(self, slots: int) -> Self:
+        """Return the cache with room for texts of `slots` tokens."""

@@ -61,7 +61,7 @@ class CacheConfig:
     selected: int | None = None  # of these, how many are read, those that most heads select (reattention); None: 127
     span: int | None = None  # tokens around each of these that are read with it (reattention); None: 32
     piece: int | None = None  # tokens of a prompt that select together (reattention); None: 512
-    compression: int | None = None  # heads with recent tokens keep one of so many (razor); None: 5
+    compression: int | None = None  # the other heads keep this part of the text, 1 / compression (razor); None: 5
     induction: float | None = None  # share of heads that keep all tokens for their induction score (razor); None: 0.14
     echo: float | None = None  # share of heads that keep all tokens for their echo score (razor); None: 0.01
 

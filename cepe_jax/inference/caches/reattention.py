@@ -19,7 +19,7 @@ from cepe_jax.cost import CacheCost, cache_cost
 from cepe_jax.inference.caches.counts import MOST_TOKENS, check_counts
 from cepe_jax.inference.caches.full import AXES, PIECE_PAIRS, written
 from cepe_jax.model.attention import Mask, Partial, attend_to_cache
-from cepe_jax.model.cache import Cache
+from cepe_jax.model.cache import GrowingCache
 from cepe_jax.model.layers import at
 from cepe_jax.model.rope import rope_table, rotate
 from cepe_jax.sharding import constrain
@@ -83,7 +83,7 @@ class ReAttention:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class ReAttentionCache(Cache):
+class ReAttentionCache(GrowingCache):
     """The keys (not rotated) and the values of Z layers, in S slots, token j of a row in slot j.
 
     `length_B` counts the tokens of each row.
