@@ -6,6 +6,7 @@ D decoder width, E encoder width, F MLP width, V vocabulary, C chunks per exampl
 M = C * L memory length.
 """
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -67,6 +68,29 @@ class RopeConfig:
             _require(smaller < larger < math.inf, f"rope {high} is {larger}: give more than {low}, {smaller}")
 
 
+PRODUCTS = {"attention": ("q", "k", "v", "o"), "mlp": ("gate", "up", "down")}  # of a block's parts
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Factors of a low rank beside the weights of some products: W x + (alpha / rank) B A x (Hu et al. 2022)."""
+
+    rank: int = 16  # of the factors
+    alpha: float = 32.0  # what they add is scaled by alpha / rank
+    products: tuple[str, ...] = ("q", "k", "v", "o", "gate", "up", "down")  # products that have factors
+
+    def __post_init__(self):
+        _require(0 < self.rank <= LARGEST_SIZE, f"lora.rank is {self.rank}: give 1 to {LARGEST_SIZE:,}")
+        _require(0 < self.alpha < math.inf, f"lora.alpha is {self.alpha}: give a number above 0")
+        known = [product for part in PRODUCTS.values() for product in part]
+        chosen = [product for product in known if product in self.products]
+        _require(
+            bool(chosen) and len(chosen) == len(self.products),
+            f"lora.products is {list(self.products)}: give some of {', '.join(known)}, each once",
+        )
+        object.__setattr__(self, "products", tuple(chosen))
+
+
 @dataclass(frozen=True)
 class TransformerConfig:
     """The properties that decoder and encoder share: Llama blocks (RMSNorm, rotary attention, SwiGLU)."""
@@ -82,6 +106,7 @@ class TransformerConfig:
     rope: RopeConfig = RopeConfig()
     qkv_bias: bool = False  # biases of queries, keys and values, as in Qwen2
     qk_norm: bool = False  # RMSNorm of each head's queries and keys, as in Qwen3
+    lora: LoraConfig | None = None  # factors of its own, a part of the model beside this one
 
     def __post_init__(self):
         sizes = ("vocab_size", "width", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_width")
@@ -162,6 +187,25 @@ class CepeConfig:
 
     def __post_init__(self):
         object.__setattr__(self, "cross_layers", self.cross_layers.of(self.decoder.num_layers))
+
+
+def with_lora(config, part: str, lora: LoraConfig | None):
+    """Return a model's config whose `part`, decoder or encoder, has low-rank factors: its own, or else new ones.
+
+    ValueError if its own are others than `lora` says.
+    """
+    of_part = getattr(config, part, config)
+    if of_part.lora is None:
+        of_part = dataclasses.replace(of_part, lora=lora or LoraConfig())
+    elif lora not in (None, of_part.lora):
+        raise ValueError(f"the {part} has factors already, {of_part.lora}: leave lora out, or merge them (convert.py)")
+    return dataclasses.replace(config, **{part: of_part}) if hasattr(config, part) else of_part
+
+
+def without_lora(config):
+    """Return a model's config without low-rank factors."""
+    parts = {part: without_lora(getattr(config, part)) for part in ("decoder", "encoder") if hasattr(config, part)}
+    return dataclasses.replace(config, **(parts or {"lora": None}))
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@
 A multiply-add is 2 FLOPs; causal attention counts half its square; embeddings, norms and softmax count nothing.
 """
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -68,6 +69,9 @@ class Flops:
     attention: float = 0.0  # scores and sums of values, twice as much again
     ahead: float = 0.0  # weights and attention that no gradient reaches
 
+    def __add__(self, other: "Flops") -> "Flops":
+        return Flops(*(getattr(self, kind.name) + getattr(other, kind.name) for kind in dataclasses.fields(self)))
+
     @property
     def forward(self) -> float:
         return self.frozen + self.trained + self.attention + self.ahead
@@ -84,8 +88,23 @@ def _layer_weights(config: TransformerConfig) -> int:
     return config.width * (heads * config.head_dim + 3 * config.mlp_width)
 
 
+def _factor_weights(config: TransformerConfig) -> int:
+    """Numbers of the low-rank factors in one Llama block."""
+    if config.lora is None:
+        return 0
+    heads, kv_heads = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    outputs = {"q": heads, "k": kv_heads, "v": kv_heads, "o": heads} | dict.fromkeys(
+        ("gate", "up", "down"), config.mlp_width
+    )
+    return config.lora.rank * sum(config.width + outputs[product] for product in config.lora.products)
+
+
 def _layers(config: TransformerConfig, positions: int) -> float:
     return 2 * _layer_weights(config) * positions * config.num_layers
+
+
+def _factors(config: TransformerConfig, positions: int) -> float:
+    return 2 * _factor_weights(config) * positions * config.num_layers
 
 
 def _head(config: TransformerConfig, positions: int) -> float:
@@ -100,48 +119,52 @@ def _chunked(config: EncoderConfig, num_chunks: int, length: int) -> float:
     return 4 * length**2 * num_chunks * config.num_heads * config.head_dim * config.num_layers
 
 
-def decoder_flops(config: DecoderConfig, window: int) -> Flops:
-    """The FLOPs of a plain decoder, all of it trained, on `window` tokens."""
-    return Flops(trained=_layers(config, window) + _head(config, window), attention=_causal(config, window))
+def _by_training(weights: dict[str, float], train: Collection[str], attention: float, ahead: float = 0.0) -> Flops:
+    """Return FLOPs of parts that a gradient reaches, some of which train."""
+    trained = sum(flops for part, flops in weights.items() if part in train)
+    return Flops(sum(weights.values()) - trained, trained, attention, ahead)
 
 
-def encoder_flops(config: EncoderConfig, num_chunks: int, chunk_length: int) -> Flops:
-    """The FLOPs of an encoder, all of it trained, on `num_chunks` chunks; with its MLM head where it has one."""
-    weights = _layers(config, num_chunks * chunk_length)
+def decoder_flops(config: DecoderConfig, window: int, train: Collection[str] = ("decoder",)) -> Flops:
+    """The FLOPs of a plain decoder on `window` tokens, of which the parts `train` are trained."""
+    weights = {"decoder": _layers(config, window) + _head(config, window), "decoder_lora": _factors(config, window)}
+    return _by_training(weights, train, _causal(config, window))
+
+
+def encoder_flops(
+    config: EncoderConfig, num_chunks: int, chunk_length: int, train: Collection[str] = ("encoder",)
+) -> Flops:
+    """The FLOPs of an encoder on `num_chunks` chunks, with its MLM head where it has one."""
+    memory = num_chunks * chunk_length
+    weights = {"encoder": _layers(config, memory), "encoder_lora": _factors(config, memory)}
     if config.mlm_head:
-        weights += _head(config, num_chunks * chunk_length) + 2 * config.width**2 * num_chunks * chunk_length
-    return Flops(trained=weights, attention=_chunked(config, num_chunks, chunk_length))
+        weights["encoder"] += _head(config, memory) + 2 * config.width**2 * memory
+    return _by_training(weights, train, _chunked(config, num_chunks, chunk_length))
 
 
 def cepe_flops(
-    config: CepeConfig, window: int, num_chunks: int, chunk_length: int, train: tuple[str, ...] = ("encoder", "cross")
+    config: CepeConfig, window: int, num_chunks: int, chunk_length: int, train: Collection[str] = ("encoder", "cross")
 ) -> Flops:
     """The FLOPs of CEPE: `window` tokens read `num_chunks` chunks of `chunk_length`; the parts `train` are trained."""
     decoder, encoder, memory = config.decoder, config.encoder, num_chunks * chunk_length
     heads_width, kv_width = decoder.num_heads * decoder.head_dim, decoder.num_kv_heads * decoder.head_dim
     readers = config.cross_layers.count
-    spliced = 1 - config.cross_layers.indices(decoder.num_layers)[0] / decoder.num_layers  # from the first reader on
-    weights = {  # and attention, of what a gradient reaches
-        "decoder": spliced * _layers(decoder, window) + _head(decoder, window),
+    reached = 1.0  # share of the decoder's layers that a gradient reaches: all, or those from the first reader on
+    if {"decoder", "decoder_lora"}.isdisjoint(train):
+        reached -= config.cross_layers.indices(decoder.num_layers)[0] / decoder.num_layers
+    weights = {
+        "decoder": reached * _layers(decoder, window) + _head(decoder, window),
+        "decoder_lora": reached * _factors(decoder, window),
         "cross": 4 * (heads_width * decoder.width * window + encoder.width * kv_width * memory)
         * readers,
-        "encoder": _layers(encoder, memory),
     }  # fmt: skip
-    attention = spliced * _causal(decoder, window) + 4 * window * memory * heads_width * readers
-    ahead = (1 - spliced) * (_layers(decoder, window) + _causal(decoder, window))
-    if "decoder" in train:
-        weights["decoder"] += (1 - spliced) * _layers(decoder, window)
-        attention, ahead = attention + (1 - spliced) * _causal(decoder, window), 0.0
-    if "encoder" in train:
-        attention += _chunked(encoder, num_chunks, chunk_length)
-    else:
-        ahead += weights.pop("encoder") + _chunked(encoder, num_chunks, chunk_length)
-    return Flops(
-        frozen=sum(flops for part, flops in weights.items() if part not in train),
-        trained=sum(flops for part, flops in weights.items() if part in train),
-        attention=attention,
-        ahead=ahead,
-    )
+    attention = reached * _causal(decoder, window) + 4 * window * memory * heads_width * readers
+    of_layers = _layers(decoder, window) + _factors(decoder, window) + _causal(decoder, window)
+    flops = _by_training(weights, train, attention, (1 - reached) * of_layers)
+    encoding = encoder_flops(dataclasses.replace(encoder, mlm_head=False), num_chunks, chunk_length, train)
+    if {"encoder", "encoder_lora"}.isdisjoint(train):
+        encoding = Flops(ahead=encoding.forward)
+    return flops + encoding
 
 
 class ReadFlops(NamedTuple):
@@ -166,7 +189,7 @@ def inference_flops(config: CepeConfig | DecoderConfig, tokens: int, cached: int
     A plain decoder has no memory, and one way.
     """
     decoder = config if isinstance(config, DecoderConfig) else config.decoder
-    flops = _layers(decoder, tokens) + _head(decoder, 1) + _causal(decoder, tokens)
+    flops = _layers(decoder, tokens) + _factors(decoder, tokens) + _head(decoder, 1) + _causal(decoder, tokens)
     flops += 4 * tokens * cached * decoder.num_heads * decoder.head_dim * decoder.num_layers
     if config is decoder:
         return {"full": flops}
@@ -180,7 +203,8 @@ def step_bytes(config: CepeConfig | DecoderConfig, cached: int, memory: int, ite
     """Read and written for one token after `cached` ones, by how the memory is read; every weight and state once."""
     decoder = config if isinstance(config, DecoderConfig) else config.decoder
     kv_width = decoder.num_kv_heads * decoder.head_dim
-    numbers = _layer_weights(decoder) * decoder.num_layers + decoder.vocab_size * decoder.width
+    numbers = (_layer_weights(decoder) + _factor_weights(decoder)) * decoder.num_layers
+    numbers += decoder.vocab_size * decoder.width
     numbers += 2 * cached * kv_width * decoder.num_layers
     if config is decoder:
         return {"full": numbers * itemsize}
@@ -209,4 +233,4 @@ def cache_cost(config: DecoderConfig, tokens: float, selects_among: float = 0) -
 def teacher_flops(config: DecoderConfig, window: int, memory: int) -> float:
     """The FLOPs of the plain decoder that teaches `window` positions after `memory` tokens of context, in one pass."""
     length = window + memory
-    return _layers(config, length) + _causal(config, length) + _head(config, window)
+    return _layers(config, length) + _factors(config, length) + _causal(config, length) + _head(config, window)

@@ -13,7 +13,7 @@ from jax._src.cudnn import fused_attention_stablehlo as cudnn_attention
 
 from cepe_jax.benchmarks.compiled import CompileConfig, train_step
 from cepe_jax.benchmarks.steps import STEPS
-from cepe_jax.config import DECODERS, ENCODERS
+from cepe_jax.config import DECODERS, ENCODERS, LoraConfig
 from cepe_jax.data.examples import ExampleConfig
 from cepe_jax.inference.caches import CacheConfig
 from cepe_jax.sharding import make_mesh, of_two_rows
@@ -73,6 +73,16 @@ def cudnn_calls(program: str) -> list[int]:
 @pytest.mark.parametrize("step", CUDNN)
 def test_steps_lower_for_gpus(step):
     assert cudnn_calls(lower(step, "cuda")) == CUDNN[step]
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_factors_lower_and_have_the_only_gradients(platform):
+    """A decoder's step with factors has a gradient of no other weight: no product with its shape is in the program."""
+    factors = {"train": ("decoder_lora",), "lora": LoraConfig(8)}
+    whole, program = (re.findall(r"dot_general .* -> tensor<(192x512|512x192)xbf16>", lower("lm", platform, ODD, **how))
+                      for how in ({}, factors))  # fmt: skip
+    assert len(whole) >= 3  # of gate, up and down
+    assert not program
 
 
 @pytest.mark.parametrize("step", CUDNN)

@@ -15,7 +15,7 @@ from cepe_jax.data.examples import ExampleConfig
 from cepe_jax.data.recipes import blank
 from cepe_jax.model.attention import Mask, attend
 from cepe_jax.training.objectives import DistillConfig
-from cepe_jax.training.settings import TrainConfig, compute_of, recipe_of, sizes_of, trained_parts
+from cepe_jax.training.settings import TrainConfig, compute_of, recipe_of, sizes_of
 from cepe_jax.training.stages import STAGES
 from cepe_jax.weights.build import abstract_parts
 from cepe_jax.weights.kinds import kind_of
@@ -90,7 +90,7 @@ def test_cudnn_in_bfloat16_errs_no_more_than_xla_in_bfloat16(stage, num_chunks, 
     def loss_and_gradient(dtype: str, backend: str):
         compute = compute_of(dataclasses.replace(config, dtype=dtype, attention=backend), "gpu")
         parts = jax.tree.unflatten(jax.tree.structure(abstract_parts(sizes_of(config), compute)), values)
-        trained = {name: parts.pop(name) for name in trained_parts(config)}
+        trained = {name: parts.pop(name) for name in config.train}
         frozen = jax.tree.map(lambda x: x.astype(dtype), parts)
 
         @jax.jit

@@ -30,7 +30,6 @@ from cepe_jax.training.settings import (
     micro_batches,
     recipe_of,
     sizes_of,
-    trained_parts,
 )
 from cepe_jax.training.stages import STAGES
 from cepe_jax.training.trainer import initial_state, make_train_step
@@ -168,7 +167,7 @@ def train_step(config: TrainConfig, sizes: Config, compute: Compute) -> Step:
     mesh = jax.sharding.get_mesh()
     shares = mesh_of(config, mesh.size)
     optimizer = config.optimizer.build(config.optimizer.schedule(config.steps))
-    parts, trains = abstract_parts(sizes, compute), trained_parts(config)
+    parts, trains = abstract_parts(sizes, compute), config.train
     frozen = {name: placed(part, jnp.dtype(config.dtype)) for name, part in parts.items() if name not in trains}
     trainable = {name: part for name, part in parts.items() if name in trains}
     state = jax.eval_shape(lambda trainable: initial_state(trainable, optimizer), trainable)

@@ -20,7 +20,7 @@ from cepe_jax.directories import write_text
 from cepe_jax.inference.caches.retrieval_heads import FILE, Scores
 from cepe_jax.inference.text import read_facts
 from cepe_jax.model.attention import Mask, attend_partial, merge
-from cepe_jax.model.layers import at, cut, embed, joined, project
+from cepe_jax.model.layers import at, cut, embed, joined
 from cepe_jax.model.llama import Llama
 from cepe_jax.model.rope import rope_table, rotate
 from cepe_jax.parsing import Seed
@@ -55,11 +55,11 @@ def head_scores(decoder: Llama, tokens_T: Array, block: int) -> tuple[Array, Arr
     The tokens are BOS and a block, repeated; a score is the mean over all tokens after the first block. Attention to
     BOS counts in the softmax and in no score.
     """
-    config, T = decoder.config, len(tokens_T)
+    config, blocks, T = decoder.config, decoder.blocks, len(tokens_T)
     table = rope_table(config.rope, config.head_dim, jnp.arange(T)[None])
 
     def layer(x_1TD: Array, index: Array) -> tuple[Array, tuple[Array, Array]]:
-        of_layer = at(decoder.layers, index)
+        of_layer = at(blocks, index)
         q_1TNH, k_1TKH, v_1TKH = of_layer.attention.heads(of_layer.attention_norm(x_1TD))
         q_1TNH, k_1TKH = rotate(q_1TNH, table), rotate(k_1TKH, table)
 
@@ -71,7 +71,7 @@ def head_scores(decoder: Llama, tokens_T: Array, block: int) -> tuple[Array, Arr
 
         out, lse = jax.lax.map(piece, (cut(q_1TNH, QUERIES), cut(jnp.arange(T)[None], QUERIES)))
         out_1TNH, lse_1TN = joined(out, T), joined(lse, T)
-        x_1TD += project("BTNH,NHD->BTD", out_1TNH.astype(x_1TD.dtype), of_layer.attention.o)
+        x_1TD += of_layer.attention.joined_heads(out_1TNH.astype(x_1TD.dtype))
         x_1TD += of_layer.mlp(of_layer.mlp_norm(x_1TD))
 
         def attention_to(distance: int, first: int) -> Array:

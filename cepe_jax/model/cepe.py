@@ -109,11 +109,11 @@ class Cepe(nnx.Module):
 
     @property
     def parts(self) -> Parts:
-        return {"cross": self.cross, "decoder": self.decoder, "encoder": self.encoder}
+        return {"cross": self.cross} | self.decoder.parts | self.encoder.parts
 
     @classmethod
     def from_parts(cls, parts: Parts) -> "Cepe":
-        return cls(**parts, frozen=())
+        return cls(Llama.from_parts(parts), Encoder.from_parts(parts), parts["cross"], frozen=())
 
     @property
     def config(self) -> CepeConfig:

@@ -11,6 +11,7 @@ from cepe_jax.config import FLOAT32, Compute, EncoderConfig
 from cepe_jax.model.attention import Mask, resolved
 from cepe_jax.model.layers import Block, RMSNorm, embed, normal, project
 from cepe_jax.model.llama import scan_layers
+from cepe_jax.model.lora import Lora, bound, of_parts, parts_of
 from cepe_jax.model.parts import Parts
 from cepe_jax.model.rope import rope_table
 from cepe_jax.sharding import constrain
@@ -37,6 +38,7 @@ class Encoder(nnx.Module):
         embedding, layers, head = jax.random.split(key, 3)
         self.embed = normal(embedding, (config.vocab_size, config.width), 0.02, ("encoder_vocab", "embed"))
         self.layers = Block(config, key=layers)
+        self.lora = nnx.data(config.lora and Lora(self.layers, config.lora, key=layers))
         self.norm = RMSNorm((config.width,), config.norm_eps, ("embed",))
         if config.mlm_head:
             self.mlm_head = MLMHead(config, key=head)
@@ -53,16 +55,16 @@ class Encoder(nnx.Module):
             return constrain(x_BLE, "batch", "length", "embed"), None
 
         x_BLE = constrain(embed(self.embed, tokens_BL, compute.dtype), "batch", "length", "embed")
-        x_BLE, _ = scan_layers(compute.remat.encoder, layer, x_BLE, self.layers)
+        x_BLE, _ = scan_layers(compute.remat.encoder, layer, x_BLE, bound(self.layers, self.lora))
         return self.norm(x_BLE)
 
     @property
     def parts(self) -> Parts:
-        return {"encoder": self}
+        return parts_of("encoder", self)
 
     @classmethod
     def from_parts(cls, parts: Parts) -> "Encoder":
-        return parts["encoder"]
+        return of_parts("encoder", parts)
 
     def mlm_logits(self, hidden_BLE: Array) -> Array:
         """Logits (B, L, V) in fp32 of the masked tokens, from what the encoder returns."""

@@ -13,6 +13,7 @@ from cepe_jax.model.attention import Mask, resolved
 from cepe_jax.model.cache import Cache
 from cepe_jax.model.cross import CrossAttention, Memory
 from cepe_jax.model.layers import Block, RMSNorm, at, cut, embed, joined, normal
+from cepe_jax.model.lora import Lora, bound, of_parts, parts_of
 from cepe_jax.model.parts import Parts
 from cepe_jax.model.rope import rope_table
 from cepe_jax.sharding import constrain, of_two_rows
@@ -44,6 +45,7 @@ class Llama(nnx.Module):
         embedding, layers, head = jax.random.split(key, 3)
         self.embed = normal(embedding, (V, D), 0.02, ("vocab", "embed"))
         self.layers = Block(config, key=layers)
+        self.lora = nnx.data(config.lora and Lora(self.layers, config.lora, key=layers))
         self.norm = RMSNorm((D,), config.norm_eps, ("embed",))
         if not config.tied_head:
             self.head = normal(head, (V, D), 0.02, ("vocab", "embed"))
@@ -76,12 +78,17 @@ class Llama(nnx.Module):
         return self
 
     @property
+    def blocks(self) -> Block:
+        """The stack of layers with its factors, if there are any."""
+        return bound(self.layers, self.lora)
+
+    @property
     def parts(self) -> Parts:
-        return {"decoder": self}
+        return parts_of("decoder", self)
 
     @classmethod
     def from_parts(cls, parts: Parts) -> "Llama":
-        return parts["decoder"]
+        return of_parts("decoder", parts)
 
     def decode(
         self,
@@ -130,7 +137,7 @@ class Llama(nnx.Module):
             positions_BT = jnp.where(real_BT, jnp.cumsum(real_BT, axis=1) - 1, 0)
         else:
             positions_BT = reading.positions_BT
-        table = rope_table(config.rope, config.head_dim, positions_BT)
+        blocks, table = self.blocks, rope_table(config.rope, config.head_dim, positions_BT)
         mask = Mask(causal=True, valid_BS=token_mask_BT)
         grows = cache is not None and cache.grows_by(tokens_BT.shape[0])
 
@@ -142,13 +149,13 @@ class Llama(nnx.Module):
             if reader is not None:
                 given = {"backend": compute.attention, "differentiable": cache is None}
                 read = partial(reader, memory=memory, **given)
-            x_BTD, keys = (block or at(self.layers, index))(compute, x_BTD, table, mask, attend_kept, read)
+            x_BTD, keys = (block or at(blocks, index))(compute, x_BTD, table, mask, attend_kept, read)
             return constrain(x_BTD, "batch", "length", "embed"), reading.keep(*keys) if grows else None
 
         def scan(x_BTD, indices, reader=None):
             # Layers are indexed inside the scan: slicing the stack would copy their weights. All of it is scanned over:
             # were it indexed, each step of its backward pass would add to the whole gradient.
-            whole = self.layers if len(indices) == config.num_layers else None
+            whole = blocks if len(indices) == config.num_layers else None
             return scan_layers(compute.remat.decoder, layer, x_BTD, (indices, whole, reader))
 
         def group(x_BTD, xs):

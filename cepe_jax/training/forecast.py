@@ -16,7 +16,6 @@ from cepe_jax.training.settings import (
     compute_of,
     mesh_of,
     tokens_of_step,
-    trained_parts,
 )
 from cepe_jax.training.stages import STAGES
 from cepe_jax.weights.build import abstract_parts
@@ -32,7 +31,7 @@ def forecast(config: TrainConfig, sizes: Config, sources: Sequence[Sequences]) -
     batch or the model, or the attention does not take it. The mesh's devices need not be at hand.
     """
     counts = {name: sum(x.size for x in jax.tree.leaves(part)) for name, part in abstract_parts(sizes).items()}
-    trained = sum(count for name, count in counts.items() if name in trained_parts(config))
+    trained = sum(count for name, count in counts.items() if name in config.train)
     vocabulary = getattr(sizes, "decoder", sizes).vocab_size
     frozen = sum(counts.values()) - trained
     yield f"{config.stage}: {trained:,} parameters train, {frozen:,} are frozen, vocabulary of {vocabulary:,}"
@@ -87,7 +86,7 @@ def held_bytes(config: TrainConfig, sizes: Config, mesh: AbstractMesh) -> dict[s
 
     ValueError where the mesh does not divide the model.
     """
-    trains, parts = trained_parts(config), abstract_parts(sizes, compute_of(config, jax.default_backend()))
+    trains, parts = config.train, abstract_parts(sizes, compute_of(config, jax.default_backend()))
     trainable = {name: part for name, part in parts.items() if name in trains}
     frozen = {name: part for name, part in parts.items() if name not in trains}
     optimizer = config.optimizer.build(config.optimizer.schedule(config.steps))

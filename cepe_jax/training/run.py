@@ -43,9 +43,8 @@ from cepe_jax.training.settings import (
     sizes_of,
     start_of,
     tokens_of_step,
-    trained_parts,
 )
-from cepe_jax.training.stages import STAGES
+from cepe_jax.training.stages import STAGES, with_new_factors
 from cepe_jax.training.trainer import all_finite, init_state, make_train_step, train
 from cepe_jax.weights.build import abstract_parts
 from cepe_jax.weights.checkpoint import Checkpoints, any_in, digests_of
@@ -109,7 +108,10 @@ def starting_model(config: TrainConfig, sizes: Config, compute: Compute, tokeniz
     for name in models_given(config):
         if Path(start := getattr(config, name)).is_dir():
             tokenizer.check_is_of(start)
-    model = start_of(config).model(config, sizes, compute, trained_parts(config))
+    start = start_of(config)
+    given = start.config(config, tokenizer.vocab_size)  # without new factors
+    own = tuple(name for name in config.train if name in abstract_parts(given))
+    model = with_new_factors(start.model(config, given, compute, own), sizes, config.seed)
     needed = tokenizer.vocab_size + STAGES[config.stage].more_ids
     for name in sorted({"decoder", "encoder"} & set(model.parts)):  # one message, whatever the order of a set
         if (known := model.parts[name].config.vocab_size) < needed:
@@ -138,7 +140,7 @@ def trained(
     `identity` is what a checkpoint must have in common with the run. `unseen` are the examples of the evaluation.
     """
     stage, sizes, kind, mesh = STAGES[config.stage], model.config, type(model), jax.sharding.get_mesh()
-    trainable, frozen = split(model, trained_parts(config))
+    trainable, frozen = split(model, config.train)
     if not jax.jit(all_finite)(trainable | frozen):
         raise ValueError(f"{' or '.join(models_given(config))}: weights are not finite: convert the model again")
     counts = [sum(x.size for x in jax.tree.leaves(parts)) for parts in (trainable, frozen)]

@@ -8,7 +8,7 @@ from typing import Literal
 
 from etils import epath
 
-from cepe_jax.config import Backend, Compute, CrossLayers, Dtype, RematConfig
+from cepe_jax.config import Backend, Compute, CrossLayers, Dtype, LoraConfig, RematConfig, with_lora
 from cepe_jax.data.examples import ExampleConfig
 from cepe_jax.data.recipes import Recipe
 from cepe_jax.distributed import DistributedConfig
@@ -54,7 +54,8 @@ class TrainConfig:
     cross_layers: CrossLayers = CrossLayers()  # layers of the decoder that read the memory
     cross_init: CrossInit = "copy"  # start of cross-attention's output: self-attention's (copy), zero, or random
     chunk_positions: int = 0  # distinct positions of chunks, counted from the last one; 0 = chunks have none
-    train: tuple[str, ...] = ("encoder", "cross")  # parts that train in warmup, cepe and ceped: encoder, cross, decoder
+    train: tuple[str, ...] = ()  # parts: encoder, cross, decoder, decoder_lora, encoder_lora; []: those of the stage
+    lora: LoraConfig | None = None  # the factors of decoder_lora and encoder_lora, where the model has none yet
     mix: dict[str, float] = field(default_factory=dict)  # weight of each dataset below `data`; {}: `data` is one
     workers: int = 0  # processes that load data; 0 = threads of this one
     examples: ExampleConfig = ExampleConfig()  # how sequences become examples
@@ -78,15 +79,18 @@ class TrainConfig:
     def __post_init__(self):
         if self.stage not in STAGES:
             raise ValueError(f"stage is {self.stage}: choose one of {', '.join(STAGES)}")
-        stage = STAGES[self.stage]
-        given = models_given(self)
+        stage, given = STAGES[self.stage], models_given(self)
         if given not in [start.models for start in stage.starts]:
             wanted = " or ".join(" and ".join(start.models) for start in stage.starts)
             raise ValueError(f"stage {self.stage} starts from {wanted}; given: {' and '.join(given) or 'none of them'}")
-        if stage.trains is None and not self.train:
-            raise ValueError("train is empty: name encoder, cross or decoder")
+        start = start_of(self)
+        object.__setattr__(self, "train", self.train or start.trains)
+        if unknown := sorted(set(self.train) - set(known := may_train(start))):
+            raise ValueError(f"train names {', '.join(unknown)}: stage {self.stage} may train {', '.join(known)}")
+        if self.lora and not any(name.endswith("_lora") for name in self.train):
+            raise ValueError("lora is given and train names no factors: add decoder_lora or encoder_lora to train")
         readers = [reader for of_table in STAGES.values() for reader in (of_table, *of_table.starts)]
-        read = stage.settings + start_of(self).settings
+        read = stage.settings + start.settings
         for name in sorted({name for reader in readers for name in reader.settings}):
             if name not in read and getattr(self, name) != TrainConfig.__dataclass_fields__[name].default:
                 raise ValueError(f"{name} is not read in stage {self.stage} from {' and '.join(given)}: leave it out")
@@ -145,15 +149,21 @@ def sizes_of(config: TrainConfig, vocab_size: int | None = None) -> Config:
 
     `vocab_size` is the tokenizer's. Without it a preset of a decoder has its own, and one of an encoder its decoder's.
     """
-    return start_of(config).config(config, vocab_size)
+    sizes = start_of(config).config(config, vocab_size)
+    for name in config.train:
+        if name.endswith("_lora"):
+            sizes = with_lora(sizes, name.removesuffix("_lora"), config.lora)
+    return sizes
+
+
+def may_train(start: Start) -> list[str]:
+    """Return the parts that may train from such a start."""
+    own = [*start.trains, *start.frozen]
+    return own + [f"{part}_lora" for part in own if part in ("decoder", "encoder")]
 
 
 def recipe_of(config: TrainConfig) -> Recipe:
     return STAGES[config.stage].recipe(config.examples)
-
-
-def trained_parts(config: TrainConfig) -> tuple[str, ...]:
-    return STAGES[config.stage].trains or config.train
 
 
 def tokens_of_step(config: TrainConfig) -> int:

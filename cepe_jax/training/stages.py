@@ -27,9 +27,11 @@ from cepe_jax.data.recipes import (
 from cepe_jax.model.cepe import Cepe, cross_from_self_attention, encoder_from_decoder
 from cepe_jax.model.encoder import Encoder
 from cepe_jax.model.llama import Llama
+from cepe_jax.model.lora import Lora
 from cepe_jax.model.parts import Model
 from cepe_jax.sharding import shardings_of
 from cepe_jax.training.objectives import Distill, MaskedLM, NextToken, Objective
+from cepe_jax.weights.build import abstract_parts
 from cepe_jax.weights.kinds import Config, kind_of
 from cepe_jax.weights.source import check_positions, load, open_model
 
@@ -45,6 +47,8 @@ class Start:
     models: tuple[str, ...]  # the settings that name models: these and no others are given
     config: Callable[[Settings, int | None], Config]  # of the model; the tokenizer's vocabulary size, None = not known
     model: Callable[[Settings, Config, Compute, tuple[str, ...]], Model]  # of `config`; the last names what trains
+    trains: tuple[str, ...]  # parts that train where nothing is said
+    frozen: tuple[str, ...] = ()  # further parts that may train; and factors beside decoder and encoder
     settings: tuple[str, ...] = ()  # that only such starts read
 
 
@@ -53,7 +57,6 @@ class Stage:
     """A stage of training."""
 
     starts: tuple[Start, ...]
-    trains: tuple[str, ...] | None  # the model's parts that train; None = those that the setting `train` names
     recipe: Callable[[ExampleConfig], Recipe]
     objective: Callable[[Settings], Objective]
     flops: Callable[[Settings, Config, Sequence[Sequences]], Flops]  # of one sequence of these sources
@@ -101,6 +104,16 @@ def spliced_config(config: Settings, vocab_size: int | None) -> CepeConfig:
     return CepeConfig(decoder_config(config, vocab_size), encoder, config.cross_layers)
 
 
+def with_new_factors(model: Model, sizes: Config, seed: int) -> Model:
+    """Return the model with new factors for the parts that have some by `sizes` and have none yet."""
+    parts = model.parts
+    for name in sorted(abstract_parts(sizes).keys() - parts.keys()):
+        part = name.removesuffix("_lora")
+        lora, key = getattr(sizes, part, sizes).lora, jax.random.fold_in(jax.random.key(seed), len(parts))
+        parts[name] = born_sharded(lambda key, blocks, lora=lora: Lora(blocks, lora, key=key), key, parts[part].layers)
+    return type(model).from_parts(parts)
+
+
 def born_sharded(make, *args):
     """Return `make(*args)`, every array created where it belongs on the mesh."""
     shardings = shardings_of(jax.eval_shape(make, *args), jax.sharding.get_mesh())
@@ -137,8 +150,10 @@ def cepe_model(config: Settings, sizes: CepeConfig, compute: Compute, master: tu
 
 
 def spliced_model(config: Settings, sizes: CepeConfig, compute: Compute, master: tuple[str, ...]) -> Cepe:
-    decoder = load(config.decoder, compute, tuple({"decoder"} & set(master)))
-    encoder = part_model(config.encoder, config.seed, sizes.encoder, compute, tuple({"encoder"} & set(master)))
+    decoder = load(config.decoder, compute, tuple({"decoder", "decoder_lora"} & set(master)))
+    encoder = part_model(
+        config.encoder, config.seed, sizes.encoder, compute, tuple({"encoder", "encoder_lora"} & set(master))
+    )
     layers, init = config.cross_layers, config.cross_init
     cross = born_sharded(
         lambda key, decoder: cross_from_self_attention(decoder, sizes.encoder, layers, init, key=key),
@@ -148,12 +163,13 @@ def spliced_model(config: Settings, sizes: CepeConfig, compute: Compute, master:
     return Cepe(decoder, encoder, cross)
 
 
-DECODER = Start(("decoder",), decoder_config, decoder_model)
-ENCODER = Start(("encoder",), masked_config, encoder_model)
-ENCODER_AFTER_DECODER = Start(("decoder", "encoder"), masked_like_decoder, encoder_after_decoder)
-CEPE = Start(("cepe",), lambda config, vocab_size: open_model(config.cepe).config, cepe_model)
+OWN_PARTS = ("encoder", "cross"), ("decoder",)  # of a CEPE: those that train where nothing is said, and the rest
+DECODER = Start(("decoder",), decoder_config, decoder_model, ("decoder",))
+ENCODER = Start(("encoder",), masked_config, encoder_model, ("encoder",))
+ENCODER_AFTER_DECODER = Start(("decoder", "encoder"), masked_like_decoder, encoder_after_decoder, ("encoder",))
+CEPE = Start(("cepe",), lambda config, vocab_size: open_model(config.cepe).config, cepe_model, *OWN_PARTS)
 SPLICED = Start(
-    ("decoder", "encoder"), spliced_config, spliced_model, ("cross_layers", "cross_init", "chunk_positions")
+    ("decoder", "encoder"), spliced_config, spliced_model, *OWN_PARTS, ("cross_layers", "cross_init", "chunk_positions")
 )
 
 
@@ -162,11 +178,11 @@ def next_token_loss(config: Settings) -> NextToken:
 
 
 def lm_flops(config: Settings, sizes: DecoderConfig, sources: Sequence[Sequences]) -> Flops:
-    return decoder_flops(sizes, config.examples.window)
+    return decoder_flops(sizes, config.examples.window, config.train)
 
 
 def mlm_flops(config: Settings, sizes: EncoderConfig, sources: Sequence[Sequences]) -> Flops:
-    return encoder_flops(sizes, 1, config.examples.window)
+    return encoder_flops(sizes, 1, config.examples.window, config.train)
 
 
 def context_flops(config: Settings, sizes: CepeConfig, sources: Sequence[Sequences]) -> Flops:
@@ -199,7 +215,7 @@ def check_teacher(config: Settings, data: Path, sources: Sequence[Sequences]) ->
         return
     if any(source.joined for source in sources):
         raise ValueError(f"{data}: a part of mix holds a teacher's probabilities: give all of it one, or none")
-    if "decoder" in config.train:
+    if not {"decoder", "decoder_lora"}.isdisjoint(config.train):
         raise ValueError(
             f"{data}: the decoder is the teacher and cannot train: leave it out, or prepare a teacher's data"
         )
@@ -209,23 +225,21 @@ def check_teacher(config: Settings, data: Path, sources: Sequence[Sequences]) ->
 
 STAGES = {
     # A decoder, from scratch or further.
-    "lm": Stage((DECODER,), ("decoder",), Windows, next_token_loss, lm_flops),
+    "lm": Stage((DECODER,), Windows, next_token_loss, lm_flops),
     # The encoder (paper, section 3.2).
     "mlm": Stage(
         (ENCODER, ENCODER_AFTER_DECODER),
-        ("encoder",),
         MaskedWindows,
         lambda config: MaskedLM(config.loss_chunk),
         mlm_flops,
         more_ids=1,
     ),
     # CEPE learns to copy (paper, section 3.2), then to use contexts.
-    "warmup": Stage((CEPE, SPLICED), None, DuplicatedWindows, next_token_loss, context_flops),
-    "cepe": Stage((CEPE, SPLICED), None, WindowsInContext, next_token_loss, context_flops),
+    "warmup": Stage((CEPE, SPLICED), DuplicatedWindows, next_token_loss, context_flops),
+    "cepe": Stage((CEPE, SPLICED), WindowsInContext, next_token_loss, context_flops),
     # CEPED (paper, section 3.3).
     "ceped": Stage(
         (CEPE, SPLICED),
-        None,
         TaughtWindows,
         lambda config: Distill(config.distill, config.loss_chunk),
         distill_flops,

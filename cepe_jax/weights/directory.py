@@ -88,7 +88,7 @@ class Directory:
 
     @property
     def base_hash(self) -> str | None:
-        """The hash of the decoder's tensors: two models with the same one have the same frozen base."""
+        """The hash of the decoder's tensors and factors: two models with the same one have the same frozen base."""
         return self.hashes.base
 
     def verify(self) -> None:
@@ -152,8 +152,13 @@ def write(
 
 
 def _totals(tensors: dict[str, Description]) -> tuple[str | None, str]:
-    base = {name: described for name, described in tensors.items() if name.startswith("decoder.")}
-    return digest(base) if base else None, digest(tensors)
+    return decoder_hash(tensors, "decoder.", "decoder_lora."), digest(tensors)
+
+
+def decoder_hash(tensors: dict[str, Description], *prefixes: str) -> str | None:
+    """Return the hash of the tensors whose names begin so; None if there are none."""
+    chosen = {name: described for name, described in tensors.items() if name.startswith(prefixes)}
+    return digest(chosen) if chosen else None
 
 
 def copy_assets(source: Path | str | None, to: Path) -> None:

@@ -61,11 +61,11 @@ class StoredTensor:
 class WeightFiles:
     """The tensors of a directory, by key: single file or sharded with an index, safetensors or torch pickles."""
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, candidates: tuple[str, ...] = CANDIDATES):
         self.directory = directory
-        found = next((directory / name for name in CANDIDATES if (directory / name).is_file()), None)
+        found = next((directory / name for name in candidates if (directory / name).is_file()), None)
         if found is None:
-            raise ValueError(f"no weights in {directory}: it has none of {', '.join(CANDIDATES)}")
+            raise ValueError(f"no weights in {directory}: it has none of {', '.join(candidates)}")
         self.tensors: dict[str, StoredTensor] = {}
         if found.suffix != ".json":
             self.tensors.update(_contents(found))

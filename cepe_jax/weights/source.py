@@ -13,6 +13,7 @@ from cepe_jax.parsing import parse_json
 from cepe_jax.progress import track
 from cepe_jax.weights.build import build, shapes, tensors_of
 from cepe_jax.weights.directory import CONFIG, FORMAT, Directory, copy_assets, note_of, write
+from cepe_jax.weights.factors import Peft, base_of, is_peft
 from cepe_jax.weights.files import existing
 from cepe_jax.weights.gguf import SUFFIX, Gguf
 from cepe_jax.weights.hf_config import window_of
@@ -37,10 +38,12 @@ class Source(Protocol):
 
 
 def open_model(path: Path | str) -> Source:
-    """Return the model at `path`: a directory in our format, one of Hugging Face's, or a GGUF file."""
+    """Return the model at `path`: a directory in our format, of Hugging Face's or of PEFT's, or a GGUF file."""
     path = Path(path)
     if path.suffix == SUFFIX:
         return Gguf(path)
+    if is_peft(path):
+        return Peft(path, open_model(base_of(path)))
     content = existing(path / CONFIG).read_bytes()
     written = parse_json(content, str(path / CONFIG))
     if written.get("format") == FORMAT:

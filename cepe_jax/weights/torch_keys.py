@@ -88,6 +88,17 @@ def cepe_rows(config: CepeConfig) -> Iterator[Row]:
     yield from _stack("encoder", "encoder", config.encoder)
 
 
+def lora_rows(config: DecoderConfig) -> Iterator[Row]:
+    """Yield the rows of a decoder's low-rank factors, in PEFT's names."""
+    for layer in range(config.num_layers):
+        for path, (key, _, torchs) in BLOCK.items():
+            if path.rpartition(".")[2] in config.lora.products:
+                outputs, inputs = torchs.split()
+                factors = f"base_model.model.model.layers.{layer}.{key.removesuffix('.weight')}"
+                yield f"decoder_lora.{layer}.{path}.a", f"{factors}.lora_A.weight", f"{inputs}R", f"R {inputs}"
+                yield f"decoder_lora.{layer}.{path}.b", f"{factors}.lora_B.weight", f"R{outputs}", f"{outputs} R"
+
+
 def _stack(part: str, prefix: str, config: TransformerConfig) -> Iterator[Row]:
     block = BLOCK | (BIASES if config.qkv_bias else {}) | (NORMS if config.qk_norm else {})
     yield f"{part}.embed", f"{prefix}.embed_tokens.weight", "VD", "V D"

@@ -89,10 +89,10 @@ FROM_DECODER = Start(
     lambda config, sizes, compute, master: Scorer(
         load(config.decoder, compute), Head(sizes.decoder.width, key=jax.random.key(config.seed))
     ),
+    ("head",),
 )
 STAGE = Stage(
     (FROM_DECODER,),
-    ("head",),
     Windows,
     lambda config: Ranking(),
     lambda config, sizes, sources: lm_flops(config, sizes.decoder, sources),

@@ -10,7 +10,7 @@ import pytest
 from support.datasets import make_data
 from support.models import SIZES, bits, forget
 
-from cepe_jax.config import DECODERS, ENCODERS, CrossLayers
+from cepe_jax.config import DECODERS, ENCODERS, CrossLayers, LoraConfig
 from cepe_jax.data.examples import ExampleConfig
 from cepe_jax.data.loader import batches
 from cepe_jax.data.records import Records
@@ -284,6 +284,35 @@ def test_in_bfloat16_the_frozen_part_is_narrow_and_what_trains_is_not(runs, data
     assert losses[-1] == pytest.approx(whole[-1], rel=0.2)
 
 
+def test_factors_train_beside_a_frozen_decoder_and_go_on(runs, data, tmp_path):
+    """Of a decoder alone, and beside cross-attention; a later run trains those that are there."""
+    lora = LoraConfig(2, 4.0, ("q", "up"))
+    start = {"decoder": str(runs / "lm/model"), "mix": {"filtered": 1.0}, "examples": EXAMPLES["lm"]}
+    config = TrainConfig("lm", data, tmp_path / "lora", 3, 4, train=("decoder_lora",), lora=lora, **start)
+    first = load(run_stage(config)).parts
+    assert bits(first["decoder"]) == bits(load(runs / "lm/model"))
+    assert first["decoder_lora"].config == lora
+    assert all(leaf.any() for leaf in jax.tree.leaves(first["decoder_lora"]))
+    again = dataclasses.replace(config, out=tmp_path / "again", decoder=str(tmp_path / "lora/model"), lora=None)
+    second = load(run_stage(again)).parts
+    assert bits(second["decoder"]) == bits(first["decoder"])
+    moved = zip(bits(first["decoder_lora"]), bits(second["decoder_lora"]), strict=True)
+    assert all(a != b for a, b in moved)
+    with pytest.raises(ValueError, match="decoder has factors already, .*rank=2"):
+        run_stage(dataclasses.replace(again, out=tmp_path / "other", lora=LoraConfig(3)))
+
+    cepe = TrainConfig(
+        "cepe", data, tmp_path / "cepe", 3, 4, mix={"packed": 1.0}, examples=EXAMPLES["cepe"], micro_batch=2,
+        cepe=str(runs / "warmup/model"), train=("cross", "decoder_lora", "encoder_lora"), lora=lora,
+    )  # fmt: skip
+    start, tuned = load(runs / "warmup/model").parts, load(run_stage(cepe)).parts
+    assert [bits(start[name]) == bits(tuned[name]) for name in ("decoder", "encoder", "cross")] == [True, True, False]
+    assert {name: sum(x.size for x in jax.tree.leaves(tuned[name])) for name in tuned if name.endswith("_lora")} == {
+        "decoder_lora": 2 * 2 * (16 + 16 + 16 + 24),
+        "encoder_lora": 1 * 2 * (16 + 16 + 16 + 24),
+    }
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -292,7 +321,8 @@ def test_in_bfloat16_the_frozen_part_is_narrow_and_what_trains_is_not(runs, data
         ({"decoder": "a"}, "stage cepe .* cepe or decoder .*encoder; given: decoder .*cepe"),
         ({"stage": "lm"}, "stage lm .* decoder; given: cepe"),
         ({"steps": 0}, "steps is 0"),
-        ({"train": ()}, "train is empty"),
+        ({"train": ("head",)}, "train names head: stage cepe may train encoder, cross, decoder, .*decoder_lora"),
+        ({"lora": LoraConfig()}, "lora .*add decoder_lora"),
         ({"mix": {"a": 0.0}}, r"mix is \{'a': 0.0\}: .*above 0"),
         ({"workers": -1}, "workers is -1: .*processes"),
         ({"cross_layers": CrossLayers("last", 2)}, "cross_layers .*stage cepe from cepe"),
