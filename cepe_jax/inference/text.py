@@ -22,7 +22,7 @@ from cepe_jax.model.llama import Llama
 from cepe_jax.parsing import read_json, shortened
 from cepe_jax.weights.build import build
 from cepe_jax.weights.hf_config import Facts, window_of
-from cepe_jax.weights.source import Source, open_model, open_ours
+from cepe_jax.weights.source import open_model, open_ours
 
 CHUNK_LENGTH = 256  # tokens of a context that the encoder reads at once: the length of the paper's training
 Contexts = ContextCache | Sequence[ContextCache] | None

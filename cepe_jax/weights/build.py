@@ -6,6 +6,8 @@ Names are the paths in the model's parts with the layer's number after the stack
 
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +22,22 @@ from cepe_jax.sharding import is_variable, shardings_of
 from cepe_jax.weights.kinds import Config, kind_of
 
 Read = Callable[[str, tuple[slice, ...]], np.ndarray]  # (name, index in our axes) -> that part of the tensor
+
+
+class Source(Protocol):
+    """A model at a path. Only its config is read until a tensor is asked for; then all are checked against it."""
+
+    path: Path
+    config: Config
+    facts: dict  # of Hugging Face's config.json, beyond our config
+
+    def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
+        """Return a tensor, or a slice of it, by our name and in our layout; ValueError if the tensors are not whole."""
+        ...
+
+    def write_assets(self, to: Path) -> None:
+        """Write the tokenizer, chat template and generation settings to directory `to`."""
+        ...
 
 
 def abstract_parts(config: Config, compute: Compute = FLOAT32) -> Parts:

@@ -5,13 +5,13 @@ from pathlib import Path
 from cepe_jax.config import Dtype
 from cepe_jax.directories import new_directory, write_json
 from cepe_jax.progress import track
-from cepe_jax.weights.build import shapes
+from cepe_jax.weights.build import Source, shapes
 from cepe_jax.weights.directory import Directory, write
 from cepe_jax.weights.factors import Merged
 from cepe_jax.weights.files import check_finite, write_shards
 from cepe_jax.weights.huggingface import table
 from cepe_jax.weights.kinds import to_hf_config
-from cepe_jax.weights.source import Source, open_model, open_ours
+from cepe_jax.weights.source import open_model, open_ours
 
 
 def to_jax(source: Path | str, target: Path | str, dtype: Dtype | None = None) -> None:

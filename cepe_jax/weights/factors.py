@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypedDict
+from typing import Annotated, TypedDict
 
 import numpy as np
 from msgspec import Meta
@@ -13,14 +13,11 @@ from cepe_jax.config import LoraConfig, with_lora, without_lora
 from cepe_jax.data.tokenizer_files import NAMES
 from cepe_jax.directories import new_directory, write_json
 from cepe_jax.parsing import read_json, shortened, typed
-from cepe_jax.weights.build import shapes
+from cepe_jax.weights.build import Source, shapes
 from cepe_jax.weights.directory import Directory, check_names, copy_assets, decoder_hash
 from cepe_jax.weights.files import WeightFiles, check_finite, save_tensors
 from cepe_jax.weights.kinds import Config
 from cepe_jax.weights.torch_keys import BLOCK, Entry, entries_of, lora_rows
-
-if TYPE_CHECKING:
-    from cepe_jax.weights.source import Source
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PRODUCT_OF = {key.split(".")[1]: path.rpartition(".")[2] for path, (key, _, torchs) in BLOCK.items() if " " in torchs}
@@ -75,7 +72,7 @@ def base_of(path: Path) -> Path:
 class Peft:
     """PEFT's directory of a decoder's factors, beside its base, which keeps its own format."""
 
-    def __init__(self, path: Path, base: "Source"):
+    def __init__(self, path: Path, base: Source):
         where = str(path / CONFIG)
         written = read_json(path / CONFIG)
         if (kind := written.get("peft_type")) != "LORA":
@@ -178,7 +175,7 @@ def to_peft(model: Directory, base: str, target: Path | str) -> None:
 class Merged:
     """A model whose low-rank factors are added to its weights, tensor by tensor; of one without any, itself."""
 
-    def __init__(self, source: "Source"):
+    def __init__(self, source: Source):
         self.source, self.path, self.facts = source, source.path, source.facts
         self.config: Config = without_lora(source.config)
         self._loras = {

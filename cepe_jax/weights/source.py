@@ -2,16 +2,13 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Protocol
-
-import numpy as np
 
 from cepe_jax.config import FLOAT32, Compute
 from cepe_jax.distributed import is_first, meet
 from cepe_jax.model.parts import Model
 from cepe_jax.parsing import parse_json
 from cepe_jax.progress import track
-from cepe_jax.weights.build import build, shapes, tensors_of
+from cepe_jax.weights.build import Source, build, shapes, tensors_of
 from cepe_jax.weights.directory import CONFIG, FORMAT, Directory, copy_assets, note_of, write
 from cepe_jax.weights.factors import Peft, base_of, is_peft
 from cepe_jax.weights.files import existing
@@ -19,22 +16,6 @@ from cepe_jax.weights.gguf import SUFFIX, Gguf
 from cepe_jax.weights.hf_config import window_of
 from cepe_jax.weights.huggingface import HuggingFace
 from cepe_jax.weights.kinds import Config
-
-
-class Source(Protocol):
-    """A model at a path. Only its config is read until a tensor is asked for; then all are checked against it."""
-
-    path: Path
-    config: Config
-    facts: dict  # of Hugging Face's config.json, beyond our config
-
-    def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
-        """Return a tensor, or a slice of it, by our name and in our layout; ValueError if the tensors are not whole."""
-        ...
-
-    def write_assets(self, to: Path) -> None:
-        """Write the tokenizer, chat template and generation settings to directory `to`."""
-        ...
 
 
 def open_model(path: Path | str) -> Source:
