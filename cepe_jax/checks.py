@@ -25,6 +25,12 @@ def check_mask(name: str, mask, shape: tuple[int, ...]) -> None:
         raise ValueError(f"{name} is {mask.dtype}{list(mask.shape)}: give booleans of shape {list(shape)}")
 
 
+def check_segments(segments, shape: tuple[int, ...]) -> None:
+    """ValueError unless `segments` is an integer array of this shape."""
+    if segments.shape != shape or not jnp.issubdtype(segments.dtype, jnp.integer):
+        raise ValueError(f"segments_BT is {segments.dtype}{list(segments.shape)}: give integers of shape {list(shape)}")
+
+
 def check_chunk_length(chunk_length: int) -> None:
     """ValueError unless a chunk has tokens."""
     if chunk_length < 1:

@@ -18,7 +18,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from cepe_jax.data.tokenizer_files import NAMES, PADDING, first_characters
+from cepe_jax.data.tokenizer_files import NAMES, PADDING, Placed, first_characters
 from cepe_jax.data.tokenizer_json import JsonTokenizer, read_library_tokenizer
 from cepe_jax.data.tokenizer_sentencepiece import SentencePieceTokenizer, is_tiktoken, read_processor
 from cepe_jax.directories import download_hint
@@ -69,12 +69,19 @@ class Tokenizer:
         wrote. `continues`: the text goes on after another one, so that a space which the tokenizer puts before every
         text is left out.
         """
-        _check_unicode(text)
-        written = {_written(number, escape): name for number, name in enumerate(self._single)} if escape else {}
         if continues:
-            before, ids = (self._impl.encode_special(part, escape, written) for part in ("\n", "\n" + text))
+            before, ids = (self.encode_special(part, escape) for part in ("\n", "\n" + text))
             if ids[: len(before)] == before:  # else the newline is part of a longer piece: nothing is put before
                 return ids[len(before) :]
+        return [i for i, _, _ in self.placed_special(text, escape)]
+
+    def placed_special(self, text: str, escape: str = "") -> Placed:
+        """The ids that `encode_special` gives, each with its place in the text: its first character, and one past it.
+
+        Several ids may stand for one character; SentencePiece gives all but the last of these an empty place before it.
+        """
+        _check_unicode(text)
+        written = {_written(number, escape): name for number, name in enumerate(self._single)} if escape else {}
         return self._impl.encode_special(text, escape, written)
 
     def escaped(self, text: str, escape: str) -> str:

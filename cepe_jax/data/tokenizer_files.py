@@ -16,6 +16,9 @@ MOST_IDS = 1 << 24  # the largest vocabularies have a million; libraries allocat
 Id = Annotated[int, Meta(ge=0, lt=MOST_IDS)]
 
 
+Placed = list[tuple[int, int, int]]  # ids, each with the place in the text that it stands for
+
+
 class _Named(TypedDict):
     content: str
 

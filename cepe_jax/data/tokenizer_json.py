@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from cepe_jax.data.tokenizer_files import Id, added_beside, ends_of, marks_turns, without_padding
+from cepe_jax.data.tokenizer_files import Id, Placed, added_beside, ends_of, marks_turns, without_padding
 from cepe_jax.parsing import check_is_file, in_words
 
 BYTE = "<0x{:02X}>"  # how a piece that is a byte is called
@@ -114,7 +114,7 @@ class JsonTokenizer:
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
-    def encode_special(self, text: str, escape: str, written: dict[str, str]) -> list[int]:
+    def encode_special(self, text: str, escape: str, written: dict[str, str]) -> Placed:
         """Encode, with special tokens as the library finds them; normalising, which comes later, drops the escape."""
         from tokenizers import normalizers
 
@@ -122,7 +122,8 @@ class JsonTokenizer:
         steps = [normalizers.Replace(said, name) for said, name in written.items()]
         steps += [normalizers.Replace(escape, "")] * bool(escape) + [own] * (own is not None)
         self._parser.normalizer = normalizers.Sequence(steps)
-        return self._parser.encode(text, add_special_tokens=False).ids
+        found = self._parser.encode(text, add_special_tokens=False)
+        return [(i, *place) for i, place in zip(found.ids, found.offsets, strict=True)]
 
     def decode(self, ids: list[int]) -> str:
         """Return the text. Each byte that is no part of a character is U+FFFD, as SentencePiece has it.

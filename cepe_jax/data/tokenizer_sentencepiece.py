@@ -2,12 +2,12 @@
 
 import itertools
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import sentencepiece
 
 from cepe_jax.data.tokenizer_files import (
+    Placed,
     added_beside,
     ends_of,
     first_characters,
@@ -86,61 +86,89 @@ class SentencePieceTokenizer:
         return i if name in self._known or self.processor.id_to_piece(i) == name else None
 
     def encode(self, text: str) -> list[int]:
-        return self._split(text, self._words, self._plain)
-
-    def _split(self, text: str, names: re.Pattern, encode: Callable[[str, bool], list[int]]) -> list[int]:
-        """Return the ids of a text: each name in it is its token, and what stands between is encoded by itself.
-
-        `encode` is told whether a name stands before.
-        """
+        """The ids of a text: each added word in it is its token, and what stands between is encoded by itself."""
         ids, at = [], 0
-        for name in names.finditer(text):
-            ids += encode(text[at : name.start()], at > 0)
-            ids.append(self._known[name[0] if name[0] in self._known else name[0].strip()])
-            at = name.end()
-        return ids + encode(text[at:], at > 0)
+        for word in self._words.finditer(text):
+            ids += self._plain(text[at : word.start()], at > 0)
+            ids.append(self._id_in(word))
+            at = word.end()
+        return ids + self._plain(text[at:], at > 0)
+
+    def _id_in(self, name: re.Match) -> int:
+        return self._known[name[0] if name[0] in self._known else name[0].strip()]
 
     def _plain(self, text: str, inside: bool) -> list[int]:
         ids = self._encode(text, inside)
         if not self._found or set(self._found.values()).isdisjoint(ids):
             return ids
-        bounds = [0, *(found.end() for found in self._first.finditer(text)), len(text)]
-        return self._apart([text[a:b] for a, b in itertools.pairwise(bounds)], set(self._found.values()))
-
-    def _apart(self, pieces: list[str], names: set[int]) -> list[int]:
-        """The ids of the pieces, each by itself. Where one is a name all the same, it is an unknown word."""
-        ids = [i for piece in pieces for i in self._encode(piece)]
-        return [self.processor.unk_id() if i in names else i for i in ids]
+        names = set(self._found.values())
+        pieces = _between(text, [0, *(found.end() for found in self._first.finditer(text))])
+        # Where a piece is a name all the same, it is an unknown word.
+        return [self.processor.unk_id() if i in names else i for piece in pieces for i in self._encode(piece)]
 
     def _encode(self, text: str, inside: bool = False) -> list[int]:
-        """The ids of the whole text. SentencePiece slows down with the length of a string, so long ones are cut."""
+        """The ids of the whole text."""
         processor = self._inside if inside else self.processor
-        if len(text) < 2 * PART or self._newline is None:
+        starts = self._cuts(text)
+        if len(starts) == 1:
             return processor.encode(text)
-        starts = [0]
-        while (cut := text.find("\n", starts[-1] + PART)) >= 0:
-            starts.append(cut)
-        pieces = [text[a:b] for a, b in zip(starts, [*starts[1:], None], strict=True)]
-        parts = processor.encode(pieces, num_threads=1)  # processes share the cores
+        parts = processor.encode(_between(text, starts), num_threads=1)  # processes share the cores
         ids = parts[0]
-        prefix = self._newline if processor is self.processor else 0
         for part in parts[1:]:
-            ids += part[prefix:]
+            ids += part[self._prefix(processor) :]
         return ids
 
-    def encode_special(self, text: str, escape: str, written: dict[str, str]) -> list[int]:
+    def _cuts(self, text: str) -> list[int]:
+        """Return where the parts of a text begin: SentencePiece slows down with the length of a string."""
+        starts = [0]
+        if len(text) >= 2 * PART and self._newline is not None:
+            while (cut := text.find("\n", starts[-1] + PART)) >= 0:
+                starts.append(cut)
+        return starts
+
+    def _prefix(self, processor: sentencepiece.SentencePieceProcessor) -> int:
+        """Return how many ids stand before those of a later part."""
+        return self._newline if processor is self.processor else 0
+
+    def _placed(self, text: str, inside: bool = False) -> Placed:
+        """The ids of the whole text, each with its place in it."""
+        processor, placed = self._inside if inside else self.processor, []
+        starts = self._cuts(text)
+        for start, part in zip(starts, _between(text, starts), strict=True):
+            found = processor.encode(part, return_type="offset_mapping")
+            new = [(i, start + a, start + b) for i, (a, b) in zip(found["ids"], found["offsets"], strict=True)]
+            placed += new[self._prefix(processor) :] if start else new
+        return placed
+
+    def encode_special(self, text: str, escape: str, written: dict[str, str]) -> Placed:
         """Each text between special tokens is encoded by itself, as Meta's own code does."""
-        marks = set(self._known.values())
-
-        def between(part: str, inside: bool) -> list[int]:
-            for said, single in written.items():
-                part = part.replace(said, escape + single + escape)
-            ids = self._encode(part.replace(escape, ""), inside)
-            if escape and escape in part and marks & set(ids):  # the model finds the name in any text
-                ids = self._apart(part.split(escape), marks)
-            return ids
-
-        return self._split(text, self._names, between)
+        marks, placed, at = set(self._known.values()), [], 0
+        said = re.compile("|".join(map(re.escape, [*written, escape])) if escape else "(?!)")
+        for name in [*self._names.finditer(text), None]:
+            end = name.start() if name else len(text)
+            clean, places, cuts, last = "", [], [0], at  # without escapes; the place of each character; where they were
+            for escaped in [*said.finditer(text, at, end), None]:
+                stop = escaped.start() if escaped else end
+                clean += text[last:stop]
+                places += ((n, n + 1) for n in range(last, stop))
+                if escaped:
+                    cuts.append(len(clean))
+                    if escaped[0] in written:
+                        clean += written[escaped[0]]
+                        places.append(escaped.span())
+                        cuts.append(len(clean))
+                    last = escaped.end()
+            found = self._placed(clean, inside=at > 0)
+            if len(cuts) > 1 and marks & {i for i, _, _ in found}:  # the model finds the name in any text
+                pieces = zip(cuts, _between(clean, cuts), strict=True)
+                found = [(i, cut + a, cut + b) for cut, piece in pieces for i, a, b in self._placed(piece)]
+                found = [(self.processor.unk_id() if i in marks else i, a, b) for i, a, b in found]
+            places.append((end, end))
+            placed += ((i, places[a][0], places[max(a, b - 1)][a < b]) for i, a, b in found)
+            if name:
+                placed.append((self._id_in(name), *name.span()))
+                at = name.end()
+        return placed
 
     def decode(self, ids: list[int]) -> str:
         if not self._added:
@@ -161,6 +189,11 @@ class SentencePieceTokenizer:
             yield self.processor.id_to_piece(i), self.processor.get_score(i)
         for name, token in sorted(self._added.items()):
             yield name, token["id"], name in self.special, self._inside is self.processor
+
+
+def _between(text: str, starts: list[int]) -> list[str]:
+    """Return the parts of a text that begin there."""
+    return [text[a:b] for a, b in zip(starts, [*starts[1:], None], strict=True)]
 
 
 def _finder(names: dict[str, dict]) -> re.Pattern:

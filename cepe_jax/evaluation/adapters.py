@@ -9,10 +9,10 @@ from lm_eval.api.model import LM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from cepe_jax.data.template import Message, Template
 from cepe_jax.evaluation.readers.language_model import LanguageModel, Prompt, generate
 from cepe_jax.inference.chat import MAX_NEW_TOKENS
 from cepe_jax.inference.overflow import Overflow, TooLong, cut, cut_continued, fit, fit_continued, truncate_left
-from cepe_jax.inference.template import Message, Template
 from cepe_jax.progress import track
 
 

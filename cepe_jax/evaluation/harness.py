@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
 from cepe_jax.checks import check_chunk_length
+from cepe_jax.data.template import Template
 from cepe_jax.devices import Devices, on_devices
 from cepe_jax.directories import one_writer_in, write_json, write_text
 from cepe_jax.evaluation.readers.models import ModelConfig, check_model, load_model
 from cepe_jax.evaluation.sweep.cells import provenance, weights_of
 from cepe_jax.identity import as_json, refuse_another_run
 from cepe_jax.inference.overflow import Overflow
-from cepe_jax.inference.template import Template
 from cepe_jax.inference.text import CHUNK_LENGTH
 from cepe_jax.parsing import parse_json, read_json
 

@@ -5,6 +5,7 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from cepe_jax.data.template import Message, Template
 from cepe_jax.data.tokenizer import Tokenizer
 from cepe_jax.inference.caches import Policy
 from cepe_jax.inference.context import ContextCache
@@ -12,7 +13,6 @@ from cepe_jax.inference.detokenize import Detokenizer, StopStrings
 from cepe_jax.inference.generate import GREEDY, Sampling, check_new_tokens
 from cepe_jax.inference.overflow import Overflow, check_has_window, check_moves
 from cepe_jax.inference.session import Session, check_head
-from cepe_jax.inference.template import Message, Template
 from cepe_jax.model.cepe import Cepe
 from cepe_jax.model.llama import Llama
 from cepe_jax.parsing import shortened

@@ -20,7 +20,7 @@ from cepe_jax.model.cepe import Cepe
 from cepe_jax.model.cross import Memory
 from cepe_jax.model.llama import Llama
 from cepe_jax.parsing import read_json, shortened
-from cepe_jax.weights.build import build
+from cepe_jax.weights.build import Source, build
 from cepe_jax.weights.hf_config import Facts, window_of
 from cepe_jax.weights.source import open_model, open_ours
 

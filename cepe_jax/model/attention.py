@@ -45,17 +45,24 @@ def resolved(compute: Compute, head_dim: int) -> Compute:
 class Mask:
     """The keys that a query sees. `valid_BS`: true for keys that exist. `causal`: query i sees keys up to i.
 
-    `seen_BTS` is true if a query sees a key; only XLA's attention supports it.
+    `segments_BT`: the text of each token, where queries and keys are tokens of several texts and see those of their own
+    text alone. `seen_BTS` is true if a query sees a key; only XLA's attention supports it.
     """
 
     causal: bool = dataclasses.field(default=False, metadata={"static": True})
     valid_BS: jax.Array | None = None
+    segments_BT: jax.Array | None = None
     seen_BTS: jax.Array | None = None
 
     @property
     def may_hide_all(self) -> bool:
         """True if a query may see no key at all."""
         return self.valid_BS is not None or self.seen_BTS is not None
+
+    @property
+    def hides_some(self) -> bool:
+        """True if a query may not see all keys."""
+        return self.causal or self.segments_BT is not None or self.may_hide_all
 
     def dense(self, num_queries: int, num_keys: int) -> jax.Array:
         """Boolean (B or 1, 1, 1, T, S)."""
@@ -64,9 +71,16 @@ class Mask:
             seen &= jnp.tril(seen)
         if self.valid_BS is not None:
             seen &= self.valid_BS[:, None, None, None, :]
+        if self.segments_BT is not None:
+            seen &= same_segment(self.segments_BT)[:, None, None]
         if self.seen_BTS is not None:
             seen &= self.seen_BTS[:, None, None]
         return seen
+
+
+def same_segment(segments_BT: jax.Array) -> jax.Array:
+    """Return (B, T, T), true for two tokens of one text."""
+    return segments_BT[:, :, None] == segments_BT[:, None]
 
 
 def attend_partial(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mask) -> Partial:
@@ -111,7 +125,7 @@ def _queries(x_BKGTX: jax.Array) -> jax.Array:
 
 def _scores(q_BKGTH: jax.Array, k_BKSH: jax.Array, mask: Mask, scale: float) -> jax.Array:
     scores_BKQS = _product("BKQH,BKSH->BKQS", _queries(q_BKGTH), k_BKSH) * scale
-    if not mask.causal and not mask.may_hide_all:
+    if not mask.hides_some:
         return scores_BKQS
     T, S = q_BKGTH.shape[3], k_BKSH.shape[2]
     scores_BKGTS = scores_BKQS.reshape(*q_BKGTH.shape[:4], S)
@@ -197,11 +211,15 @@ def attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mask, 
     """
     if backend == "xla":
         return merge(attend_partial(q_BTNH, k_BSKH, v_BSKH, mask)).astype(q_BTNH.dtype)
-    kernel = functools.partial({"splash": _splash, "cudnn": _cudnn}[backend], mask.causal)
+    given = {name: x for name in ("valid_BS", "segments_BT") if (x := getattr(mask, name)) is not None}
+
+    def kernel(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, *masks: jax.Array) -> jax.Array:
+        of_backend = {"splash": _splash, "cudnn": _cudnn}[backend]
+        return of_backend(mask.causal, q_BTNH, k_BSKH, v_BSKH, **dict(zip(given, masks, strict=True)))
+
     heads, kv_heads = (("batch", "length", name, "head_dim") for name in ("heads", "kv_heads"))
-    valid = () if mask.valid_BS is None else (mask.valid_BS,)
-    in_axes = heads, kv_heads, kv_heads, *[("batch", "length") for _ in valid]
-    out_BTNH = on_shards(kernel, in_axes, heads)(q_BTNH, k_BSKH, v_BSKH, *valid)
+    in_axes = heads, kv_heads, kv_heads, *[("batch", "length") for _ in given]
+    out_BTNH = on_shards(kernel, in_axes, heads)(q_BTNH, k_BSKH, v_BSKH, *given.values())
     if mask.valid_BS is None:
         return out_BTNH
     # The kernels return a mean of values to a query without a valid key.
@@ -223,7 +241,7 @@ def splash_partial(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, vali
     return values, jnp.broadcast_to(some, peak.shape).astype(jnp.float32), peak
 
 
-def _splash(causal: bool, q_BTNH, k_BSKH, v_BSKH, valid_BS=None, residuals: bool = False):
+def _splash(causal: bool, q_BTNH, k_BSKH, v_BSKH, valid_BS=None, segments_BT=None, residuals: bool = False):
     """Splash attention of one shard, and its log-sum-exp (B, T, N) where `residuals` are asked for.
 
     Lengths are filled up to whole blocks; a filled key is of another segment.
@@ -237,11 +255,18 @@ def _splash(causal: bool, q_BTNH, k_BSKH, v_BSKH, valid_BS=None, residuals: bool
     if valid_BS is None and S % _LANES and not causal:
         valid_BS = jnp.ones((q_BTNH.shape[0], S), bool)
     kernel = _splash_kernel(causal, N, q_BNTH.shape[2], k_BKSH.shape[2], residuals)
-    if valid_BS is None:
+    if valid_BS is None and segments_BT is None:
         out = jax.vmap(kernel)(q_BNTH, k_BKSH, v_BKSH)
     else:
-        keys = jnp.pad(valid_BS.astype(jnp.int32), [(0, 0), (0, -S % _LANES)])
-        segments = splash_attention_kernel.SegmentIds(jnp.ones((len(keys), q_BNTH.shape[2]), jnp.int32), keys)
+        rows, real = q_BTNH.shape[0], jnp.ones((1, S), bool) if valid_BS is None else valid_BS
+        of_queries, of_keys = (jnp.ones((rows, n), jnp.int32) if segments_BT is None else segments_BT for n in (T, S))
+        of_keys = jnp.where(real, of_keys, _NO_SEGMENT)
+        segments = splash_attention_kernel.SegmentIds(
+            *(
+                jnp.pad(x, [(0, 0), (0, -x.shape[1] % _LANES)], constant_values=fill)
+                for x, fill in ((of_queries, 1), (of_keys, _NO_SEGMENT))
+            )
+        )
         out = jax.vmap(lambda *x: kernel(*x[:3], segment_ids=x[3]))(q_BNTH, k_BKSH, v_BKSH, segments)
     if residuals:
         out_BNTH, (lse_BNT,) = out
@@ -250,6 +275,7 @@ def _splash(causal: bool, q_BTNH, k_BSKH, v_BSKH, valid_BS=None, residuals: bool
 
 
 _LANES = 128  # a block of keys is a multiple of it
+_NO_SEGMENT = -1  # of keys that no query sees
 
 
 def _splash_kernel(causal: bool, num_heads: int, T: int, S: int, residuals: bool):
@@ -269,16 +295,16 @@ def _splash_kernel(causal: bool, num_heads: int, T: int, S: int, residuals: bool
     )
 
 
-def _cudnn(causal: bool, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, valid_BS: jax.Array | None = None):
+def _cudnn(causal: bool, q_BTNH, k_BSKH, v_BSKH, valid_BS=None, segments_BT=None):
     """cuDNN's flash attention of one shard. Lengths are filled up to even ones, as its derivative wants them."""
     T, S = q_BTNH.shape[1], k_BSKH.shape[1]
     if S % 2 and valid_BS is None and not causal:  # a causal mask hides the filled key from all real queries
         valid_BS = jnp.ones((q_BTNH.shape[0], S), bool)
-    q_BTNH, k_BSKH, v_BSKH, valid_BS = (
+    given = (
         x if x is None else jnp.pad(x, [(0, 0), (0, x.shape[1] % 2)] + [(0, 0)] * (x.ndim - 2))
-        for x in (q_BTNH, k_BSKH, v_BSKH, valid_BS)
+        for x in (q_BTNH, k_BSKH, v_BSKH, valid_BS, segments_BT)
     )
-    return _cudnn_even(causal, q_BTNH, k_BSKH, v_BSKH, valid_BS)[:, :T]
+    return _cudnn_even(causal, *given)[:, :T]
 
 
 def _fold_mapped_axes(function):
@@ -300,15 +326,19 @@ def _fold_mapped_axes(function):
 # JAX maps cuDNN's attention over an axis only if a mask is given for each head, N times as large as the one we have. A
 # function that folds mapped axes has no derivative, so both passes fold by themselves.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _cudnn_even(causal: bool, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, valid_BS: jax.Array | None):
-    return _fold_mapped_axes(lambda *inputs: _cudnn_vjp(causal, *inputs)[0])(q_BTNH, k_BSKH, v_BSKH, valid_BS)
+def _cudnn_even(causal: bool, q_BTNH, k_BSKH, v_BSKH, valid_BS, segments_BT):
+    inputs = q_BTNH, k_BSKH, v_BSKH, valid_BS, segments_BT
+    return _fold_mapped_axes(lambda *inputs: _cudnn_vjp(causal, *inputs)[0])(*inputs)
 
 
-def _cudnn_vjp(causal: bool, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, valid_BS: jax.Array | None):
+def _cudnn_vjp(causal: bool, q_BTNH, k_BSKH, v_BSKH, valid_BS, segments_BT):
     """The attention, what `_cudnn_even` keeps for its derivative, and the derivative as a function of what is kept."""
     seen = None
     if valid_BS is not None:
         seen = jnp.broadcast_to(valid_BS[:, None, None], (len(valid_BS), 1, q_BTNH.shape[1], valid_BS.shape[1]))
+    if segments_BT is not None:
+        same = same_segment(segments_BT)[:, None]
+        seen = same if seen is None else seen & same
     attention = functools.partial(jax.nn.dot_product_attention, mask=seen, is_causal=causal, implementation="cudnn")
     out_BTNH, pullback = jax.vjp(attention, q_BTNH, k_BSKH, v_BSKH)
     leaves, structure = jax.tree.flatten(pullback)
@@ -331,7 +361,7 @@ def _cudnn_backward(causal: bool, residuals, cotangent_BTNH: jax.Array):
         # Of this forward pass nothing is used except its structure: the compiler leaves it out.
         return _cudnn_vjp(causal, *inputs)[2](kept)(cotangent_BTNH)
 
-    return *_fold_mapped_axes(backward)(*residuals, cotangent_BTNH), None
+    return *_fold_mapped_axes(backward)(*residuals, cotangent_BTNH), None, None
 
 
 _cudnn_even.defvjp(_cudnn_forward, _cudnn_backward)

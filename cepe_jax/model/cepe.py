@@ -169,15 +169,21 @@ class Cepe(nnx.Module):
         memory: Memory | None = None,
         cache: Cache | None = None,
         token_mask_BT: Array | None = None,
+        *,
+        segments_BT: Array | None = None,
     ) -> tuple[Array, Cache | None]:
-        """Hidden states (B, T, D) of the decoder reading the memory, and the cache with these tokens appended."""
+        """Hidden states (B, T, D) of the decoder reading the memory, and the cache with these tokens appended.
+
+        All texts of a row that holds several (`segments_BT`, see `Llama.decode`) read its memory.
+        """
         if memory is not None:
             B, E, states_BME = tokens_BT.shape[0], self.encoder.config.width, memory.states_BME
             if states_BME.ndim != 3 or states_BME.shape[0] not in (1, B) or states_BME.shape[2] != E:
                 raise ValueError(f"the memory is {list(states_BME.shape)}: these tokens and encoder want [{B}, M, {E}]")
             check_mask("the memory's valid_BM", memory.valid_BM, states_BME.shape[:2])
             memory = Memory(states_BME.astype(self.decoder.compute.dtype), memory.valid_BM)
-        return self.decoder.decode(tokens_BT, memory, cache, token_mask_BT, cross=self.cross)
+        given = {"segments_BT": segments_BT, "cross": self.cross}
+        return self.decoder.decode(tokens_BT, memory, cache, token_mask_BT, **given)
 
 
 def chunk_positions(num_chunks: int, distinct: int, width: int) -> np.ndarray:

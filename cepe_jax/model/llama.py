@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from cepe_jax.checks import check_mask, check_tokens
+from cepe_jax.checks import check_mask, check_segments, check_tokens
 from cepe_jax.config import FLOAT32, Compute, DecoderConfig, Remat
 from cepe_jax.model.attention import Mask, resolved
 from cepe_jax.model.cache import Cache
@@ -36,6 +36,13 @@ def scan_layers(remat: Remat, body: Callable, x_BTD: Array, xs) -> tuple[Array, 
         case "dots":
             body = jax.checkpoint(body, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
     return jax.lax.scan(body, x_BTD, xs)
+
+
+def positions_in(segments_BT: Array) -> Array:
+    """Return the number of tokens before each token in its own text, whose tokens stand together."""
+    at_T = jnp.arange(segments_BT.shape[1])
+    begins_BT = jnp.diff(segments_BT, axis=1, prepend=segments_BT[:, :1] - 1) != 0
+    return at_T - jax.lax.cummax(jnp.where(begins_BT, at_T, 0), axis=1)
 
 
 class Llama(nnx.Module):
@@ -97,25 +104,32 @@ class Llama(nnx.Module):
         cache: Cache | None = None,
         token_mask_BT: Array | None = None,
         *,
+        segments_BT: Array | None = None,
         cross: CrossAttention | None = None,
     ) -> tuple[Array, Cache | None]:
         """Hidden states (B, T, D) after the final norm, and the cache with these tokens appended (if one was given).
 
         A cache of one row is read by all rows of tokens, and is not appended to where they are more than one. Without a
-        cache, positions count the real tokens. `cross` reads the memory in its layers, between self-attention and MLP.
+        cache, positions count the real tokens. `segments_BT`, in place of a mask and a cache, are the numbers of the
+        texts that a row holds one after another: tokens see and count those of their own text alone. `cross` reads the
+        memory in its layers, between self-attention and MLP.
         """
         check_tokens("tokens_BT", tokens_BT, 2, self.config.vocab_size)
         check_mask("token_mask_BT", token_mask_BT, tokens_BT.shape)
         if memory is not None and cross is None:
             raise ValueError("a memory needs a CEPE model: this one is a plain decoder")
+        if segments_BT is not None:
+            check_segments(segments_BT, tokens_BT.shape)
+            if cache is not None or token_mask_BT is not None:
+                raise ValueError("segments_BT came with a cache or a mask: give one of them")
         B, T = tokens_BT.shape
         real_BT = jnp.ones(tokens_BT.shape, bool) if token_mask_BT is None else token_mask_BT
         if cache is None or (size := cache.piece(B, T, self.compute.attention)) == T:
-            return self._decode(tokens_BT, real_BT, token_mask_BT, memory, cache, cross)
+            return self._decode(tokens_BT, real_BT, token_mask_BT, segments_BT, memory, cache, cross)
 
         def step(cache: Cache, piece: tuple[Array, Array]) -> tuple[Cache, Array]:
             tokens_BT, real_BT = piece
-            return self._decode(tokens_BT, real_BT, real_BT, memory, cache, cross)[::-1]
+            return self._decode(tokens_BT, real_BT, real_BT, None, memory, cache, cross)[::-1]
 
         pieces = cut(tokens_BT, size), cut(real_BT, size, fill=False)
         grown, hidden = jax.lax.scan(step, cache.repeated(B), pieces)
@@ -126,6 +140,7 @@ class Llama(nnx.Module):
         tokens_BT: Array,
         real_BT: Array,
         token_mask_BT: Array | None,
+        segments_BT: Array | None,
         memory: Memory | None,
         cache: Cache | None,
         cross: CrossAttention | None,
@@ -133,12 +148,14 @@ class Llama(nnx.Module):
         """Return the result of `decode` for tokens that are read in one pass."""
         config, compute = self.config, self.compute
         reading = None if cache is None else cache.reading(config, real_BT)
-        if reading is None:
+        if segments_BT is not None:
+            positions_BT = positions_in(segments_BT)
+        elif reading is None:
             positions_BT = jnp.where(real_BT, jnp.cumsum(real_BT, axis=1) - 1, 0)
         else:
             positions_BT = reading.positions_BT
         blocks, table = self.blocks, rope_table(config.rope, config.head_dim, positions_BT)
-        mask = Mask(causal=True, valid_BS=token_mask_BT)
+        mask = Mask(causal=True, valid_BS=token_mask_BT, segments_BT=segments_BT)
         grows = cache is not None and cache.grows_by(tokens_BT.shape[0])
 
         def layer(x_BTD, xs):

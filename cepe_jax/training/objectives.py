@@ -48,9 +48,9 @@ def sum_over_chunks(terms: Callable, chunk: int, hidden_BTD: Array, *arrays_BT: 
 
 
 def hidden_states(model: Cepe | Llama, batch: Batch) -> Array:
-    """Return the decoder's (B, T, D) for a batch, with its context if it has one."""
+    """Return the decoder's (B, T, D) for a batch, with its context and its segments if it has them."""
     memory = model.encode(batch["context"], batch["context_mask"]) if "context" in batch else None
-    return model.decode(batch["tokens"], memory)[0]
+    return model.decode(batch["tokens"], memory, segments_BT=batch.get("segments"))[0]
 
 
 def _mean(total: Array, weight: Array) -> Array:

@@ -20,9 +20,9 @@ from cepe_jax.data.examples import ExampleConfig
 from cepe_jax.data.recipes import RETRIEVED, WindowsInContext
 from cepe_jax.data.records import Records, digest_of, lengths_path, read_index, shard_path
 from cepe_jax.data.sources import Extent, read
+from cepe_jax.data.template import Template
 from cepe_jax.data.tokenizer import Tokenizer
 from cepe_jax.data.tokenizer_training import train
-from cepe_jax.inference.template import Template
 
 if sys.version_info >= (3, 14):
     from compression import zstd

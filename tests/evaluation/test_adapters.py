@@ -15,11 +15,11 @@ from support.fakes import BOS, Letters, Scripted, whole_text
 from support.tokenizers import LLAMA_2, WINDOW, as_llama_2
 
 import cepe_jax
+from cepe_jax.data.template import Template
 from cepe_jax.data.tokenizer import Tokenizer
 from cepe_jax.evaluation import harness
 from cepe_jax.evaluation.harness import HarnessConfig, run_harness
 from cepe_jax.evaluation.readers.models import ModelConfig
-from cepe_jax.inference.template import Template
 from cepe_jax.inference.text import TextModel
 
 pytest.importorskip("lm_eval")

@@ -14,9 +14,9 @@ from cepe_jax.data.examples import ExampleConfig
 from cepe_jax.data.loader import Sequences
 from cepe_jax.data.recipes import Windows
 from cepe_jax.data.sources import BYTE_ORDER_MARK, plan
+from cepe_jax.data.template import Template
 from cepe_jax.data.tokenizer import Tokenizer
 from cepe_jax.evaluation.tasks import layouts
-from cepe_jax.inference.template import Template
 from fuzz.kind import KINDS, Kind, differing, mistyped, same, spoil_bytes, spoil_json
 from fuzz.mutations import (
     Rng,

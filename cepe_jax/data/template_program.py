@@ -15,6 +15,7 @@ import signal
 import sys
 
 import jinja2
+from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -23,13 +24,18 @@ LONGEST = 1 << 24  # characters of a conversation
 
 
 class _Generation(Extension):
-    """`{% generation %}` marks what a model is trained on: here it changes nothing."""
+    """`{% generation %}` marks what a model is trained on; as in transformers, what is set inside stays inside."""
 
     tags = {"generation"}
 
     def parse(self, parser):
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("marked"), [], [], body).set_lineno(line)
+
+    def marked(self, caller) -> str:
+        begin, end = self.environment.marks
+        return begin + caller() + end
 
 
 def _environment() -> ImmutableSandboxedEnvironment:
@@ -61,7 +67,10 @@ def _reason(error: Exception) -> str:
 
 
 def reply_to(request: dict) -> dict:
-    """Return `text`, the conversation that the template makes of `variables`, or `fault`; only compile without them."""
+    """Return `text`, the conversation that the template makes of `variables`, or `fault`; only compile without them.
+
+    `marks`, if given, stand around what `{% generation %}` marks; `marked` says whether the template has that.
+    """
     try:
         program = _compiled(request["source"])
     except jinja2.TemplateSyntaxError as error:
@@ -70,6 +79,7 @@ def reply_to(request: dict) -> dict:
         return {"fault": f"not a chat template: {_reason(error)}"}
     if request["variables"] is None:
         return {"text": ""}
+    program.environment.marks = request.get("marks") or ("", "")
     try:
         text = program.render(request["variables"])
     except Exception as error:  # of the template's own making, whatever it is

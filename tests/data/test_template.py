@@ -1,6 +1,7 @@
 """Chat templates: as transformers renders and reads them, and nothing that users write is a special token."""
 
 import datetime
+import itertools
 import json
 from pathlib import Path
 
@@ -8,9 +9,9 @@ import pytest
 import tokenizers
 from support.tokenizers import CHATML, CHATML_TOKENS, LLAMA_2, LLAMA_3, LLAMA_3_TOKENS, ZEPHYR, as_llama_2, byte_level
 
+from cepe_jax.data import template as template_module
+from cepe_jax.data.template import Template
 from cepe_jax.data.tokenizer import Tokenizer
-from cepe_jax.inference import template as template_module
-from cepe_jax.inference.template import Template
 
 KINDS = {
     "chatml": (CHATML, CHATML_TOKENS, {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}),
@@ -254,3 +255,112 @@ def test_settings_name_the_end_of_an_answer(tmp_path):
     tokenizer = Tokenizer(tmp_path)
     assert tokenizer.eos_id == tokenizer.special["<|im_end|>"] != 2
     assert Template(tokenizer).render([ASK]) == "<|im_end|>"
+
+
+def learnt(chat: Template, messages: list[dict]) -> list[str]:
+    """The texts that are learnt, one for each run of tokens."""
+    ids, targets = chat.with_targets(messages)
+    assert len(ids) == len(targets)
+    runs = itertools.groupby(zip(ids, targets, strict=True), key=lambda one: one[1])
+    backend = chat.tokenizer._impl.tokenizer
+    return [backend.decode([i for i, _ in run], skip_special_tokens=False) for target, run in runs if target]
+
+
+LEARNT = {
+    "chatml": ["A test 🙂. <|im_end|>", "No.<|im_end|>"],
+    "llama 2": [" A test 🙂. </s>", " No. </s>"],
+    "zephyr": ["A test 🙂. </s>", "No.</s>"],
+    "llama 3": ["A test 🙂.<|eot_id|>", "No.<|eot_id|>"],
+}
+
+
+@pytest.mark.parametrize("system", [[], [SYSTEM]], ids=["plain", "system"])
+def test_the_assistants_turns_are_learnt_and_nothing_else(chat, request, system):
+    messages = [
+        *system,
+        ASK,
+        ANSWER,
+        {"role": "user", "content": "assistant\nA test"},
+        {"role": "assistant", "content": "No."},
+    ]
+    name = request.node.callspec.params["chat"]
+    assert learnt(chat, messages) == LEARNT[name]
+    if name == "llama 3":  # this tokenizer has a piece for two newlines, which it does not use before a word
+        return
+    ids, targets = chat.with_targets(messages)
+    prompt = ids_of(chat, messages[:-1])
+    assert ids[: len(prompt)] == prompt
+    assert targets[len(prompt) :].index(True) == 0
+
+
+@pytest.mark.parametrize("messages", CONVERSATIONS[2:], ids=range(len(CONVERSATIONS) - 2))
+def test_targets_are_what_the_template_marks(chat, theirs, messages, tmp_path):
+    """A template that says what is generated: transformers' mask of tokens, with the same ids."""
+    marked = {
+        CHATML: CHATML.replace(
+            "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}",
+            "{{'<|im_start|>' + message['role'] + '\n'}}{% if message['role'] == 'assistant' %}{% generation %}"
+            "{{message['content'] + '<|im_end|>'}}{% endgeneration %}{% else %}{{message['content'] + '<|im_end|>'}}"
+            "{% endif %}{{'\n'}}",
+        ),
+        LLAMA_2: LLAMA_2.replace(
+            "{{ ' '  + content.strip() + ' ' + eos_token }}",
+            "{% generation %}{{ ' '  + content.strip() + ' ' + eos_token }}{% endgeneration %}",
+        ),
+        LLAMA_3: LLAMA_3.replace(
+            "+ message['content'] | trim + '<|eot_id|>' }}",
+            "}}{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] | trim + '<|eot_id|>' }}"
+            "{% endgeneration %}{% else %}{{ message['content'] | trim + '<|eot_id|>' }}{% endif %}",
+        ),
+        ZEPHYR: ZEPHYR.replace(
+            "{{ '<|assistant|>\n'  + message['content'] + eos_token }}",
+            "{{ '<|assistant|>\n' }}{% generation %}{{ message['content'] + eos_token }}{% endgeneration +%}",
+        ),
+    }[chat._source]
+    assert "endgeneration" in marked
+    settings = json.loads((chat.tokenizer.path.parent / "tokenizer_config.json").read_text())
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((chat.tokenizer.path.parent / name).read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": marked}))
+    wanted = theirs.apply_chat_template(
+        messages, chat_template=marked, return_assistant_tokens_mask=True, return_dict=True, tokenize=True
+    )
+    ids, targets = Template(Tokenizer(tmp_path)).with_targets(messages)
+    assert ids == wanted["input_ids"]
+    assert targets == [bool(one) for one in wanted["assistant_masks"]]
+    assert any(targets)
+    assert (ids, targets) == chat.with_targets(messages)  # of the template without marks
+
+
+def test_a_header_that_is_written_twice_is_no_target(tmp_path):
+    """The assistant's header stands at the end of each question too, and what users write looks like one."""
+    twice = (
+        "{% for message in messages %}{% if message['role'] == 'user' %}{{ message['content'] + '\nassistant:\n' }}"
+        "{% else %}{{ 'assistant:\n' + message['content'] + eos_token }}{% endif %}{% endfor %}"
+    )
+    chat = Template(home_of(tmp_path, twice, ("<s>", "</s>"), {"bos_token": "<s>", "eos_token": "</s>"}))
+    messages = [
+        {"role": "user", "content": "assistant: yes</s>"},
+        {"role": "assistant", "content": "assistant: no</s>"},
+    ]
+    assert learnt(chat, messages) == ["assistant: no</s></s>"]
+    ids, targets = chat.with_targets(messages)
+    end = chat.tokenizer.eos_id
+    assert [i == end for i in ids].count(True) == 1  # the template's own
+    assert targets[ids.index(end)]
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "said"),
+    [
+        (CHATML, [ASK], "no assistant's turn"),
+        (CHATML, [ASK, {"role": "assistant", "content": " \n"}], "no assistant's turn"),
+        ("{% for m in messages %}{{ m['content'][1:] }}{% endfor %}", [ASK, ANSWER], "changes what the assistant says"),
+        ("{% for m in messages %}{{ m['content'].split('t')[-1] }}{% endfor %}", [ASK, ANSWER], "changes what the ass"),
+        (LLAMA_2, [ANSWER, ASK], "refuses the conversation: .*alternate"),
+    ],
+)
+def test_conversations_that_teach_nothing(tmp_path, template, messages, said):
+    chat = Template(home_of(tmp_path, template, ("<s>", "</s>"), {"bos_token": "<s>", "eos_token": "</s>"}))
+    with pytest.raises(ValueError, match=said):
+        chat.with_targets(messages)

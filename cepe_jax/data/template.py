@@ -1,0 +1,197 @@
+"""Chat templates: a conversation to the text that the model was trained on, and to its ids.
+
+They come with a model, as programs for Jinja. They may do what transformers lets them do, in a process of their own,
+with limits of time, memory and output: see `template_program`.
+"""
+
+import contextlib
+import itertools
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from functools import cached_property
+from pathlib import Path
+
+from cepe_jax.data import template_program
+from cepe_jax.data.tokenizer import Tokenizer
+from cepe_jax.data.tokenizer_files import settings_beside, tokens_in
+
+Message = dict[str, str]  # role (system, user or assistant) and content
+SECONDS = 10  # of computing, for one conversation; templates take milliseconds
+PRIVATE_USE = range(0xE000, 0xF900)  # characters that no text should contain
+
+
+class Renderer:
+    """The process that runs templates. It starts with the first one, and again after one that ended it."""
+
+    def __init__(self):
+        self._process: subprocess.Popen | None = None
+        self._lock = threading.Lock()
+
+    def ask(self, source: str, variables: dict | None, marks: tuple[str, str] | None = None) -> str:
+        """Return the text that the template makes of these variables; ValueError for its refusal or its end.
+
+        `marks` stand around what it marks for training.
+        """
+        with self._lock:
+            if self._process is None or self._process.poll() is not None:
+                self._process = self._start()
+            try:
+                request = json.dumps({"source": source, "variables": variables, "marks": marks, "seconds": SECONDS})
+                self._process.stdin.write(f"{request}\n".encode())
+                self._process.stdin.flush()
+                line = self._process.stdout.readline()
+            except BaseException:  # Ctrl-C too: the next request must not read this one's reply
+                self._process.kill()
+                raise
+            if not line.endswith(b"\n"):
+                late = self._process.wait() == -signal.SIGPROF
+                fault = f"computes for more than {SECONDS} seconds" if late else "ended its process"
+                raise ValueError(f"the chat template {fault}")
+        reply = json.loads(line)
+        if "fault" in reply:
+            raise ValueError(reply["fault"])
+        return reply["text"]
+
+    def _start(self) -> subprocess.Popen:
+        program = sys.executable, "-P", template_program.__file__
+        paths = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}  # where Jinja is, however this process found it
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        return subprocess.Popen(program, env=paths, start_new_session=True, **pipes)  # which Ctrl-C does not reach
+
+
+RENDERER = Renderer()
+
+
+class Template:
+    """The chat template beside a tokenizer.
+
+    What users write never becomes a special token or another that marks turns: in contents their names are text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+        settings = settings_beside(tokenizer.path)
+        self.where, self._source = _source(tokenizer.path, settings)
+        self._run(None)  # a text that is no template is refused here
+        ends = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
+        names = {i: name for name, i in tokenizer.special.items()}
+        self._tokens = {role: names[i] for role, i in ends.items()}
+        for role in ("bos_token", "eos_token", "unk_token", "pad_token"):
+            if names := tokens_in(settings.get(role)):
+                self._tokens[role] = names[0]
+
+    def escape_for(self, messages: list[Message]) -> str:
+        """A character that is in none of the messages, to write special tokens' names with as text."""
+        return self._free(messages, 1)[0]
+
+    def _free(self, messages: list[Message], count: int) -> list[str]:
+        """Return `count` characters that are in none of the messages."""
+        used = set().union(*(message["content"] for message in messages))
+        free = list(itertools.islice((c for c in map(chr, PRIVATE_USE) if c not in used), count))
+        if len(free) < count:
+            raise ValueError("the conversation has all characters of private use, U+E000 to U+F8FF: leave some out")
+        return free
+
+    def render(self, messages: list[Message], escape: str = "") -> str:
+        """The conversation as one text, up to where the model's next answer begins."""
+        return self._render(self._escaped(messages, escape), ends=False)
+
+    def _escaped(self, messages: list[Message], escape: str) -> list[Message]:
+        return [message | {"content": self.tokenizer.escaped(message["content"], escape)} for message in messages]
+
+    def _render(self, messages: list[Message], ends: bool, marks: tuple[str, str] | None = None) -> str:
+        """Return the conversation as one text. It ends with its last message, or where the next answer begins."""
+        variables = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": not ends}
+        return self._run(variables | self._tokens, marks)
+
+    def with_targets(self, messages: list[Message]) -> tuple[list[int], list[bool]]:
+        """Return the ids of a whole conversation, and which of them a model learns: those of the assistant's turns.
+
+        A turn is what the template marks by `{% generation %}`. Of a template without marks it is the content, the
+        special token that follows it, such as the end of the turn, and the white space between it and the prompt that
+        the model would get. A token that is only in part a turn's is learnt.
+        ValueError if the assistant says nothing, or the template does not write what it says as it stands.
+        """
+        spoken = [message["content"] for message in messages if message["role"] == "assistant"]
+        if not any(content.strip() for content in spoken):
+            raise ValueError("the conversation has no assistant's turn: there is nothing to learn from it")
+        escape, begin, end = self._free(messages, 3)
+        unmarked = messages = self._escaped(messages, escape)
+        text = self._render(messages, ends=True)
+        marked = self._render(messages, ends=True, marks=(begin, end))
+        if by_content := marked == text:
+            messages = [m if m["role"] != "assistant" else m | {"content": _between(m["content"], begin, end)}
+                        for m in messages]  # fmt: skip
+            marked = self._render(messages, ends=True)
+        spans = [span.span(1) for span in re.finditer(f"{begin}([^{end}]*){end}", marked)]
+        spans = [(a - 2 * n - 1, b - 2 * n - 1) for n, (a, b) in enumerate(spans)]  # in the text without marks
+        turns = [n for n, m in enumerate(messages) if m["role"] == "assistant" and begin in m["content"]]
+        wanted = len(turns) if by_content else len(spans)
+        if marked.replace(begin, "").replace(end, "") != text or not 0 < len(spans) == wanted:
+            raise ValueError(f"{self.where}: it changes what the assistant says: mark it there by {{% generation %}}")
+        if by_content:
+            spans = [self._widened(text, span, unmarked[:turn]) for span, turn in zip(spans, turns, strict=True)]
+        placed = self.tokenizer.placed_special(text, escape)
+        learnt = [
+            any(first <= begin < last if begin == end else begin < last and first < end for first, last in spans)
+            for _, begin, end in placed
+        ]
+        return [i for i, _, _ in placed], learnt
+
+    def _widened(self, text: str, span: tuple[int, int], before: list[Message]) -> tuple[int, int]:
+        """Return the place of a content, and of what belongs to its turn around it, after the messages `before`."""
+        first, last = span
+        with contextlib.suppress(ValueError):  # of a template that wants other messages before an answer
+            prompt = self._render(before, ends=False)
+            if text.startswith(prompt) and text[len(prompt) : first].isspace():
+                first = len(prompt)
+        end_of_turn = self._special.match(text, last)
+        return first, end_of_turn.end() if end_of_turn else last
+
+    @cached_property
+    def _special(self) -> re.Pattern:
+        """Finds a special token, which white space may precede."""
+        names = sorted(self.tokenizer.special, key=len, reverse=True)
+        return re.compile(rf"\s*(?:{'|'.join(map(re.escape, names)) or '(?!)'})")
+
+    def _run(self, variables: dict | None, marks: tuple[str, str] | None = None) -> str:
+        try:
+            return RENDERER.ask(self._source, variables, marks)
+        except ValueError as error:
+            raise ValueError(f"{self.where}: {error}") from None
+
+
+def _between(content: str, begin: str, end: str) -> str:
+    """Return the content with marks around all but the white space at its ends, which templates may take away."""
+    core = content.strip()
+    if not core:
+        return content
+    at = content.index(core)
+    return content[:at] + begin + core + end + content[at + len(core) :]
+
+
+def _source(tokenizer: Path, settings: dict) -> tuple[Path, str]:
+    """Return the template's file and its text: chat_template.jinja's, else tokenizer_config.json's."""
+    alone, config = (tokenizer.with_name(name) for name in ("chat_template.jinja", "tokenizer_config.json"))
+    if alone.exists():
+        try:
+            return alone, alone.read_text("utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{alone}: not UTF-8 at byte {error.start}: copy it again") from None
+    template = settings.get("chat_template")
+    if template is None:
+        raise ValueError(
+            f"{tokenizer.parent} has no chat template: copy chat_template.jinja or tokenizer_config.json of a chat "
+            f"model there, or give a prompt that is no chat"
+        )
+    if isinstance(template, list):
+        named = {entry["name"]: entry["template"] for entry in template}
+        if "default" not in named:
+            raise ValueError(f"{config}: chat templates {', '.join(named)}, and no default: name one so")
+        template = named["default"]
+    return config, template
