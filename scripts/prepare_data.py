@@ -4,6 +4,10 @@ documents: Tokenise documents and divide them into training, test and retrieval.
     python scripts/prepare_data.py documents --input=documents --out=data/documents --tokenizer=llama-2-7b
     python scripts/prepare_data.py --config configs/quickstart_data.yaml --input=texts --out=data/documents
 
+conversations: Tokenise conversations as a chat template writes them, to train stage sft.
+    python scripts/prepare_data.py conversations --input=chats --out=data/chats --tokenizer=llama-3-8b
+    python scripts/prepare_data.py conversations --input=chats --out=data/chats --tokenizer=cepe-chat --bad_share=0.01
+
 sample: Sample sequences for training from tokenised documents.
     python scripts/prepare_data.py sample --config configs/sample_filtered.yaml --data=data/documents \\
         --out=data/filtered
@@ -21,6 +25,7 @@ teacher: Store the next tokens that a decoder expects after each token, for trai
 """
 
 from cepe_jax.commands import run_script
+from cepe_jax.data.conversations import ConversationConfig, prepare_conversations
 from cepe_jax.data.corpus import PrepareConfig, prepare
 from cepe_jax.data.retrieval import RetrieveConfig, retrieve
 from cepe_jax.data.sampling import SampleConfig, sample
@@ -29,6 +34,7 @@ from cepe_jax.training.teacher import TeacherConfig, teach
 COMMANDS = {
     "": (PrepareConfig, prepare),
     "documents": (PrepareConfig, prepare),
+    "conversations": (ConversationConfig, prepare_conversations),
     "sample": (SampleConfig, sample),
     "retrieve": (RetrieveConfig, retrieve),
     "teacher": (TeacherConfig, teach),

@@ -48,7 +48,8 @@ class ShapesConfig(TrainConfig):
     def __post_init__(self):
         paper = {"decoder": "llama2_7b", "encoder": "mlm_large"}
         both = () if self.cepe else ("decoder", "encoder")
-        for name in {"lm": ("decoder",), "mlm": ("encoder",)}.get(self.stage, both):
+        needed = {"lm": ("decoder",), "mlm": ("encoder",), "sft": ("decoder",)}
+        for name in both and needed.get(self.stage, both):
             object.__setattr__(self, name, getattr(self, name) or paper[name])
         super().__post_init__()
 

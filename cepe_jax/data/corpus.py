@@ -2,16 +2,17 @@
 
 import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
 from cepe_jax.data.builder import Builder, ShardWriter, array, text, token_dtype
 from cepe_jax.data.examples import Document
 from cepe_jax.data.records import Records, read_index, shard_path
-from cepe_jax.data.sources import Extent, holds_lines, plan, read
+from cepe_jax.data.sources import Extent, holds_lines, plan, read, text_of
 from cepe_jax.data.tokenizer import Tokenizer, file_in
 from cepe_jax.data.tokenizer_training import train, training_pieces
 from cepe_jax.data.units import JobConfig, Work, one_job, run_units
@@ -27,20 +28,21 @@ HOPELESS = 1000  # documents
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrepareConfig(JobConfig):
-    input: Path  # a directory of raw documents
+class RawConfig(JobConfig):
+    """Raw files, and their division into units and splits."""
+
+    input: Path  # a directory of raw files
     out: Path  # gets the dataset; an unfinished one is completed
-    patterns: tuple[str, ...] = ("**/*.jsonl", "**/*.jsonl.gz", "**/*.jsonl.zst", "**/*.txt")  # files below `input`
+    patterns: tuple[str, ...] = ("**/*.jsonl", "**/*.jsonl.gz", "**/*.jsonl.zst")  # files below `input`
     exclude: tuple[str, ...] = ()  # files below a folder of one of these names are left out
     domain_field: str = ""  # the domain in a line of JSON, such as meta.source; "": the first folder below `input`
-    tokenizer: str = ""  # its file or directory; "": one is trained on the training split
-    vocab_size: int = 2048  # pieces of a tokenizer that is trained
-    skip_shorter: int = 0  # characters; shorter documents are counted and left out
     bad_share: float = 0.001  # share of documents that may be unreadable or empty; more are an error
     test_fraction: float = 0.01  # share of documents for evaluation
-    retrieval_fraction: float = 0.5  # share of documents for retrieval
     unit_bytes: int = 1 << 28  # stored bytes of a unit of work, which gives a shard to each split
     seed: Seed = 0  # draws the documents of each split
+
+    skip_shorter: ClassVar[int] = 0
+    retrieval_fraction: ClassVar[float] = 0.0
 
     def __post_init__(self):
         super().__post_init__()
@@ -58,11 +60,23 @@ class PrepareConfig(JobConfig):
             raise ValueError(f"out is the input, {self.out}: give another directory")
         if self.unit_bytes < 1:
             raise ValueError(f"unit_bytes is {self.unit_bytes}: give a number above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig(RawConfig):
+    patterns: tuple[str, ...] = ("**/*.jsonl", "**/*.jsonl.gz", "**/*.jsonl.zst", "**/*.txt")  # files below `input`
+    tokenizer: str = ""  # its file or directory; "": one is trained on the training split
+    vocab_size: int = 2048  # pieces of a tokenizer that is trained
+    skip_shorter: int = 0  # characters; shorter documents are counted and left out
+    retrieval_fraction: float = 0.5  # share of documents for retrieval
+
+    def __post_init__(self):
+        super().__post_init__()
         if not self.tokenizer and self.shard != JobConfig.shard:
             raise ValueError("several jobs need one tokenizer: train it first, and give it with --tokenizer")
 
 
-def split_of(key: str, config: PrepareConfig) -> str:
+def split_of(key: str, config: RawConfig) -> str:
     """The split of a document: a function of its key and the seed, so it stays when others come and go.
 
     The key is the name of a file that is one document, and the text of a line: copies of it share a split.
@@ -73,33 +87,40 @@ def split_of(key: str, config: PrepareConfig) -> str:
     return "retrieval" if draw >= 1 - config.retrieval_fraction else "train"
 
 
-def documents_of(config: PrepareConfig, unit: list[Extent], counts: dict) -> Iterator[tuple[str, str, str, str]]:
-    """(split, name, domain, text) of the unit's documents; `counts` gets what was left out.
+def documents_of(
+    config: RawConfig, unit: list[Extent], counts: dict, content: Callable[..., str] = text_of
+) -> Iterator[tuple[str, str, str, str]]:
+    """(split, name, domain, text) of the unit's documents; `counts` gets what was left out. `content`: see `read`.
 
     ValueError where the unit begins with HOPELESS bad ones and not one good. Whether `bad_share` of all documents are
     bad, only the whole can tell.
     """
     for extent in unit:
-        for document in read(config.input, extent, config.domain_field):
+        for document in read(config.input, extent, config.domain_field, content):
             counts["documents"] += 1
             if document.text is not None and len(document.text) < config.skip_shorter:
                 counts["skipped"] += 1
             elif document.fault:
-                counts["bad"] += 1
-                if len(counts["faults"]) < LISTED_FAULTS:
-                    counts["faults"].append(document.fault)
-                if counts["bad"] == counts["documents"] == HOPELESS:
-                    check_share(counts, config)  # such as another name for the text: not after hours of useless work
+                count_bad(document.fault, counts, config)
             else:
                 key = document.text if holds_lines(extent.path) else document.name
                 yield split_of(key, config), document.name, document.domain, document.text
+
+
+def count_bad(fault: str, counts: dict, config: RawConfig) -> None:
+    """Count a document that is left out; ValueError where the first HOPELESS all are."""
+    counts["bad"] += 1
+    if len(counts["faults"]) < LISTED_FAULTS:
+        counts["faults"].append(fault)
+    if counts["bad"] == counts["documents"] == HOPELESS:
+        check_share(counts, config)  # such as another name for the text: not after hours of useless work
 
 
 def no_counts() -> dict:
     return {"documents": 0, "skipped": 0, "bad": 0, "faults": []}
 
 
-def check_share(counts: dict, config: PrepareConfig) -> None:
+def check_share(counts: dict, config: RawConfig) -> None:
     if counts["bad"] > config.bad_share * counts["documents"]:
         raise ValueError(
             f"{counts['bad']} of {counts['documents']} documents are bad, more than --bad_share={config.bad_share} "
@@ -113,9 +134,24 @@ def prepare(config: PrepareConfig) -> None:
 
     Units that are finished already, by this job or another, are not done again.
     """
+    given = Tokenizer(config.tokenizer) if config.tokenizer else None
+    build(config, given, NAME, SPLITS, features_of, TokeniseUnit)
+
+
+def build(
+    config: RawConfig,
+    given: Tokenizer | None,
+    name: str,
+    splits: tuple[str, ...],
+    features: Callable[[Tokenizer], dict],
+    work_on: Callable[[RawConfig, int], Callable[..., Work]],
+) -> None:
+    """The dataset `name` of raw files at `config.out`, unit by unit; without a tokenizer one is trained first.
+
+    `work_on(config, units)` is the work on a unit, whose mark has the counts of `no_counts` and of each split.
+    """
     units = plan(config.input, config.patterns, config.exclude, config.unit_bytes, config.out)
     settings = config.identity("input", "out", "bad_share")
-    given = Tokenizer(config.tokenizer) if config.tokenizer else None
     settings["tokenizer"] = given.fingerprint() if given else ""
     settings["input"] = f"{len(units)} units"  # their number is in the names of all shards
     builder = Builder(config.out, settings, given)
@@ -131,14 +167,14 @@ def prepare(config: PrepareConfig) -> None:
             builder.forget()
             raise
     tokenizer = Tokenizer(config.out)
-    work = TokeniseUnit(config, len(units))
     sizes = [sum(extent.size for extent in unit) for unit in units]
+    work = work_on(config, len(units))
     marks = run_units(builder, [(unit,) for unit in units], sizes, work, config, "tokenise, bytes")
     if marks is None:
         return
     if {mark["tokenizer"] for mark in marks} != {tokenizer.fingerprint()}:
         raise ValueError(f"{config.out}: its tokenizer has changed since the first unit: remove {config.out}")
-    counts = {name: sum(mark[name] for mark in marks) for name in ("documents", "skipped", "bad")}
+    counts = {count: sum(mark[count] for mark in marks) for count in ("documents", "skipped", "bad")}
     counts["faults"] = [fault for mark in marks for fault in mark["faults"]]
     for fault in counts["faults"]:
         log.warning("left out: %s", fault)
@@ -149,7 +185,7 @@ def prepare(config: PrepareConfig) -> None:
                 f"no document fell into the {split} split: change --test_fraction {config.test_fraction}, or --patterns"
             )
     facts = {"tokenizer": tokenizer.fingerprint(), "counts": counts, "sources": sources}
-    builder.register(NAME, features_of(tokenizer), marks, facts)
+    builder.register(name, features(tokenizer), marks, facts)
 
 
 def train_tokenizer(config: PrepareConfig, units: list[list[Extent]]) -> None:

@@ -3,6 +3,7 @@
 No function reads past the window.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NotRequired, TypedDict
 
@@ -32,6 +33,7 @@ class Example(TypedDict):
 
     tokens: np.ndarray  # (T)
     labels: np.ndarray  # (T): labels[t] is what follows tokens[t], or IGNORE
+    segments: NotRequired[np.ndarray]  # (T): the number of each token's text in the window, from 1; 0 = no text
     context: NotRequired[np.ndarray]
     context_mask: NotRequired[np.ndarray]
     teacher_index: NotRequired[np.ndarray]
@@ -121,6 +123,41 @@ def retrieved(record: dict, config: ExampleConfig) -> Example:
     window = window_at(record["tokens"], 0, config.window)
     window["labels"][: int(record["query_tokens"]) - 1] = IGNORE  # label t is token t + 1
     return window | {"context": context, "context_mask": real}
+
+
+def conversations(tokens: np.ndarray, targets: np.ndarray, lengths: Sequence[int], window: int) -> Example:
+    """Return a window of texts of these lengths, one after another; labels are the next tokens that are targets.
+
+    A text's last token is followed by nothing, and left out.
+    """
+    filled = {"tokens": np.full(window, PAD, np.int32), "labels": np.full(window, IGNORE, np.int32)}
+    filled["segments"] = np.zeros(window, np.int32)
+    start = place = 0
+    for number, length in enumerate(lengths, start=1):
+        own, learnt = (x[start : start + length].astype(np.int32) for x in (tokens, targets))
+        positions = slice(place, place + length - 1)
+        filled["tokens"][positions], filled["segments"][positions] = own[:-1], number
+        filled["labels"][positions] = np.where(learnt[1:], own[1:], IGNORE)
+        start, place = start + length, place + length - 1
+    return filled
+
+
+def chunks_of(tokens: np.ndarray, lengths: Sequence[int], config: ExampleConfig) -> Context:
+    """Return the chunks of texts of these lengths, each text from a chunk of its own on; later ones have no room.
+
+    The last chunk stands next to the window: what is left at the front is masked.
+    """
+    pieces, start = [], 0
+    for length in lengths:
+        own = tokens[start : start + length]
+        pieces += [own[at : at + config.chunk_length] for at in range(0, length, config.chunk_length)]
+        start += length
+    context = np.full((config.num_chunks, config.chunk_length), PAD, np.int32)
+    real = np.zeros(context.shape, bool)
+    pieces = pieces[: config.num_chunks]
+    for row, piece in enumerate(pieces, start=config.num_chunks - len(pieces)):
+        context[row, : len(piece)], real[row, : len(piece)] = piece, True
+    return {"context": context, "context_mask": real}
 
 
 def taught(record: dict, config: ExampleConfig) -> Taught:

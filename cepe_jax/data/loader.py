@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from cepe_jax.data.conversations import Packs
 from cepe_jax.data.recipes import Mixture, Recipe
-from cepe_jax.data.records import NoDataset, Record, Records, is_dataset
+from cepe_jax.data.records import CONVERSATIONS, NoDataset, Record, Records, is_dataset, read_index
 
 if TYPE_CHECKING:
     import grain
@@ -129,11 +130,17 @@ def batches(
 def open_mix(data: Path, mix: dict[str, float], recipe: Recipe, split: str = "train") -> list[Sequences]:
     """Return the datasets below `data` that `mix` names, or `data` itself if it names none. All have one tokenizer."""
     check_mix(data, mix)
-    sources = [Sequences(data / name, recipe, split) for name in mix or [""]]
+    sources = [open_source(data / name, recipe, split) for name in mix or [""]]
     fingerprints = {source.records.tokenizer.fingerprint() for source in sources}
     if len(fingerprints) > 1:
         raise ValueError(f"{data}: {', '.join(mix)} were tokenised with different tokenizers: prepare them again")
     return sources
+
+
+def open_source(path: Path, recipe: Recipe, split: str) -> Sequences | Packs:
+    """Return the dataset at `path` as the recipe's records."""
+    kind = Packs if read_index(path)["name"] == CONVERSATIONS else Sequences
+    return kind(path, recipe, split)
 
 
 def check_mix(data: Path, mix: dict[str, float]) -> None:

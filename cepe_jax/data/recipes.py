@@ -15,6 +15,8 @@ from cepe_jax.data.examples import (
     Example,
     ExampleConfig,
     chunks_before,
+    chunks_of,
+    conversations,
     duplicate,
     mask_chunks,
     masked_lm,
@@ -151,6 +153,35 @@ class TaughtWindows:
     def __call__(self, record: Record, rng: np.random.Generator, mixture: Mixture) -> Example:
         example = WindowsInContext(self.config)(record, rng, mixture)
         return example | taught(record, self.config) if "teacher_prob" in record else example
+
+
+@dataclass(frozen=True)
+class WholeConversations:
+    """Conversations of which the assistant's tokens are labels, with their documents as contexts for a CEPE.
+
+    Several conversations of a window are segments of it. Of sequences without targets all tokens are labels, and their
+    contexts are masked.
+    """
+
+    config: ExampleConfig
+    reads_documents: bool
+
+    def size(self, joined: Records | None) -> int:
+        _refuse(joined)
+        return self.config.window
+
+    def __call__(self, record: Record, rng: np.random.Generator, mixture: Mixture) -> Example:
+        tokens = record["tokens"]
+        targets = record.get("targets", np.ones(len(tokens), np.uint8))
+        example = conversations(tokens, targets, record.get("lengths", [len(tokens)]), self.config.window)
+        if self.reads_documents:
+            example |= chunks_of(record.get("documents", tokens[:0]), record.get("document_lengths", []), self.config)
+        elif len(record.get("document_lengths", [])):
+            raise ValueError(
+                f"{record['name'].splitlines()[0]} has documents, which an encoder reads: train a CEPE, or write them "
+                f"into the messages"
+            )
+        return example
 
 
 def _refuse(joined: Records | None) -> None:

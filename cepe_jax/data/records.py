@@ -18,6 +18,7 @@ from cepe_jax.parsing import read_json, typed
 
 Record = dict[str, np.ndarray | str]
 DATASET = "dataset.json"  # our facts of a dataset
+CONVERSATIONS = "conversations"  # the name of a dataset of them
 TFDS_FILES = "features.json", "dataset_info.json"  # the second makes a directory a TFDS dataset
 
 AGAIN = "prepare the dataset again"

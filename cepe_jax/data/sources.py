@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -133,10 +133,19 @@ def open_unpacked(path: Path) -> io.BufferedReader:
     return io.BufferedReader(_Unpacked(file, path), 1 << 17)
 
 
-def read(root: Path, extent: Extent, domain_field: str) -> Iterator[RawDocument]:
+def text_of(line) -> str:
+    """Return the `text` of a parsed line; ValueError if it has none."""
+    text = line.get("text") if isinstance(line, dict) else None
+    if not isinstance(text, str):
+        raise ValueError("no text: give each line an object with a string `text`")
+    return text
+
+
+def read(root: Path, extent: Extent, domain_field: str, content: Callable[..., str] = text_of) -> Iterator[RawDocument]:
     """The documents of an extent, in order. A bad line is one with a `fault`; a file that breaks off is a ValueError.
 
-    The domain is the line's field `domain_field` (dots go into objects), without one the first folder below `root`.
+    A document is what `content` returns for a parsed line. The domain is the line's field `domain_field` (dots go into
+    objects), without one the first folder below `root`.
     """
     folders = Path(extent.path).parts[:-1]
     folder = folders[0] if folders else root.resolve().name
@@ -146,7 +155,7 @@ def read(root: Path, extent: Extent, domain_field: str) -> Iterator[RawDocument]
     try:
         with open_unpacked(path) as file:
             if holds_lines(extent.path):
-                yield from _lines(file, path, extent, domain_field, folder)
+                yield from _lines(file, path, extent, domain_field, folder, content)
             else:
                 content = file.read(LONGEST + 1)
                 text, fault = decoded(content, path) if len(content) <= LONGEST else (None, f"{path}: {TOO_LONG}")
@@ -168,7 +177,9 @@ def decoded(content: bytes, path: Path) -> tuple[str | None, str]:
     return text, "" if text.strip() else f"{path}: an empty document"
 
 
-def _lines(file, path: Path, extent: Extent, domain_field: str, folder: str) -> Iterator[RawDocument]:
+def _lines(
+    file, path: Path, extent: Extent, domain_field: str, folder: str, content: Callable[..., str]
+) -> Iterator[RawDocument]:
     where, number = extent.start, 0
     if where:  # the line that is under way belongs to the extent before
         file.seek(where - 1)
@@ -188,7 +199,8 @@ def _lines(file, path: Path, extent: Extent, domain_field: str, folder: str) -> 
             if len(line) > LONGEST:
                 where += 0 if line.endswith(b"\n") else _skip_line(file)
                 raise ValueError(TOO_LONG)
-            domain, text = _fields(json.loads(line.decode().removeprefix(BYTE_ORDER_MARK)), domain_field, folder)
+            parsed = json.loads(line.decode().removeprefix(BYTE_ORDER_MARK))
+            domain, text = _fields(parsed, content(parsed), domain_field, folder)
             if not text.strip():
                 fault = "an empty document"
         except UnicodeDecodeError as error:
@@ -211,11 +223,8 @@ def _skip_line(file) -> int:
     return count
 
 
-def _fields(line, domain_field: str, folder: str) -> tuple[str, str]:
-    """(domain, text) of a parsed line; ValueError says what it lacks."""
-    text = line.get("text") if isinstance(line, dict) else None
-    if not isinstance(text, str):
-        raise ValueError("no text: give each line an object with a string `text`")
+def _fields(line, text: str, domain_field: str, folder: str) -> tuple[str, str]:
+    """(domain, text) of a parsed line and its text; ValueError says what it lacks."""
     domain = line
     for key in domain_field.split(".") if domain_field else ():
         domain = domain.get(key) if isinstance(domain, dict) else None

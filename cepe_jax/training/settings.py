@@ -43,7 +43,7 @@ class MeshConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    stage: Literal[*STAGES]  # lm: a decoder from scratch; mlm: an encoder; warmup, cepe and ceped: as in the paper
+    stage: Literal[*STAGES]  # lm: a decoder; mlm: an encoder; warmup, cepe, ceped: as in the paper; sft: chats
     data: Path  # a dataset of sequences, or the directory of those that `mix` names
     out: epath.Path  # gets checkpoints/, metrics.jsonl, config.json, and at the end model/
     steps: int  # optimiser steps of the whole run
@@ -163,7 +163,7 @@ def may_train(start: Start) -> list[str]:
 
 
 def recipe_of(config: TrainConfig) -> Recipe:
-    return STAGES[config.stage].recipe(config.examples)
+    return STAGES[config.stage].recipe(config)
 
 
 def tokens_of_step(config: TrainConfig) -> int:

@@ -14,13 +14,13 @@ import jax
 
 from cepe_jax.config import DECODERS, ENCODERS, CepeConfig, Compute, DecoderConfig, EncoderConfig, preset
 from cepe_jax.cost import Flops, cepe_flops, decoder_flops, encoder_flops, teacher_flops
-from cepe_jax.data.examples import ExampleConfig
 from cepe_jax.data.loader import Sequences
 from cepe_jax.data.recipes import (
     DuplicatedWindows,
     MaskedWindows,
     Recipe,
     TaughtWindows,
+    WholeConversations,
     Windows,
     WindowsInContext,
 )
@@ -57,7 +57,7 @@ class Stage:
     """A stage of training."""
 
     starts: tuple[Start, ...]
-    recipe: Callable[[ExampleConfig], Recipe]
+    recipe: Callable[[Settings], Recipe]
     objective: Callable[[Settings], Objective]
     flops: Callable[[Settings, Config, Sequence[Sequences]], Flops]  # of one sequence of these sources
     settings: tuple[str, ...] = ()  # that only such stages read; one without a value must be given
@@ -199,6 +199,15 @@ def distill_flops(config: Settings, sizes: CepeConfig, sources: Sequence[Sequenc
     return dataclasses.replace(flops, ahead=flops.ahead + teacher)
 
 
+def conversation_flops(config: Settings, sizes: Config, sources: Sequence[Sequences]) -> Flops:
+    """Return those of a whole window, however many texts share it: attention to other texts is masked, not left out."""
+    return (context_flops if isinstance(sizes, CepeConfig) else lm_flops)(config, sizes, sources)
+
+
+def whole_conversations(config: Settings) -> WholeConversations:
+    return WholeConversations(config.examples, reads_documents=bool(config.cepe or config.encoder))
+
+
 def check_teacher(config: Settings, data: Path, sources: Sequence[Sequences]) -> None:
     """Raise ValueError if the datasets have another teacher than the loss reads, or the decoder cannot be the teacher.
 
@@ -225,25 +234,27 @@ def check_teacher(config: Settings, data: Path, sources: Sequence[Sequences]) ->
 
 STAGES = {
     # A decoder, from scratch or further.
-    "lm": Stage((DECODER,), Windows, next_token_loss, lm_flops),
+    "lm": Stage((DECODER,), lambda config: Windows(config.examples), next_token_loss, lm_flops),
     # The encoder (paper, section 3.2).
     "mlm": Stage(
         (ENCODER, ENCODER_AFTER_DECODER),
-        MaskedWindows,
+        lambda config: MaskedWindows(config.examples),
         lambda config: MaskedLM(config.loss_chunk),
         mlm_flops,
         more_ids=1,
     ),
     # CEPE learns to copy (paper, section 3.2), then to use contexts.
-    "warmup": Stage((CEPE, SPLICED), DuplicatedWindows, next_token_loss, context_flops),
-    "cepe": Stage((CEPE, SPLICED), WindowsInContext, next_token_loss, context_flops),
+    "warmup": Stage((CEPE, SPLICED), lambda config: DuplicatedWindows(config.examples), next_token_loss, context_flops),
+    "cepe": Stage((CEPE, SPLICED), lambda config: WindowsInContext(config.examples), next_token_loss, context_flops),
     # CEPED (paper, section 3.3).
     "ceped": Stage(
         (CEPE, SPLICED),
-        TaughtWindows,
+        lambda config: TaughtWindows(config.examples),
         lambda config: Distill(config.distill, config.loss_chunk),
         distill_flops,
         settings=("distill",),
         check=check_teacher,
     ),
+    # Conversations: a decoder's, or a CEPE's with their documents as contexts.
+    "sft": Stage((DECODER, CEPE, SPLICED), whole_conversations, next_token_loss, conversation_flops),
 }

@@ -93,7 +93,7 @@ FROM_DECODER = Start(
 )
 STAGE = Stage(
     (FROM_DECODER,),
-    Windows,
+    lambda config: Windows(config.examples),
     lambda config: Ranking(),
     lambda config, sizes, sources: lm_flops(config, sizes.decoder, sources),
 )
