@@ -61,6 +61,14 @@ def test_attend_causal_and_valid_together(qkv, valid_BS):
     assert not ours[0, 0].any()  # its only key is masked
 
 
+def test_texts_of_a_row_see_themselves_alone(qkv):
+    q, k, v = qkv[0], qkv[1][:, :T], qkv[2][:, :T]
+    segments = np.array([[5, 5, 2, 2], [1, 3, 3, 3]])
+    seen = np.tril(segments[:, :, None] == segments[:, None])
+    ours = jax.jit(lambda *qkv: attend(*qkv, Mask(True, segments_BT=segments)))(q, k, v)
+    assert relative_error(ours, oracle(q, k, v, seen)) < 1e-6
+
+
 def test_scores_far_apart_stay_finite(qkv):
     q, k, v = qkv
     ours = run(q * 1e3, k * 1e3, v)
@@ -149,16 +157,25 @@ def interpreted(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("queries", "keys", "causal", "holes"),
-    [(130, 130, True, True), (5, 300, False, True), (128, 200, False, False)],
+    ("queries", "keys", "causal", "holes", "texts"),
+    [
+        (130, 130, True, True, 1),
+        (5, 300, False, True, 1),
+        (128, 200, False, False, 1),
+        (130, 130, True, False, 4),
+        (140, 140, True, True, 3),
+    ],
 )
-def test_splash_equals_xla(interpreted, queries, keys, causal, holes):
-    """Outputs and gradients; lengths that fill no block, rows without a key, grouped heads, left padding."""
+def test_splash_equals_xla(interpreted, queries, keys, causal, holes, texts):
+    """Outputs and gradients; lengths that fill no block, rows without a key, grouped heads, left padding, segments."""
     rng = np.random.default_rng(2)
     q, k, v = (rng.standard_normal((2, t, n, 8)).astype(np.float32) for t, n in ((queries, 4), (keys, 2), (keys, 2)))
     valid = rng.random((2, keys)) < 0.7
     valid[0, : keys // 3], valid[1] = False, False
-    mask, weight = Mask(causal, valid if holes else None), rng.standard_normal(q.shape)
+    segments = None if texts == 1 else np.sort(rng.integers(0, texts, (2, keys)), axis=1)
+    mask, weight = Mask(causal, valid if holes else None, segments), rng.standard_normal(q.shape)
+    if segments is not None and holes:  # a query whose own text is masked wholly is nobody's
+        weight *= (valid[:, None] & np.tril(segments[:, :, None] == segments[:, None])).any(axis=2)[..., None, None]
 
     @partial(jax.jit, static_argnums=0)
     def run(backend, *qkv):
@@ -169,7 +186,7 @@ def test_splash_equals_xla(interpreted, queries, keys, causal, holes):
         return jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(*qkv)
 
     (*grads, out), (*wanted, wanted_out) = (jax.tree.leaves(run(backend, q, k, v)) for backend in ("splash", "xla"))
-    assert relative_error(out, wanted_out) < 1e-5
+    assert relative_error(out * (weight != 0), wanted_out * (weight != 0)) < 1e-5
     for ours, theirs in zip(grads, wanted, strict=True):
         assert relative_error(ours, theirs) < 1e-5
 
@@ -219,9 +236,19 @@ def flash(monkeypatch):
     monkeypatch.setattr(jax.nn, "dot_product_attention", dot_product_attention)
 
 
-@pytest.mark.parametrize(("causal", "queries", "keys"), [(True, 5, 5), (False, 3, 7), (False, 4, 6)])
-@pytest.mark.parametrize("holes", [False, True])
-def test_cudnn_equals_xla_under_vmap(flash, causal, queries, keys, holes):
+@pytest.mark.parametrize(
+    ("causal", "queries", "keys", "holes", "texts"),
+    [
+        (True, 5, 5, False, 1),
+        (True, 5, 5, True, 1),
+        (True, 5, 5, False, 2),
+        (False, 3, 7, False, 1),
+        (False, 3, 7, True, 1),
+        (False, 4, 6, False, 1),
+        (False, 4, 6, True, 1),
+    ],
+)
+def test_cudnn_equals_xla_under_vmap(flash, causal, queries, keys, holes, texts):
     """Values and gradients: the mapped axis becomes rows, odd lengths are filled, rows without a key are zero."""
     rng = np.random.default_rng(0)
     q, k, v, g = (
@@ -230,10 +257,13 @@ def test_cudnn_equals_xla_under_vmap(flash, causal, queries, keys, holes):
     )
     valid = rng.random((3, B, keys)) < 0.6
     valid[0, 0] = False
+    segments = None if texts == 1 else np.array([[1, 1, 2, 2, 2], [1, 2, 2, 2, 0]])
 
     def of(backend):
         def loss(q, k, v, valid):
-            mapped = jax.vmap(lambda q, k, v, valid: attend(q, k, v, Mask(causal, valid), backend), (1, 1, 1, 1))
+            mapped = jax.vmap(
+                lambda q, k, v, valid: attend(q, k, v, Mask(causal, valid, segments), backend), (1, 1, 1, 1)
+            )
             out = mapped(*(x.swapaxes(0, 1) for x in (q, k, v)), valid if valid is None else valid.swapaxes(0, 1))
             return (out * g).sum(), out
 

@@ -59,6 +59,42 @@ def test_an_all_true_mask_is_no_mask(decoder, plain, tokens_BT):
     assert relative_error(ours, plain(decoder, tokens_BT)) < 1e-6
 
 
+def test_texts_that_share_a_row_are_read_as_if_alone(decoder, plain, cepe, context_BCL):
+    """Logits, with positions from 0 in each; by a CEPE with the row's memory; and no gradient from one to another."""
+    rng = np.random.default_rng(0)
+    texts = [rng.integers(0, decoder.config.vocab_size, (1, length)) for length in (5, 1, 4)]
+    row = np.concatenate([*texts, np.zeros((1, 2), int)], axis=1)
+    segments = np.repeat([1, 2, 3, 0], [5, 1, 4, 2])[None]
+
+    @jax.jit
+    def packed(model, tokens, segments, memory=None):
+        return model.decoder.logits(model.decode(tokens, memory, segments_BT=segments)[0])
+
+    memory = cepe.encode(context_BCL[:1])
+    for ours, wanted in (
+        (packed(decoder, row, segments), [plain(decoder, text) for text in texts]),
+        (packed(cepe, row, segments, memory), [cepe.decoder.logits(cepe.decode(text, memory)[0]) for text in texts]),
+    ):
+        np.testing.assert_allclose(ours[:, :10], np.concatenate(wanted, axis=1), atol=2e-5)
+
+    def of_second(embed):
+        model = jax.tree.map(lambda x: x, decoder)
+        model.embed = model.embed.replace(embed)
+        return packed(model, row, segments)[0, 5].sum()
+
+    model = jax.tree.map(lambda x: x, decoder)
+    moved = np.flatnonzero(np.abs(jax.grad(of_second)(model.embed[...])).sum(axis=1))
+    assert moved.tolist() == [row[0, 5]]
+
+
+def test_segments_are_checked(decoder, tokens_BT):
+    segments = np.ones(tokens_BT.shape, int)
+    with pytest.raises(ValueError, match=r"segments_BT is int.*\[.*give integers of shape"):
+        decoder.decode(tokens_BT, segments_BT=segments[:, :2])
+    with pytest.raises(ValueError, match="segments_BT came with a cache or a mask"):
+        decoder.decode(tokens_BT, token_mask_BT=segments > 0, segments_BT=segments)
+
+
 def test_rows_are_independent(decoder, plain, tokens_BT):
     changed = tokens_BT.copy()
     changed[0] = (changed[0] + 5) % DECODER.vocab_size

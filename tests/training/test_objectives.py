@@ -225,6 +225,32 @@ def test_every_label_except_ignore_counts():
     np.testing.assert_allclose(token_nll(logits, labels), wanted * (labels != IGNORE), rtol=1e-6)
 
 
+def test_a_prompt_has_no_part_in_the_loss_except_what_is_read_of_it(cepe, batch):
+    """The gradient for a position without a label is zero, and another prompt changes that of no label."""
+    labels = np.full(batch["labels"].shape, IGNORE)
+    labels[:, -3:] = batch["labels"][:, -3:].clip(0)
+    hidden = np.random.default_rng(0).standard_normal((*labels.shape, DECODER.width)).astype(np.float32)
+
+    class Read:
+        """A model that has read something, whatever the tokens."""
+
+        decoder = cepe.decoder
+
+        def __init__(self, hidden):
+            self.hidden = hidden
+
+        def decode(self, tokens, memory, segments_BT=None):
+            return self.hidden, None
+
+    def gradient(tokens):
+        rows = {"tokens": tokens, "labels": labels}
+        return jax.grad(lambda hidden: NextToken()(Read(hidden), rows, NextToken().weights(rows))[0])(hidden)
+
+    first, second = gradient(batch["tokens"]), gradient((batch["tokens"] + 1) % 7)
+    assert np.abs(first).sum(axis=(0, 2)).astype(bool).tolist() == [False] * (labels.shape[1] - 3) + [True] * 3
+    np.testing.assert_array_equal(first, second)
+
+
 def test_teacher_mass_of_zero_adds_nothing(cepe, batch):
     """A zero and its index: another index there changes nothing, and nothing is NaN."""
     prob, index = batch["teacher_prob"].copy(), batch["teacher_index"].copy()
