@@ -189,6 +189,25 @@ class CepeConfig:
         object.__setattr__(self, "cross_layers", self.cross_layers.of(self.decoder.num_layers))
 
 
+@dataclass(frozen=True)
+class RewardConfig:
+    """A decoder with a head of one number in place of that for tokens."""
+
+    decoder: DecoderConfig
+
+    def __post_init__(self):
+        object.__setattr__(self, "decoder", dataclasses.replace(self.decoder, tied_head=True))
+
+
+@dataclass(frozen=True)
+class ContextRewardConfig(CepeConfig):
+    """A CEPE with a head of one number in place of that for tokens."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        object.__setattr__(self, "decoder", dataclasses.replace(self.decoder, tied_head=True))
+
+
 def with_lora(config, part: str, lora: LoraConfig | None):
     """Return a model's config whose `part`, decoder or encoder, has low-rank factors: its own, or else new ones.
 

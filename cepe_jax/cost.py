@@ -72,6 +72,9 @@ class Flops:
     def __add__(self, other: "Flops") -> "Flops":
         return Flops(*(getattr(self, kind.name) + getattr(other, kind.name) for kind in dataclasses.fields(self)))
 
+    def times(self, number: int) -> "Flops":
+        return Flops(*(number * getattr(self, kind.name) for kind in dataclasses.fields(self)))
+
     @property
     def forward(self) -> float:
         return self.frozen + self.trained + self.attention + self.ahead
@@ -143,9 +146,17 @@ def encoder_flops(
 
 
 def cepe_flops(
-    config: CepeConfig, window: int, num_chunks: int, chunk_length: int, train: Collection[str] = ("encoder", "cross")
+    config: CepeConfig,
+    window: int,
+    num_chunks: int,
+    chunk_length: int,
+    train: Collection[str] = ("encoder", "cross"),
+    windows: int = 1,
 ) -> Flops:
-    """The FLOPs of CEPE: `window` tokens read `num_chunks` chunks of `chunk_length`; the parts `train` are trained."""
+    """The FLOPs of CEPE: `window` tokens read `num_chunks` chunks of `chunk_length`; the parts `train` are trained.
+
+    `windows` of them read the same chunks.
+    """
     decoder, encoder, memory = config.decoder, config.encoder, num_chunks * chunk_length
     heads_width, kv_width = decoder.num_heads * decoder.head_dim, decoder.num_kv_heads * decoder.head_dim
     readers = config.cross_layers.count
@@ -160,7 +171,7 @@ def cepe_flops(
     }  # fmt: skip
     attention = reached * _causal(decoder, window) + 4 * window * memory * heads_width * readers
     of_layers = _layers(decoder, window) + _factors(decoder, window) + _causal(decoder, window)
-    flops = _by_training(weights, train, attention, (1 - reached) * of_layers)
+    flops = _by_training(weights, train, attention, (1 - reached) * of_layers).times(windows)
     encoding = encoder_flops(dataclasses.replace(encoder, mlm_head=False), num_chunks, chunk_length, train)
     if {"encoder", "encoder_lora"}.isdisjoint(train):
         encoding = Flops(ahead=encoding.forward)

@@ -8,6 +8,10 @@ conversations: Tokenise conversations as a chat template writes them, to train s
     python scripts/prepare_data.py conversations --input=chats --out=data/chats --tokenizer=llama-3-8b
     python scripts/prepare_data.py conversations --input=chats --out=data/chats --tokenizer=cepe-chat --bad_share=0.01
 
+preferences: Tokenise pairs of answers, to train stages reward and dpo.
+    python scripts/prepare_data.py preferences --input=pairs --out=data/pairs --tokenizer=llama-3-8b
+    python scripts/prepare_data.py preferences --input=rpr --out=data/pairs --tokenizer=cepe-chat --context=encoder
+
 sample: Sample sequences for training from tokenised documents.
     python scripts/prepare_data.py sample --config configs/sample_filtered.yaml --data=data/documents \\
         --out=data/filtered
@@ -22,21 +26,29 @@ teacher: Store the next tokens that a decoder expects after each token, for trai
     python scripts/prepare_data.py teacher --data=data/windows --model=llama-2-7b-chat --out=data/taught \\
         --dtype=bfloat16
     python scripts/prepare_data.py teacher --data=data/windows --model=llama-2-7b-chat --out=data/taught --top_k=100
+
+reference: Store the log-probabilities of both answers of pairs, for stage dpo.
+    python scripts/prepare_data.py reference --data=data/pairs --model=llama-3-8b --out=data/reference --dtype=bfloat16
+    python scripts/prepare_data.py reference --data=data/pairs --model=cepe-chat --out=data/reference --num_chunks=4
 """
 
 from cepe_jax.commands import run_script
 from cepe_jax.data.conversations import ConversationConfig, prepare_conversations
 from cepe_jax.data.corpus import PrepareConfig, prepare
+from cepe_jax.data.preferences import PreferenceConfig, prepare_preferences
 from cepe_jax.data.retrieval import RetrieveConfig, retrieve
 from cepe_jax.data.sampling import SampleConfig, sample
+from cepe_jax.training.reference import ReferenceConfig, refer
 from cepe_jax.training.teacher import TeacherConfig, teach
 
 COMMANDS = {
     "": (PrepareConfig, prepare),
     "documents": (PrepareConfig, prepare),
     "conversations": (ConversationConfig, prepare_conversations),
+    "preferences": (PreferenceConfig, prepare_preferences),
     "sample": (SampleConfig, sample),
     "retrieve": (RetrieveConfig, retrieve),
+    "reference": (ReferenceConfig, refer),
     "teacher": (TeacherConfig, teach),
 }
 

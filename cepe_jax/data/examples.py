@@ -12,6 +12,7 @@ import numpy as np
 IGNORE = -100  # a label that is no target
 PAD = 0  # fills what the masks leave out
 RETRIEVED, TEACHER = "retrieved", "teacher"  # the names of datasets of passages, and of a teacher's probabilities
+REFERENCE = "reference"  # the name of a dataset of a reference's log-probabilities
 
 
 class Context(TypedDict):
@@ -33,11 +34,13 @@ class Example(TypedDict):
 
     tokens: np.ndarray  # (T)
     labels: np.ndarray  # (T): labels[t] is what follows tokens[t], or IGNORE
+    token_mask: NotRequired[np.ndarray]  # (T), true for real tokens
     segments: NotRequired[np.ndarray]  # (T): the number of each token's text in the window, from 1; 0 = no text
     context: NotRequired[np.ndarray]
     context_mask: NotRequired[np.ndarray]
     teacher_index: NotRequired[np.ndarray]
     teacher_prob: NotRequired[np.ndarray]
+    reference: NotRequired[np.ndarray]  # (2): the reference's log-probabilities of a pair's answers
 
 
 @dataclass(frozen=True)
@@ -140,6 +143,16 @@ def conversations(tokens: np.ndarray, targets: np.ndarray, lengths: Sequence[int
         filled["labels"][positions] = np.where(learnt[1:], own[1:], IGNORE)
         start, place = start + length, place + length - 1
     return filled
+
+
+def pair(texts: Sequence[tuple[np.ndarray, np.ndarray]], window: int) -> Example:
+    """Return `tokens`, `labels` and `token_mask` of two texts (2, T); labels are the next tokens that are targets."""
+    shape = len(texts), window
+    tokens, labels, real = np.full(shape, PAD, np.int32), np.full(shape, IGNORE, np.int32), np.zeros(shape, bool)
+    for row, (own, targets) in enumerate(texts):
+        tokens[row, : len(own)], real[row, : len(own)] = own, True
+        labels[row, : max(len(own) - 1, 0)] = np.where(targets[1:], own[1:].astype(np.int32), IGNORE)
+    return {"tokens": tokens, "labels": labels, "token_mask": real}
 
 
 def chunks_of(tokens: np.ndarray, lengths: Sequence[int], config: ExampleConfig) -> Context:

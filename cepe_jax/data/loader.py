@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cepe_jax.data.conversations import Packs
+from cepe_jax.data.preferences import Pairs
 from cepe_jax.data.recipes import Mixture, Recipe
-from cepe_jax.data.records import CONVERSATIONS, NoDataset, Record, Records, is_dataset, read_index
+from cepe_jax.data.records import CONVERSATIONS, PREFERENCES, NoDataset, Record, is_dataset, open_joined, read_index
 
 if TYPE_CHECKING:
     import grain
@@ -25,16 +26,9 @@ class Sequences:
 
     def __init__(self, path: Path, recipe: Recipe, split: str = "train"):
         """Raise ValueError if the dataset has no sequences or too short ones, or joins another than it was made for."""
-        self.joined, self.query = None, {}
-        self.records = Records(path, split)
-        if joins := self.records.index.get("joins"):
-            self.joined, self.records = self.records, Records(path / joins["path"], joins["split"])
-            if joins["digest"] != self.records.digest or len(self.joined) != len(self.records):
-                raise ValueError(
-                    f"{path} does not join {self.records.path}: it has {len(self.joined)} records for others than the "
-                    f"{len(self.records)} there: make it again"
-                )
-            self.query = {name: value for name, value in self.joined.index.items() if name == "query_tokens"}
+        self.records, self.joined = open_joined(path, split)
+        known = self.joined.index if self.joined else {}
+        self.query = {name: value for name, value in known.items() if name == "query_tokens"}
         if "length" not in self.records.index:
             raise ValueError(f"{path} holds {self.records.name}: sample sequences from it first")
         self.size = recipe.size(self.joined)
@@ -137,10 +131,10 @@ def open_mix(data: Path, mix: dict[str, float], recipe: Recipe, split: str = "tr
     return sources
 
 
-def open_source(path: Path, recipe: Recipe, split: str) -> Sequences | Packs:
+def open_source(path: Path, recipe: Recipe, split: str) -> Sequences | Packs | Pairs:
     """Return the dataset at `path` as the recipe's records."""
-    kind = Packs if read_index(path)["name"] == CONVERSATIONS else Sequences
-    return kind(path, recipe, split)
+    kinds = {CONVERSATIONS: Packs, PREFERENCES: Pairs}
+    return kinds.get(read_index(path)["name"], Sequences)(path, recipe, split)
 
 
 def check_mix(data: Path, mix: dict[str, float]) -> None:

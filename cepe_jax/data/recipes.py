@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from cepe_jax.data.examples import (
+    REFERENCE,
     RETRIEVED,
     TEACHER,
     Example,
@@ -20,6 +21,7 @@ from cepe_jax.data.examples import (
     duplicate,
     mask_chunks,
     masked_lm,
+    pair,
     previous_document,
     retrieved,
     taught,
@@ -184,6 +186,32 @@ class WholeConversations:
         return example
 
 
+@dataclass(frozen=True)
+class PairsOfAnswers:
+    """Two texts with the same question, the better one first, and their context if a CEPE reads it by its encoder."""
+
+    config: ExampleConfig
+    reads_documents: bool
+
+    def size(self, joined: Records | None) -> int:
+        if joined is not None and joined.name == REFERENCE:
+            check_reference_read(joined, self)
+        else:
+            _refuse(joined)
+        return self.config.window
+
+    def __call__(self, record: Record, rng: np.random.Generator, mixture: Mixture) -> Example:
+        nothing = np.zeros(0, np.int32)
+        texts = [(record.get(key, nothing), record.get(f"{key}_targets", nothing)) for key in ("chosen", "rejected")]
+        example = pair(texts, self.config.window)
+        documents, lengths = (record.get(key, nothing) for key in ("documents", "document_lengths"))
+        if self.reads_documents:
+            example |= chunks_of(documents, lengths, self.config)
+        elif len(lengths):
+            raise ValueError(f"{record['name']} has a context for an encoder: train a CEPE, or give --context=prompt")
+        return example | ({"reference": record["reference"]} if "reference" in record else {})
+
+
 def _refuse(joined: Records | None) -> None:
     if joined is not None:
         raise ValueError(
@@ -203,6 +231,13 @@ def check_passages(joined: Records, config: ExampleConfig) -> None:
         raise ValueError(
             f"{joined.path}: its passages have {length} tokens, chunk_length is {config.chunk_length}: raise it"
         )
+
+
+def check_reference_read(joined: Records, recipe: PairsOfAnswers) -> None:
+    """Raise ValueError if the reference read the contexts in other chunks."""
+    chunks = [recipe.config.num_chunks, recipe.config.chunk_length] if recipe.reads_documents else []
+    if (read := joined.fact("chunks")) != chunks:
+        raise ValueError(f"{joined.path}: its reference read chunks of {read}, here they are {chunks}: change one")
 
 
 def check_teacher_read(joined: Records, config: ExampleConfig) -> None:

@@ -18,7 +18,7 @@ from cepe_jax.parsing import read_json, typed
 
 Record = dict[str, np.ndarray | str]
 DATASET = "dataset.json"  # our facts of a dataset
-CONVERSATIONS = "conversations"  # the name of a dataset of them
+CONVERSATIONS, PREFERENCES = "conversations", "preferences"  # the names of datasets of them
 TFDS_FILES = "features.json", "dataset_info.json"  # the second makes a directory a TFDS dataset
 
 AGAIN = "prepare the dataset again"
@@ -244,3 +244,20 @@ def joins(records: Records, out: Path) -> Joins:
     """Return what the index at `out` says of these records, if each of its own belongs to one of them."""
     path = os.path.relpath(records.path.resolve(), out.resolve())
     return {"path": path, "split": records.split, "digest": records.digest}
+
+
+def open_joined(path: Path, split: str) -> tuple[Records, Records | None]:
+    """Return the records at `path`; of a dataset that joins another, that one's, and its own.
+
+    ValueError if it was made for others than those that are there.
+    """
+    joined = Records(path, split)
+    if not (where := joined.index.get("joins")):
+        return joined, None
+    records = Records(path / where["path"], where["split"])
+    if where["digest"] != records.digest or len(joined) != len(records):
+        raise ValueError(
+            f"{path} does not join {records.path}: it has {len(joined)} records for others than the "
+            f"{len(records)} there: make it again"
+        )
+    return records, joined

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from cepe_jax.config import PRODUCTS, LoraConfig
-from cepe_jax.model.parts import Parts
+from cepe_jax.model.parts import Model, Parts
 
 Array = jax.Array
 INPUT_AXES = {"o": 2}  # axes of a layer's weight that its product sums over; 1 for all others
@@ -90,3 +90,8 @@ def of_parts(name: str, parts: Parts) -> nnx.Module:
     """Return the decoder or encoder of parts as `parts_of` gives them; others may be among them."""
     lora = parts.get(f"{name}_lora")
     return parts[name] if lora is None else with_factors(parts[name], lora)
+
+
+def without_factors(model: Model) -> Model:
+    """Return the model without low-rank factors, over the same arrays."""
+    return type(model).from_parts({name: part for name, part in model.parts.items() if not name.endswith("_lora")})

@@ -9,10 +9,13 @@ import jax.numpy as jnp
 
 from cepe_jax.data.examples import IGNORE, Example
 from cepe_jax.model.cepe import Cepe
+from cepe_jax.model.cross import Memory
 from cepe_jax.model.encoder import Encoder
 from cepe_jax.model.layers import cut, joined
 from cepe_jax.model.llama import Llama
 from cepe_jax.model.logits import token_nll
+from cepe_jax.model.lora import without_factors
+from cepe_jax.model.reward import Reward
 
 Array = jax.Array
 Batch = Example  # with an axis of rows (B) before the others
@@ -188,3 +191,73 @@ class Distill:
             teacher_BTK = teacher_BTK[..., :-1]
         log_teacher = jnp.log(jnp.where(teacher_BTK > 0, teacher_BTK, 1.0))
         return (teacher_BTK * (log_teacher - log_student)).sum(axis=-1)
+
+
+def _rows_of_pairs(batch: Batch) -> tuple[Array, Array]:
+    """Return tokens and mask of a batch of pairs as rows (2 B, T)."""
+    return tuple(batch[name].reshape(-1, batch[name].shape[-1]) for name in ("tokens", "token_mask"))
+
+
+def _memory_of_pairs(model: Cepe | Reward, batch: Batch) -> Memory | None:
+    """Return the contexts' memory with a row for each text: both answers are read after one context."""
+    if "context" not in batch:
+        return None
+    memory = model.encode(batch["context"], batch["context_mask"])
+    return jax.tree.map(lambda x: jnp.repeat(x, 2, axis=0), memory)
+
+
+def _preferred(margin_B: Array) -> Array:
+    """Return how many margins are above zero; one that is zero counts half."""
+    return (margin_B > 0).sum() + 0.5 * (margin_B == 0).sum()
+
+
+@dataclass(frozen=True)
+class BradleyTerry:
+    """-log sigmoid(r(chosen) - r(rejected)), the mean over pairs (Bradley and Terry 1952)."""
+
+    def weights(self, batch: Batch) -> dict[str, Array]:
+        return {"pairs": jnp.asarray(len(batch["tokens"]))}
+
+    def __call__(self, model: Reward, batch: Batch, weights) -> tuple[Array, dict[str, Array]]:
+        scores_B2 = model(*_rows_of_pairs(batch), _memory_of_pairs(model, batch)).reshape(-1, 2)
+        margin_B = scores_B2[:, 0] - scores_B2[:, 1]
+        loss = _mean(jax.nn.softplus(-margin_B).sum(), weights["pairs"])
+        return loss, {"accuracy": _mean(_preferred(margin_B), weights["pairs"])}
+
+
+def log_probabilities(model: Cepe | Llama, batch: Batch, chunk: int) -> Array:
+    """Return the logarithm (B, 2) of each answer's probability; logits exist for `chunk` positions at a time."""
+    tokens_RT, real_RT = _rows_of_pairs(batch)
+    logits = model.decoder.unembedding()
+    hidden_RTD, _ = model.decode(tokens_RT, _memory_of_pairs(model, batch), token_mask_BT=real_RT)
+
+    def terms(hidden_RTD, labels_RT):
+        return token_nll(logits(hidden_RTD), labels_RT).sum(axis=1)
+
+    labels_RT = batch["labels"].reshape(tokens_RT.shape)
+    return -sum_over_chunks(terms, chunk, hidden_RTD, (labels_RT, IGNORE)).reshape(-1, 2)
+
+
+@dataclass(frozen=True)
+class Dpo:
+    """Direct preference optimisation (Rafailov et al. 2023, equation 7), the mean over pairs.
+
+    The reference is `reference` (B, 2) in the batch, the log-probabilities of both answers; without it the model
+    without its low-rank factors, which alone train then.
+    """
+
+    beta: float = 0.1
+    loss_chunk: int = 0
+
+    def weights(self, batch: Batch) -> dict[str, Array]:
+        return {"pairs": jnp.asarray(len(batch["tokens"]))}
+
+    def __call__(self, model: Cepe | Llama, batch: Batch, weights) -> tuple[Array, dict[str, Array]]:
+        if (reference_B2 := batch.get("reference")) is None:
+            reference_B2 = log_probabilities(jax.lax.stop_gradient(without_factors(model)), batch, self.loss_chunk)
+        gained_B2 = log_probabilities(model, batch, self.loss_chunk) - reference_B2
+        margin_B = self.beta * (gained_B2[:, 0] - gained_B2[:, 1])
+        terms = {"accuracy": _preferred(margin_B), "margin": margin_B.sum()}
+        terms |= {f"gained_{name}": gained_B2[:, n].sum() for n, name in enumerate(("chosen", "rejected"))}
+        loss = _mean(jax.nn.softplus(-margin_B).sum(), weights["pairs"])
+        return loss, {name: _mean(term, weights["pairs"]) for name, term in terms.items()}

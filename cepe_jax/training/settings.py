@@ -43,7 +43,7 @@ class MeshConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    stage: Literal[*STAGES]  # lm: a decoder; mlm: an encoder; warmup, cepe, ceped: as in the paper; sft: chats
+    stage: Literal[*STAGES]  # lm: a decoder; mlm: an encoder; warmup, cepe, ceped: as in the paper; sft, reward, dpo
     data: Path  # a dataset of sequences, or the directory of those that `mix` names
     out: epath.Path  # gets checkpoints/, metrics.jsonl, config.json, and at the end model/
     steps: int  # optimiser steps of the whole run
@@ -60,6 +60,7 @@ class TrainConfig:
     workers: int = 0  # processes that load data; 0 = threads of this one
     examples: ExampleConfig = ExampleConfig()  # how sequences become examples
     distill: DistillConfig | None = None  # loss of stage ceped, which needs it
+    beta: float = 0.1  # how much a preference may move stage dpo's model from its reference: more if it is less
     optimizer: OptimizerConfig = OptimizerConfig()  # the optimiser and its schedule
     micro_batch: int = 0  # sequences that a device (or those of one `mesh.tensor`) computes at once; 0 = all it has
     loss_chunk: int = 0  # positions whose logits exist at once; 0 = all
@@ -102,6 +103,8 @@ class TrainConfig:
         for name in ("micro_batch", "loss_chunk", "mlp_chunk"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: give a number, or 0 for all")
+        if not 0 < self.beta < math.inf:
+            raise ValueError(f"beta is {self.beta}: give a number above 0")
         if self.workers < 0:
             raise ValueError(f"workers is {self.workers}: give a number of processes, or 0 for threads")
         run_of(self)

@@ -12,12 +12,24 @@ from typing import Any
 
 import jax
 
-from cepe_jax.config import DECODERS, ENCODERS, CepeConfig, Compute, DecoderConfig, EncoderConfig, preset
+from cepe_jax.config import (
+    DECODERS,
+    ENCODERS,
+    CepeConfig,
+    Compute,
+    ContextRewardConfig,
+    DecoderConfig,
+    EncoderConfig,
+    RewardConfig,
+    preset,
+    without_lora,
+)
 from cepe_jax.cost import Flops, cepe_flops, decoder_flops, encoder_flops, teacher_flops
 from cepe_jax.data.loader import Sequences
 from cepe_jax.data.recipes import (
     DuplicatedWindows,
     MaskedWindows,
+    PairsOfAnswers,
     Recipe,
     TaughtWindows,
     WholeConversations,
@@ -29,8 +41,9 @@ from cepe_jax.model.encoder import Encoder
 from cepe_jax.model.llama import Llama
 from cepe_jax.model.lora import Lora
 from cepe_jax.model.parts import Model
+from cepe_jax.model.reward import Reward, RewardHead
 from cepe_jax.sharding import shardings_of
-from cepe_jax.training.objectives import Distill, MaskedLM, NextToken, Objective
+from cepe_jax.training.objectives import BradleyTerry, Distill, Dpo, MaskedLM, NextToken, Objective
 from cepe_jax.weights.build import abstract_parts
 from cepe_jax.weights.kinds import Config, kind_of
 from cepe_jax.weights.source import check_positions, load, open_model
@@ -163,6 +176,34 @@ def spliced_model(config: Settings, sizes: CepeConfig, compute: Compute, master:
     return Cepe(decoder, encoder, cross)
 
 
+def reward_start(config: Settings) -> str:
+    """Return the directory from which a reward model starts."""
+    return config.cepe or config.decoder
+
+
+def reward_config(config: Settings, vocab_size: int | None) -> RewardConfig | ContextRewardConfig:
+    """Return the config of a reward model: the directory's, or that of a head on its decoder or CEPE."""
+    where, wanted = (
+        reward_start(config),
+        (CepeConfig, ContextRewardConfig) if config.cepe else (DecoderConfig, RewardConfig),
+    )
+    sizes = decoder_config(config, vocab_size) if not Path(where).exists() else open_model(where).config
+    if type(sizes) not in wanted:
+        raise ValueError(f"{where} has a {type(sizes).__name__}: give a {' or a '.join(k.__name__ for k in wanted)}")
+    if type(sizes) is DecoderConfig:
+        return RewardConfig(sizes)
+    return ContextRewardConfig(**vars(sizes)) if type(sizes) is CepeConfig else sizes
+
+
+def reward_model(config: Settings, sizes: Config, compute: Compute, master: tuple[str, ...]) -> Reward:
+    where, key = reward_start(config), jax.random.key(config.seed)
+    if not Path(where).exists() or open_model(where).config == sizes:
+        return part_model(where, config.seed, sizes, compute, master)
+    base = CepeConfig(**vars(sizes)) if config.cepe else sizes.decoder
+    model = load(where, compute, tuple(name for name in master if name != "head"), base)
+    return Reward(model, born_sharded(lambda key: RewardHead(sizes.decoder.width, key=key), key))
+
+
 OWN_PARTS = ("encoder", "cross"), ("decoder",)  # of a CEPE: those that train where nothing is said, and the rest
 DECODER = Start(("decoder",), decoder_config, decoder_model, ("decoder",))
 ENCODER = Start(("encoder",), masked_config, encoder_model, ("encoder",))
@@ -171,6 +212,10 @@ CEPE = Start(("cepe",), lambda config, vocab_size: open_model(config.cepe).confi
 SPLICED = Start(
     ("decoder", "encoder"), spliced_config, spliced_model, *OWN_PARTS, ("cross_layers", "cross_init", "chunk_positions")
 )
+
+
+REWARD = Start(("decoder",), reward_config, reward_model, ("decoder", "head"))
+CONTEXT_REWARD = Start(("cepe",), reward_config, reward_model, ("encoder", "cross", "head"), ("decoder",))
 
 
 def next_token_loss(config: Settings) -> NextToken:
@@ -206,6 +251,48 @@ def conversation_flops(config: Settings, sizes: Config, sources: Sequence[Sequen
 
 def whole_conversations(config: Settings) -> WholeConversations:
     return WholeConversations(config.examples, reads_documents=bool(config.cepe or config.encoder))
+
+
+def pair_flops(config: Settings, sizes: Config, sources: Sequence[Sequences]) -> Flops:
+    """Return those of both texts of a pair, which read one context; of a reward model with a head of one number."""
+    if isinstance(sizes, RewardConfig | ContextRewardConfig):
+        decoder = dataclasses.replace(sizes.decoder, vocab_size=1)
+        if isinstance(sizes, RewardConfig):
+            return decoder_flops(decoder, config.examples.window, config.train).times(2)
+        sizes = CepeConfig(decoder, sizes.encoder, sizes.cross_layers)
+    if isinstance(sizes, DecoderConfig):
+        return lm_flops(config, sizes, sources).times(2)
+    examples = config.examples
+    return cepe_flops(sizes, examples.window, examples.num_chunks, examples.chunk_length, config.train, windows=2)
+
+
+def dpo_flops(config: Settings, sizes: Config, sources: Sequence[Sequences]) -> Flops:
+    """Return those of a pair, and of the reference unless all sources have its log-probabilities."""
+    flops = pair_flops(config, sizes, sources)
+    if sources and all(source.joined for source in sources):
+        return flops
+    plain = pair_flops(config, without_lora(sizes), sources)
+    return dataclasses.replace(flops, ahead=flops.ahead + plain.forward)
+
+
+def pairs_of_answers(config: Settings) -> PairsOfAnswers:
+    return PairsOfAnswers(config.examples, reads_documents=bool(config.cepe))
+
+
+def check_reference(config: Settings, data: Path, sources: Sequence[Sequences]) -> None:
+    """Raise ValueError unless all datasets have a reference's log-probabilities, or the model without factors is it."""
+    if all(source.joined for source in sources):
+        log.info("reference of %s: log-probabilities in it", data)
+        return
+    if any(source.joined for source in sources):
+        raise ValueError(f"{data}: a part of mix holds a reference's log-probabilities: give all of it one, or none")
+    start = config.cepe or config.decoder
+    prepare = "or prepare its log-probabilities with prepare_data.py reference"
+    if others := [name for name in config.train if not name.endswith("_lora")]:
+        raise ValueError(f"{data}: {', '.join(others)} is part of the reference: train decoder_lora alone, {prepare}")
+    if without_lora(own := open_model(start).config) != own:
+        raise ValueError(f"{start} has factors, and the reference would have none: merge them (convert.py), {prepare}")
+    log.info("reference of %s: the model without factors", data)
 
 
 def check_teacher(config: Settings, data: Path, sources: Sequence[Sequences]) -> None:
@@ -257,4 +344,14 @@ STAGES = {
     ),
     # Conversations: a decoder's, or a CEPE's with their documents as contexts.
     "sft": Stage((DECODER, CEPE, SPLICED), whole_conversations, next_token_loss, conversation_flops),
+    # Pairs of answers: scores under a context (arXiv 2407.14916), and answers that are preferred.
+    "reward": Stage((REWARD, CONTEXT_REWARD), pairs_of_answers, lambda config: BradleyTerry(), pair_flops),
+    "dpo": Stage(
+        (DECODER, CEPE),
+        pairs_of_answers,
+        lambda config: Dpo(config.beta, config.loss_chunk),
+        dpo_flops,
+        settings=("beta",),
+        check=check_reference,
+    ),
 }

@@ -147,6 +147,8 @@ def to_peft(model: Directory, base: str, target: Path | str) -> None:
     decoder = getattr(model.config, "decoder", model.config)
     if getattr(decoder, "lora", None) is None:
         raise ValueError(f"{model.path} has no decoder_lora: train it, or export the model with to-hf")
+    if "head.weight" in model.files.tensors:
+        raise ValueError(f"{model.path} has a head of its own beside its factors: export the model with to-hf")
     if getattr(getattr(model.config, "encoder", None), "lora", None):
         raise ValueError(f"{model.path} has encoder_lora, which PEFT has no place for: export the model with to-hf")
     module_of, tensors = {product: module for module, product in PRODUCT_OF.items()}, {}

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
-from cepe_jax.config import CepeConfig, DecoderConfig, EncoderConfig, RopeConfig, TransformerConfig
+from cepe_jax.config import CepeConfig, DecoderConfig, EncoderConfig, RewardConfig, RopeConfig, TransformerConfig
 from cepe_jax.parsing import COPY, shortened, typed
 
 Count = Annotated[int, Meta(ge=1)]
@@ -268,6 +268,20 @@ def facts_of(hf: dict, where: str = "config.json") -> dict:
 def write_decoder(family: Family, config: DecoderConfig, facts: dict) -> dict:
     """Return the config.json of a model with these facts, all but the dtype of its tensors; so do the other writers."""
     return facts | {"tie_word_embeddings": config.tied_head} | _sizes(config, family)
+
+
+def read_reward(hf: dict, where: str = "config.json") -> RewardConfig:
+    """Return the config of a classifier that gives one number; ValueError for one that gives several."""
+    labels = typed(hf.get("id2label", {"0": "", "1": ""}), dict[str, Any], f"{where}: id2label")
+    if len(labels) != 1:
+        raise ValueError(f"{where}: a head of {len(labels)} numbers: a reward model gives one, with one id2label")
+    return RewardConfig(read_decoder(LLAMA, hf, where))
+
+
+def write_reward(config: RewardConfig, facts: dict) -> dict:
+    """Return the config.json of a classifier. Of several texts it finds the last tokens by `pad_token_id`, if given."""
+    own = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "tie_word_embeddings": False}
+    return write_decoder(LLAMA, config.decoder, facts) | own
 
 
 def write_mlm(config: EncoderConfig, facts: dict) -> dict:

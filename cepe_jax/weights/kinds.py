@@ -10,11 +10,12 @@ from functools import partial
 from types import MappingProxyType
 from typing import Any
 
-from cepe_jax.config import CepeConfig, DecoderConfig, EncoderConfig
+from cepe_jax.config import CepeConfig, ContextRewardConfig, DecoderConfig, EncoderConfig, RewardConfig
 from cepe_jax.model.cepe import Cepe
 from cepe_jax.model.encoder import Encoder
 from cepe_jax.model.llama import Llama
 from cepe_jax.model.parts import Model
+from cepe_jax.model.reward import Reward
 from cepe_jax.parsing import shortened, typed
 from cepe_jax.weights import hf_config, torch_keys
 
@@ -95,6 +96,22 @@ KINDS = {
             ),
         ),
     ),
+    "reward": Kind(
+        RewardConfig,
+        Reward,
+        Reward.create,
+        None,
+        (
+            Architecture(
+                "LlamaForSequenceClassification",
+                hf_config.read_reward,
+                hf_config.write_reward,
+                torch_keys.reward_rows,
+                fits=lambda config, facts: hf_config.LLAMA.has(config.decoder),
+            ),
+        ),
+    ),
+    "cepe_reward": Kind(ContextRewardConfig, Reward, Reward.create),
 }
 
 

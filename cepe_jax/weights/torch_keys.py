@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cepe_jax.config import CepeConfig, DecoderConfig, EncoderConfig, TransformerConfig
+from cepe_jax.config import CepeConfig, DecoderConfig, EncoderConfig, RewardConfig, TransformerConfig
 
 Row = tuple[str, str, str, str]  # our name, torch's key, our axes, torch's axes
 
@@ -86,6 +86,11 @@ def cepe_rows(config: CepeConfig) -> Iterator[Row]:
         for path, (key, ours, torchs) in CROSS.items():
             yield f"cross.{number}.{path}", f"model.layers.{layer}.cross_attn.{key}", ours, torchs
     yield from _stack("encoder", "encoder", config.encoder)
+
+
+def reward_rows(config: RewardConfig) -> Iterator[Row]:
+    yield from _stack("decoder", "model", config.decoder)
+    yield "head.weight", "score.weight", "DR", "R D"
 
 
 def lora_rows(config: DecoderConfig) -> Iterator[Row]:
