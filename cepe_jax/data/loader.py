@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cepe_jax.data.conversations import Packs
+from cepe_jax.data.examples import REFERENCE
 from cepe_jax.data.preferences import Pairs
 from cepe_jax.data.recipes import Mixture, Recipe
 from cepe_jax.data.records import CONVERSATIONS, PREFERENCES, NoDataset, Record, is_dataset, open_joined, read_index
@@ -133,7 +134,7 @@ def open_mix(data: Path, mix: dict[str, float], recipe: Recipe, split: str = "tr
 
 def open_source(path: Path, recipe: Recipe, split: str) -> Sequences | Packs | Pairs:
     """Return the dataset at `path` as the recipe's records."""
-    kinds = {CONVERSATIONS: Packs, PREFERENCES: Pairs}
+    kinds = {CONVERSATIONS: Packs, PREFERENCES: Pairs, REFERENCE: Pairs}
     return kinds.get(read_index(path)["name"], Sequences)(path, recipe, split)
 
 
