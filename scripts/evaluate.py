@@ -20,6 +20,10 @@ harness: Ask a model the tasks of lm-evaluation-harness.
     python scripts/evaluate.py harness --model.path=llama-2-7b --model.reads=decoder --tasks=hellaswag --window=2048 \\
         --limit=20 --out=out/hellaswag
 
+rewards: Measure a reward model on pairs of answers, with and without their contexts.
+    python scripts/evaluate.py rewards --model=runs/reward/model --data=rpr --out=out/rewards
+    python scripts/evaluate.py rewards --model=runs/reward/model --data=rpr --out=out/rewards --labelled="[1, 2, 4]"
+
 gains: Report how much contexts improve perplexity, over runs with several seeds.
     python scripts/evaluate.py gains --runs="[out/seed_0, out/seed_1]" --trained=16 --out=out/gains
     python scripts/evaluate.py gains --runs=out/seed_0 --trained=4 --out=out/gains --new_tokens=64
@@ -32,6 +36,7 @@ report: Write the tables and plots of an evaluation again from its stored result
 from cepe_jax.commands import run_script
 from cepe_jax.evaluation.gains import GainsConfig, gains
 from cepe_jax.evaluation.harness import HarnessConfig, run_harness
+from cepe_jax.evaluation.rewards import RewardsConfig, evaluate_rewards
 from cepe_jax.evaluation.sweep.grid import PerplexityRun, SweepConfig, TaskRun
 from cepe_jax.evaluation.sweep.report import ReportConfig, report
 from cepe_jax.evaluation.sweep.run import run_sweep
@@ -41,6 +46,7 @@ COMMANDS = {
     "tasks": (TaskRun, run_sweep),
     "sweep": (SweepConfig, run_sweep),
     "harness": (HarnessConfig, run_harness),
+    "rewards": (RewardsConfig, evaluate_rewards),
     "gains": (GainsConfig, lambda config: print(gains(config))),
     "report": (ReportConfig, lambda config: print(report(config))),
 }

@@ -12,6 +12,10 @@ preferences: Tokenise pairs of answers, to train stages reward and dpo.
     python scripts/prepare_data.py preferences --input=pairs --out=data/pairs --tokenizer=llama-3-8b
     python scripts/prepare_data.py preferences --input=rpr --out=data/pairs --tokenizer=cepe-chat --context=encoder
 
+plant: Write pairs of which the context alone says which answer is better, to try a reward model on.
+    python scripts/prepare_data.py plant --out=planted
+    python scripts/prepare_data.py plant --out=planted --rows=20000 --negations=0.3
+
 sample: Sample sequences for training from tokenised documents.
     python scripts/prepare_data.py sample --config configs/sample_filtered.yaml --data=data/documents \\
         --out=data/filtered
@@ -35,6 +39,7 @@ reference: Store the log-probabilities of both answers of pairs, for stage dpo.
 from cepe_jax.commands import run_script
 from cepe_jax.data.conversations import ConversationConfig, prepare_conversations
 from cepe_jax.data.corpus import PrepareConfig, prepare
+from cepe_jax.data.planted import PlantConfig, plant
 from cepe_jax.data.preferences import PreferenceConfig, prepare_preferences
 from cepe_jax.data.retrieval import RetrieveConfig, retrieve
 from cepe_jax.data.sampling import SampleConfig, sample
@@ -45,6 +50,7 @@ COMMANDS = {
     "": (PrepareConfig, prepare),
     "documents": (PrepareConfig, prepare),
     "conversations": (ConversationConfig, prepare_conversations),
+    "plant": (PlantConfig, plant),
     "preferences": (PreferenceConfig, prepare_preferences),
     "sample": (SampleConfig, sample),
     "retrieve": (RetrieveConfig, retrieve),

@@ -25,6 +25,8 @@ SPLITS = "train", "test"
 Route = Literal["prompt", "encoder", "none"]
 IN_PROMPT = "{prompt}\n\nThe answer is judged by this: {context}"
 
+NEGATED = "the opposite of this: {context}"  # a context under which the worse answer is the better one
+
 
 @dataclass(frozen=True, kw_only=True)
 class PreferenceConfig(RawConfig):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cepe_jax.config import CepeConfig, Compute, DecoderConfig, Dtype, EncoderConfig
+from cepe_jax.config import CepeConfig, Compute, DecoderConfig, Dtype
 from cepe_jax.data.tokenizer import Tokenizer
 from cepe_jax.inference.caches import FULL, Policy
 from cepe_jax.inference.chat import MAX_NEW_TOKENS, Chat, ChatSetup, chat_setup
@@ -254,8 +254,8 @@ def read_facts(
         raise ValueError(f"cache is {shortened(cache)}: give a policy of cepe_jax.inference.caches, as Rolling(2048)")
     source = open_model(path)
     config = source.config
-    if isinstance(config, EncoderConfig):
-        raise ValueError(f"{path} is an encoder, which writes no text: give a CEPE model or a decoder")
+    if type(config) not in (CepeConfig, DecoderConfig):
+        raise ValueError(f"{path} has a {type(config).__name__}, which writes no text: give a CEPE model or a decoder")
     read = tokenizer if isinstance(tokenizer, Tokenizer) else Tokenizer(path if tokenizer is None else tokenizer)
     read.check_is_of(path)
     cepe = isinstance(config, CepeConfig)
