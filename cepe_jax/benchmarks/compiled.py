@@ -183,7 +183,8 @@ def train_step(config: TrainConfig, sizes: Config, compute: Compute) -> Step:
     function = make_train_step(stage.objective(config), optimizer, model, accumulate)
     batch = placed_batch(blank(recipe_of(config)), config.batch_size)
     flops = stage.flops(config, sizes, ())
-    everything = config.loss_chunk and {getattr(config.remat, name) for name in parts if name != "cross"} == {"full"}
+    stacks = {"decoder", "encoder"} & parts.keys()
+    everything = config.loss_chunk and {getattr(config.remat, name) for name in stacks} == {"full"}
     again = flops.forward - flops.ahead if everything else 0  # at least
     done = config.batch_size * (flops.train + again)
     return Step(function, (placed(state), frozen, batch), config.batch_size * flops.train, done)

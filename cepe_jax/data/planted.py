@@ -16,8 +16,8 @@ from cepe_jax.parsing import Seed
 
 QUALITIES = ["sweet", "sour", "salty", "bitter", "warm", "cold", "soft", "hard", "loud", "calm", "bright", "dark"]
 LEVELS = ["not", "barely", "rather", "very", "extremely"]
-NAMED = 5  # qualities that an answer names
-HELD_OUT = 3  # qualities of which training never asks for less
+NAMED = 3  # qualities that an answer names
+HELD_OUT = 2  # qualities of which training never asks for less
 OPPOSITE = {"more": "less", "less": "more"}
 
 
@@ -66,7 +66,7 @@ def row(rng: np.random.Generator, held_out: bool, negations: float) -> dict[str,
     answers = []
     for own in levels:
         order = rng.permutation(NAMED)
-        answers.append(", ".join(f"{LEVELS[own[n]]} {names[n]}" for n in order))
+        answers.append(", ".join(f"{LEVELS[own[n]]}{names[n]}" for n in order))
     made = {"prompt": "Describe it.", "response_a": answers[0], "response_b": answers[1]}
     for side, of_answer in zip("xy", allowed, strict=True):
         direction, quality = of_answer[rng.integers(len(of_answer))]

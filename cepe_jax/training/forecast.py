@@ -42,7 +42,7 @@ def forecast(config: TrainConfig, sizes: Config, sources: Sequence[Sequences]) -
         steps=config.steps,
         batch_size=config.batch_size,
         tokens=tokens,
-        counted="windows" if tokens == config.batch_size * config.examples.window else "contexts and windows",
+        counted="windows" if tokens % (config.batch_size * config.examples.window) == 0 else "contexts and windows",
         flops=config.batch_size * STAGES[config.stage].flops(config, sizes, sources).train,
         devices=mesh.size,
         chips={kind: chip} if (chip := chip_of(kind)) else CHIPS,

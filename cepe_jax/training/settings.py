@@ -10,7 +10,7 @@ from etils import epath
 
 from cepe_jax.config import Backend, Compute, CrossLayers, Dtype, LoraConfig, RematConfig, with_lora
 from cepe_jax.data.examples import ExampleConfig
-from cepe_jax.data.recipes import Recipe
+from cepe_jax.data.recipes import PairsOfAnswers, Recipe
 from cepe_jax.distributed import DistributedConfig
 from cepe_jax.model.attention import native_backend
 from cepe_jax.model.cepe import CrossInit
@@ -172,9 +172,10 @@ def recipe_of(config: TrainConfig) -> Recipe:
 def tokens_of_step(config: TrainConfig) -> int:
     """Return how many tokens of the data a step reads: windows, and the contexts before them.
 
-    A warm-up's context is its window once more, and not counted, as in the paper.
+    A warm-up's context is its window once more, and not counted, as in the paper. A pair is two windows.
     """
-    return config.batch_size * recipe_of(config).size(None)
+    recipe = recipe_of(config)
+    return config.batch_size * recipe.size(None) * (2 if isinstance(recipe, PairsOfAnswers) else 1)
 
 
 def run_identity(resolved: dict) -> dict:
