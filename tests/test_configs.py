@@ -15,6 +15,9 @@ from support.scripts import SCRIPTS
 
 from cepe_jax.commands import command_in
 from cepe_jax.config import DECODERS, ENCODERS
+from cepe_jax.data import conversations, preferences
+from cepe_jax.data.conversations import ConversationConfig
+from cepe_jax.data.preferences import PreferenceConfig
 from cepe_jax.data.sampling import SampleConfig
 from cepe_jax.evaluation.sweep.grid import SweepConfig
 from cepe_jax.settings import decode, parse, read_yaml
@@ -96,6 +99,14 @@ def model_configs(tmp_path_factory) -> dict[str, str]:
 def write_dataset(home: Path, made: dict, place: str, tokenizer) -> None:
     """Write at `home / place` a tiny dataset of the kind and sizes that the command made[place] gives it."""
     config = made[place]
+    kinds = {ConversationConfig: conversations, PreferenceConfig: preferences}
+    if type(config) in kinds:
+        kind = kinds[type(config)]
+        features = kind.features_of(tokenizer)
+        record = {key: np.ones(0 if "document" in key else 3) for key in features} | {"name": "x", "domain": "d"}
+        name = "conversations" if kind is conversations else "preferences"
+        datasets.write(home / place, name, features, [[record] * 2], tokenizer, length=3)
+        return
     if isinstance(config, SampleConfig):
         tokens = np.zeros((2, config.length + 1), np.int32)
         datasets.write_sequences(home / place, list(tokens), config.length, tokenizer, shards=1)
@@ -114,7 +125,9 @@ def test_readme_training_commands_dry_run(parse_command, tokenizer, model_config
     """The data are those that the commands before it make, of the same lengths, where `--data` and `mix` name them."""
     made = {}
     for name in takewhile(lambda name: name != where, COMMANDS):
-        if "README.md:" in name and re.search(r"prepare_data.py (sample|teacher)", COMMANDS[name]):
+        if "README.md:" in name and re.search(
+            r"prepare_data.py (sample|teacher|conversations|preferences)", COMMANDS[name]
+        ):
             config = parse_command(COMMANDS[name])
             made[str(config.out)] = config
     config = parse_command(COMMANDS[where])
@@ -129,7 +142,8 @@ def test_readme_training_commands_dry_run(parse_command, tokenizer, model_config
             (home / "config.json").write_text(model_configs[kind])
             starts[kind] = str(home)
     told = "\n".join(dry_run(dataclasses.replace(config, **starts, data=tmp_path / data, out=tmp_path / "out")))
-    assert all(re.search(rf"^{name}: .* times each of its \d+ examples$", told, re.MULTILINE) for name in config.mix)
+    names = config.mix or ([config.data.name] if config.stage in ("sft", "reward", "dpo") else [])
+    assert all(re.search(rf"^{name}: .* times each of its \d+ examples$", told, re.MULTILINE) for name in names)
 
 
 def test_the_shown_commands_are_found():

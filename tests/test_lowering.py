@@ -22,7 +22,7 @@ from cepe_jax.training.settings import compute_of, sizes_of
 
 EVEN = ExampleConfig(window=256, num_chunks=2, chunk_length=128)
 ODD = ExampleConfig(window=111, num_chunks=3, chunk_length=37)
-TRAIN = "lm", "mlm", "warmup", "cepe", "ceped"
+TRAIN = "lm", "mlm", "warmup", "cepe", "ceped", "sft", "reward", "dpo"
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +37,10 @@ def lower(step: str, platform: str, examples: ExampleConfig = EVEN, kv_heads: in
     config = {"stage": step if step in TRAIN else "cepe", "batch_size": 2, "steps": 2, "dtype": "bfloat16"}
     config |= {"step": "train" if step in TRAIN else step}
     config |= {"examples": examples, "distill": distill, "data": "none", "out": "none"} | settings
-    starts = {"lm": ["decoder"], "mlm": ["encoder"]}.get(step, ["decoder", "encoder"])
+    starts = {"mlm": ["encoder"]} | dict.fromkeys(("lm", "sft", "reward", "dpo"), ["decoder"])
+    starts = starts.get(step, ["decoder", "encoder"])
+    if step == "dpo":
+        config |= {"train": ("decoder_lora",)}
     with pytest.MonkeyPatch.context() as patch:
         for presets in (DECODERS, ENCODERS):
             patch.setitem(presets, "tiny", dataclasses.replace(presets["tiny"], num_kv_heads=kv_heads))
@@ -58,11 +61,27 @@ CUDNN = {
     "warmup": [2, 1, 4, 2],  # the decoder; the encoder and the memory's reader
     "cepe": [2, 1, 4, 2],
     "ceped": [3, 1, 4, 2],  # and the teacher
+    "sft": [0, 0, 2, 1],  # the texts of a row
+    "reward": [0, 0, 2, 1],
+    "dpo": [0, 0, 3, 1],  # and the reference
     "encode": [0, 0, 1, 0],
     "prefill": [0, 0, 2, 0],
     "decode": [0, 0, 0, 0],  # XLA reads the cache, and the memory with absorbed projections
 }
-SPLASH = {"lm": 3, "mlm": 3, "warmup": 9, "cepe": 9, "ceped": 10, "encode": 1, "prefill": 2, "decode": 0}
+SPLASH = {"lm": 3, "mlm": 3, "warmup": 9, "cepe": 9, "ceped": 10, "sft": 3, "reward": 3, "dpo": 4}
+SPLASH |= {"encode": 1, "prefill": 2, "decode": 0}
+    "lm": 3,
+    "mlm": 3,
+    "warmup": 9,
+    "cepe": 9,
+    "ceped": 10,
+    "sft": 3,
+    "reward": 3,
+    "dpo": 4,
+    "encode": 1,
+    "prefill": 2,
+    "decode": 0,
+}
 
 
 def cudnn_calls(program: str) -> list[int]:
