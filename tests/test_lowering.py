@@ -70,18 +70,6 @@ CUDNN = {
 }
 SPLASH = {"lm": 3, "mlm": 3, "warmup": 9, "cepe": 9, "ceped": 10, "sft": 3, "reward": 3, "dpo": 4}
 SPLASH |= {"encode": 1, "prefill": 2, "decode": 0}
-    "lm": 3,
-    "mlm": 3,
-    "warmup": 9,
-    "cepe": 9,
-    "ceped": 10,
-    "sft": 3,
-    "reward": 3,
-    "dpo": 4,
-    "encode": 1,
-    "prefill": 2,
-    "decode": 0,
-}
 
 
 def cudnn_calls(program: str) -> list[int]:
