@@ -73,10 +73,9 @@ def learnt(route: str, seed: int, home, negations: float = 0.3) -> dict[str, dic
     save(Reward.from_parts(state.trainable | frozen), home / "model", assets=home)
     found = {}
     for name in ("held_out", "negated"):
-        of_run = RewardsConfig(model=home / "model", data=home / "raw" / name, out=home / name, chunk_length=16)
-        evaluate_rewards(
-            dataclasses.replace(of_run, batch_size=64, labelled=(1, 2, 4, 8) if name == "held_out" else ())
-        )
+        places = {"model": home / "model", "data": home / "raw" / name, "out": home / name}
+        labelled = (1, 2, 4, 8) if name == "held_out" else ()
+        evaluate_rewards(RewardsConfig(**places, labelled=labelled, batch_size=64, chunk_length=16))
         result = json.loads((home / name / "rewards.json").read_text())
         found[name] = {key: one["mean"] for part in ("accuracy", "categories", "inferred")
                        for key, one in result[part].items()}  # fmt: skip
