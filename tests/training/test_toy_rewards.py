@@ -30,7 +30,7 @@ TEMPLATE = (
     "{% if m['role'] == 'user' %}{{ '\n' }}{% else %}{{ eos_token }}{% endif %}{% endfor %}"
 )
 WIDTH, PAIRS, RATE = 64, 64, 1e-3
-STEPS = {"encoder": 1200, "prompt": 2400}
+STEPS = {"encoder": 1000, "prompt": 1800}
 WINDOWS = {"encoder": 16, "prompt": 40}
 # The tests' environment turns LLVM's optimisations off, without which a step takes two to three times as long.
 OPTIMIZED = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
