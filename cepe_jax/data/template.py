@@ -109,6 +109,11 @@ class Template:
         variables = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": not ends}
         return self._run(variables | self._tokens, marks)
 
+    def ids_of(self, messages: list[Message]) -> list[int]:
+        """Return the ids of a whole conversation, which ends with its last message."""
+        escape = self.escape_for(messages)
+        return self.tokenizer.encode_special(self._render(self._escaped(messages, escape), ends=True), escape)
+
     def with_targets(self, messages: list[Message]) -> tuple[list[int], list[bool]]:
         """Return the ids of a whole conversation, and which of them a model learns: those of the assistant's turns.
 

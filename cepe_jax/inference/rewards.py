@@ -42,7 +42,8 @@ class RewardModel:
         `contexts`: what each is judged by, "" for nothing. Conversations of about one length are read at once.
         """
         contexts = [""] * len(conversations) if contexts is None else contexts
-        rows = [self._row(*both) for both in zip(conversations, contexts, strict=True)]
+        known: dict[str, list[int]] = {}
+        rows = [self._row(*both, known) for both in zip(conversations, contexts, strict=True)]
         lengths = [max(power_of_two(len(ids)), SHORTEST) if len(ids) <= 512 else bucket(len(ids)) for ids, _ in rows]
         order = sorted(range(len(rows)), key=lambda n: (lengths[n], n))
         batches = [
@@ -60,13 +61,19 @@ class RewardModel:
             found[batch] = np.asarray(_score(self.model, tokens_BT, mask_BT, memory))[: len(batch)]
         return found
 
-    def _row(self, conversation: Sequence[Message], context: str) -> tuple[list[int], list[int]]:
+    def _row(
+        self, conversation: Sequence[Message], context: str, known: dict[str, list[int]]
+    ) -> tuple[list[int], list[int]]:
+        """Return the ids of the text and those that the encoder reads; `known` are the ids of texts seen before."""
         *before, answer = conversation
+        if answer["role"] != "assistant" or not answer["content"].strip():
+            raise ValueError("the last message is no answer: give one of the assistant that says something")
         pair = Pair(messages=before, chosen="", rejected="", context=context, category="")
         messages, documents = texts_of(pair, self.route)
-        ids, _ = self.template.with_targets([*messages, answer])
+        if (name := repr((messages, answer))) not in known:
+            known[name] = self.template.ids_of([*messages, answer])
         encode = self.template.tokenizer.encode
-        return ids, [token for document in documents for token in encode(document)]
+        return known[name], [token for document in documents for token in encode(document)]
 
     def _memory(self, documents: list[list[int]], chunks: int, chunk_length: int):
         config = ExampleConfig(num_chunks=power_of_two(chunks), chunk_length=chunk_length)
