@@ -14,10 +14,10 @@ from cepe_jax.data.preferences import NEGATED
 from cepe_jax.directories import new_directory, write_text
 from cepe_jax.parsing import Seed
 
-QUALITIES = ["sweet", "sour", "salty", "bitter", "warm", "cold", "soft", "hard", "loud", "calm", "bright", "dark"]
-LEVELS = ["not", "barely", "rather", "very", "extremely"]
+QUALITIES = ["sweet", "sour", "salty", "warm", "soft", "loud", "bright", "heavy"]
+LEVELS = "un", "", "over"  # what stands before a quality, in one word with it
 NAMED = 3  # qualities that an answer names
-HELD_OUT = 2  # qualities of which training never asks for less
+WORDS = {"more": ("more", "much", "plenty"), "less": ("less", "little", "hardly")}  # that ask for more, or for less
 OPPOSITE = {"more": "less", "less": "more"}
 
 
@@ -37,51 +37,41 @@ class PlantConfig:
             raise ValueError(f"negations is {self.negations}: give a share between 0 and 1")
 
 
-def criterion(direction: str, quality: str, negated: bool = False) -> str:
-    """Return what wants more or less of a quality, or the opposite of its opposite, which wants the same."""
-    plain = f"{OPPOSITE[direction] if negated else direction} {quality}"
-    return NEGATED.format(context=plain) if negated else plain
+def words_for(direction: str, quality: str, held_out: bool) -> list[str]:
+    """Return the words that ask for more or less of a quality: in training all but one, which is held out."""
+    held = QUALITIES.index(quality) % len(WORDS[direction])
+    return [word for n, word in enumerate(WORDS[direction]) if (n == held) == held_out]
 
 
 def row(rng: np.random.Generator, held_out: bool, negations: float) -> dict[str, str]:
-    """Return a row. `held_out`: one of its criteria is among those that training lacks, the other may be."""
-    while True:
-        names = rng.choice(QUALITIES, NAMED, replace=False)
+    """Return a row; its criteria are among those that training lacks if they are `held_out`."""
+    better: list[list[tuple[str, str]]] = [[], []]  # for each answer what may be asked so that it is the better one
+    while not all(better):
+        names = rng.choice(QUALITIES, NAMED, replace=False).tolist()
         levels = rng.integers(0, len(LEVELS), (2, NAMED))
-        better = [[], []]  # for each answer the criteria under which it is better
+        better = [[], []]
         for n in np.flatnonzero(levels[0] != levels[1]):
             wins = int(levels[1, n] > levels[0, n])
             better[wins].append(("more", names[n]))
             better[1 - wins].append(("less", names[n]))
-        lacking = {("less", quality) for quality in QUALITIES[:HELD_OUT]}
-        allowed = [[one for one in of_answer if held_out or one not in lacking] for of_answer in better]
-        wanted = [[one for one in of_answer if one in lacking] for of_answer in allowed]
-        if held_out:
-            if not any(wanted):
-                continue
-            first = int(rng.integers(2)) if all(wanted) else int(not wanted[0])
-            allowed[first] = wanted[first]
-        if all(allowed):
-            break
-    answers = []
-    for own in levels:
-        order = rng.permutation(NAMED)
-        answers.append(", ".join(f"{LEVELS[own[n]]}{names[n]}" for n in order))
+    answers = [", ".join(f"{LEVELS[own[n]]}{names[n]}" for n in rng.permutation(NAMED)) for own in levels]
     made = {"prompt": "Describe it.", "response_a": answers[0], "response_b": answers[1]}
-    for side, of_answer in zip("xy", allowed, strict=True):
-        direction, quality = of_answer[rng.integers(len(of_answer))]
-        made[f"criteria_{side}"] = criterion(direction, str(quality), negated=rng.random() < negations)
-        made[f"category_{side}"] = "held out" if (direction, quality) in lacking else "trained"
+    for side, asked in zip("xy", better, strict=True):
+        direction, quality = asked[rng.integers(len(asked))]
+        negated = rng.random() < negations
+        said = words_for(OPPOSITE[direction] if negated else direction, quality, held_out)
+        criterion = f"{said[rng.integers(len(said))]} {quality}"
+        made[f"criteria_{side}"] = NEGATED.format(context=criterion) if negated else criterion
+        made[f"category_{side}"] = direction
     return made
 
 
 def plant(config: PlantConfig) -> None:
     """Write rows to the files of a new directory."""
     with new_directory(config.out) as partial:
-        kinds = (("train", config.rows, False, config.negations), ("held_out", config.test_rows, True, 0.0))
-        for number, (name, count, held_out, negations) in enumerate(
-            (*kinds, ("negated", config.test_rows, False, 1.0))
-        ):
+        kinds = [("train", config.rows, False, config.negations), ("held_out", config.test_rows, True, 0.0)]
+        kinds.append(("negated", config.test_rows, False, 1.0))
+        for number, (name, count, held_out, negations) in enumerate(kinds):
             rng = np.random.default_rng((config.seed, number))
             (partial / name).mkdir()
             rows = (json.dumps(row(rng, held_out, negations)) for _ in range(count))

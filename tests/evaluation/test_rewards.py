@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import json
-from collections import Counter
 
 import jax
 import numpy as np
@@ -13,7 +12,7 @@ from support.tokenizers import CHATML, CHATML_TOKENS, byte_level
 
 import cepe_jax
 from cepe_jax.config import ContextRewardConfig, RewardConfig
-from cepe_jax.data.planted import HELD_OUT, LEVELS, OPPOSITE, QUALITIES, PlantConfig, plant
+from cepe_jax.data.planted import LEVELS, OPPOSITE, QUALITIES, WORDS, PlantConfig, plant
 from cepe_jax.data.preferences import IN_PROMPT, NEGATED, pairs_in
 from cepe_jax.evaluation import rewards
 from cepe_jax.evaluation.rewards import RewardsConfig, evaluate_rewards, infer, posterior, preference, read_pairs, right
@@ -56,31 +55,30 @@ def test_planted_answers_are_better_as_their_criteria_say(tmp_path):
     plant(PlantConfig(out=tmp_path / "planted", rows=300, test_rows=200, negations=0.3, seed=3))
     kinds = {name: (tmp_path / "planted" / name / "rows.jsonl").read_text().splitlines() for name in
              ("train", "held_out", "negated")}  # fmt: skip
-    lacking = {("less", quality) for quality in QUALITIES[:HELD_OUT]}
-    start = NEGATED.format(context="")
+    start, said = NEGATED.format(context=""), {name: set() for name in kinds}
     for name, lines in kinds.items():
-        seen = Counter()
-        for line in lines:
-            row = json.loads(line)
-            for pair in pairs_in(row):
-                negated = pair["context"].startswith(start)
-                direction, quality = pair["context"].removeprefix(start).split()
-                wanted = OPPOSITE[direction] if negated else direction
-                levels = [
-                    next(n for n, level in enumerate(LEVELS) if f"{level}{quality}" in answer.split(", "))
-                    for answer in (pair["chosen"], pair["rejected"])
-                ]
-                assert levels[0] != levels[1]
-                assert (levels[0] > levels[1]) == (wanted == "more")
-                seen[negated, (wanted, quality) in lacking] += 1
-        if name == "train":
-            assert seen[False, True] + seen[True, True] == 0
-            assert 0.2 < seen[True, False] / seen.total() < 0.4
-        elif name == "held_out":
-            assert seen[False, True] >= len(lines)
-            assert not seen[True, True] + seen[True, False]
-        else:
-            assert seen[True, False] == seen.total()
+        negations = 0
+        for pair in (pair for line in lines for pair in pairs_in(json.loads(line))):
+            negated = pair["context"].startswith(start)
+            criterion = pair["context"].removeprefix(start)
+            word, quality = criterion.split()
+            asks = next(direction for direction, words in WORDS.items() if word in words)
+            wanted = OPPOSITE[asks] if negated else asks
+            levels = [
+                next(n for n, level in enumerate(LEVELS) if f"{level}{quality}" in answer.split(", "))
+                for answer in (pair["chosen"], pair["rejected"])
+            ]
+            assert levels[0] != levels[1]
+            assert (levels[0] > levels[1]) == (wanted == "more")
+            assert pair["category"] == wanted
+            said[name].add(criterion)
+            negations += negated
+        assert negations / (2 * len(lines)) == pytest.approx(
+            {"train": 0.3, "held_out": 0, "negated": 1}[name], abs=0.05
+        )
+    assert said["negated"] <= said["train"]
+    assert not said["train"] & said["held_out"]
+    assert [len(said[name]) for name in ("train", "held_out")] == [len(QUALITIES) * 2 * 2, len(QUALITIES) * 2]
 
 
 class Knows:
