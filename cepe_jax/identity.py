@@ -17,13 +17,16 @@ REMOVED = {"neighbours": "none"}
 def _comparable(settings: dict) -> dict:
     """Return the settings that make a run: neither those without a value nor those that change nothing.
 
-    Keys may be dotted. A full cache was stored with the sinks of a rolling one.
+    Keys may be dotted. A full cache was stored with the sinks of a rolling one. Before there were factors, stages of
+    one part were stored with the parts of a CEPE as what trains.
     """
     values = {}
     for key, value in settings.items():
         group, _, name = key.rpartition(".")
         kind = settings.get(f"{group}.kind" if group else "kind")
-        if value is None or (name in REMOVED and value == REMOVED[name]) or (name, kind) == ("sinks", "full"):
+        one_part = key == "train" and "lora" not in settings and settings.get("stage") in ("lm", "mlm")
+        without = value is None or (name in REMOVED and value == REMOVED[name])
+        if without or one_part or (name, kind) == ("sinks", "full"):
             continue
         values[key] = _comparable(value) if isinstance(value, dict) else value
     return values

@@ -26,14 +26,14 @@ from cepe_jax.data.records import (
     shard_path,
 )
 from cepe_jax.data.tokenizer import Tokenizer
-from cepe_jax.data.tokenizer_files import BESIDE, NAMES
+from cepe_jax.data.tokenizer_files import BESIDE, NAMES, TEMPLATE
 from cepe_jax.directories import is_a_writers, staged, staged_directory, staged_path, write_json, write_text
 from cepe_jax.identity import as_json, refuse_another_run
 from cepe_jax.parsing import read_json, typed
 
 log = logging.getLogger(__name__)
 
-TOKENIZER_FILES = *NAMES, *BESIDE
+TOKENIZER_FILES = *NAMES, *BESIDE, TEMPLATE
 
 
 def array(dtype, *shape: int | None):
@@ -255,7 +255,7 @@ def report(name: str, splits: dict) -> str:
 def copy_tokenizer(tokenizer: Tokenizer, out: Path, staging: Path) -> None:
     """The tokenizer's files in `out`, called what a directory's tokenizer is called; each of them whole."""
     name = "tokenizer.json" if tokenizer.path.suffix == ".json" else "tokenizer.model"
-    beside = [(tokenizer.path.with_name(other), out / other) for other in BESIDE]
+    beside = [(tokenizer.path.with_name(other), out / other) for other in (*BESIDE, TEMPLATE)]
     for source, target in (*beside, (tokenizer.path, out / name)):
         if source.exists():
             place = staged_path(staging / target.name)

@@ -62,8 +62,8 @@ def prepare_conversations(config: ConversationConfig) -> None:
     What the template refuses, and conversations without an answer, are left out and counted as bad.
     """
     tokenizer = Tokenizer(config.tokenizer)
-    Template(tokenizer)
-    build(config, tokenizer, CONVERSATIONS, SPLITS, features_of, ConversationUnit)
+    template = Template(tokenizer)
+    build(config, tokenizer, CONVERSATIONS, SPLITS, features_of, ConversationUnit, template.digest)
 
 
 def features_of(tokenizer: Tokenizer) -> dict:
@@ -94,7 +94,7 @@ class ConversationUnit:
                 try:
                     ids, targets = template.with_targets(conversation["messages"])
                 except ValueError as fault:
-                    count_bad(f"{name}: {fault}", counts, self.config)
+                    count_bad(f"{at(name)}: {fault}", counts, self.config)
                     continue
                 documents = [tokenizer.encode(document) for document in conversation["documents"] if document.strip()]
                 record = {
@@ -110,6 +110,12 @@ class ConversationUnit:
             yield extent.size, 0
         facts = counts | {"tokenizer": tokenizer.fingerprint()}
         return facts | {"splits": {split: shard.close() for split, shard in shards.items()}}
+
+
+def at(name: str) -> str:
+    """Return the place of a line, by the name that `read` gives it, in words."""
+    file, _, byte = name.rpartition(":")
+    return f"{file}, at byte {byte}"
 
 
 def packs(lengths: Sequence[int], window: int) -> list[list[int]]:
@@ -140,7 +146,7 @@ def packs(lengths: Sequence[int], window: int) -> list[list[int]]:
 class Packs:
     """The conversations of a dataset in windows: a random-access source for Grain.
 
-    Several share a window, except where some have documents: of those each has a window, and a memory, of its own.
+    Several share a decoder's window. For a CEPE each has a window, and a memory, of its own.
     """
 
     joined = None

@@ -145,15 +145,18 @@ def build(
     splits: tuple[str, ...],
     features: Callable[[Tokenizer], dict],
     work_on: Callable[[RawConfig, int], Callable[..., Work]],
+    template: str = "",
 ) -> None:
     """The dataset `name` of raw files at `config.out`, unit by unit; without a tokenizer one is trained first.
 
     `work_on(config, units)` is the work on a unit, whose mark has the counts of `no_counts` and of each split.
+    `template` is the digest of the chat template, if it writes the texts.
     """
     units = plan(config.input, config.patterns, config.exclude, config.unit_bytes, config.out)
     settings = config.identity("input", "out", "bad_share")
     settings["tokenizer"] = given.fingerprint() if given else ""
     settings["input"] = f"{len(units)} units"  # their number is in the names of all shards
+    settings |= {"template": template} if template else {}
     builder = Builder(config.out, settings, given)
     sources = hashlib.sha256(repr(units).encode()).hexdigest()
     if builder.finished:

@@ -10,7 +10,7 @@ import numpy as np
 from cepe_jax.data.conversations import Packs
 from cepe_jax.data.examples import REFERENCE
 from cepe_jax.data.preferences import Pairs
-from cepe_jax.data.recipes import Mixture, Recipe
+from cepe_jax.data.recipes import Mixture, PairsOfAnswers, Recipe
 from cepe_jax.data.records import CONVERSATIONS, PREFERENCES, NoDataset, Record, is_dataset, open_joined, read_index
 
 if TYPE_CHECKING:
@@ -30,6 +30,8 @@ class Sequences:
         self.records, self.joined = open_joined(path, split)
         known = self.joined.index if self.joined else {}
         self.query = {name: value for name, value in known.items() if name == "query_tokens"}
+        if isinstance(recipe, PairsOfAnswers):
+            raise ValueError(f"{path} holds {self.records.name}: prepare pairs (prepare_data.py preferences) first")
         if "length" not in self.records.index:
             raise ValueError(f"{path} holds {self.records.name}: sample sequences from it first")
         self.size = recipe.size(self.joined)

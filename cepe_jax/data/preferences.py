@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 
 from cepe_jax.data.builder import ShardWriter, array, text, token_dtype
-from cepe_jax.data.conversations import Said
+from cepe_jax.data.conversations import Said, at
 from cepe_jax.data.corpus import RawConfig, build, count_bad, documents_of, no_counts
 from cepe_jax.data.recipes import PairsOfAnswers, Recipe
 from cepe_jax.data.records import PREFERENCES, Record, open_joined, shard_path
@@ -79,7 +79,9 @@ def pairs_in(line, rpr: str = "criteria") -> list[Pair]:
     if not is_rpr:
         if ("prompt" in read) == ("messages" in read):
             raise ValueError("give one of prompt and messages")
-        messages = read.get("messages") or [{"role": "user", "content": read.get("prompt", "")}]
+        messages = read["messages"] if "messages" in read else [{"role": "user", "content": read["prompt"]}]
+        if not messages:
+            raise ValueError("messages is empty: give the turns up to the question")
         pairs = [Pair(messages=messages, context="", category="") | {k: read[k] for k in _KEPT if k in read}]
     else:
         missing = [name for side in "xy" if not read.get(name := f"{rpr}_{side}")]
@@ -115,8 +117,8 @@ def texts_of(pair: Pair, route: Route) -> tuple[list[Message], list[str]]:
 def prepare_preferences(config: PreferenceConfig) -> None:
     """A dataset of pairs at `config.out`, as the chat template beside the tokenizer writes them."""
     tokenizer = Tokenizer(config.tokenizer)
-    Template(tokenizer)
-    build(config, tokenizer, PREFERENCES, SPLITS, features_of, PreferenceUnit)
+    template = Template(tokenizer)
+    build(config, tokenizer, PREFERENCES, SPLITS, features_of, PreferenceUnit, template.digest)
 
 
 def features_of(tokenizer: Tokenizer) -> dict:
@@ -149,12 +151,13 @@ class PreferenceUnit:
 
         for extent in unit:
             for split, name, domain, pairs in documents_of(self.config, [extent], counts, content):
-                for pair in msgspec.json.decode(pairs):
-                    try:
-                        record = encoded(pair, self.config.context, template)
-                    except ValueError as fault:
-                        count_bad(f"{name}: {fault}", counts, self.config)
-                        continue
+                try:
+                    own_pairs = msgspec.json.decode(pairs)
+                    records = [encoded(pair, self.config.context, template) for pair in own_pairs]
+                except ValueError as fault:
+                    count_bad(f"{at(name)}: {fault}", counts, self.config)
+                    continue
+                for pair, record in zip(own_pairs, records, strict=True):
                     longest = max(len(record["chosen"]), len(record["rejected"]))
                     typed = {key: np.asarray(value, features[key].np_dtype) for key, value in record.items()}
                     own = pair["category"] or domain

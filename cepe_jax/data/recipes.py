@@ -234,10 +234,14 @@ def check_passages(joined: Records, config: ExampleConfig) -> None:
 
 
 def check_reference_read(joined: Records, recipe: PairsOfAnswers) -> None:
-    """Raise ValueError if the reference read the contexts in other chunks."""
+    """Raise ValueError if the reference read the contexts in other chunks, or shorter texts alone."""
     chunks = [recipe.config.num_chunks, recipe.config.chunk_length] if recipe.reads_documents else []
     if (read := joined.fact("chunks")) != chunks:
         raise ValueError(f"{joined.path}: its reference read chunks of {read}, here they are {chunks}: change one")
+    if (most := joined.fact("window")) < recipe.config.window:
+        raise ValueError(
+            f"{joined.path}: its reference read texts of {most} tokens at most: lower examples.window to it"
+        )
 
 
 def check_teacher_read(joined: Records, config: ExampleConfig) -> None:

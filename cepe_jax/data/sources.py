@@ -157,8 +157,10 @@ def read(root: Path, extent: Extent, domain_field: str, content: Callable[..., s
             if holds_lines(extent.path):
                 yield from _lines(file, path, extent, domain_field, folder, content)
             else:
-                content = file.read(LONGEST + 1)
-                text, fault = decoded(content, path) if len(content) <= LONGEST else (None, f"{path}: {TOO_LONG}")
+                whole = file.read(LONGEST + 1)
+                text, fault = decoded(whole, path) if len(whole) <= LONGEST else (None, f"{path}: {TOO_LONG}")
+                if content is not text_of:
+                    text, fault = None, f"{path}: not .jsonl: give files with an object of JSON in each line"
                 yield RawDocument(extent.path, folder, text, fault)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path}: damaged or cut short ({error}): fetch it again") from None

@@ -5,6 +5,7 @@ with limits of time, memory and output: see `template_program`.
 """
 
 import contextlib
+import hashlib
 import itertools
 import json
 import os
@@ -18,7 +19,7 @@ from pathlib import Path
 
 from cepe_jax.data import template_program
 from cepe_jax.data.tokenizer import Tokenizer
-from cepe_jax.data.tokenizer_files import settings_beside, tokens_in
+from cepe_jax.data.tokenizer_files import TEMPLATE, settings_beside, tokens_in
 
 Message = dict[str, str]  # role (system, user or assistant) and content
 SECONDS = 10  # of computing, for one conversation; templates take milliseconds
@@ -85,6 +86,11 @@ class Template:
             if names := tokens_in(settings.get(role)):
                 self._tokens[role] = names[0]
 
+    @property
+    def digest(self) -> str:
+        """Equal for templates that write the same of a conversation."""
+        return hashlib.sha256(json.dumps([self._source, sorted(self._tokens.items())]).encode()).hexdigest()
+
     def escape_for(self, messages: list[Message]) -> str:
         """A character that is in none of the messages, to write special tokens' names with as text."""
         return self._free(messages, 1)[0]
@@ -146,6 +152,8 @@ class Template:
             any(first <= begin < last if begin == end else begin < last and first < end for first, last in spans)
             for _, begin, end in placed
         ]
+        if not any(learnt):
+            raise ValueError(f"{self.where}: it marks nothing of what the assistant says")
         return [i for i, _, _ in placed], learnt
 
     def _widened(self, text: str, span: tuple[int, int], before: list[Message]) -> tuple[int, int]:
@@ -182,7 +190,7 @@ def _between(content: str, begin: str, end: str) -> str:
 
 def _source(tokenizer: Path, settings: dict) -> tuple[Path, str]:
     """Return the template's file and its text: chat_template.jinja's, else tokenizer_config.json's."""
-    alone, config = (tokenizer.with_name(name) for name in ("chat_template.jinja", "tokenizer_config.json"))
+    alone, config = (tokenizer.with_name(name) for name in (TEMPLATE, "tokenizer_config.json"))
     if alone.exists():
         try:
             return alone, alone.read_text("utf-8")

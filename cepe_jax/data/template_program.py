@@ -69,7 +69,7 @@ def _reason(error: Exception) -> str:
 def reply_to(request: dict) -> dict:
     """Return `text`, the conversation that the template makes of `variables`, or `fault`; only compile without them.
 
-    `marks`, if given, stand around what `{% generation %}` marks; `marked` says whether the template has that.
+    `marks`, if given, stand around what `{% generation %}` marks.
     """
     try:
         program = _compiled(request["source"])

@@ -11,6 +11,7 @@ from cepe_jax.parsing import read_json, typed
 
 NAMES = "tokenizer.model", "tokenizer.json"  # what a directory's tokenizer is called
 BESIDE = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"  # files that say more of its tokens
+TEMPLATE = "chat_template.jinja"  # the chat template, if it has a file of its own
 PADDING = re.compile(r"\W+pad(ding)?\W+", re.IGNORECASE)  # names of tokens that no text contains
 MOST_IDS = 1 << 24  # the largest vocabularies have a million; libraries allocate up to the highest id
 Id = Annotated[int, Meta(ge=0, lt=MOST_IDS)]

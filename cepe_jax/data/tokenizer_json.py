@@ -101,6 +101,7 @@ class JsonTokenizer:
 
         parser = tokenizers.Tokenizer.from_str(self.tokenizer.to_str())
         parser.add_special_tokens([self._added_token(name) for name in self.names])
+        parser.post_processor = None  # which may leave the white space of a token out of its place in the text
         return parser
 
     def _added_token(self, name: str):

@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -34,7 +35,7 @@ class RewardsConfig:
     data: Path  # a directory of .jsonl files of pairs, in our layout or RPR's
     out: Path  # gets rewards.json and report.md
     patterns: tuple[str, ...] = ("**/*.jsonl", "**/*.jsonl.gz", "**/*.jsonl.zst")  # files below `data`
-    rpr: str = "criteria"  # what is the context, in lines of RPR's layout: criteria or scenario
+    rpr: Literal["criteria", "scenario"] = "criteria"  # what is the context, in lines of RPR's layout
     context: Route | None = None  # where contexts go; None: to the encoder, or of a model without one into the prompt
     samples: int = 1000  # lines that are drawn at most
     labelled: tuple[int, ...] = ()  # numbers of labelled pairs from which a context is inferred; []: none is inferred
@@ -143,28 +144,36 @@ def evaluate_rewards(config: RewardsConfig) -> None:
     """Write accuracies of a reward model to `config.out`, and print the report."""
     judged = read_pairs(config)
     rng = np.random.default_rng(config.seed)
-    contexts = [one.pair["context"] for one in judged]
-    variants = {"no context": ([""] * len(judged), 1)}
-    if any(contexts):
-        variants = {"its context": (contexts, 1)} | variants
-        variants["negated, the worse answer right"] = ([NEGATED.format(context=context) for context in contexts], -1)
-        variants["nonsense"] = ([NONSENSE[n] for n in rng.integers(0, len(NONSENSE), len(judged))], 1)
+    judged_by = [one for one in judged if one.pair["context"]]
+    contexts = [one.pair["context"] for one in judged_by]
+    nonsense = [NONSENSE[n] for n in rng.integers(0, len(NONSENSE), len(contexts))]
+    variants = {  # the pairs, their contexts, and -1 where the worse answer is right
+        "its context": (judged_by, contexts, 1),
+        "no context": (judged, [""] * len(judged), 1),
+        "negated, the worse answer right": (judged_by, [NEGATED.format(context=context) for context in contexts], -1),
+        "nonsense": (judged_by, nonsense, 1),
+    }
     how = {"batch_size": config.batch_size, "chunk_length": config.chunk_length}
     with one_writer_in(config.out), on_devices(config.mesh):
         model = load_reward(config.model, config.dtype, route=config.context)
-        pairs, lines = [one.pair for one in judged], [one.line for one in judged]
-        hits = {name: right(sign * margins(model, pairs, given, **how)) for name, (given, sign) in variants.items()}
-        found = {name: Estimate.of(values, lines) for name, values in hits.items()}
-        by_category: dict[str, Estimate] = {}
-        categories = np.array([pair["category"] for pair in pairs])
-        for category in sorted(set(categories.tolist()) - {""}):
-            chosen = categories == category
-            by_category[category] = Estimate.of(
-                next(iter(hits.values()))[chosen], [line for line, one in zip(lines, chosen, strict=True) if one]
-            )
+        hits = {
+            name: right(sign * margins(model, [one.pair for one in pairs], given, **how))
+            for name, (pairs, given, sign) in variants.items()
+            if pairs
+        }
+        found = {name: Estimate.of(values, [one.line for one in variants[name][0]]) for name, values in hits.items()}
+        of_category: dict[str, list[int]] = defaultdict(list)
+        first = next(iter(hits))
+        for n, one in enumerate(variants[first][0]):
+            of_category[one.pair["category"]].append(n)
+        by_category = {
+            category: Estimate.of(hits[first][chosen], [variants[first][0][n].line for n in chosen])
+            for category, chosen in sorted(of_category.items())
+            if category
+        }
         inferred = {}
         if config.labelled:
-            inferred = infer(lambda pairs, given: margins(model, pairs, given, **how), judged, config)
+            inferred = infer(lambda pairs, given: margins(model, pairs, given, **how), judged_by, config)
         result = {"accuracy": found, "categories": by_category, "inferred": inferred}
         stored = {name: {key: vars(one) for key, one in part.items()} for name, part in result.items()}
         write_json(config.out / "rewards.json", {"config": as_json(config)} | stored)
@@ -177,7 +186,7 @@ def report(result: dict[str, dict[str, Estimate]]) -> str:
     """Return the tables for people."""
     titles = {
         "accuracy": ("Accuracy", "context"),
-        "categories": ("By category, with its context", "category"),
+        "categories": ("By category, each pair with its context if it has one", "category"),
         "inferred": ("Other pairs of a context that is inferred from labelled ones", "labelled pairs"),
     }
     parts = [

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import jax
 import numpy as np
@@ -15,6 +16,7 @@ from cepe_jax.data.tokenizer import Tokenizer
 from cepe_jax.inference.generate import bucket, power_of_two, right_padded
 from cepe_jax.inference.text import CHUNK_LENGTH
 from cepe_jax.model.reward import Reward
+from cepe_jax.parsing import shortened
 from cepe_jax.progress import track
 from cepe_jax.weights.build import build
 from cepe_jax.weights.source import open_model
@@ -42,6 +44,8 @@ class RewardModel:
         `contexts`: what each is judged by, "" for nothing. Conversations of about one length are read at once.
         """
         contexts = [""] * len(conversations) if contexts is None else contexts
+        if len(contexts) != len(conversations):
+            raise ValueError(f"{len(contexts)} contexts for {len(conversations)} conversations: give one for each")
         known: dict[str, list[int]] = {}
         rows = [self._row(*both, known) for both in zip(conversations, contexts, strict=True)]
         lengths = [max(power_of_two(len(ids)), SHORTEST) if len(ids) <= 512 else bucket(len(ids)) for ids, _ in rows]
@@ -65,9 +69,10 @@ class RewardModel:
         self, conversation: Sequence[Message], context: str, known: dict[str, list[int]]
     ) -> tuple[list[int], list[int]]:
         """Return the ids of the text and those that the encoder reads; `known` are the ids of texts seen before."""
-        *before, answer = conversation
-        if answer["role"] != "assistant" or not answer["content"].strip():
-            raise ValueError("the last message is no answer: give one of the assistant that says something")
+        *before, answer = conversation or [{}]
+        if answer.get("role") != "assistant" or not answer.get("content", "").strip():
+            said = shortened(answer.get("content", ""))
+            raise ValueError(f"the last message, {said}, is no answer: give one of the assistant that says something")
         pair = Pair(messages=before, chosen="", rejected="", context=context, category="")
         messages, documents = texts_of(pair, self.route)
         if (name := repr((messages, answer))) not in known:
@@ -94,6 +99,8 @@ def load_reward(
     source = open_model(path)
     if not isinstance(source.config, RewardConfig | ContextRewardConfig):
         raise ValueError(f"{path} has no head that scores: train stage reward, or give a classifier of one number")
+    if route not in (None, *get_args(Route)):
+        raise ValueError(f"route is {shortened(route)}: give {', '.join(get_args(Route))}")
     reads = isinstance(source.config, ContextRewardConfig)
     if route == "encoder" and not reads:
         raise ValueError(f"{path} has no encoder: give route prompt or none")

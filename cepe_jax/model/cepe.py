@@ -31,6 +31,7 @@ def cross_from_self_attention(
     The output projection is a copy, zero (the spliced model is then the plain one), or normal with deviation 0.02.
     ValueError when the encoder is wider than the decoder: there is nothing to copy the rest from.
     """
+    _refuse_factors(decoder)
     E, D = encoder.width, decoder.config.width
     if E > D:
         raise ValueError(f"encoder width {E} exceeds decoder width {D}: cross-attention cannot start as a copy")
@@ -68,6 +69,7 @@ def encoder_from_decoder(decoder: Llama, config: EncoderConfig, compute: Compute
     It reads both ways what the decoder read one way: MLM training has less to learn, and the memory starts in the
     decoder's own space. ValueError unless the encoder has the decoder's sizes and no more layers.
     """
+    _refuse_factors(decoder)
     ours = decoder.config
     for name in ("width", "num_heads", "num_kv_heads", "head_dim", "mlp_width", "qkv_bias", "qk_norm"):
         if getattr(config, name) != getattr(ours, name):
@@ -87,6 +89,12 @@ def encoder_from_decoder(decoder: Llama, config: EncoderConfig, compute: Compute
     extra = jnp.broadcast_to(rows.mean(axis=0), (config.vocab_size - ours.vocab_size, ours.width))
     encoder.embed = encoder.embed.replace(jnp.concatenate([rows, extra]))
     return encoder
+
+
+def _refuse_factors(decoder: Llama) -> None:
+    """Raise ValueError for a decoder whose weights are not all that it computes with."""
+    if decoder.lora is not None:
+        raise ValueError("the decoder has low-rank factors, of which a copy would lack: merge them (convert.py merge)")
 
 
 class Cepe(nnx.Module):

@@ -18,7 +18,8 @@ class OptimizerConfig:
     """An optimiser with a linear warm-up from 0 and a cosine back to 0, as the reference's trainer runs it.
 
     `muon` (Jordan et al. 2024) makes the updates of the layers' matrices orthogonal, scaled so that AdamW's learning
-    rate fits. AdamW with Nesterov momentum updates the rest: embeddings, norms and heads.
+    rate fits. AdamW with Nesterov momentum updates the rest: embeddings, norms, heads and
+    low-rank factors.
     """
 
     kind: Kind = "adamw"  # muon: for the layers' matrices, and AdamW for the rest
@@ -72,7 +73,7 @@ def matrices(params):
 
     def dimensions(leaf: nnx.Variable) -> MuonDimensionNumbers | None:
         stack, *axes = leaf.get_metadata()["axes"]
-        if stack != "layer" or len(axes) < 2 or "embed" not in axes:  # such as biases of heads
+        if stack != "layer" or len(axes) < 2 or "embed" not in axes or None in axes:  # biases of heads; factors
             return None
         first_output = 2 if axes[0] == "embed" else len(axes)
         return MuonDimensionNumbers(tuple(range(1, first_output)), tuple(range(first_output, len(axes) + 1)))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cepe_jax.config import CepeConfig, Compute, Dtype
+from cepe_jax.config import CepeConfig, Compute, DecoderConfig, Dtype
 from cepe_jax.data.builder import Builder, ShardWriter, array
 from cepe_jax.data.examples import REFERENCE, Example, ExampleConfig
 from cepe_jax.data.recipes import PairsOfAnswers
@@ -25,6 +25,7 @@ class ReferenceConfig(JobConfig):
     model: Path  # a directory in our format: the model that training starts from
     data: Path  # a dataset of pairs of answers
     out: Path  # gets the dataset of log-probabilities
+    split: str = "train"  # split of the pairs
     window: int = 4096  # tokens of a text at most
     num_chunks: int = 16  # chunks of context that an encoder reads
     chunk_length: int = 256  # tokens of a chunk
@@ -57,12 +58,17 @@ def refer(config: ReferenceConfig) -> None:
 
     from cepe_jax.weights.source import open_ours
 
-    base, directory, recipe = Records(config.data, "train"), open_ours(config.model), recipe_for(config)
+    base, directory, recipe = Records(config.data, config.split), open_ours(config.model), recipe_for(config)
     if base.name != PREFERENCES:
         raise ValueError(f"{config.data} holds {base.name}: prepare pairs of answers with prepare_data.py preferences")
-    if type(directory.config).__name__ not in ("DecoderConfig", "CepeConfig"):
+    if type(directory.config) not in (CepeConfig, DecoderConfig):
         raise ValueError(f"{config.model} writes no text: give the directory of a decoder or a CEPE")
     base.tokenizer.check_is_of(config.model)
+    known = getattr(directory.config, "decoder", directory.config).vocab_size
+    if known < base.tokenizer.vocab_size:
+        raise ValueError(
+            f"{config.model} knows {known} ids, and {config.data} has {base.tokenizer.vocab_size}: give its model"
+        )
     if config.batch_size % jax.device_count():
         raise ValueError(f"batch_size {config.batch_size} is not a multiple of the {jax.device_count()} devices")
     settings = config.identity("out", "batch_size") | {"data": base.digest, "model": directory.hashes.all}
@@ -76,7 +82,12 @@ def refer(config: ReferenceConfig) -> None:
     if marks is None:
         return
     chunks = [config.num_chunks, config.chunk_length] if recipe.reads_documents else []
-    facts = {"tokenizer": base.index["tokenizer"], "joins": joins(base, config.out), "chunks": chunks}
+    facts = {
+        "tokenizer": base.index["tokenizer"],
+        "joins": joins(base, config.out),
+        "chunks": chunks,
+        "window": config.window,
+    }
     builder.register(REFERENCE, features_of(), marks, facts)
 
 
@@ -100,7 +111,10 @@ def opened_reference(config: ReferenceConfig) -> Callable[[Sequence[Record]], np
         batch = {name: np.stack([example[name] for example in made]) for name in made[0]}
         with jax.set_mesh(mesh):
             found = run(model, place_batch(batch, mesh, config.batch_size))
-        return np.asarray(found)[: len(records)]
+        found = np.asarray(found)[: len(records)]
+        if not np.isfinite(found).all():
+            raise ValueError(f"log-probabilities of {config.model} are not finite: its weights may be damaged")
+        return found
 
     return log_probabilities_of
 
@@ -115,8 +129,8 @@ class ReferUnit:
 
     def __call__(self, number: int, first: int, count: int) -> Work:
         config = self.config
-        base, log_probabilities_of = opened(config.data, "train", self.digest), opened_reference(config)
-        shard = ShardWriter(shard_path(config.out, REFERENCE, "train", number, self.num_units), features_of())
+        base, log_probabilities_of = opened(config.data, config.split, self.digest), opened_reference(config)
+        shard = ShardWriter(shard_path(config.out, REFERENCE, config.split, number, self.num_units), features_of())
         for start in range(first, first + count, config.batch_size):
             records = [base[n] for n in range(start, min(start + config.batch_size, first + count))]
             fit = [max(len(record["chosen"]), len(record["rejected"])) <= config.window for record in records]
@@ -126,4 +140,4 @@ class ReferUnit:
             for record, both in zip(records, found, strict=True):
                 shard.write({"reference": both}, record["domain"], 1)
                 yield 1, len(record["chosen"]) + len(record["rejected"])
-        return {"splits": {"train": shard.close()}}
+        return {"splits": {config.split: shard.close()}}

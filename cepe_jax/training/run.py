@@ -19,6 +19,7 @@ from cepe_jax.cost import peak_flops
 from cepe_jax.data.examples import Example
 from cepe_jax.data.loader import Sequences, batches, examples, names_in, open_mix
 from cepe_jax.data.records import NoDataset
+from cepe_jax.data.template import Template
 from cepe_jax.data.tokenizer import Tokenizer, file_in
 from cepe_jax.devices import describe
 from cepe_jax.directories import is_remote, one_writer_in, write_json
@@ -84,6 +85,7 @@ def run_stage(config: TrainConfig) -> Path | None:
         log.info("%s is finished: remove %s to train again", model_dir, config.out)
         return model_dir
     STAGES[config.stage].check(config, config.data, sources)
+    check_template(config, sources)
     unseen = None if config.evaluation.data is None else held_out_examples(config, tokenizer)
     mesh = make_mesh(**dataclasses.asdict(mesh_of(config, jax.device_count())))
     sizes, compute = sizes_of(config, tokenizer.vocab_size), compute_of(config, jax.default_backend())
@@ -120,6 +122,18 @@ def starting_model(config: TrainConfig, sizes: Config, compute: Compute, tokeniz
                 f"the model's tokenizer"
             )
     return model
+
+
+def check_template(config: TrainConfig, sources: Sequence[Sequences]) -> None:
+    """Raise ValueError unless the trained model will have the chat template that wrote the data, if one did."""
+    home = tokenizer_home(config)
+    for source in sources:
+        written = source.records.index["identity"].get("template")
+        if written is not None and Template(Tokenizer(home)).digest != written:
+            raise ValueError(
+                f"{home} has another chat template than wrote {source.records.path}: copy that one there, or prepare "
+                f"the data again with --tokenizer={home}"
+            )
 
 
 def note_settings(record: Path, resolved: dict) -> None:

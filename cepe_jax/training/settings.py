@@ -48,13 +48,13 @@ class TrainConfig:
     out: epath.Path  # gets checkpoints/, metrics.jsonl, config.json, and at the end model/
     steps: int  # optimiser steps of the whole run
     batch_size: int  # sequences of a step
-    decoder: str = ""  # a preset (lm) or a model directory; mlm: the encoder starts from its first layers
+    decoder: str = ""  # a preset or a model directory; mlm: the encoder starts from its first layers
     encoder: str = ""  # a preset, which starts at random, or a model directory
     cepe: str = ""  # a model directory, in place of decoder and encoder
     cross_layers: CrossLayers = CrossLayers()  # layers of the decoder that read the memory
     cross_init: CrossInit = "copy"  # start of cross-attention's output: self-attention's (copy), zero, or random
     chunk_positions: int = 0  # distinct positions of chunks, counted from the last one; 0 = chunks have none
-    train: tuple[str, ...] = ()  # parts: encoder, cross, decoder, decoder_lora, encoder_lora; []: those of the stage
+    train: tuple[str, ...] = ()  # parts: encoder, cross, decoder, head, decoder_lora, encoder_lora; []: the stage's own
     lora: LoraConfig | None = None  # the factors of decoder_lora and encoder_lora, where the model has none yet
     mix: dict[str, float] = field(default_factory=dict)  # weight of each dataset below `data`; {}: `data` is one
     workers: int = 0  # processes that load data; 0 = threads of this one

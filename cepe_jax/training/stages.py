@@ -158,6 +158,13 @@ def encoder_after_decoder(config: Settings, sizes: EncoderConfig, compute: Compu
     )
 
 
+def cepe_config(config: Settings, vocab_size: int | None) -> CepeConfig:
+    sizes = open_model(config.cepe).config
+    if type(sizes) is not CepeConfig:
+        raise ValueError(f"cepe {config.cepe} has a {type(sizes).__name__}: give the directory of a CEPE")
+    return sizes
+
+
 def cepe_model(config: Settings, sizes: CepeConfig, compute: Compute, master: tuple[str, ...]) -> Cepe:
     return load(config.cepe, compute, master)
 
@@ -208,7 +215,7 @@ OWN_PARTS = ("encoder", "cross"), ("decoder",)  # of a CEPE: those that train wh
 DECODER = Start(("decoder",), decoder_config, decoder_model, ("decoder",))
 ENCODER = Start(("encoder",), masked_config, encoder_model, ("encoder",))
 ENCODER_AFTER_DECODER = Start(("decoder", "encoder"), masked_like_decoder, encoder_after_decoder, ("encoder",))
-CEPE = Start(("cepe",), lambda config, vocab_size: open_model(config.cepe).config, cepe_model, *OWN_PARTS)
+CEPE = Start(("cepe",), cepe_config, cepe_model, *OWN_PARTS)
 SPLICED = Start(
     ("decoder", "encoder"), spliced_config, spliced_model, *OWN_PARTS, ("cross_layers", "cross_init", "chunk_positions")
 )

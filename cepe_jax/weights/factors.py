@@ -21,7 +21,8 @@ from cepe_jax.weights.torch_keys import BLOCK, Entry, entries_of, lora_rows
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PRODUCT_OF = {key.split(".")[1]: path.rpartition(".")[2] for path, (key, _, torchs) in BLOCK.items() if " " in torchs}
-BASE = "cepe_jax_base"  # in the metadata of written weights: the hash of the decoder that they belong to
+# In the metadata of written weights: the hash of the decoder that they belong to, and the type of its weights.
+BASE, BASE_DTYPE = "cepe_jax_base", "cepe_jax_base_dtype"
 # What PEFT's factors may be and ours are not: the settings of adapter_config.json that must be absent or empty.
 OTHERS = (
     "use_dora",
@@ -61,7 +62,14 @@ def is_peft(path: Path) -> bool:
 def base_of(path: Path) -> Path:
     """Return the directory of the base that a PEFT directory names; ValueError if there is none."""
     where = path / CONFIG
-    base = Path(typed(read_json(where), Written, str(where))["base_model_name_or_path"])
+    written = read_json(where)
+    if (kind := written.get("peft_type")) != "LORA":
+        raise ValueError(f"{where}: peft_type is {shortened(kind)}: LORA alone is read")
+    base = Path(typed(written, Written, str(where))["base_model_name_or_path"])
+    if is_peft(base):
+        raise ValueError(
+            f"{where}: base_model_name_or_path is {base}, which are factors: write a model's directory there"
+        )
     if not base.exists():
         raise ValueError(
             f"{where}: base_model_name_or_path is {base}, and no model is there: write its directory there"
@@ -75,9 +83,16 @@ class Peft:
     def __init__(self, path: Path, base: Source):
         where = str(path / CONFIG)
         written = read_json(path / CONFIG)
-        if (kind := written.get("peft_type")) != "LORA":
-            raise ValueError(f"{where}: peft_type is {shortened(kind)}: LORA alone is read")
         given = [f"{name} {shortened(written[name])}" for name in OTHERS if written.get(name)]
+        if (start := written.get("init_lora_weights", True)) not in (
+            True,
+            False,
+            None,
+            "gaussian",
+            "eva",
+            "orthogonal",
+        ):
+            given.append(f"init_lora_weights {shortened(start)}")  # which changes the base's weights
         if written.get("bias", "none") != "none":
             given.append(f"bias {shortened(written['bias'])}")
         if given:
@@ -114,8 +129,15 @@ class Peft:
                 )
         if (self.path / WEIGHTS).is_file() and isinstance(self.base, Directory):
             with safe_open(self.path / WEIGHTS, "np") as file:
-                wanted = (file.metadata() or {}).get(BASE)
-            if wanted not in (None, decoder_hash(self.base.hashes.tensors, "decoder.")):
+                file_metadata = file.metadata() or {}
+            wanted = file_metadata.get(BASE)
+            stored = {
+                described["dtype"]
+                for name, described in self.base.hashes.tensors.items()
+                if name.startswith("decoder.")
+            }
+            same = stored == {(file_metadata or {}).get(BASE_DTYPE)}  # of another type its hash says nothing
+            if same and wanted != decoder_hash(self.base.hashes.tensors, "decoder."):
                 raise ValueError(f"{self.path}: its factors belong to another decoder than {self.base.path}")
         return entries
 
@@ -148,7 +170,7 @@ def to_peft(model: Directory, base: str, target: Path | str) -> None:
     if getattr(decoder, "lora", None) is None:
         raise ValueError(f"{model.path} has no decoder_lora: train it, or export the model with to-hf")
     if "head.weight" in model.files.tensors:
-        raise ValueError(f"{model.path} has a head of its own beside its factors: export the model with to-hf")
+        raise ValueError(f"{model.path} has a head of its own beside its factors: merge them, or export it with to-hf")
     if getattr(getattr(model.config, "encoder", None), "lora", None):
         raise ValueError(f"{model.path} has encoder_lora, which PEFT has no place for: export the model with to-hf")
     module_of, tensors = {product: module for module, product in PRODUCT_OF.items()}, {}
@@ -167,7 +189,8 @@ def to_peft(model: Directory, base: str, target: Path | str) -> None:
         "bias": "none",
         "inference_mode": True,
     }
-    metadata = {"format": "pt", BASE: decoder_hash(model.hashes.tensors, "decoder.")}
+    stored = model.files.tensors["decoder.embed"].dtype.name
+    metadata = {"format": "pt", BASE: decoder_hash(model.hashes.tensors, "decoder."), BASE_DTYPE: stored}
     with new_directory(Path(target)) as partial:
         model.write_assets(partial)
         save_tensors(tensors, partial / WEIGHTS, metadata)

@@ -42,9 +42,9 @@ def open_ours(path: Path | str) -> Directory:
 def load(
     path: Path | str, compute: Compute = FLOAT32, master: tuple[str, ...] = (), config: Config | None = None
 ) -> Model:
-    """Return the `Llama`, `Cepe` or `Encoder` at `path`, its weights in the dtype of activations.
+    """Return the model at `path`, of one of the kinds in `kinds.py`, its weights in the dtype of activations.
 
-    `master` names parts (`decoder`, `encoder`, `cross`) whose weights are float32 instead, to be trained. `config` is
+    `master` names parts (such as `encoder` and `cross`) whose weights are float32 instead, to be trained. `config` is
     the architecture to build from these tensors, or from some of them, if it is not the one in the directory. Under a
     mesh (`jax.set_mesh`) arrays are born sharded; of our format each process reads only its slices, of the others whole
     tensors.
@@ -58,7 +58,7 @@ def save(model: Model, path: Path | str, assets: Path | str | None = None) -> No
 
     Of many processes, which all call this, the first writes.
     """
-    has_config = assets is not None and (Path(assets) / CONFIG).is_file()
+    has_config = assets is not None and (is_peft(Path(assets)) or (Path(assets) / CONFIG).is_file())
     facts = open_model(assets).facts if has_config else {}
     tensors = track(tensors_of(model), f"writing {path}", len(shapes(model.config)))
     if is_first():

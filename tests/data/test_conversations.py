@@ -126,7 +126,7 @@ def test_mixtures_and_names(home):
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ({"messages": [{"role": "user", "content": "x"}]}, "chats.jsonl:0: .*no assistant's turn"),
+        ({"messages": [{"role": "user", "content": "x"}]}, "chats.jsonl, at byte 0: .*no assistant's turn"),
         ({"messages": [{"role": "user"}]}, r"chats.jsonl:1: .*content - at \$.messages"),
         ({"messages": asked(1), "documents": "x"}, r"chats.jsonl:1: .*documents"),
         ({"messages": asked(1), "documents": [], "contexts": []}, "chats.jsonl:1: documents and contexts"),

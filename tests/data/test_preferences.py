@@ -123,6 +123,7 @@ def test_an_example_has_both_texts(home):
         ({"prompt": "a", "messages": [], "chosen": "b", "rejected": "c"}, "one of prompt and messages"),
         ({key: value for key, value in ROW.items() if key != "criteria_y"}, "no criteria_y: give both"),
         (ROW | {"response_b": "Apple."}, "the two answers are equal"),
+        ({"messages": [], "chosen": "b", "rejected": "c"}, "messages is empty"),
         ([], "expected object"),
     ],
 )

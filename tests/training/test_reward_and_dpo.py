@@ -3,11 +3,13 @@
 import dataclasses
 import json
 import math
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.datasets import make_data
 from support.models import CROSS_LAYERS, DECODER, ENCODER, bits, filled
 from support.tokenizers import CHATML, CHATML_TOKENS, byte_level
 
@@ -213,6 +215,22 @@ def test_what_cannot_be_a_reference(home, tmp_path):
         run_stage(dataclasses.replace(whole, decoder=str(tmp_path / "tuned"), train=("decoder_lora",)))
     with pytest.raises(ValueError, match="cepe has a CepeConfig: give a DecoderConfig"):
         run_stage(config_of("reward", home, tmp_path / "no", "prompt", decoder=str(home / "cepe")))
+    refer(ReferenceConfig(model=home / "decoder", data=home / "data/prompt", out=home / "data/short", window=110))
+    with pytest.raises(ValueError, match="short: its reference read texts of 110 tokens at most"):
+        run_stage(config_of("dpo", home, tmp_path / "no", "short", decoder=str(home / "decoder")))
+    sequences = make_data(tmp_path / "sequences", 400) / "packed"
+    with pytest.raises(ValueError, match="packed holds packed: prepare pairs"):
+        run_stage(dataclasses.replace(whole, data=sequences))
+    config = ContextRewardConfig(**vars(load(home / "cepe").config))
+    save(filled(lambda: Reward.create(config, key=jax.random.key(0)), 1), tmp_path / "scores", assets=home)
+    scores = config_of("dpo", home, tmp_path / "no", "encoder", cepe=str(tmp_path / "scores"), train=("decoder_lora",))
+    with pytest.raises(ValueError, match="scores has a ContextRewardConfig: give the directory of a CEPE"):
+        run_stage(scores)
+    (tmp_path / "other").mkdir()
+    shutil.copytree(home / "decoder", tmp_path / "other/decoder")
+    (tmp_path / "other/decoder/chat_template.jinja").write_text("{{ messages[-1]['content'] }}")
+    with pytest.raises(ValueError, match="other/decoder has another chat template than wrote .*data/prompt"):
+        run_stage(dataclasses.replace(whole, decoder=str(tmp_path / "other/decoder"), train=("decoder_lora",)))
     with pytest.raises(ValueError, match="beta is 0"):
         config_of("dpo", home, tmp_path / "no", "prompt", decoder=str(home / "decoder"), beta=0.0)
     with pytest.raises(ValueError, match="beta is not read in stage reward"):

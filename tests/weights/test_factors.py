@@ -92,6 +92,7 @@ def test_peft_gives_the_same_logits(tuned, tmp_path, product):
         ({"base_model_name_or_path": "nowhere"}, "base_model_name_or_path is nowhere"),
         ({"r": 4}, r"is \[3, .*\[4, .*another base"),
         ({"r": "x"}, "adapter_config.json: r"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa'"),
     ],
 )
 def test_factors_that_are_not_ours(adapter, changes, said):
