@@ -69,19 +69,23 @@ def test_mapped_chunks_are_read_as_rows():
     np.testing.assert_array_equal(mapped, folded.reshape(mapped.shape))
 
 
-@pytest.mark.parametrize("stage", ["lm", "mlm", "warmup", "cepe", "ceped"])
+@pytest.mark.parametrize("stage", ["lm", "mlm", "warmup", "cepe", "ceped", "sft", "reward", "dpo"])
 @pytest.mark.parametrize(("num_chunks", "chunk_length"), [(4, 64), (3, 37)])
 def test_cudnn_in_bfloat16_errs_no_more_than_xla_in_bfloat16(stage, num_chunks, chunk_length):
     """A stage's loss and the gradient of all that it trains, as distances from those of fp32."""
-    starts = {"lm": ["decoder"], "mlm": ["encoder"]}.get(stage, ["decoder", "encoder"])
+    starts = {"mlm": ["encoder"]} | dict.fromkeys(("lm", "sft", "reward", "dpo"), ["decoder"])
+    starts = starts.get(stage, ["decoder", "encoder"])
     settings = {"stage": stage, "batch_size": 2, "steps": 2, "distill": DistillConfig() if stage == "ceped" else None}
     settings |= {"examples": ExampleConfig(num_chunks * chunk_length, num_chunks, chunk_length)}
+    settings |= {"train": ("decoder_lora",)} if stage == "dpo" else {}
     config = TrainConfig(data="none", out="none", **settings | dict.fromkeys(starts, "tiny"))
     rng, objective = np.random.default_rng(0), STAGES[config.stage].objective(config)
     batch = {
         name: np.ones((2, *x.shape), bool) if x.dtype == bool else rng.integers(0, 2048, (2, *x.shape), np.int32)
         for name, x in blank(recipe_of(config)).items()
     }
+    if "segments" in batch:  # three texts in each row
+        batch["segments"] = np.sort(rng.integers(1, 4, batch["segments"].shape), axis=1).astype(np.int32)
     model, abstract = kind_of(sizes_of(config)).model, abstract_parts(sizes_of(config))
     values = jax.tree.map(
         lambda x: jnp.asarray(0.05 * rng.standard_normal(x.shape), x.dtype), jax.tree.leaves(abstract)
