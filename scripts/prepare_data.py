@@ -6,11 +6,13 @@ documents: Tokenise documents and divide them into training, test and retrieval.
 
 conversations: Tokenise conversations as a chat template writes them, to train stage sft.
     python scripts/prepare_data.py conversations --input=chats --out=data/chats --tokenizer=llama-3-8b
-    python scripts/prepare_data.py conversations --input=chats --out=data/chats --tokenizer=cepe-chat --bad_share=0.01
+    python scripts/prepare_data.py conversations --input=chats --out=data/chats --tokenizer=cepe-chat \\
+        --bad_share=0.01
 
 preferences: Tokenise pairs of answers, to train stages reward and dpo.
-    python scripts/prepare_data.py preferences --input=pairs --out=data/pairs --tokenizer=llama-3-8b
-    python scripts/prepare_data.py preferences --input=rpr --out=data/pairs --tokenizer=cepe-chat --context=encoder
+    python scripts/prepare_data.py preferences --input=pairs --out=data/preferences --tokenizer=llama-3-8b
+    python scripts/prepare_data.py preferences --input=rpr --out=data/preferences --tokenizer=cepe-chat \\
+        --context=encoder
 
 plant: Write pairs of which the context alone says which answer is better, to try a reward model on.
     python scripts/prepare_data.py plant --out=planted
@@ -22,8 +24,10 @@ sample: Sample sequences for training from tokenised documents.
     python scripts/prepare_data.py sample --data=data/documents --out=data/packed --kind=packed --length=8192
 
 retrieve: Retrieve passages for each sequence, none of them from its own documents.
-    python scripts/prepare_data.py retrieve --data=data/windows --passages=data/documents --out=data/retrieved --k=16
-    python scripts/prepare_data.py retrieve --data=data/windows --passages=data/documents --out=data/retrieved --k=16 \\
+    python scripts/prepare_data.py retrieve --data=data/windows --passages=data/documents --out=data/retrieved \\
+        --k=16
+    python scripts/prepare_data.py retrieve --data=data/windows --passages=data/documents --out=data/retrieved \\
+        --k=16 \\
         --passage_length=128 --shard=0/4
 
 teacher: Store the next tokens that a decoder expects after each token, for training by distillation.
@@ -32,8 +36,10 @@ teacher: Store the next tokens that a decoder expects after each token, for trai
     python scripts/prepare_data.py teacher --data=data/windows --model=llama-2-7b-chat --out=data/taught --top_k=100
 
 reference: Store the log-probabilities of both answers of pairs, for stage dpo.
-    python scripts/prepare_data.py reference --data=data/pairs --model=llama-3-8b --out=data/reference --dtype=bfloat16
-    python scripts/prepare_data.py reference --data=data/pairs --model=cepe-chat --out=data/reference --num_chunks=4
+    python scripts/prepare_data.py reference --data=data/preferences --model=llama-3-8b --out=data/reference \\
+        --dtype=bfloat16
+    python scripts/prepare_data.py reference --data=data/preferences --model=cepe-chat --out=data/reference \\
+        --num_chunks=4
 """
 
 from cepe_jax.commands import run_script

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cepe_jax.config import CepeConfig, Compute, DecoderConfig, Dtype
+from cepe_jax.config import CepeConfig, Compute, DecoderConfig, Dtype, EncoderConfig
 from cepe_jax.data.tokenizer import Tokenizer
 from cepe_jax.inference.caches import FULL, Policy
 from cepe_jax.inference.chat import MAX_NEW_TOKENS, Chat, ChatSetup, chat_setup
@@ -255,7 +255,8 @@ def read_facts(
     source = open_model(path)
     config = source.config
     if type(config) not in (CepeConfig, DecoderConfig):
-        raise ValueError(f"{path} has a {type(config).__name__}, which writes no text: give a CEPE model or a decoder")
+        kind = "an encoder" if isinstance(config, EncoderConfig) else "a reward model"
+        raise ValueError(f"{path} is {kind}, which writes no text: give a CEPE model or a decoder")
     read = tokenizer if isinstance(tokenizer, Tokenizer) else Tokenizer(path if tokenizer is None else tokenizer)
     read.check_is_of(path)
     cepe = isinstance(config, CepeConfig)

@@ -15,6 +15,7 @@ from cepe_jax.training.settings import (
     TrainConfig,
     compute_of,
     mesh_of,
+    recipe_of,
     tokens_of_step,
 )
 from cepe_jax.training.stages import STAGES
@@ -42,7 +43,7 @@ def forecast(config: TrainConfig, sizes: Config, sources: Sequence[Sequences]) -
         steps=config.steps,
         batch_size=config.batch_size,
         tokens=tokens,
-        counted="windows" if tokens % (config.batch_size * config.examples.window) == 0 else "contexts and windows",
+        counted="windows" if recipe_of(config).size(None) == config.examples.window else "contexts and windows",
         flops=config.batch_size * STAGES[config.stage].flops(config, sizes, sources).train,
         devices=mesh.size,
         chips={kind: chip} if (chip := chip_of(kind)) else CHIPS,

@@ -51,10 +51,10 @@ def to_hf(source: Path | str, target: Path | str) -> None:
     Low-rank factors are added to its weights.
     """
     model = Merged(open_ours(source))
-    entries = table(model.config)
-    embedding = next(name for name in entries if name.endswith(".embed"))  # the decoder's if it has one
+    embedding = next(name for name in shapes(model.config) if name.endswith(".embed"))  # the decoder's if it has one
     stored = model.read(embedding, (slice(1),)).dtype.name
     config = to_hf_config(model.config, model.facts, stored)
+    entries = table(model.config)
 
     def tensors():
         for entry in track(list(entries.values()), f"converting {source}"):

@@ -183,7 +183,7 @@ def test_models_that_score_nothing(home, tmp_path):
         cepe_jax.load_reward(tmp_path / "decoder")
     with pytest.raises(ValueError, match="plain has no encoder: give route prompt"):
         cepe_jax.load_reward(home / "plain", route="encoder")
-    with pytest.raises(ValueError, match="reads has a ContextRewardConfig, which writes no text"):
+    with pytest.raises(ValueError, match="reads is a reward model, which writes no text"):
         cepe_jax.load(home / "reads")
     with pytest.raises(ValueError, match="the last message, .*, is no answer"):
         cepe_jax.load_reward(home / "plain").scores([talk(" ")])

@@ -167,7 +167,8 @@ def test_algebra(cepe, identity, cache):
         assert len(made) == len(fresh) == len(order)
         assert [passage.digest for passage in made.passages] == [passage.digest for passage in fresh.passages]
         ours, wanted = stacked([made]), stacked([fresh])
-        assert relative_error(ours.states_BME, wanted.states_BME) < 1e-6
+        # Encoded in other batches, whose sums some CPUs take in another order: 1.06e-6 on one of them.
+        assert relative_error(ours.states_BME, wanted.states_BME) < 1e-5
         np.testing.assert_array_equal(ours.valid_BM, wanted.valid_BM)
     for ours, wanted in zip(*(jax.tree.leaves(stacked([made])) for made in (both, cache)), strict=True):
         np.testing.assert_array_equal(ours, wanted)
