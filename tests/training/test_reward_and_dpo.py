@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -21,12 +22,14 @@ from cepe_jax.model.llama import Llama
 from cepe_jax.model.lora import without_factors
 from cepe_jax.model.parts import split
 from cepe_jax.model.reward import Reward
+from cepe_jax.settings import decode, read_yaml
 from cepe_jax.training.objectives import BradleyTerry, Dpo, log_probabilities
 from cepe_jax.training.reference import ReferenceConfig, refer
 from cepe_jax.training.run import dry_run, run_stage
 from cepe_jax.training.settings import TrainConfig
 from cepe_jax.weights.source import load, save
 
+CONFIGS = Path(__file__).parents[2] / "configs"
 VOCABULARY = 334
 EXAMPLES = ExampleConfig(window=128, num_chunks=2, chunk_length=8)
 LORA = LoraConfig(2, 4.0)
@@ -190,6 +193,28 @@ def test_a_reward_model_trains_and_goes_on(home, tmp_path, data, start):
     assert bits(second.parts["head"]) != bits(first.parts["head"])
     said = "\n".join(dry_run(config_of("reward", home, tmp_path / "dry", data, **start, dry_run=True)))
     assert "parameters train" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "start"),
+    [("reward", "prompt", "decoder"), ("cepe_reward", "encoder", "cepe"), ("dpo", "prompt", "decoder")],
+)
+def test_published_configs_run_with_tiny_sizes(home, tmp_path, name, data, start):
+    values = read_yaml(CONFIGS / f"tune_{name}.yaml")
+    tiny = {
+        "steps": 2,
+        "batch_size": 4,
+        "dtype": "float32",
+        "data": str(home / "data" / data),
+        "out": str(tmp_path / "out"),
+    }
+    examples = {"window": EXAMPLES.window, "num_chunks": EXAMPLES.num_chunks, "chunk_length": EXAMPLES.chunk_length}
+    trained = load(
+        run_stage(decode(TrainConfig, values | tiny | {"examples": examples, start: str(home / start)}))
+    ).parts
+    for part in values["train"]:
+        assert all(leaf.any() for leaf in jax.tree.leaves(trained[part]))
+    assert bits(trained["decoder"])[0] == bits(load(home / start).parts["decoder"])[0]
 
 
 def test_dpo_with_the_reference_in_the_step_and_prepared(home, tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -14,6 +15,7 @@ from cepe_jax.config import CepeConfig, LoraConfig
 from cepe_jax.data.conversations import ConversationConfig, prepare_conversations
 from cepe_jax.data.examples import ExampleConfig
 from cepe_jax.model.cepe import Cepe
+from cepe_jax.settings import decode, read_yaml
 from cepe_jax.training.heldout import EvalConfig
 from cepe_jax.training.run import dry_run, run_stage
 from cepe_jax.training.settings import TrainConfig
@@ -66,6 +68,16 @@ def test_a_decoder_learns_answers_by_factors_alone(home, tmp_path):
     assert any("eval" in name for line in lines for name in line)
     model = cepe_jax.load(tmp_path / "out/model", window=64)
     assert isinstance("".join(model.chat().say("au", max_new_tokens=3)), str)
+
+
+def test_the_published_config_runs_with_tiny_sizes(home, tmp_path):
+    values = read_yaml(Path(__file__).parents[2] / "configs/tune_sft.yaml")
+    tiny = {"steps": 2, "batch_size": 4, "dtype": "float32", "loss_chunk": 5, "examples": {"window": 64}}
+    tiny |= {"data": str(home / "data/plain"), "out": str(tmp_path / "out"), "decoder": str(home / "decoder")}
+    trained = load(run_stage(decode(TrainConfig, values | tiny))).parts
+    assert trained["decoder_lora"].config == LoraConfig(rank=16, alpha=32.0)
+    assert all(leaf.any() for leaf in jax.tree.leaves(trained["decoder_lora"]))
+    assert bits(trained["decoder"]) == bits(load(home / "decoder"))
 
 
 def test_a_cepe_reads_the_documents(home, tmp_path):
