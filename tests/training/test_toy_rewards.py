@@ -100,4 +100,6 @@ def test_without_negations_in_training_a_negated_criterion_is_mostly_read_as_the
     found = learnt("encoder", 0, tmp_path, negations=0.0)
     print("no negations", found)
     assert found["held_out"]["its context"] > 0.95
-    assert found["negated"]["its context"] < 0.4  # the words of a negation are new to it, and disturb
+    pairs = 600
+    error = (0.25 / pairs) ** 0.5  # of a share that is by chance a half; the words of a negation are new, and disturb
+    assert found["negated"]["its context"] < 0.5 - 5 * error
