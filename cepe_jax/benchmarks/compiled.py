@@ -48,10 +48,7 @@ class ShapesConfig(TrainConfig):
     def __post_init__(self):
         paper = {"decoder": "llama2_7b", "encoder": "mlm_large"}
         both = () if self.cepe else ("decoder", "encoder")
-        needed = {
-            "lm": ("decoder",),
-            "mlm": ("encoder",),
-        } | dict.fromkeys(("sft", "reward", "dpo"), ("decoder",))
+        needed = {"mlm": ("encoder",)} | dict.fromkeys(("lm", "sft", "reward", "dpo"), ("decoder",))
         for name in both and needed.get(self.stage, both):
             object.__setattr__(self, name, getattr(self, name) or paper[name])
         super().__post_init__()

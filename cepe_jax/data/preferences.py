@@ -24,7 +24,6 @@ log = logging.getLogger(__name__)
 SPLITS = "train", "test"
 Route = Literal["prompt", "encoder", "none"]
 IN_PROMPT = "{prompt}\n\nThe answer is judged by this: {context}"
-
 NEGATED = "the opposite of this: {context}"  # a context under which the worse answer is the better one
 
 
@@ -171,12 +170,11 @@ class PreferenceUnit:
 def encoded(pair: Pair, route: Route, template: Template) -> dict[str, list[int]]:
     """Return the arrays of a pair's record; ValueError if the template refuses one of its texts."""
     messages, documents = texts_of(pair, route)
-    record = {}
+    record, asks_again = {}, any(message["role"] == "assistant" for message in messages)
     for answer in ("chosen", "rejected"):
         said = [*messages, {"role": "assistant", "content": pair[answer]}]
-        before = [message for message in messages if message["role"] == "assistant"]
         ids, targets = template.with_targets(said)
-        record[answer], record[f"{answer}_targets"] = ids, last_run(targets) if before else targets
+        record[answer], record[f"{answer}_targets"] = ids, last_run(targets) if asks_again else targets
     tokens = [template.tokenizer.encode(document) for document in documents]
     record["documents"] = [token for document in tokens for token in document]
     record["document_lengths"] = [len(document) for document in tokens]

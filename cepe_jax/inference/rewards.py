@@ -1,5 +1,6 @@
 """Scores of answers by a reward model, under a context in the prompt or read by the encoder."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,12 +50,10 @@ class RewardModel:
         known: dict[str, list[int]] = {}
         rows = [self._row(*both, known) for both in zip(conversations, contexts, strict=True)]
         lengths = [max(power_of_two(len(ids)), SHORTEST) if len(ids) <= 512 else bucket(len(ids)) for ids, _ in rows]
-        order = sorted(range(len(rows)), key=lambda n: (lengths[n], n))
-        batches = [
-            [n for n in order if lengths[n] == length][at : at + batch_size]
-            for length in sorted(set(lengths))
-            for at in range(0, lengths.count(length), batch_size)
-        ]
+        batches = []
+        for _, group in itertools.groupby(sorted(range(len(rows)), key=lengths.__getitem__), key=lengths.__getitem__):
+            alike = list(group)
+            batches += [alike[at : at + batch_size] for at in range(0, len(alike), batch_size)]
         found = np.zeros(len(rows), np.float32)
         for batch in track(batches, "score, batches", len(batches)) if len(batches) > 8 else batches:
             filled = batch + batch[-1:] * (batch_size - len(batch))

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from support.tokenizers import CHATML, CHATML_TOKENS, byte_level
+from support.tokenizers import write_chatml
 
 from cepe_jax.data.conversations import ConversationConfig, Packs, packs, prepare_conversations
 from cepe_jax.data.examples import IGNORE, ExampleConfig, chunks_of
@@ -33,9 +33,7 @@ def home(tmp_path_factory):
     """A directory with a tokenizer and a chat template, and lines of conversations; some are bad."""
     home = tmp_path_factory.mktemp("chats")
     (home / "model").mkdir()
-    byte_level(home / "model/tokenizer.json", ("<s>", "</s>", *CHATML_TOKENS), 330)
-    settings = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": CHATML}
-    (home / "model/tokenizer_config.json").write_text(json.dumps(settings))
+    write_chatml(home / "model")
     (home / "raw").mkdir()
     lines = [{"messages": asked(number)} for number in range(40)]
     (home / "raw/chats.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from support.tokenizers import CHATML, CHATML_TOKENS, byte_level
+from support.tokenizers import write_chatml
 
 from cepe_jax.data.examples import IGNORE, ExampleConfig
 from cepe_jax.data.loader import open_mix
@@ -31,9 +31,7 @@ def home(tmp_path_factory):
     """A tokenizer with a chat template, RPR's rows, and lines of our own layout."""
     home = tmp_path_factory.mktemp("pairs")
     (home / "model").mkdir()
-    byte_level(home / "model/tokenizer.json", ("<s>", "</s>", *CHATML_TOKENS), 330)
-    settings = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": CHATML}
-    (home / "model/tokenizer_config.json").write_text(json.dumps(settings))
+    write_chatml(home / "model")
     (home / "rpr").mkdir()
     rows = [ROW | {"prompt": f"Name fruit {n}.", "id": n} for n in range(12)]
     (home / "rpr/rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

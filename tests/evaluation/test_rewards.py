@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 from support.models import CROSS_LAYERS, DECODER, ENCODER, filled
-from support.tokenizers import CHATML, CHATML_TOKENS, byte_level
+from support.tokenizers import write_chatml
 
 import cepe_jax
 from cepe_jax.config import ContextRewardConfig, RewardConfig
@@ -143,9 +143,7 @@ def test_ties_count_half():
 def home(tmp_path_factory):
     """Reward models with random weights and a chat template: of a decoder, and of a CEPE."""
     home = tmp_path_factory.mktemp("models")
-    byte_level(home / "tokenizer.json", ("<s>", "</s>", *CHATML_TOKENS), 330)
-    settings = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": CHATML}
-    (home / "tokenizer_config.json").write_text(json.dumps(settings))
+    write_chatml(home)
     decoder = dataclasses.replace(DECODER, vocab_size=334)
     encoder = dataclasses.replace(ENCODER, vocab_size=335, mlm_head=False)
     for name, config in (

@@ -1,5 +1,6 @@
 """Tokenizers trained in a test, chat templates as models bring them, and contexts in chunks."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -87,6 +88,13 @@ def byte_level(path: Path, special: Sequence[str] = ("<s>", "</s>"), vocab_size:
     )
     tokenizer.save(str(path))
     return path
+
+
+def write_chatml(home: Path) -> None:
+    """Write a tokenizer of 334 ids or fewer and a chat template into a directory."""
+    byte_level(home / "tokenizer.json", ("<s>", "</s>", *CHATML_TOKENS), 330)
+    settings = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": CHATML}
+    (home / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
 def as_llama_2(path: Path, vocab_size: int = 330, **options) -> Path:

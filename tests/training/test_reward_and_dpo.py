@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from support.datasets import make_data
 from support.models import CROSS_LAYERS, DECODER, ENCODER, bits, filled
-from support.tokenizers import CHATML, CHATML_TOKENS, byte_level
+from support.tokenizers import write_chatml
 
 from cepe_jax.config import CepeConfig, ContextRewardConfig, LoraConfig, RewardConfig, with_lora
 from cepe_jax.data.examples import IGNORE, ExampleConfig
@@ -152,9 +152,7 @@ def test_gradients_are_torchs(batch):
 def home(tmp_path_factory):
     """Pairs whose better answer is the context's; a decoder and a CEPE that have a chat template."""
     home = tmp_path_factory.mktemp("preferences")
-    byte_level(home / "tokenizer.json", ("<s>", "</s>", *CHATML_TOKENS), 330)
-    settings = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": CHATML}
-    (home / "tokenizer_config.json").write_text(json.dumps(settings))
+    write_chatml(home)
     encoder = dataclasses.replace(ENCODER, vocab_size=VOCABULARY + 1, mlm_head=False)
     config = CepeConfig(dataclasses.replace(DECODER, vocab_size=VOCABULARY), encoder, CROSS_LAYERS)
     cepe = filled(lambda: Cepe.create(config, key=jax.random.key(0)), seed=3)

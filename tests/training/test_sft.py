@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 from support.models import CROSS_LAYERS, DECODER, ENCODER, bits, filled
-from support.tokenizers import CHATML, CHATML_TOKENS, byte_level
+from support.tokenizers import write_chatml
 
 import cepe_jax
 from cepe_jax.config import CepeConfig, LoraConfig
@@ -29,9 +29,7 @@ EXAMPLES = ExampleConfig(window=64, num_chunks=2, chunk_length=8)
 def home(tmp_path_factory):
     """Conversations whose answers repeat the question; a decoder and a CEPE that have a chat template."""
     home = tmp_path_factory.mktemp("sft")
-    byte_level(home / "tokenizer.json", ("<s>", "</s>", *CHATML_TOKENS), 330)
-    settings = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": CHATML}
-    (home / "tokenizer_config.json").write_text(json.dumps(settings))
+    write_chatml(home)
     sizes = {"vocab_size": VOCABULARY}
     encoder = dataclasses.replace(ENCODER, vocab_size=VOCABULARY + 1, mlm_head=False)
     config = CepeConfig(dataclasses.replace(DECODER, **sizes), encoder, CROSS_LAYERS)
