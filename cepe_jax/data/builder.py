@@ -8,8 +8,11 @@ such metadata is not read.
 import hashlib
 import logging
 import shutil
+from array import array as Numbers
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -74,32 +77,35 @@ class ShardWriter:
         self._serializer = ExampleSerializer(self.features.get_serialized_info())
         self._staged = staged_path(path)
         self._writer = ArrayRecordWriter(str(self._staged), "group_size:1")  # any record is read by itself
-        self._counts: dict[str, list[tuple[int, Sequence[int]]]] = {}
-        self._lengths: list[tuple[str, int]] = []
+        self._counts: dict[str, _Counts] = {}
+        self._table = Numbers("q")  # two for each record: its domain's place among the `_counts`, and its length
 
     def write(self, record: dict, domain: str, length: int, pieces: Sequence[int] = ()) -> None:
         """Counts `length` tokens of the domain, and in its histogram `pieces`, the lengths of a record of several."""
         example = self._serializer.get_tf_example(self.features.encode_example(record))
         with _writing():
             self._writer.write(example.SerializeToString(deterministic=True))  # else each process has another order
-        self._counts.setdefault(domain, []).append((length, pieces or (length,)))
-        self._lengths.append((domain, length))
+        counts = self._counts.setdefault(domain, _Counts(len(self._counts)))
+        counts.records += 1
+        counts.tokens += length
+        counts.bins.update(piece.bit_length() for piece in pieces or (length,))
+        self._table.extend((counts.place, length))
 
     def close(self) -> dict:
         with _writing():
             self._writer.close()
         digest = _sha256(self._staged)
-        domains = sorted(self._counts)
-        numbers = {domain: number for number, domain in enumerate(domains)}
-        table = np.array([(numbers[domain], length) for domain, length in self._lengths], np.int64).reshape(-1, 2)
+        domains, table = sorted(self._counts), np.array(self._table, np.int64).reshape(-1, 2)
+        places = [self._counts[domain].place for domain in domains]
+        table[:, 0] = np.argsort(places)[table[:, 0]]  # in the shard's facts domains are in order
         lengths = lengths_path(self.path)
         with staged(lengths) as place, open(place, "wb") as file:
             np.save(file, table)
         facts = {
-            "records": len(self._lengths),
+            "records": len(table),
             "bytes": self._staged.stat().st_size,
             "sha256": digest,
-            "domains": {domain: _counts(self._counts[domain]) for domain in domains},
+            "domains": {domain: self._counts[domain].facts for domain in domains},
         }
         self._staged.rename(self.path)
         return facts
@@ -110,10 +116,20 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _counts(records: list[tuple[int, Sequence[int]]]) -> dict:
-    """Exact counts, and the histogram: `histogram[b]` pieces have 2^(b-1) to 2^b - 1 tokens."""
-    bins = np.bincount([piece.bit_length() for _, pieces in records for piece in pieces])
-    return {"records": len(records), "tokens": sum(length for length, _ in records), "histogram": bins.tolist()}
+@dataclass
+class _Counts:
+    """Exact counts of a domain's records."""
+
+    place: int  # of the domain among those of the shard, in order of their first records
+    records: int = 0
+    tokens: int = 0
+    bins: Counter[int] = field(default_factory=Counter)
+
+    @property
+    def facts(self) -> dict:
+        """The counts as the index has them: `histogram[b]` pieces have 2^(b-1) to 2^b - 1 tokens."""
+        histogram = [self.bins[b] for b in range(max(self.bins) + 1)]
+        return {"records": self.records, "tokens": self.tokens, "histogram": histogram}
 
 
 def add_counts(all_counts) -> dict:

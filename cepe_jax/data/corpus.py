@@ -81,7 +81,9 @@ def split_of(key: str, config: RawConfig) -> str:
 
     The key is the name of a file that is one document, and the text of a line: copies of it share a split.
     """
-    draw = int.from_bytes(hashlib.sha256(f"{config.seed}:{key}".encode()).digest()[:8], "big") / 2**64
+    digest = hashlib.sha256(f"{config.seed}:".encode())
+    digest.update(key.encode())
+    draw = int.from_bytes(digest.digest()[:8], "big") / 2**64
     if draw < config.test_fraction:
         return "test"
     return "retrieval" if draw >= 1 - config.retrieval_fraction else "train"
@@ -230,7 +232,7 @@ class TokeniseUnit:
         for extent in unit:
             seen = 0.0
             for split, name, domain, content in documents_of(self.config, [extent], counts):
-                ids = np.asarray(tokenizer.encode(content, bos=True, eos=True), dtype)
+                ids = np.concatenate([np.asarray(part, dtype) for part in tokenizer.parts(content, bos=True, eos=True)])
                 shards[split].write({"tokens": ids, "name": name, "domain": domain}, domain, len(ids))
                 # How far into a compressed file a document is cannot be told from outside: by its text, at most all.
                 more = min(len(content), extent.size - seen)

@@ -7,7 +7,7 @@ result is a dataset whose record i belongs to record i of the sequences.
 import functools
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypedDict
@@ -26,6 +26,7 @@ from cepe_jax.parsing import Seed, read_json
 from cepe_jax.progress import track
 
 INDEX = "index"
+BINS = 1 << 16  # of the draws by which documents are chosen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,13 +98,31 @@ class Passages:
 
 
 def choose(corpus: Corpus, tokens: int, seed: int) -> np.ndarray:
-    """The numbers, ascending, of documents drawn at random until they have this many tokens; all, if they have less."""
-    lengths = np.zeros(len(corpus), np.int64)
-    for shard in range(len(corpus.records.facts["shards"])):
-        for numbers, of_domain in corpus.records.lengths(shard).values():
-            lengths[numbers] = of_domain
-    order = np.random.default_rng(seed).permutation(len(corpus))
-    return np.sort(order[: np.searchsorted(np.cumsum(lengths[order]), tokens) + 1])
+    """Return the numbers, ascending, of documents drawn at random until they have this many tokens, or of all.
+
+    Each document draws a number, and those with the lowest are chosen. The lengths are read twice, a shard at a time:
+    the first time for the tokens in each bin of draws, the second for the draws in the bin where the last one is.
+    """
+
+    def shards() -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Yield the numbers, lengths and draws of each shard's documents."""
+        for shard in range(len(corpus.records.facts["shards"])):
+            table = list(corpus.records.lengths(shard).values()) or [(np.zeros(0, int), np.zeros(0, int))]
+            numbers, lengths = (np.concatenate(columns) for columns in zip(*table, strict=True))
+            order = np.argsort(numbers)
+            yield numbers[order], lengths[order], np.random.default_rng((seed, shard)).random(len(order))
+
+    tokens_in = sum(np.bincount((draws * BINS).astype(int), lengths, BINS) for _, lengths, draws in shards())
+    last = int(np.searchsorted(np.cumsum(tokens_in), tokens))
+    chosen, parts = [], []
+    for numbers, lengths, draws in shards():
+        bins = (draws * BINS).astype(int)
+        chosen.append(numbers[bins < last])
+        parts.append((numbers[bins == last], lengths[bins == last], draws[bins == last]))
+    numbers, lengths, draws = (np.concatenate(columns) for columns in zip(*parts, strict=True))
+    order = np.argsort(draws)
+    enough = np.searchsorted(np.cumsum(lengths[order]), tokens - tokens_in[:last].sum()) + 1
+    return np.sort(np.concatenate([*chosen, numbers[order[:enough]]]))
 
 
 def build_index(config: RetrieveConfig, corpus: Corpus, encode: Encoder | None) -> None:

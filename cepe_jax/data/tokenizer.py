@@ -15,7 +15,7 @@ messages, which users wrote and which may hold such names, too. So that these st
 
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from cepe_jax.data.tokenizer_files import NAMES, PADDING, Placed, first_characters
@@ -59,8 +59,14 @@ class Tokenizer:
         return self.vocab_size
 
     def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
+        return [i for part in self.parts(text, bos, eos) for i in part]
+
+    def parts(self, text: str, bos: bool = False, eos: bool = False) -> Iterator[list[int]]:
+        """Yield the ids that `encode` returns in parts: lists of all ids of a long text would take gigabytes."""
         _check_unicode(text)
-        return [self.bos_id] * bos + self._impl.encode(text) + [self.eos_id] * eos
+        yield [self.bos_id] * bos
+        yield from self._impl.parts(text)
+        yield [self.eos_id] * eos
 
     def encode_special(self, text: str, escape: str = "", continues: bool = False) -> list[int]:
         """The ids of a text in which special tokens, written out, are those tokens: what a chat template gives.

@@ -1,6 +1,8 @@
 """`tokenizer.json`, read by Hugging Face's library, with the tokens that the files beside it add."""
 
 import itertools
+import re
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,9 @@ from cepe_jax.data.tokenizer_files import Id, Placed, added_beside, ends_of, mar
 from cepe_jax.parsing import check_is_file, in_words
 
 BYTE = "<0x{:02X}>"  # how a piece that is a byte is called
+PART = 1 << 16  # characters that are encoded as one string where a cut changes nothing
+AROUND = 64  # characters on each side of a cut that are compared: longer than words that a vocabulary knows
+LINE_END = re.compile(r"(?<=[^\W\d_])\n")  # after a letter no pattern of words goes on with a newline
 OPTIONS = "lstrip", "rstrip", "single_word", "normalized"  # how the library finds an added token
 
 
@@ -112,8 +117,38 @@ class JsonTokenizer:
         options = OPTIONS[:3] if token is not None else ()
         return tokenizers.AddedToken(name, normalized=False, **{option: getattr(token, option) for option in options})
 
-    def encode(self, text: str) -> list[int]:
+    def parts(self, text: str) -> Iterator[list[int]]:
+        """Yield the ids of a text, of a long one in parts: the library takes 160 bytes for each character."""
+        start, prefix = 0, 0
+        while self._newline is not None and (cut := self._cut(text, start + PART)):
+            yield self._encode(text[start:cut])[prefix:]
+            start, prefix = cut, self._newline
+        yield self._encode(text[start:])[prefix:]
+
+    def _encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def _cut(self, text: str, start: int) -> int:
+        """Return the first place from `start` on, 0 if there is none, where a cut changes no id around it."""
+        for newline in LINE_END.finditer(text, start):
+            cut = newline.start()
+            left, right = text[cut - AROUND : cut], text[cut : cut + AROUND]
+            if self._encode(left) + self._encode(right)[self._newline :] == self._encode(left + right):
+                return cut
+        return 0
+
+    @cached_property
+    def _newline(self) -> int | None:
+        """The number of ids before a newline that begins a text (a dummy prefix); None if cuts may change ids.
+
+        A unigram model sums scores from the beginning of the text, and rounds.
+        """
+        if type(self.tokenizer.model).__name__ != "BPE":
+            return None
+        left, right = "a b", "\n b\n\na"
+        parts, whole = (self._encode(left), self._encode(right)), self._encode(left + right)
+        prefix = sum(map(len, parts)) - len(whole)
+        return prefix if prefix >= 0 and parts[0] + parts[1][prefix:] == whole else None
 
     def encode_special(self, text: str, escape: str, written: dict[str, str]) -> Placed:
         """Encode, with special tokens as the library finds them; normalising, which comes later, drops the escape."""

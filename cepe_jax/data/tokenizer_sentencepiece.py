@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import sentencepiece
@@ -85,38 +86,32 @@ class SentencePieceTokenizer:
         i = self._known.get(name, self.processor.piece_to_id(name))
         return i if name in self._known or self.processor.id_to_piece(i) == name else None
 
-    def encode(self, text: str) -> list[int]:
-        """The ids of a text: each added word in it is its token, and what stands between is encoded by itself."""
-        ids, at = [], 0
+    def parts(self, text: str) -> Iterator[list[int]]:
+        """Yield the ids of a text in parts: each added word is its token, and texts between them stand alone."""
+        at = 0
         for word in self._words.finditer(text):
-            ids += self._plain(text[at : word.start()], at > 0)
-            ids.append(self._id_in(word))
+            yield from self._plain(text[at : word.start()], at > 0)
+            yield [self._id_in(word)]
             at = word.end()
-        return ids + self._plain(text[at:], at > 0)
+        yield from self._plain(text[at:], at > 0)
 
     def _id_in(self, name: re.Match) -> int:
         return self._known[name[0] if name[0] in self._known else name[0].strip()]
 
-    def _plain(self, text: str, inside: bool) -> list[int]:
-        ids = self._encode(text, inside)
-        if not self._found or set(self._found.values()).isdisjoint(ids):
-            return ids
-        names = set(self._found.values())
-        pieces = _between(text, [0, *(found.end() for found in self._first.finditer(text))])
-        # Where a piece is a name all the same, it is an unknown word.
-        return [self.processor.unk_id() if i in names else i for piece in pieces for i in self._encode(piece)]
-
-    def _encode(self, text: str, inside: bool = False) -> list[int]:
-        """The ids of the whole text."""
-        processor = self._inside if inside else self.processor
+    def _plain(self, text: str, inside: bool) -> Iterator[list[int]]:
+        """Yield the ids of a text, none of which is a special token's."""
+        processor, names = self._inside if inside else self.processor, set(self._found.values())
         starts = self._cuts(text)
-        if len(starts) == 1:
-            return processor.encode(text)
-        parts = processor.encode(_between(text, starts), num_threads=1)  # processes share the cores
-        ids = parts[0]
-        for part in parts[1:]:
-            ids += part[self._prefix(processor) :]
-        return ids
+        for start, part in zip(starts, _between(text, starts), strict=True):
+            prefix = self._prefix(processor) if start else 0
+            ids = processor.encode(part)
+            if names.isdisjoint(ids):
+                yield ids[prefix:]
+                continue
+            pieces = processor.encode(_between(part, [0, *(name.end() for name in self._first.finditer(part))]))
+            pieces[0] = pieces[0][prefix:]
+            # A piece that is a name all the same is an unknown word.
+            yield [self.processor.unk_id() if i in names else i for piece in pieces for i in piece]
 
     def _cuts(self, text: str) -> list[int]:
         """Return where the parts of a text begin: SentencePiece slows down with the length of a string."""

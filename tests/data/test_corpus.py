@@ -91,19 +91,19 @@ def shards_of(out: Path) -> dict:
 
 
 class Encodings:
-    """Watches Tokenizer.encode: `count` texts so far; `stop` at a number raises KeyboardInterrupt there."""
+    """Watches Tokenizer.parts: `count` texts so far; `stop` at a number raises KeyboardInterrupt there."""
 
     def __init__(self, monkeypatch):
         self.count, self.stop = 0, -1
-        encode = Tokenizer.encode
+        parts = Tokenizer.parts
 
         def watched(tokenizer, *args, **options):
             self.count += 1
             if self.count == self.stop:
                 raise KeyboardInterrupt
-            return encode(tokenizer, *args, **options)
+            return parts(tokenizer, *args, **options)
 
-        monkeypatch.setattr(Tokenizer, "encode", watched)
+        monkeypatch.setattr(Tokenizer, "parts", watched)
 
 
 @pytest.fixture

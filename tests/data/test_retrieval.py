@@ -231,6 +231,15 @@ def test_documents_are_drawn_until_there_are_enough_tokens(home):
     assert len(firsts) > 8
 
 
+def test_draws_of_one_bin_are_in_order(home, monkeypatch):
+    """As draws of many bins: the numbers that are chosen do not depend on how many there are."""
+    corpus = Corpus(home / "documents", "retrieval")
+    chosen = [choose(corpus, tokens, 0).tolist() for tokens in (1, 100, 500)]
+    for bins in (1, 3):
+        monkeypatch.setattr(retrieval, "BINS", bins)
+        assert [choose(corpus, tokens, 0).tolist() for tokens in (1, 100, 500)] == chosen
+
+
 @pytest.mark.parametrize("encoder", ["", f"{__name__}:fractions"])
 def test_fewer_than_k(config, home, encoder):
     """Of two documents one may be the sequence's own; what is left is found, and nothing else."""

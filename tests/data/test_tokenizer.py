@@ -14,7 +14,7 @@ import tokenizers
 from support.refusals import one_line
 from support.tokenizers import as_llama_2, byte_level, to_tokenizers
 
-from cepe_jax.data import tokenizer_sentencepiece, tokenizer_training
+from cepe_jax.data import tokenizer_json, tokenizer_sentencepiece, tokenizer_training
 from cepe_jax.data.builder import copy_tokenizer
 from cepe_jax.data.tokenizer import Tokenizer
 from cepe_jax.data.tokenizer_training import MAX_SENTENCE, train, training_pieces
@@ -534,20 +534,50 @@ def test_long_texts_have_the_ids_of_the_whole(home, long_text, kind, monkeypatch
         assert tokenizer.encode(text) == processor.encode(text)
 
 
-def test_long_texts_are_cut(sentencepiece, long_text, monkeypatch):
+def test_long_texts_are_cut(sentencepiece, long_text):
     """Else an exact test of the cuts tests none."""
-    encode, seen = library.SentencePieceProcessor.encode, []
+    parts = [part for part in sentencepiece.parts(long_text) if part]
+    assert len(parts) > 5
+    assert sum(parts, []) == sentencepiece.encode(long_text)
+    texts = [sentencepiece.decode(part) for part in parts]
+    assert all(text.startswith("\n") and len(text) >= tokenizer_sentencepiece.PART for text in texts[1:-1])
 
-    def watched(self, text, **options):
-        seen.append(text)
-        return encode(self, text, **options)
 
-    monkeypatch.setattr(library.SentencePieceProcessor, "encode", watched)
-    sentencepiece.encode(long_text)
-    (pieces,) = seen
-    assert "".join(pieces) == long_text
-    assert len(pieces) > 5
-    assert all(piece.startswith("\n") and len(piece) >= tokenizer_sentencepiece.PART for piece in pieces[1:-1])
+GPT_2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+LLAMA_3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+
+
+@pytest.mark.parametrize("pattern", [GPT_2, LLAMA_3, r"\n", r"[^\n]+\n*", r"\p{L}\n+|\s+|\S+"])
+def test_json_parts_have_the_ids_of_the_whole(long_text, pattern, tmp_path, monkeypatch):
+    """Also with patterns that take letters and newlines together, where a cut may change ids."""
+    tokenizer = tokenizers.Tokenizer.from_file(str(save_json(tmp_path / "tokenizer.json")))
+    split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
+    as_bytes = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, as_bytes])
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=600, special_tokens=["<s>", "</s>", "<mask>"], show_progress=False
+    )
+    tokenizer.train_from_iterator(SOURCES, trainer)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    tokenizer.encode_special_tokens = True
+    ours, whole = Tokenizer(tmp_path), tokenizer.encode(long_text, add_special_tokens=False).ids
+    for part in (20, 1000):
+        monkeypatch.setattr(tokenizer_json, "PART", part)
+        assert ours.encode(long_text) == whole
+        if pattern in (GPT_2, LLAMA_3):
+            assert len(list(ours.parts(long_text))) > len(long_text) / part / 10
+
+
+def test_json_of_llama_2_is_cut_without_more_spaces(llama_2, long_text, tmp_path, monkeypatch):
+    """Its normaliser puts a space before every text; no pattern divides a text into words."""
+    monkeypatch.setattr(tokenizer_json, "PART", 200)
+    whole = tokenizers.Tokenizer.from_file(str(to_tokenizers(llama_2, tmp_path / "tokenizer.json")))
+    parts = list(Tokenizer(tmp_path).parts(SOURCES[0]))
+    assert len(parts) > 20
+    assert sum(parts, []) == whole.encode(SOURCES[0], add_special_tokens=False).ids
 
 
 def test_training_pieces_lose_nothing(monkeypatch):
