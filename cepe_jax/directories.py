@@ -1,6 +1,7 @@
 """Directories and files with one writer, whole or absent, in a file system or a bucket (gs://)."""
 
 import json
+import os
 import re
 import shutil
 import tempfile
@@ -14,12 +15,13 @@ from etils import epath
 
 from cepe_jax.locks import held
 
+Place = Path | epath.Path  # in a file system, or anywhere
 STAGED = ".part"  # the end of names under which files are written
 LOCK = ".lock"
 
 
 @contextmanager
-def one_writer_in(directory: Path | epath.Path, job: str = "") -> Iterator[None]:
+def one_writer_in(directory: Place, job: str = "") -> Iterator[None]:
     """Write in `directory`, which is made if absent, as its one writer; ValueError if there is another.
 
     Jobs of different names share a directory, and each name is one writer's. What writers that are gone have staged is
@@ -101,7 +103,7 @@ def staged_directory(path: Path) -> Iterator[Path]:
         shutil.rmtree(place, ignore_errors=True)
 
 
-def write_text(path: Path | epath.Path, text: str) -> None:
+def write_text(path: Place, text: str) -> None:
     """Write a file that is whole or, if it cannot be written, what it was before."""
     if is_remote(path):
         path.write_text(text)
@@ -110,17 +112,68 @@ def write_text(path: Path | epath.Path, text: str) -> None:
         place.write_text(text, encoding="utf-8")
 
 
-def write_json(path: Path | epath.Path, value) -> None:
+def write_bytes(path: Place, content: bytes) -> None:
+    """Write a file as `write_text` does."""
+    if is_remote(path):
+        path.write_bytes(content)
+        return
+    with staged(path) as place:
+        place.write_bytes(content)
+
+
+def write_json(path: Place, value) -> None:
     """Write a value as JSON, as `write_text` does."""
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
-def is_remote(path: Path | epath.Path | str) -> bool:
+def place(text: str | Place) -> "Place":
+    """Return the path, which pathlib would take the second slash of gs:// from."""
+    return epath.Path(text) if is_remote(text) else Path(text)
+
+
+def is_remote(path: Place | str) -> bool:
     """Return true for a place in a bucket: objects are written whole, and directories have no rename."""
     return str(path).startswith("gs://")
 
 
-def download_hint(path: Path | epath.Path | str) -> str:
+def size_of(path: Place) -> int:
+    """Return the bytes of the file."""
+    return epath.Path(path).stat().length
+
+
+def local_directory(digest: str) -> Path:
+    """Return the directory on this machine for copies of files in buckets that have this digest.
+
+    It is where temporary files are (TMPDIR), and stays there for the processes that need it next.
+    """
+    directory = Path(tempfile.gettempdir()) / f"cepe_jax-{os.getuid()}" / digest
+    directory.mkdir(0o700, parents=True, exist_ok=True)
+    return directory
+
+
+def copy_once(source: epath.Path, target: Path) -> None:
+    """Copy a file of a bucket to `target` unless it is there, whole, by whichever process copied it."""
+    if not target.exists():
+        with staged(target) as place:
+            source.copy(place)
+
+
+def beside(path: Place, other: str) -> Place:
+    """Return the place `other`, an address or relative to `path`."""
+    if is_remote(other) or not is_remote(path):
+        return place(other) if is_remote(other) else path / other
+    scheme, _, rest = str(path).partition("://")
+    return epath.Path(f"{scheme}://{os.path.normpath(os.path.join(rest, other))}")
+
+
+def relative_to(path: Place, start: Place) -> str:
+    """Return `path` as `beside(start, ...)` takes it: relative unless only one of both is in a bucket."""
+    if is_remote(path) != is_remote(start):
+        return str(path if is_remote(path) else path.resolve())
+    return os.path.relpath(*(one if is_remote(one) else one.resolve() for one in (path, start)))
+
+
+def download_hint(path: Place | str) -> str:
     """Return ": hf download ..." for a place that is not there and looks like a name of Hugging Face's, else ""."""
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) or Path(path).parent.exists():
         return ""
@@ -128,7 +181,7 @@ def download_hint(path: Path | epath.Path | str) -> str:
 
 
 @contextmanager
-def new_directory(path: Path | epath.Path | str) -> Iterator[Path]:
+def new_directory(path: Place | str) -> Iterator[Path]:
     """A directory to fill, which is called `path` only once the block has ended well. ValueError if `path` exists.
 
     A place in a bucket gets the files afterwards, in the order in which they were written: it is whole, and exists,

@@ -14,12 +14,12 @@ import msgspec
 import yaml
 from etils import epath
 
-from cepe_jax.directories import is_remote
+from cepe_jax.directories import is_remote, place
 from cepe_jax.parsing import in_words, number, shortened
 
 Config = TypeVar("Config")
 # A setting of this type may be in a bucket. pathlib's would make gs:/ of gs://.
-draccus.decode.register(epath.Path, lambda text, _: epath.Path(text) if is_remote(text) else Path(text))
+draccus.decode.register(epath.Path, lambda text, _: place(text))
 INT, FLOAT, MERGE = (f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", "merge"))
 
 

@@ -6,8 +6,9 @@ such metadata is not read.
 """
 
 import hashlib
+import io
 import logging
-import shutil
+import tempfile
 from array import array as Numbers
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from cepe_jax.data.records import (
     DATASET,
@@ -29,14 +31,21 @@ from cepe_jax.data.records import (
     shard_path,
 )
 from cepe_jax.data.tokenizer import Tokenizer
-from cepe_jax.data.tokenizer_files import BESIDE, NAMES, TEMPLATE
-from cepe_jax.directories import is_a_writers, staged, staged_directory, staged_path, write_json, write_text
+from cepe_jax.data.tokenizer_files import BESIDE, TEMPLATE, TOKENIZER_FILES
+from cepe_jax.directories import (
+    Place,
+    is_a_writers,
+    is_remote,
+    size_of,
+    staged_path,
+    write_bytes,
+    write_json,
+    write_text,
+)
 from cepe_jax.identity import as_json, refuse_another_run
 from cepe_jax.parsing import read_json, typed
 
 log = logging.getLogger(__name__)
-
-TOKENIZER_FILES = *NAMES, *BESIDE, TEMPLATE
 
 
 def array(dtype, *shape: int | None):
@@ -68,14 +77,15 @@ def _writing() -> Iterator[None]:
 class ShardWriter:
     """Writes one shard; `close` gives its file the name `path`, and returns the facts that its unit's mark keeps."""
 
-    def __init__(self, path: Path, features: dict):
+    def __init__(self, path: Place, features: dict):
         import tensorflow_datasets as tfds
         from array_record.python.array_record_module import ArrayRecordWriter
         from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
         self.path, self.features = path, tfds.features.FeaturesDict(features)
+        self._scratch = tempfile.TemporaryDirectory() if is_remote(path) else None  # the format writes here alone
         self._serializer = ExampleSerializer(self.features.get_serialized_info())
-        self._staged = staged_path(path)
+        self._staged = Path(self._scratch.name) / "shard" if self._scratch else staged_path(path)
         self._writer = ArrayRecordWriter(str(self._staged), "group_size:1")  # any record is read by itself
         self._counts: dict[str, _Counts] = {}
         self._table = Numbers("q")  # two for each record: its domain's place among the `_counts`, and its length
@@ -98,16 +108,20 @@ class ShardWriter:
         domains, table = sorted(self._counts), np.array(self._table, np.int64).reshape(-1, 2)
         places = [self._counts[domain].place for domain in domains]
         table[:, 0] = np.argsort(places)[table[:, 0]]  # in the shard's facts domains are in order
-        lengths = lengths_path(self.path)
-        with staged(lengths) as place, open(place, "wb") as file:
-            np.save(file, table)
+        file = io.BytesIO()
+        np.save(file, table)
+        write_bytes(lengths_path(self.path), file.getvalue())
         facts = {
             "records": len(table),
-            "bytes": self._staged.stat().st_size,
+            "bytes": size_of(self._staged),
             "sha256": digest,
             "domains": {domain: self._counts[domain].facts for domain in domains},
         }
-        self._staged.rename(self.path)
+        if self._scratch:
+            epath.Path(self._staged).copy(self.path, overwrite=True)
+            self._scratch.cleanup()
+        else:
+            self._staged.rename(self.path)
         return facts
 
 
@@ -147,7 +161,7 @@ def add_counts(all_counts) -> dict:
 class Builder:
     """The directory of a dataset that is being written: which of its units are finished, and its registration."""
 
-    def __init__(self, out: Path, identity: dict, tokenizer: Tokenizer | None = None):
+    def __init__(self, out: Place, identity: dict, tokenizer: Tokenizer | None = None):
         """Begins the dataset or goes on with it; ValueError if `out` holds anything else.
 
         `identity` is what must be equal for a run to go on where another stopped. The tokenizer's files are copied.
@@ -166,7 +180,7 @@ class Builder:
                 raise ValueError(f"{out} exists and is no unfinished dataset: remove it or give another name")
             self.units.mkdir(parents=True, exist_ok=True)
             if tokenizer is not None:
-                copy_tokenizer(tokenizer, out, self.units)
+                copy_tokenizer(tokenizer, out)
             write_json(stored, identity)
         refuse_another_run(out, read_json(stored, mend=f"remove {out}"), identity)
         if tokenizer is not None and Tokenizer(out).fingerprint() != tokenizer.fingerprint():
@@ -218,7 +232,7 @@ class Builder:
                 path = shard_path(self.out, name, split, number, len(shards))
                 check_shard(path, shard["bytes"])
                 again = f"remove {self.units / f'{number:05}.json'}, and run it again"
-                if _sha256(path) != shard["sha256"]:
+                if not is_remote(path) and _sha256(path) != shard["sha256"]:  # a bucket compares what it is sent
                     raise ValueError(f"{path} is not what was written: {again}")
                 read_lengths(lengths_path(path), shard, again)
             names = sorted({domain for shard in shards for domain in shard["domains"]})
@@ -237,7 +251,8 @@ class Builder:
         index = {"name": name, "identity": self.identity} | facts | {"splits": splits}
         write_json(self.out / DATASET, index | {"sha256": digest_of(index)})
         write_text(self.out / "report.md", report(name, splits))
-        with staged_directory(self.units / "metadata") as place:
+        with tempfile.TemporaryDirectory() as scratch:
+            place = Path(scratch)
             for split in splits:  # TFDS looks for the names of shards beside its metadata
                 shard_path(place, name, split, 0, len(marks)).touch()
             tfds.folder_dataset.write_metadata(
@@ -247,7 +262,7 @@ class Builder:
                 check_data=False,  # checking imports TensorFlow
             )
             for file in TFDS_FILES:
-                (place / file).rename(self.out / file)
+                write_bytes(self.out / file, (place / file).read_bytes())
         for left in self.out.glob(f".{name}-*"):  # of processes that were killed
             left.unlink(missing_ok=True)
 
@@ -268,12 +283,10 @@ def report(name: str, splits: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def copy_tokenizer(tokenizer: Tokenizer, out: Path, staging: Path) -> None:
-    """The tokenizer's files in `out`, called what a directory's tokenizer is called; each of them whole."""
+def copy_tokenizer(tokenizer: Tokenizer, out: Place) -> None:
+    """Write the tokenizer's files in `out`, called what a directory's tokenizer is called; each of them whole."""
     name = "tokenizer.json" if tokenizer.path.suffix == ".json" else "tokenizer.model"
     beside = [(tokenizer.path.with_name(other), out / other) for other in (*BESIDE, TEMPLATE)]
     for source, target in (*beside, (tokenizer.path, out / name)):
         if source.exists():
-            place = staged_path(staging / target.name)
-            shutil.copy(source, place)
-            place.rename(target)
+            write_bytes(target, source.read_bytes())

@@ -4,10 +4,10 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
+from etils import epath
 
 from cepe_jax.data.builder import Builder, ShardWriter, array, text, token_dtype
 from cepe_jax.data.examples import Document
@@ -16,6 +16,7 @@ from cepe_jax.data.sources import Extent, holds_lines, plan, read, text_of
 from cepe_jax.data.tokenizer import Tokenizer, file_in
 from cepe_jax.data.tokenizer_training import train, training_pieces
 from cepe_jax.data.units import JobConfig, Work, one_job, run_units
+from cepe_jax.directories import Place
 from cepe_jax.parsing import Seed
 
 log = logging.getLogger(__name__)
@@ -31,8 +32,8 @@ HOPELESS = 1000  # documents
 class RawConfig(JobConfig):
     """Raw files, and their division into units and splits."""
 
-    input: Path  # a directory of raw files
-    out: Path  # gets the dataset; an unfinished one is completed
+    input: epath.Path  # a directory of raw files
+    out: epath.Path  # gets the dataset; an unfinished one is completed
     patterns: tuple[str, ...] = ("**/*.jsonl", "**/*.jsonl.gz", "**/*.jsonl.zst")  # files below `input`
     exclude: tuple[str, ...] = ()  # files below a folder of one of these names are left out
     domain_field: str = ""  # the domain in a line of JSON, such as meta.source; "": the first folder below `input`
@@ -246,7 +247,7 @@ class TokeniseUnit:
 class Corpus:
     """One split of a prepared dataset: a sequence of documents."""
 
-    def __init__(self, path: Path, split: str):
+    def __init__(self, path: Place, split: str):
         self.records = Records(path, split)
         if self.records.name != NAME:
             raise ValueError(f"{path} holds {self.records.name} records: give a dataset of {NAME}")

@@ -138,7 +138,7 @@ class PreferenceUnit:
 
     def __call__(self, number: int, unit: list[Extent]) -> Work:
         tokenizer = Tokenizer(self.config.out)
-        template, features = Template(Tokenizer(self.config.tokenizer)), features_of(tokenizer)
+        template, features = Template(tokenizer), features_of(tokenizer)
         shards = {
             split: ShardWriter(shard_path(self.config.out, PREFERENCES, split, number, self.num_units), features)
             for split in SPLITS

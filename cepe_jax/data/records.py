@@ -1,12 +1,13 @@
 """Reading datasets of records through TFDS, without TensorFlow: any record by its number, or a refusal."""
 
+import bisect
 import functools
 import hashlib
+import io
+import itertools
 import json
-import os
 import resource
 from collections.abc import Iterator
-from pathlib import Path
 from tokenize import TokenError
 from typing import Annotated, Any, NotRequired, TypedDict
 
@@ -14,6 +15,8 @@ import numpy as np
 from msgspec import Meta
 
 from cepe_jax.data.tokenizer import Tokenizer
+from cepe_jax.data.tokenizer_files import TOKENIZER_FILES
+from cepe_jax.directories import Place, beside, copy_once, is_remote, local_directory, place, relative_to, size_of
 from cepe_jax.parsing import read_json, typed
 
 Record = dict[str, np.ndarray | str]
@@ -69,26 +72,26 @@ class Index(TypedDict):
     top_k: NotRequired[Size]
 
 
-def shard_path(out: Path, name: str, split: str, number: int, count: int) -> Path:
+def shard_path(out: Place, name: str, split: str, number: int, count: int) -> Place:
     return out / f"{name}-{split}.array_record-{number:05}-of-{count:05}"
 
 
-def lengths_path(shard: Path) -> Path:
+def lengths_path(shard: Place) -> Place:
     """Return the file with the domain (its place among the shard's) and the length of each record of the shard."""
     return shard.with_name(f"{shard.name}.lengths.npy")
 
 
-def check_shard(path: Path, size: int) -> None:
+def check_shard(path: Place, size: int) -> None:
     if not path.exists():
         raise FileNotFoundError(f"{path}: this shard of the dataset is missing: bring it back, or prepare it again")
-    if (found := path.stat().st_size) != size:
+    if (found := size_of(path)) != size:
         raise ValueError(f"{path}: {found} bytes of a shard that has {size}: fetch it again, or prepare it again")
 
 
-def read_lengths(path: Path, shard: Shard, mend: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def read_lengths(path: Place, shard: Shard, mend: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Domain -> which of a shard's records are of it, and their lengths; ValueError unless its counts are theirs."""
     try:
-        table = np.load(path)
+        table = np.load(io.BytesIO(path.read_bytes()))
     except (OSError, ValueError, EOFError, SyntaxError, TokenError) as error:  # numpy parses the header as Python
         raise ValueError(f"{path}: missing or damaged ({error}): {mend}") from None
     lengths, sound = {}, table.shape == (shard["records"], 2)
@@ -105,12 +108,12 @@ class NoDataset(FileNotFoundError):
     """There is no dataset, or it is not finished."""
 
 
-def is_dataset(path: Path) -> bool:
+def is_dataset(path: Place) -> bool:
     """Return whether a dataset is at `path`, finished or not."""
     return (path / DATASET).exists() or (path / "units").exists()
 
 
-def read_index(path: Path) -> Index:
+def read_index(path: Place) -> Index:
     """Return the facts of the dataset at `path`; NoDataset where there is none, or none yet."""
     if not (path / TFDS_FILES[-1]).exists() or not (path / DATASET).exists():
         state = "not finished: run the command that writes it again" if (path / "units").exists() else "no dataset"
@@ -156,7 +159,7 @@ def allow_open_files(number: int) -> None:
 
 
 @functools.lru_cache(maxsize=4)
-def opened(path: Path, split: str, digest: str) -> "Records":
+def opened(path: Place, split: str, digest: str) -> "Records":
     """The records with this digest, opened once by a process that works on one unit after another."""
     records = Records(path, split)
     if records.digest != digest:
@@ -167,13 +170,15 @@ def opened(path: Path, split: str, digest: str) -> "Records":
 class Records:
     """One split of a dataset, a sequence of records; it can be sent to other processes.
 
-    `index` is the content of dataset.json.
+    `index` is the content of dataset.json. Of a dataset in a bucket each shard is copied to this machine, whole, when
+    the first of its records is read.
     """
 
-    def __init__(self, path: Path, split: str):
+    def __init__(self, path: Place, split: str):
         import tensorflow_datasets as tfds
 
-        self.path, self.split, self.index = Path(path), split, read_index(Path(path))
+        self.path, self.split = place(path), split
+        self.index = read_index(self.path)
         self.name = self.index["name"]
         if split not in self.index["splits"]:
             raise ValueError(f"{path}: has no split {split}: it has {', '.join(self.index['splits'])}")
@@ -184,8 +189,14 @@ class Records:
         for number, shard in enumerate(shards):
             check_shard(shard_path(self.path, self.name, split, number, len(shards)), shard["bytes"])
         allow_open_files(len(shards))
+        self._here = self.path
+        if is_remote(self.path):
+            self._here = local_directory(digest_of(self.index))
+            for name in (*TFDS_FILES, *(name for name in TOKENIZER_FILES if (self.path / name).exists())):
+                copy_once(self.path / name, self._here / name)
+        self._ends = list(itertools.accumulate(shard["records"] for shard in shards))
         try:
-            self._source = tfds.builder_from_directory(self.path).as_data_source(split)
+            self._source = tfds.builder_from_directory(self._here).as_data_source(split)
         except Exception as error:  # whatever TFDS meets in a damaged file
             if _of_the_process(error):
                 raise
@@ -201,6 +212,8 @@ class Records:
     def __getitem__(self, number: int) -> Record:
         if not 0 <= number < len(self):
             raise IndexError(f"record {number} of {len(self)}")
+        if is_remote(self.path):
+            self._bring(bisect.bisect_right(self._ends, number))
         try:
             fields = self._source[number]
             return {key: value.decode() if isinstance(value, bytes) else value for key, value in fields.items()}
@@ -208,6 +221,11 @@ class Records:
             if _of_the_process(error):
                 raise
             raise ValueError(f"{self.path}: record {number} of {self.split} is damaged ({_reason(error)})") from error
+
+    def _bring(self, shard: int) -> None:
+        """Copy a shard to this machine, unless it is there."""
+        path = shard_path(self.path, self.name, self.split, shard, len(self._ends))
+        copy_once(path, self._here / path.name)
 
     def __iter__(self) -> Iterator[Record]:
         return (self[number] for number in range(len(self)))
@@ -223,7 +241,7 @@ class Records:
     @property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that made the tokens; ValueError when the one beside them is another."""
-        tokenizer = Tokenizer(self.path)
+        tokenizer = Tokenizer(self._here)
         if tokenizer.fingerprint() != self.index["tokenizer"]:
             raise ValueError(f"{self.path}: its tokenizer is not the one it was tokenised with: prepare it again")
         return tokenizer
@@ -240,13 +258,12 @@ class Records:
         return hashlib.sha256(" ".join(shard["sha256"] for shard in self.facts["shards"]).encode()).hexdigest()
 
 
-def joins(records: Records, out: Path) -> Joins:
+def joins(records: Records, out: Place) -> Joins:
     """Return what the index at `out` says of these records, if each of its own belongs to one of them."""
-    path = os.path.relpath(records.path.resolve(), out.resolve())
-    return {"path": path, "split": records.split, "digest": records.digest}
+    return {"path": relative_to(records.path, out), "split": records.split, "digest": records.digest}
 
 
-def open_joined(path: Path, split: str) -> tuple[Records, Records | None]:
+def open_joined(path: Place, split: str) -> tuple[Records, Records | None]:
     """Return the records at `path`; of a dataset that joins another, that one's, and its own.
 
     ValueError if it was made for others than those that are there.
@@ -254,7 +271,7 @@ def open_joined(path: Path, split: str) -> tuple[Records, Records | None]:
     joined = Records(path, split)
     if not (where := joined.index.get("joins")):
         return joined, None
-    records = Records(path / where["path"], where["split"])
+    records = Records(beside(path, where["path"]), where["split"])
     if where["digest"] != records.digest or len(joined) != len(records):
         raise ValueError(
             f"{path} does not join {records.path}: it has {len(joined)} records for others than the "

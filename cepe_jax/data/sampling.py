@@ -3,10 +3,10 @@
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from etils import epath
 
 from cepe_jax.data.builder import Builder, ShardWriter, array, text, token_dtype
 from cepe_jax.data.corpus import NAME as DOCUMENTS
@@ -19,8 +19,8 @@ Piece = tuple[int, int, int]  # a document of a shard, and the first and one pas
 
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig(JobConfig):
-    data: Path  # a dataset of documents
-    out: Path  # gets the dataset of sequences
+    data: epath.Path  # a dataset of documents
+    out: epath.Path  # gets the dataset of sequences
     kind: Literal["filtered", "packed"]  # filtered: windows of long documents; packed: documents one after another
     length: int  # tokens of a sequence, which are those of its contexts and its window
     stride: int = 0  # filtered: tokens from one window of a document to the next; 0 = the length

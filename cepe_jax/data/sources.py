@@ -11,6 +11,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from etils import epath
+
+from cepe_jax.directories import Place, is_remote, size_of
+
 PACKED = ".gz", ".zst"
 LONGEST = 1 << 28  # bytes of a document; a longer one is a bad one
 RATIO = 1000  # a packed file of more times its own size, and of more than LONGEST, is refused
@@ -48,7 +52,7 @@ def holds_lines(path: str) -> bool:
 
 
 def plan(
-    root: Path, patterns: tuple[str, ...], exclude: tuple[str, ...], unit_bytes: int, out: Path | None = None
+    root: Place, patterns: tuple[str, ...], exclude: tuple[str, ...], unit_bytes: int, out: Place | None = None
 ) -> list[list[Extent]]:
     """The files below `root` in units of about `unit_bytes` stored bytes, a function of their names and sizes alone.
 
@@ -60,10 +64,13 @@ def plan(
     for pattern in patterns:
         if Path(pattern).is_absolute():
             raise ValueError(f"pattern {pattern}: give patterns of paths below {root}, such as **/*.txt")
-    # Of the ways to match, this one goes into folders that are links: domains may lie on several disks.
-    found = {name for p in patterns for name in glob.glob(p, root_dir=root, recursive=True, include_hidden=True)}
-    paths = {root / name for name in found if (root / name).is_file()}
-    output = None if out is None else Path(os.path.relpath(out, root))
+    if is_remote(root):
+        paths = {path for pattern in patterns for path in root.glob(pattern) if path.is_file()}
+    else:
+        # Of the ways to match, this one goes into folders that are links: domains may lie on several disks.
+        names = {name for p in patterns for name in glob.glob(p, root_dir=root, recursive=True, include_hidden=True)}
+        paths = {root / name for name in names if (root / name).is_file()}
+    output = None if out is None or is_remote(out) != is_remote(root) else Path(os.path.relpath(out, root))
     units: list[list[Extent]] = []
     room = 0
     for path in sorted(paths):
@@ -72,7 +79,7 @@ def plan(
             continue
         if "\n" in str(relative) or not _is_text(str(relative)):  # it becomes the document's name
             raise ValueError(f"{str(path)!a}: its name is no line of UTF-8: rename it")
-        size = path.stat().st_size
+        size = size_of(path)
         divided = relative.suffix == ".jsonl" and size > unit_bytes
         for start in range(0, size, unit_bytes) if divided else [0]:
             extent = Extent(str(relative), start, min(start + unit_bytes, size) if divided else size)
@@ -98,9 +105,9 @@ def _is_text(string: str) -> bool:
 class _Unpacked(io.RawIOBase):
     """The content of a packed file, up to a limit: a few kilobytes of zeros can stand for a disk full of them."""
 
-    def __init__(self, file, path: Path):
+    def __init__(self, file, path: Place):
         self._file, self._path = file, path
-        self._remaining = max(RATIO * path.stat().st_size, LONGEST)
+        self._remaining = max(RATIO * size_of(path), LONGEST)
 
     def readable(self) -> bool:
         return True
@@ -117,19 +124,20 @@ class _Unpacked(io.RawIOBase):
         super().close()
 
 
-def open_unpacked(path: Path) -> io.BufferedReader:
+def open_unpacked(path: Place) -> io.BufferedReader:
     """Return the file, open to be read, and unpacked if it is packed."""
+    stored = epath.Path(path).open("rb") if is_remote(path) else open(path, "rb")  # noqa: SIM115
     if path.suffix == ".gz":
-        file = gzip.open(path)  # noqa: SIM115 (whoever closes the result closes it)
+        file = gzip.open(stored)  # noqa: SIM115 (whoever closes the result closes it)
     elif path.suffix == ".zst":
         if sys.version_info >= (3, 14):
             from compression import zstd
         else:
             from backports import zstd
         most = {zstd.DecompressionParameter.window_log_max: 31}  # files of zstd --long too
-        file = zstd.open(path, options=most)
+        file = zstd.open(stored, options=most)
     else:
-        return open(path, "rb")
+        return io.BufferedReader(stored) if is_remote(path) else stored
     return io.BufferedReader(_Unpacked(file, path), 1 << 17)
 
 
@@ -141,14 +149,16 @@ def text_of(line) -> str:
     return text
 
 
-def read(root: Path, extent: Extent, domain_field: str, content: Callable[..., str] = text_of) -> Iterator[RawDocument]:
+def read(
+    root: Place, extent: Extent, domain_field: str, content: Callable[..., str] = text_of
+) -> Iterator[RawDocument]:
     """The documents of an extent, in order. A bad line is one with a `fault`; a file that breaks off is a ValueError.
 
     A document is what `content` returns for a parsed line. The domain is the line's field `domain_field` (dots go into
     objects), without one the first folder below `root`.
     """
     folders = Path(extent.path).parts[:-1]
-    folder = folders[0] if folders else root.resolve().name
+    folder = folders[0] if folders else (root if is_remote(root) else root.resolve()).name
     path = root / extent.path
     if not extent.size and path.suffix in PACKED:
         raise ValueError(f"{path}: damaged or cut short (empty): fetch it again")
@@ -170,7 +180,7 @@ def read(root: Path, extent: Extent, domain_field: str, content: Callable[..., s
         raise
 
 
-def decoded(content: bytes, path: Path) -> tuple[str | None, str]:
+def decoded(content: bytes, path: Place) -> tuple[str | None, str]:
     """The text of the whole file at `path`, None where it cannot be read, and what is wrong with it."""
     try:
         text = content.decode().removeprefix(BYTE_ORDER_MARK)
@@ -180,7 +190,7 @@ def decoded(content: bytes, path: Path) -> tuple[str | None, str]:
 
 
 def _lines(
-    file, path: Path, extent: Extent, domain_field: str, folder: str, content: Callable[..., str]
+    file, path: Place, extent: Extent, domain_field: str, folder: str, content: Callable[..., str]
 ) -> Iterator[RawDocument]:
     where, number = extent.start, 0
     if where:  # the line that is under way belongs to the extent before
@@ -237,10 +247,10 @@ def _fields(line, text: str, domain_field: str, folder: str) -> tuple[str, str]:
     return (domain if domain_field else folder), text
 
 
-def _count_lines(path: Path, offset: int) -> int:
+def _count_lines(path: Place, offset: int) -> int:
     """Return how many lines end before the byte `offset`."""
     count = 0
-    with open(path, "rb") as file:
+    with epath.Path(path).open("rb") as file:
         while offset > 0 and (block := file.read(min(offset, 1 << 20))):
             count, offset = count + block.count(b"\n"), offset - len(block)
     return count

@@ -18,10 +18,10 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from cepe_jax.data.tokenizer_files import NAMES, PADDING, Placed, first_characters
+from cepe_jax.data.tokenizer_files import NAMES, PADDING, Placed, first_characters, local_files
 from cepe_jax.data.tokenizer_json import JsonTokenizer, read_library_tokenizer
 from cepe_jax.data.tokenizer_sentencepiece import SentencePieceTokenizer, is_tiktoken, read_processor
-from cepe_jax.directories import download_hint
+from cepe_jax.directories import Place, download_hint, is_remote, place
 
 
 class Tokenizer:
@@ -34,9 +34,9 @@ class Tokenizer:
     template may mark turns with it, `escaped` takes it apart, unless it is white space.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Place):
         """Read `path`: a `.model` or `tokenizer.json` file, or a directory that holds one (`file_in` says which)."""
-        path = Path(path)
+        path = local_files(place(path)) if is_remote(path) else Path(path)
         if path.is_dir():
             own = file_in(path)
             if own is None:

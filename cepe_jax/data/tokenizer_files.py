@@ -1,5 +1,6 @@
 """The files of a tokenizer: their names, and what those beside it say of added tokens and of its ends."""
 
+import hashlib
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -7,14 +8,26 @@ from typing import Annotated, Any, TypedDict
 
 from msgspec import Meta
 
+from cepe_jax.directories import Place, local_directory, write_bytes
 from cepe_jax.parsing import read_json, typed
 
 NAMES = "tokenizer.model", "tokenizer.json"  # what a directory's tokenizer is called
 BESIDE = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"  # files that say more of its tokens
 TEMPLATE = "chat_template.jinja"  # the chat template, if it has a file of its own
+TOKENIZER_FILES = *NAMES, *BESIDE, TEMPLATE
 PADDING = re.compile(r"\W+pad(ding)?\W+", re.IGNORECASE)  # names of tokens that no text contains
 MOST_IDS = 1 << 24  # the largest vocabularies have a million; libraries allocate up to the highest id
 Id = Annotated[int, Meta(ge=0, lt=MOST_IDS)]
+
+
+def local_files(directory: Place) -> Path:
+    """Copy the files of the tokenizer in a directory of a bucket to this machine, and return their directory."""
+    present = [name for name in TOKENIZER_FILES if (directory / name).exists()]
+    contents = {name: (directory / name).read_bytes() for name in present}
+    here = local_directory(hashlib.sha256(repr(contents).encode()).hexdigest())
+    for name, content in contents.items():
+        write_bytes(here / name, content)
+    return here
 
 
 Placed = list[tuple[int, int, int]]  # ids, each with the place in the text that it stands for

@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 from functools import partial, wraps
 from queue import Empty
 
+from cepe_jax.data.beam import run_on_beam
 from cepe_jax.data.builder import Builder
 from cepe_jax.directories import one_writer_in
 from cepe_jax.progress import track
@@ -29,6 +30,8 @@ class JobConfig:
 
     shard: str = "0/1"  # i/n: this job does every n-th unit, from unit i on; n jobs with i = 0 ... n - 1 do all
     workers: int = 0  # processes; 0 = one per core
+    runner: str = "local"  # "local": processes of this machine; or a runner of Apache Beam, such as DataflowRunner
+    beam: tuple[str, ...] = ()  # flags of Beam's, such as --project=NAME
 
     def __post_init__(self):
         number, slash, count = self.shard.partition("/")
@@ -36,6 +39,8 @@ class JobConfig:
             raise ValueError(f"shard is {self.shard!r}: give i/n with 0 <= i < n, such as 0/4")
         if self.workers < 0:
             raise ValueError(f"workers is {self.workers}: give a number of processes, or 0 for one per core")
+        if self.beam and self.runner == "local":
+            raise ValueError(f"beam is {' '.join(self.beam)}, and the runner is local: give a --runner of Beam's")
 
     def identity(self, *places: str) -> dict:
         """The settings that make the result what it is: all but these `places` and how the work is shared."""
@@ -71,7 +76,10 @@ def run_units(
     open_units = [n for n in range(first, len(units), every) if builder.marked(n, units[n]) is None]
     workers = min(job.workers or cores(), len(open_units))
     if open_units:
-        run = partial(_in_processes, workers=workers) if workers > 1 else _here
+        if job.runner != "local":
+            run = partial(_on_beam, sizes=sizes, job=job)
+        else:
+            run = partial(_in_processes, workers=workers) if workers > 1 else _here
         begun, tokens = time.monotonic(), 0
 
         def sizes_of_progress() -> Iterator[float]:
@@ -106,6 +114,19 @@ def _do(builder: Builder, number: int, unit: tuple, work: Callable[..., Work]) -
 def _here(builder, units, open_units, work) -> Iterator[tuple[float, int]]:
     for number in open_units:
         yield from _do(builder, number, units[number], work)
+
+
+def _on_beam(builder, units, open_units, work, sizes, job) -> Iterator[tuple[float, int]]:
+    # The first three flags are those of runners on this machine; others take no notice of the last two.
+    here = f"--direct_num_workers={job.workers}", "--direct_running_mode=multi_processing"
+    flags = f"--runner={job.runner}", *here, *job.beam
+    for number in run_on_beam(builder, units, open_units, partial(_do_all, builder, work), flags):
+        yield sizes[number], 0
+
+
+def _do_all(builder: Builder, work: Callable[..., Work], number: int, unit: tuple) -> None:
+    for _ in _do(builder, number, unit, work):
+        pass
 
 
 def _in_processes(builder, units, open_units, work, workers) -> Iterator[tuple[float, int]]:

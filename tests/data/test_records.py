@@ -425,9 +425,8 @@ def test_the_tokenizer_is_copied_under_its_usual_name(tmp_path, tokenizer, name)
     (tmp_path / "from" / "tokenizer_config.json").write_text("{}")
     given = object.__new__(Tokenizer)
     given.path = tmp_path / "from" / name
-    for place in ("out", "staging"):
-        (tmp_path / place).mkdir()
-    copy_tokenizer(given, tmp_path / "out", tmp_path / "staging")
+    (tmp_path / "out").mkdir()
+    copy_tokenizer(given, tmp_path / "out")
     found = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir() if path.is_file()}
     usual = "tokenizer.model" if name.endswith(".model") else "tokenizer.json"
     assert found == {usual: b"content", "tokenizer_config.json": b"{}"}

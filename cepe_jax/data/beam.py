@@ -1,0 +1,65 @@
+"""Units on Apache Beam: `Create | Reshuffle | Map`, on any of its runners. The driver registers the dataset afterwards.
+
+Units and marks are the same as for local processes, so either kind of run goes on where another stopped. Beam comes in
+an environment of its own (`pip install "cepe-jax[beam]"`): it holds back versions of other packages.
+"""
+
+import re
+import threading
+from collections.abc import Callable, Iterator, Sequence
+
+from cepe_jax.data.builder import Builder
+
+POLL_SECONDS = 1.0  # between two looks at the marks
+FAULT = re.compile(r"\b(?:ValueError|FileNotFoundError): (.*?)(?: \[while running|\n|$)")  # in Beam's own error
+
+
+def run_on_beam(
+    builder: Builder,
+    units: Sequence[tuple],
+    open_units: Sequence[int],
+    do: Callable[..., None],
+    flags: Sequence[str],
+) -> Iterator[int]:
+    """Call `do(number, unit)` for each of the `open_units` on a runner, and yield each number once its mark is there.
+
+    `flags` are Beam's, `--runner` among them. A ValueError of a unit is raised as such.
+    """
+    pipeline, errors = _pipeline(units, open_units, do, flags), []
+
+    def run() -> None:
+        try:
+            pipeline.run().wait_until_finish()
+        except BaseException as error:  # is raised in the caller's thread
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)  # some runners return from `run` only at the end
+    thread.start()
+    waiting = list(open_units)
+    while waiting and thread.is_alive():
+        thread.join(POLL_SECONDS)
+        marked = [number for number in waiting if builder.marked(number, units[number]) is not None]
+        waiting = [number for number in waiting if number not in marked]
+        yield from marked
+    thread.join()
+    if errors:
+        if fault := FAULT.search(str(errors[0])):
+            raise ValueError(fault[1]) from errors[0]
+        raise errors[0]
+
+
+def _pipeline(units: Sequence[tuple], open_units: Sequence[int], do: Callable[..., None], flags: Sequence[str]):
+    """Return the pipeline; ValueError if Beam or the runner is not installed, or if there is no such runner."""
+    try:
+        import apache_beam as beam
+        from apache_beam.options.pipeline_options import PipelineOptions
+    except ImportError:
+        extra = '"cepe-jax[beam]"'
+        raise ValueError(f"apache_beam is not installed: pip install {extra} in an environment of its own") from None
+    try:
+        pipeline = beam.Pipeline(options=PipelineOptions(list(flags)))
+    except (ImportError, ValueError) as error:
+        raise ValueError(f"{flags[0]}: {error}".splitlines()[0]) from None
+    numbered = beam.Create([(number, units[number]) for number in open_units])
+    _ = pipeline | numbered | beam.Reshuffle() | beam.MapTuple(do)
+    return pipeline
