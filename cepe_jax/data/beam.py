@@ -59,7 +59,7 @@ def _pipeline(units: Sequence[tuple], open_units: Sequence[int], do: Callable[..
     try:
         pipeline = beam.Pipeline(options=PipelineOptions(list(flags)))
     except (ImportError, ValueError) as error:
-        raise ValueError(f"{flags[0]}: {error}".splitlines()[0]) from None
+        raise ValueError(f"{flags[0]}: {' '.join(str(error).split())}") from None
     numbered = beam.Create([(number, units[number]) for number in open_units])
     _ = pipeline | numbered | beam.Reshuffle() | beam.MapTuple(do)
     return pipeline

@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NotRequired, TypedDict
 
 import msgspec
@@ -17,6 +16,7 @@ from cepe_jax.data.sources import Extent
 from cepe_jax.data.template import Template
 from cepe_jax.data.tokenizer import Tokenizer
 from cepe_jax.data.units import Work, one_job
+from cepe_jax.directories import Place
 from cepe_jax.parsing import in_words
 
 log = logging.getLogger(__name__)
@@ -151,7 +151,7 @@ class Packs:
 
     joined = None
 
-    def __init__(self, path: Path, recipe: Recipe, split: str = "train"):
+    def __init__(self, path: Place, recipe: Recipe, split: str = "train"):
         """Raise ValueError if the recipe is for sequences, or no conversation fits its window."""
         self.records = Records(path, split)
         if not isinstance(recipe, WholeConversations):

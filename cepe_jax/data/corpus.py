@@ -16,7 +16,7 @@ from cepe_jax.data.sources import Extent, holds_lines, plan, read, text_of
 from cepe_jax.data.tokenizer import Tokenizer, file_in
 from cepe_jax.data.tokenizer_training import train, training_pieces
 from cepe_jax.data.units import JobConfig, Work, one_job, run_units
-from cepe_jax.directories import Place
+from cepe_jax.directories import Place, is_remote
 from cepe_jax.parsing import Seed
 
 log = logging.getLogger(__name__)
@@ -75,6 +75,8 @@ class PrepareConfig(RawConfig):
         super().__post_init__()
         if not self.tokenizer and self.shard != JobConfig.shard:
             raise ValueError("several jobs need one tokenizer: train it first, and give it with --tokenizer")
+        if not self.tokenizer and is_remote(self.out):
+            raise ValueError(f"out is {self.out}: train a tokenizer first, and give it with --tokenizer")
 
 
 def split_of(key: str, config: RawConfig) -> str:

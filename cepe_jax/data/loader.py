@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,6 +11,7 @@ from cepe_jax.data.examples import REFERENCE
 from cepe_jax.data.preferences import Pairs
 from cepe_jax.data.recipes import Mixture, PairsOfAnswers, Recipe
 from cepe_jax.data.records import CONVERSATIONS, PREFERENCES, NoDataset, Record, is_dataset, open_joined, read_index
+from cepe_jax.directories import Place
 
 if TYPE_CHECKING:
     import grain
@@ -25,7 +25,7 @@ class Sequences:
     Another dataset may be joined to them (passages, a teacher's probabilities): its fields are in their records.
     """
 
-    def __init__(self, path: Path, recipe: Recipe, split: str = "train"):
+    def __init__(self, path: Place, recipe: Recipe, split: str = "train"):
         """Raise ValueError if the dataset has no sequences or too short ones, or joins another than it was made for."""
         self.records, self.joined = open_joined(path, split)
         known = self.joined.index if self.joined else {}
@@ -124,7 +124,7 @@ def batches(
         iterator.close()  # its processes and shared memory would stay
 
 
-def open_mix(data: Path, mix: dict[str, float], recipe: Recipe, split: str = "train") -> list[Sequences]:
+def open_mix(data: Place, mix: dict[str, float], recipe: Recipe, split: str = "train") -> list[Sequences]:
     """Return the datasets below `data` that `mix` names, or `data` itself if it names none. All have one tokenizer."""
     check_mix(data, mix)
     sources = [open_source(data / name, recipe, split) for name in mix or [""]]
@@ -134,13 +134,13 @@ def open_mix(data: Path, mix: dict[str, float], recipe: Recipe, split: str = "tr
     return sources
 
 
-def open_source(path: Path, recipe: Recipe, split: str) -> Sequences | Packs | Pairs:
+def open_source(path: Place, recipe: Recipe, split: str) -> Sequences | Packs | Pairs:
     """Return the dataset at `path` as the recipe's records."""
     kinds = {CONVERSATIONS: Packs, PREFERENCES: Pairs, REFERENCE: Pairs}
     return kinds.get(read_index(path)["name"], Sequences)(path, recipe, split)
 
 
-def check_mix(data: Path, mix: dict[str, float]) -> None:
+def check_mix(data: Place, mix: dict[str, float]) -> None:
     """Raise NoDataset, with the mend, unless `mix` names datasets below `data`, or without it `data` is one."""
     absent = [name for name in mix or [""] if not is_dataset(data / name)]
     if not absent:

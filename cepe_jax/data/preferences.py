@@ -2,7 +2,6 @@
 
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, NotRequired, TypedDict
 
 import msgspec
@@ -17,6 +16,7 @@ from cepe_jax.data.sources import Extent
 from cepe_jax.data.template import Message, Template
 from cepe_jax.data.tokenizer import Tokenizer
 from cepe_jax.data.units import Work, one_job
+from cepe_jax.directories import Place
 from cepe_jax.parsing import in_words
 
 log = logging.getLogger(__name__)
@@ -191,7 +191,7 @@ def last_run(targets: list[bool]) -> list[bool]:
 class Pairs:
     """The pairs of a dataset: a random-access source for Grain. Those with a text that no window holds are left out."""
 
-    def __init__(self, path: Path, recipe: Recipe, split: str = "train"):
+    def __init__(self, path: Place, recipe: Recipe, split: str = "train"):
         """Raise ValueError if the recipe is for other records, or no pair fits its window."""
         self.records, self.joined = open_joined(path, split)
         if not isinstance(recipe, PairsOfAnswers):

@@ -9,8 +9,9 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 
+import fsspec
 from etils import epath
 
 from cepe_jax.directories import Place, is_remote, size_of
@@ -64,22 +65,16 @@ def plan(
     for pattern in patterns:
         if Path(pattern).is_absolute():
             raise ValueError(f"pattern {pattern}: give patterns of paths below {root}, such as **/*.txt")
-    if is_remote(root):
-        paths = {path for pattern in patterns for path in root.glob(pattern) if path.is_file()}
-    else:
-        # Of the ways to match, this one goes into folders that are links: domains may lie on several disks.
-        names = {name for p in patterns for name in glob.glob(p, root_dir=root, recursive=True, include_hidden=True)}
-        paths = {root / name for name in names if (root / name).is_file()}
+    sizes = _sizes(root, patterns)
     output = None if out is None or is_remote(out) != is_remote(root) else Path(os.path.relpath(out, root))
     units: list[list[Extent]] = []
     room = 0
-    for path in sorted(paths):
-        relative = path.relative_to(root)
+    for relative in sorted(sizes):
         if (output and relative.is_relative_to(output)) or set(relative.parts[:-1]) & set(exclude):
             continue
         if "\n" in str(relative) or not _is_text(str(relative)):  # it becomes the document's name
-            raise ValueError(f"{str(path)!a}: its name is no line of UTF-8: rename it")
-        size = size_of(path)
+            raise ValueError(f"{str(root / relative)!a}: its name is no line of UTF-8: rename it")
+        size = sizes[relative]
         divided = relative.suffix == ".jsonl" and size > unit_bytes
         for start in range(0, size, unit_bytes) if divided else [0]:
             extent = Extent(str(relative), start, min(start + unit_bytes, size) if divided else size)
@@ -91,6 +86,18 @@ def plan(
     if not units:
         raise ValueError(f"{root}: no file matches {', '.join(patterns)}: set --patterns")
     return units
+
+
+def _sizes(root: Place, patterns: tuple[str, ...]) -> dict[PurePath, int]:
+    """Return the stored bytes of each file below `root` that matches a pattern, by its path below `root`."""
+    if is_remote(root):
+        files, top = fsspec.core.url_to_fs(str(root))
+        listed = [files.glob(f"{top}/{pattern}", detail=True) for pattern in patterns]  # with sizes: a request for many
+        infos = [info for some in listed for info in some.values() if info["type"] == "file"]
+        return {PurePath(info["name"]).relative_to(top): info["size"] for info in infos}
+    # Of the ways to match, this one goes into folders that are links: domains may lie on several disks.
+    names = {name for p in patterns for name in glob.glob(p, root_dir=root, recursive=True, include_hidden=True)}
+    return {PurePath(name): size_of(root / name) for name in names if (root / name).is_file()}
 
 
 def _is_text(string: str) -> bool:

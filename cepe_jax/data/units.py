@@ -89,7 +89,8 @@ def run_units(
                 yield size
 
         def status() -> str:
-            return f"{tokens:,} tokens, {tokens / max(time.monotonic() - begun, 1e-9):,.0f} a second"
+            rate = tokens / max(time.monotonic() - begun, 1e-9)
+            return f"{tokens:,} tokens, {rate:,.0f} a second" if tokens else ""  # Beam tells of whole units alone
 
         total = sum(sizes[n] for n in open_units)
         for _ in track(sizes_of_progress(), what, total, status, amount=lambda size: size):

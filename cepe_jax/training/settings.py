@@ -3,7 +3,6 @@
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 from etils import epath
@@ -44,7 +43,7 @@ class MeshConfig:
 @dataclass(frozen=True)
 class TrainConfig:
     stage: Literal[*STAGES]  # lm: a decoder; mlm: an encoder; warmup, cepe, ceped: as in the paper; sft, reward, dpo
-    data: Path  # a dataset of sequences, or the directory of those that `mix` names
+    data: epath.Path  # a dataset of sequences, or the directory of those that `mix` names
     out: epath.Path  # gets checkpoints/, metrics.jsonl, config.json, and at the end model/
     steps: int  # optimiser steps of the whole run
     batch_size: int  # sequences of a step

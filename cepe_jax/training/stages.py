@@ -36,6 +36,7 @@ from cepe_jax.data.recipes import (
     Windows,
     WindowsInContext,
 )
+from cepe_jax.directories import Place
 from cepe_jax.model.cepe import Cepe, cross_from_self_attention, encoder_from_decoder
 from cepe_jax.model.encoder import Encoder
 from cepe_jax.model.llama import Llama
@@ -75,7 +76,7 @@ class Stage:
     flops: Callable[[Settings, Config, Sequence[Sequences]], Flops]  # of one sequence of these sources
     settings: tuple[str, ...] = ()  # that only such stages read; one without a value must be given
     more_ids: int = 0  # that examples have beyond the tokenizer's
-    check: Callable[[Settings, Path, Sequence[Sequences]], None] = lambda config, data, sources: None  # refuses data
+    check: Callable[[Settings, Place, Sequence[Sequences]], None] = lambda config, data, sources: None  # refuses data
 
 
 def part_config(name: str, start: str, presets: dict[str, Config], vocab_size: int | None) -> Config:
@@ -286,7 +287,7 @@ def pairs_of_answers(config: Settings) -> PairsOfAnswers:
     return PairsOfAnswers(config.examples, reads_documents=bool(config.cepe))
 
 
-def check_reference(config: Settings, data: Path, sources: Sequence[Sequences]) -> None:
+def check_reference(config: Settings, data: Place, sources: Sequence[Sequences]) -> None:
     """Raise ValueError unless all datasets have a reference's log-probabilities, or the model without factors is it."""
     if all(source.joined for source in sources):
         log.info("reference of %s: log-probabilities in it", data)
@@ -302,7 +303,7 @@ def check_reference(config: Settings, data: Path, sources: Sequence[Sequences]) 
     log.info("reference of %s: the model without factors", data)
 
 
-def check_teacher(config: Settings, data: Path, sources: Sequence[Sequences]) -> None:
+def check_teacher(config: Settings, data: Place, sources: Sequence[Sequences]) -> None:
     """Raise ValueError if the datasets have another teacher than the loss reads, or the decoder cannot be the teacher.
 
     The teacher's probabilities are in the datasets, or else the decoder that the stage starts from computes them.
