@@ -18,6 +18,10 @@ plant: Write pairs of which the context alone says which answer is better, to tr
     python scripts/prepare_data.py plant --out=planted
     python scripts/prepare_data.py plant --out=planted --rows=20000 --negations=0.3
 
+deduplicate: Leave out documents that nearly are earlier ones, by MinHash.
+    python scripts/prepare_data.py deduplicate --data=data/documents --out=data/unique
+    python scripts/prepare_data.py deduplicate --data=data/documents --out=data/unique --threshold=0.7 --workers=8
+
 sample: Sample sequences for training from tokenised documents.
     python scripts/prepare_data.py sample --config configs/sample_filtered.yaml --data=data/documents \\
         --out=data/filtered
@@ -45,6 +49,7 @@ reference: Store the log-probabilities of both answers of pairs, for stage dpo.
 from cepe_jax.commands import run_script
 from cepe_jax.data.conversations import ConversationConfig, prepare_conversations
 from cepe_jax.data.corpus import PrepareConfig, prepare
+from cepe_jax.data.duplicates import DeduplicateConfig, deduplicate
 from cepe_jax.data.planted import PlantConfig, plant
 from cepe_jax.data.preferences import PreferenceConfig, prepare_preferences
 from cepe_jax.data.retrieval import RetrieveConfig, retrieve
@@ -58,6 +63,7 @@ COMMANDS = {
     "conversations": (ConversationConfig, prepare_conversations),
     "plant": (PlantConfig, plant),
     "preferences": (PreferenceConfig, prepare_preferences),
+    "deduplicate": (DeduplicateConfig, deduplicate),
     "sample": (SampleConfig, sample),
     "retrieve": (RetrieveConfig, retrieve),
     "reference": (ReferenceConfig, refer),
