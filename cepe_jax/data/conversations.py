@@ -14,7 +14,7 @@ from cepe_jax.data.recipes import Recipe, WholeConversations
 from cepe_jax.data.records import CONVERSATIONS, Record, Records, shard_path
 from cepe_jax.data.sources import Extent
 from cepe_jax.data.template import Template
-from cepe_jax.data.tokenizer import Tokenizer
+from cepe_jax.data.tokenizer import Tokenizer, opened_tokenizer
 from cepe_jax.data.units import Work, one_job
 from cepe_jax.directories import Place
 from cepe_jax.parsing import in_words
@@ -81,7 +81,7 @@ class ConversationUnit:
     num_units: int
 
     def __call__(self, number: int, unit: list[Extent]) -> Work:
-        tokenizer = Tokenizer(self.config.out)
+        tokenizer = opened_tokenizer(self.config.out)
         template, features = Template(tokenizer), features_of(tokenizer)
         shards = {
             split: ShardWriter(shard_path(self.config.out, CONVERSATIONS, split, number, self.num_units), features)

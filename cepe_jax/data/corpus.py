@@ -13,7 +13,7 @@ from cepe_jax.data.builder import Builder, ShardWriter, array, text, token_dtype
 from cepe_jax.data.examples import Document
 from cepe_jax.data.records import Records, read_index, shard_path
 from cepe_jax.data.sources import Extent, holds_lines, plan, read, text_of
-from cepe_jax.data.tokenizer import Tokenizer, file_in
+from cepe_jax.data.tokenizer import Tokenizer, file_in, opened_tokenizer
 from cepe_jax.data.tokenizer_training import train, training_pieces
 from cepe_jax.data.units import JobConfig, Work, one_job, run_units
 from cepe_jax.directories import Place, is_remote
@@ -225,7 +225,7 @@ class TokeniseUnit:
     num_units: int
 
     def __call__(self, number: int, unit: list[Extent]) -> Work:
-        tokenizer = Tokenizer(self.config.out)
+        tokenizer = opened_tokenizer(self.config.out)
         features, dtype = features_of(tokenizer), token_dtype(tokenizer.vocab_size)
         shards = {
             split: ShardWriter(shard_path(self.config.out, NAME, split, number, self.num_units), features)

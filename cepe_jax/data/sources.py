@@ -193,7 +193,7 @@ def decoded(content: bytes, path: Place) -> tuple[str | None, str]:
         text = content.decode().removeprefix(BYTE_ORDER_MARK)
     except UnicodeDecodeError as error:
         return None, f"{path}: not UTF-8 at byte {error.start}"
-    return text, "" if text.strip() else f"{path}: an empty document"
+    return text, f"{path}: an empty document" if not text or text.isspace() else ""
 
 
 def _lines(
@@ -220,7 +220,7 @@ def _lines(
                 raise ValueError(TOO_LONG)
             parsed = json.loads(line.decode().removeprefix(BYTE_ORDER_MARK))
             domain, text = _fields(parsed, content(parsed), domain_field, folder)
-            if not text.strip():
+            if not text or text.isspace():
                 fault = "an empty document"
         except UnicodeDecodeError as error:
             fault = f"not UTF-8 at byte {error.start} of the line"
@@ -229,6 +229,7 @@ def _lines(
         if fault:
             lines_above = _count_lines(path, first) if lines_above is None else lines_above
             fault = f"{path}:{lines_above + number}: {fault}"
+        line = parsed = None  # they may be large, and the next one is not read yet
         yield RawDocument(name, domain, text, fault)
 
 

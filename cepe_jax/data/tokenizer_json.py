@@ -15,7 +15,14 @@ from cepe_jax.parsing import check_is_file, in_words
 BYTE = "<0x{:02X}>"  # how a piece that is a byte is called
 PART = 1 << 16  # characters that are encoded as one string where a cut changes nothing
 AROUND = 64  # characters on each side of a cut that are compared: longer than words that a vocabulary knows
-LINE_END = re.compile(r"(?<=[^\W\d_])\n")  # after a letter no pattern of words goes on with a newline
+LETTER = r"[^\W\d_]"
+# Places where patterns of words begin anew, each with texts before and after one.
+CUTS = {
+    rf"(?<={LETTER})\n": ("a b", "\n b\n\na"),
+    rf"(?<={LETTER}) (?={LETTER})": ("a b", " c\n"),
+    rf"(?<=\S\n)(?={LETTER})": ("a b.\n", "c d"),
+    rf"(?<={LETTER}[^\w\s])\n(?=\S)": ("a b.", "\nc"),
+}
 OPTIONS = "lstrip", "rstrip", "single_word", "normalized"  # how the library finds an added token
 
 
@@ -119,36 +126,43 @@ class JsonTokenizer:
 
     def parts(self, text: str) -> Iterator[list[int]]:
         """Yield the ids of a text, of a long one in parts: the library takes 160 bytes for each character."""
-        start, prefix = 0, 0
-        while self._newline is not None and (cut := self._cut(text, start + PART)):
-            yield self._encode(text[start:cut])[prefix:]
-            start, prefix = cut, self._newline
-        yield self._encode(text[start:])[prefix:]
+        start = 0
+        while self._cuts and (cut := self._cut(text, start + PART)):
+            yield self._encode_part(text[start:cut], start > 0)
+            start = cut
+        yield self._encode_part(text[start:], start > 0)
 
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
+    def _encode_part(self, text: str, continues: bool) -> list[int]:
+        return self._encode(text)[self._prefix if continues else 0 :]
+
     def _cut(self, text: str, start: int) -> int:
         """Return the first place from `start` on, 0 if there is none, where a cut changes no id around it."""
-        for newline in LINE_END.finditer(text, start):
-            cut = newline.start()
-            left, right = text[cut - AROUND : cut], text[cut : cut + AROUND]
-            if self._encode(left) + self._encode(right)[self._newline :] == self._encode(left + right):
-                return cut
-        return 0
+        cuts = (place.start() for place in self._cuts.finditer(text, start))
+        return next((cut for cut in cuts if self._is_exact(text[cut - AROUND : cut], text[cut : cut + AROUND])), 0)
+
+    def _is_exact(self, left: str, right: str) -> bool:
+        return self._encode(left) + self._encode_part(right, True) == self._encode(left + right)
 
     @cached_property
-    def _newline(self) -> int | None:
-        """The number of ids before a newline that begins a text (a dummy prefix); None if cuts may change ids.
+    def _prefix(self) -> int:
+        """The number of ids that stand before those of every text: a space that is put there."""
+        return len(self._encode("\n")) - len(self._encode("a\n")) + len(self._encode("a"))
+
+    @cached_property
+    def _cuts(self) -> re.Pattern | None:
+        """The places where texts may be cut, in which no piece lies; None if there are none.
 
         A unigram model sums scores from the beginning of the text, and rounds.
         """
-        if type(self.tokenizer.model).__name__ != "BPE":
+        if type(self.tokenizer.model).__name__ != "BPE" or self._prefix < 0:
             return None
-        left, right = "a b", "\n b\n\na"
-        parts, whole = (self._encode(left), self._encode(right)), self._encode(left + right)
-        prefix = sum(map(len, parts)) - len(whole)
-        return prefix if prefix >= 0 and parts[0] + parts[1][prefix:] == whole else None
+        pieces = (self.tokenizer.decode([i], skip_special_tokens=False) for i in range(self.vocab_size))
+        pieces = "\0".join(pieces).replace("\ufffd", "a")  # part of a character: it may be a letter's
+        exact = [place for place, around in CUTS.items() if self._is_exact(*around) and not re.search(place, pieces)]
+        return re.compile("|".join(exact)) if exact else None
 
     def encode_special(self, text: str, escape: str, written: dict[str, str]) -> Placed:
         """Encode, with special tokens as the library finds them; normalising, which comes later, drops the escape."""

@@ -569,6 +569,9 @@ def test_json_parts_have_the_ids_of_the_whole(long_text, pattern, tmp_path, monk
         assert ours.encode(long_text) == whole
         if pattern in (GPT_2, LLAMA_3):
             assert len(list(ours.parts(long_text))) > len(long_text) / part / 10
+            prose = "Words in lines, 漢字 too.\n漢字。\n\nAnd 12 of\n" * 50
+            assert len(list(ours.parts(prose))) > len(prose) / part / 10
+            assert ours.encode(prose) == tokenizer.encode(prose, add_special_tokens=False).ids
 
 
 def test_json_of_llama_2_is_cut_without_more_spaces(llama_2, long_text, tmp_path, monkeypatch):
