@@ -22,8 +22,9 @@ if __name__ == "__main__":
                           unit_bytes=unit_bytes, test_fraction=0.3))
     if workers > 1:
         sample(SampleConfig(data=out, out=home / f"packed-{workers}", kind="packed", length=256, workers=workers))
-    of = resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN
-    print(*(resource.getrusage(who).ru_maxrss // 1024 for who in of))
+    # Not of RUSAGE_SELF, in which that of the process before it is still counted.
+    own = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+    print(int(own.split()[1]) // 1024, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024)
 """
 
 
