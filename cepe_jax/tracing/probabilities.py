@@ -20,6 +20,10 @@ from cepe_jax.tracing.table import Example, Target
 from cepe_jax.tracing.words import words_of
 
 
+class HoldsSpecial(ValueError):
+    """The name of a special token stands in a text, which cannot be told from the token in places."""
+
+
 @dataclass(frozen=True)
 class Read:
     """A text as ids, BOS first if a model's texts begin with it, with the place of each id in the text."""
@@ -29,10 +33,10 @@ class Read:
 
     @classmethod
     def of(cls, text: str, tokenizer: Tokenizer) -> "Read":
-        """Read a text; ValueError if a special token's name stands in it, whose places are not known."""
+        """Read a text; HoldsSpecial if the name of a special token stands in it."""
         placed = tokenizer.placed_special(text)
         if [i for i, _, _ in placed] != tokenizer.encode(text):
-            raise ValueError(f"{shortened(text)} holds the name of a special token: take it out")
+            raise HoldsSpecial(f"{shortened(text)} holds the name of a special token: take it out")
         begin = tokenizer.begin or [tokenizer.bos_id]
         return cls([*begin, *(i for i, _, _ in placed)], [(-1, -1)] * len(begin) + [(a, b) for _, a, b in placed])
 
@@ -51,43 +55,40 @@ def text_of(example: Example) -> tuple[str, int]:
 
 @dataclass(frozen=True)
 class Scored:
-    """The log-probabilities of an answer."""
+    """The log-probability of an answer."""
 
     total: float  # of all its tokens, in nats
     tokens: int
     greedy: bool  # each token is the most probable one
-    targets: list[float]  # of the tokens of each n-gram
 
 
 def score_targets(
     model: TextModel, examples: Sequence[Example], targets: Sequence[Target], compat: bool = False
-) -> dict[int, Scored]:
-    """Return the log-probabilities of each example that has targets, by its number; answers are read as they stand.
+) -> tuple[list[Scored], np.ndarray]:
+    """Return the score of each example's answer, and log P of the tokens of each target, in nats (N,).
 
-    `compat` repeats a fault of the authors' code, whose "probability of the n-gram" is that of the whole rest of the
+    `compat` repeats a fault of the authors' code, whose probability of an n-gram is that of the whole rest of the
     answer from the n-gram's first token on (`compute_llm_prob.py` never resets its mark after a match).
     """
-    by_example: dict[int, list[Target]] = {}
-    for target in targets:
-        by_example.setdefault(target.example, []).append(target)
-    scored = {}
-    for number in track(sorted(by_example), "score, examples"):
-        text, begin = text_of(examples[number])
+    owned: dict[int, list[int]] = {}
+    for n, target in enumerate(targets):
+        owned.setdefault(target.example, []).append(n)
+    scores, logs_N = [], np.zeros(len(targets))
+    for number, example in enumerate(track(examples, "score, examples")):
+        text, begin = text_of(example)
         read = Read.of(text, model.tokenizer)
         if model.window is not None and len(read.ids) > model.window:
             raise ValueError(
                 f"example {number + 1} has {len(read.ids)} tokens and the window {model.window}: shorten its prompt"
             )
-        answer = read.tokens(begin, len(text))
-        found = score(model.model, read.ids[: answer.start], [read.ids[answer.start :]], policy=model.cache)[0]
-        of_targets = []
-        for target in by_example[number]:
-            span = read.tokens(begin + target.start, len(text) if compat else begin + target.end)
-            of_targets.append(
-                float(found.log_probs[span.start - answer.start : span.stop - answer.start].sum(dtype=np.float64))
-            )
-        scored[number] = Scored(found.total, len(found.log_probs), found.greedy, of_targets)
-    return scored
+        first = read.tokens(begin, len(text)).start
+        found = score(model.model, read.ids[:first], [read.ids[first:]], policy=model.cache)[0]
+        scores.append(Scored(found.total, len(found.log_probs), found.greedy))
+        for n in owned.get(number, ()):
+            end = len(text) if compat else begin + targets[n].end
+            span = read.tokens(begin + targets[n].start, end)
+            logs_N[n] = found.log_probs[span.start - first : span.stop - first].sum(dtype=np.float64)
+    return scores, logs_N
 
 
 def infinity_gram(index: Index, contexts: Sequence[Ngram], words: Sequence[str]) -> np.ndarray:

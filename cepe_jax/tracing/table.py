@@ -88,8 +88,9 @@ def read_examples(path: Path) -> list[Example]:
     lines = [line for line in path.read_bytes().split(b"\n") if line.strip()]
     mend = "give each line a prompt and an answer"
     examples = [parse_json(line, f"{path}:{n}", Example, mend) for n, line in enumerate(lines, 1)]
-    if not examples:
-        raise ValueError(f"{path} has no examples: {mend}")
+    empty = next((n for n, one in enumerate(examples, 1) if not (one["prompt"].strip() and one["answer"].strip())), 0)
+    if empty or not examples:
+        raise ValueError(f"{path}{f':{empty}' if empty else ''}: is empty: {mend}")
     return examples
 
 

@@ -5,12 +5,10 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from support.datasets import write
 from support.refusals import one_line
-from support.tokenizers import byte_level
+from support.tracing import write_corpus, write_index
 
-from cepe_jax.data.corpus import Corpus, features_of
-from cepe_jax.data.tokenizer import Tokenizer
+from cepe_jax.data.corpus import Corpus
 from cepe_jax.tracing.index import Index, IndexConfig, build_index
 from cepe_jax.tracing.suffixes import suffix_array
 from cepe_jax.tracing.words import ngrams, placed_words, words_of
@@ -53,17 +51,6 @@ def test_suffix_array_is_the_sorted_suffixes():
     )
 
 
-def corpus_of(home, texts, splits=("train",)):
-    byte_level(home / "tokenizer.json", ("<s>", "</s>"), 330)
-    (home / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
-    tokenizer = Tokenizer(home)
-    records = [
-        {"tokens": np.array(tokenizer.encode(text, bos=True, eos=True)), "name": f"doc {n}", "domain": "d"}
-        for n, text in enumerate(texts)
-    ]
-    return write(home / "documents", "documents", features_of(tokenizer), [records[::2], records[1::2]], tokenizer)
-
-
 @pytest.fixture(scope="module")
 def texts() -> list[str]:
     """60 documents of a small vocabulary with a copied passage in many; one is empty, one a single word."""
@@ -76,9 +63,7 @@ def texts() -> list[str]:
 
 @pytest.fixture(scope="module")
 def index(tmp_path_factory, texts) -> Index:
-    home = tmp_path_factory.mktemp("index")
-    build_index(IndexConfig(data=corpus_of(home, texts), out=home / "index"))
-    return Index(home / "index")
+    return write_index(tmp_path_factory.mktemp("index"), texts)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 30])
@@ -109,7 +94,7 @@ def test_codocuments_count_each_document_once(index, texts):
 
 
 def test_an_index_of_another_corpus_is_refused(index, tmp_path):
-    other = Corpus(corpus_of(tmp_path, ["another corpus", "of two"]), "train")
+    other = Corpus(write_corpus(tmp_path, ["another corpus", "of two"]), "train")
     with pytest.raises(ValueError, match=r"index.*documents, split train") as error:
         index.check_is_of(other)
     one_line(error)
@@ -126,7 +111,7 @@ def test_an_index_of_another_corpus_is_refused(index, tmp_path):
 def test_damaged_and_absent_indexes_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="nothing: no index"):
         Index(tmp_path / "nothing")
-    data = corpus_of(tmp_path, ["a few words", "and more"])
+    data = write_corpus(tmp_path, ["a few words", "and more"])
     build_index(IndexConfig(data=data, out=tmp_path / "index"))
     with pytest.raises(ValueError, match="index exists"):
         build_index(IndexConfig(data=data, out=tmp_path / "index"))
@@ -145,7 +130,7 @@ def test_damaged_and_absent_indexes_are_refused(tmp_path):
 
 
 def test_documents_without_words_leave_nothing(tmp_path):
-    data = corpus_of(tmp_path, ["...", "--"])
+    data = write_corpus(tmp_path, ["...", "--"])
     with pytest.raises(ValueError, match="documents: its documents have no words"):
         build_index(IndexConfig(data=data, out=tmp_path / "index"))
     assert not (tmp_path / "index").exists()
