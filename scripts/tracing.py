@@ -21,12 +21,23 @@ influence: Compare the influence of documents that hold a pair with that of docu
         --table=out/trivia3 --out=out/influence
     python scripts/tracing.py influence --models="[runs/early/model, runs/decoder/model]" --data=data/documents \\
         --index=out/index --table=out/trivia3 --out=out/influence --parameters="[layers.mlp]"
+
+overlap: Measure how many n-grams of a model's continuations occur in a corpus, which is not tracing.
+    python scripts/tracing.py overlap --model=smollm2 --index=out/index --data=data/documents --out=out/overlap
+    python scripts/tracing.py overlap --model=smollm2 --index=out/index --data=data/documents --out=out/overlap \\
+        --lengths="[1, 5, 13]" --temperatures="[0.7]"
+
+plant: Write a corpus with facts by Zipf's law and a rule, and the tasks that ask for them.
+    python scripts/tracing.py plant --out=planted
+    python scripts/tracing.py plant --out=planted --examples=300 --filler=1000000
 """
 
 from cepe_jax.commands import run_script
 from cepe_jax.tracing.correlate import CorrelateConfig, correlate
 from cepe_jax.tracing.index import IndexConfig, build_index
 from cepe_jax.tracing.influence import InfluenceConfig, influence
+from cepe_jax.tracing.overlap import OverlapConfig, overlap
+from cepe_jax.tracing.planted import PlantConfig, plant
 from cepe_jax.tracing.table import TableConfig, make_table
 
 COMMANDS = {
@@ -34,6 +45,8 @@ COMMANDS = {
     "table": (TableConfig, make_table),
     "correlate": (CorrelateConfig, correlate),
     "influence": (InfluenceConfig, influence),
+    "overlap": (OverlapConfig, overlap),
+    "plant": (PlantConfig, plant),
 }
 
 if __name__ == "__main__":
