@@ -32,7 +32,8 @@ def correlate_ranks(x: np.ndarray, y: np.ndarray, groups: np.ndarray, resamples:
     from scipy import stats
 
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
-    count = len(np.unique(groups))
+    order, starts = np.argsort(groups, kind="stable"), np.unique(np.sort(groups), return_index=True)[1]
+    members, count = np.split(order, starts[1:]), len(starts)
     if len(x) < 3 or (x == x[0]).all() or (y == y[0]).all():
         return Correlation(len(x), count, None)
     ranks_x, ranks_y = stats.rankdata(x), stats.rankdata(y)
@@ -40,7 +41,6 @@ def correlate_ranks(x: np.ndarray, y: np.ndarray, groups: np.ndarray, resamples:
     rng = np.random.default_rng(seed)
     null = np.array([_pearson(rng.permutation(ranks_x), ranks_y) for _ in range(resamples)])
     as_far = int((np.abs(null) >= abs(rho.statistic) - 1e-12).sum())
-    members = [np.flatnonzero(groups == group) for group in np.unique(groups)]
     drawn = []
     for _ in range(resamples):
         units = np.concatenate([members[n] for n in rng.integers(0, count, count)])

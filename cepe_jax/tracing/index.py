@@ -123,15 +123,12 @@ class Index:
         The empty query occurs before every word and at every sentinel.
         """
         first, end = np.zeros((2, len(queries)), np.int64)
-        order = sorted(range(len(queries)), key=lambda n: len(queries[n]))
-        begin = 0
-        while begin < len(order):
-            rows = max(QUERIES // max(len(queries[order[begin]]), 1), 1)
-            longest = max(len(queries[n]) for n in order[begin : begin + rows])
-            part = order[begin : begin + max(QUERIES // max(longest, 1), 1)]
+        waiting = sorted(range(len(queries)), key=lambda n: -len(queries[n]))  # of about one length together
+        while waiting:
+            rows = max(QUERIES // max(len(queries[waiting[0]]), 1), 1)
+            part, waiting = waiting[:rows], waiting[rows:]
             ids_QN, lengths_Q = self._padded([queries[n] for n in part])
             first[part], end[part] = (self._bisect(ids_QN, lengths_Q, after) for after in (False, True))
-            begin += len(part)
         return first, end
 
     def counts(self, queries: Sequence[Ngram]) -> np.ndarray:
