@@ -41,7 +41,10 @@ class Read:
         return cls([*begin, *(i for i, _, _ in placed)], [(-1, -1)] * len(begin) + [(a, b) for _, a, b in placed])
 
     def tokens(self, start: int, end: int) -> slice:
-        """Return the tokens that have one of the characters [start, end); ValueError if none has."""
+        """Return the tokens that have one of the characters [start, end); ValueError if none has.
+
+        A space that a tokenizer puts before every text is one of the first character's.
+        """
         at = [n for n, (a, b) in enumerate(self.places) if 0 <= a < end and max(b, a + 1) > start]
         if not at:
             raise ValueError(f"no token has characters {start} to {end} of a text: give a tokenizer that keeps all")

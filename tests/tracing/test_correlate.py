@@ -9,14 +9,16 @@ import pytest
 from scipy import stats
 from support.models import make_cepe
 from support.refusals import one_line
+from support.tokenizers import as_llama_2
 from support.tracing import HASHED, hashed, write_index, write_task, write_tokenizer
 
+from cepe_jax.data.tokenizer import Tokenizer
 from cepe_jax.inference.text import load
 from cepe_jax.tracing.correlate import CorrelateConfig, Values, correlate, exposure_curve, infinity_units, units_of
 from cepe_jax.tracing.correlations import adjusted, correlate_ranks
 from cepe_jax.tracing.probabilities import HoldsSpecial, Read, Scored, infinity_gram, score_targets
 from cepe_jax.tracing.table import Table, TableConfig, Target, make_table
-from cepe_jax.tracing.words import ngrams, words_of
+from cepe_jax.tracing.words import ngrams, placed_words, words_of
 from cepe_jax.weights.source import save
 
 TEXTS = [
@@ -123,6 +125,28 @@ def test_log_probabilities_are_torchs(home):
         assert scores[number].total == pytest.approx(sum(of_answer), rel=1e-4)
         assert scores[number].tokens == len(of_answer)
     assert longer > len(targets) // 2  # the authors' fault shows
+
+
+def test_a_cepe_without_contexts_scores_as_its_decoder(home, tmp_path):
+    data, model = Table(home / "n1"), load(home / "model")
+    save(make_cepe(vocab_size=model.tokenizer.vocab_size), tmp_path / "cepe", assets=home)
+    targets = list(data.targets())[:4]
+    found, wanted = (score_targets(one, data.examples, targets)[1] for one in (load(tmp_path / "cepe"), model))
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
+
+
+@pytest.mark.parametrize("make", [write_tokenizer, lambda home: Tokenizer(as_llama_2(home / "tokenizer.model"))])
+def test_tokens_of_a_word_are_those_with_its_letters(make, tmp_path):
+    """Also of words in several tokens a letter; without its first or last token a word is not whole."""
+    tokenizer = make(tmp_path)
+    text = "So: the cat sat, naïvely, in 東京 — and (then) slept."
+    read = Read.of(text, tokenizer)
+    for word in placed_words(text)[1:]:  # before the first one Llama 2 puts a space
+        span, written = read.tokens(word.start, word.end), text[word.start : word.end]
+        ids = read.ids[span]
+        assert written in tokenizer.decode(ids)
+        assert len(tokenizer.decode(ids).strip(" :,.()—")) == len(written)
+        assert all(written not in tokenizer.decode(part) for part in (ids[1:], ids[:-1]))
 
 
 def test_special_names_and_long_texts_are_refused(home):
