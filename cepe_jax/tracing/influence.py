@@ -1,4 +1,4 @@
-"""The influence of documents on an answer (arXiv 2407.14985, section 5; TracIn, Pruthi et al. 2020).
+"""The influence of documents on an answer (arXiv 2407.14985; TracIn, Pruthi et al. 2020).
 
 In(d, (x, y)) = sum over checkpoints of grad l(d, s_y) . grad l((x, y), s_y), with l = -log P of the tokens of s_y alone
 where it stands. The product is not normalised. The mean over documents with a pair, of s_y and an n-gram of the prompt,
