@@ -123,13 +123,14 @@ def _decode(kind, value):
 
 def _check(config_class, values: dict, root, group: str) -> None:
     """Raise ValueError if `values` do not fit the class. draccus takes text for a list of letters, and names little."""
+    kinds = {field.name: field.type for field in dataclasses.fields(config_class)}  # without those of the class
     for name, value in values.items():
         setting = f"{group}{name}"
-        if name not in config_class.__dataclass_fields__:
+        if name not in kinds:
             near = difflib.get_close_matches(name, _field_names(root), 1, cutoff=0.5)
             hint = f": did you mean {near[0]}?" if near else f" in {config_class.__name__}"
             raise ValueError(f"unknown setting {shortened(setting, quoted=False)}{hint}")
-        kind = config_class.__dataclass_fields__[name].type
+        kind = kinds[name]
         if value is None and type(None) not in typing.get_args(kind):
             raise ValueError(f"{setting} has no value: give one, or leave it out")
         group_class = group_class_of(kind)
@@ -275,7 +276,7 @@ def _values(config_class, arguments: list[tuple[str, str | None]]) -> list[tuple
 
 def _field_names(config_class) -> set[str]:
     names = set()
-    for field in getattr(config_class, "__dataclass_fields__", {}).values():
+    for field in dataclasses.fields(config_class) if dataclasses.is_dataclass(config_class) else ():
         names |= {field.name}.union(*map(_field_names, (field.type, *typing.get_args(field.type))))
     return names
 

@@ -28,7 +28,7 @@ from cepe_jax.weights.source import save
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 # In the order in which what one makes is read by another.
-FOLDERS = "weights", "data", "training", "inference", "inference/caches", "evaluation", "benchmarks"
+FOLDERS = "weights", "data", "training", "inference", "inference/caches", "evaluation", "tracing", "benchmarks"
 PAGES = [ROOT / place / "README.md" for place in ("", *(f"cepe_jax/{name}" for name in FOLDERS), "scripts", "configs")]
 
 

@@ -145,7 +145,7 @@ def test_help_has_a_sentence_and_two_examples(command):
 
 def test_every_script_is_a_table_of_commands():
     assert all(hasattr(script, "COMMANDS") for script in SCRIPTS.values())
-    assert len(SCRIPTS) == 8
+    assert len(SCRIPTS) == 9
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["sample", "--help"], ["teacher", "--help"]])

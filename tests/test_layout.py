@@ -11,7 +11,16 @@ import pytest
 import cepe_jax
 
 ROOT = Path(cepe_jax.__file__).parent
-ROOMS = ("model", "data", "weights", "training", "inference", "evaluation", "benchmarks")  # in order of import
+ROOMS = (
+    "model",
+    "data",
+    "weights",
+    "training",
+    "inference",
+    "evaluation",
+    "tracing",
+    "benchmarks",
+)  # in order of import
 TREES = {
     ".".join(("cepe_jax", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__"): ast.parse(
         path.read_text()

@@ -7,6 +7,7 @@ from typing import Literal
 
 import pytest
 
+from cepe_jax.data.conversations import ConversationConfig
 from cepe_jax.data.corpus import PrepareConfig
 from cepe_jax.data.retrieval import RetrieveConfig
 from cepe_jax.data.sampling import SampleConfig
@@ -248,6 +249,12 @@ def test_unknown_on_the_command_line_names_the_nearest(call, wrong, said):
     with pytest.raises(ValueError, match=f"unknown setting .*: .*{said}") as error:
         call("--out=o", f"--{wrong}=1")
     assert wrong.split(".")[0] in one_line(error)
+
+
+def test_values_of_the_class_are_no_settings():
+    """Conversations have a constant in the place of a setting of documents."""
+    with pytest.raises(ValueError, match="unknown setting skip_shorter"):
+        parse(ConversationConfig, ["--input=in", "--out=out", "--tokenizer=t", "--skip_shorter=3"])
 
 
 @pytest.mark.parametrize(
