@@ -21,6 +21,7 @@ from cepe_jax.data.loader import Sequences, batches, examples, names_in, open_mi
 from cepe_jax.data.records import NoDataset
 from cepe_jax.data.template import Template
 from cepe_jax.data.tokenizer import Tokenizer, file_in
+from cepe_jax.data.tokenizer_files import local_files
 from cepe_jax.devices import describe
 from cepe_jax.directories import is_remote, one_writer_in, write_json
 from cepe_jax.distributed import connected, first_says, is_first, meet
@@ -246,4 +247,5 @@ def dry_run(config: TrainConfig) -> Iterator[str]:
 def tokenizer_home(config: TrainConfig) -> Path:
     """Return the directory whose tokenizer, chat template and generation settings go with the trained model."""
     candidates = [Path(path) for path in (config.cepe, config.decoder) if path]
-    return next(filter(file_in, candidates), config.data / next(iter(config.mix), ""))
+    home = next(filter(file_in, candidates), config.data / next(iter(config.mix), ""))
+    return local_files(home) if is_remote(home) else home

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from etils import epath
-from support import buckets
+from support import buckets, models
 from support.tokenizers import byte_level
 
 from cepe_jax.data import corpus
@@ -19,6 +19,11 @@ from cepe_jax.data.loader import open_mix
 from cepe_jax.data.recipes import WindowsInContext
 from cepe_jax.data.records import NoDataset, Records, joins, open_joined
 from cepe_jax.data.sampling import SampleConfig, sample
+from cepe_jax.data.tokenizer import Tokenizer
+from cepe_jax.settings import decode
+from cepe_jax.training.run import run_stage
+from cepe_jax.training.settings import TrainConfig
+from cepe_jax.weights.source import save
 
 HOME = epath.Path("gs://bucket")
 
@@ -107,6 +112,19 @@ def test_job_that_was_cut_off_goes_on(config, local, monkeypatch, folder):
     assert begun == [0, 1, 2, *range(2, count)]
     prepare(local)
     assert contents(folder / "documents") == contents(local.out)
+
+
+def test_a_run_reads_them(config, tmp_path):
+    """As it reads those of a directory, with their tokenizer beside the model in the end."""
+    prepare(config)
+    sample(SampleConfig(data=config.out, out=HOME / "packed", kind="packed", length=32, workers=1))
+    tokenizer = Records(config.out, "train").tokenizer
+    decoder = models.make_decoder(dataclasses.replace(models.DECODER, vocab_size=tokenizer.vocab_size))
+    save(decoder, tmp_path / "decoder")
+    settings = {"stage": "lm", "data": "gs://bucket/packed", "decoder": str(tmp_path / "decoder"), "steps": 2}
+    settings |= {"out": str(tmp_path / "run"), "batch_size": 4, "examples": {"window": 32}}
+    home = run_stage(decode(TrainConfig, settings))
+    assert Tokenizer(home).fingerprint() == tokenizer.fingerprint()
 
 
 def test_joined_datasets_may_lie_anywhere(config, tmp_path, folder):
