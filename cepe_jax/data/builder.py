@@ -188,10 +188,10 @@ class Builder:
             return None
         return facts if facts["key"] == as_json(key) else None
 
-    def register(self, name: str, features: dict, marks: list[dict], facts: dict) -> None:
+    def register(self, name: str, features: dict, marks: list[dict], facts: dict, notes: str = "") -> None:
         """Makes the directory a dataset of the units with these marks, each of which has `splits`: {split: facts}.
 
-        `facts` go into the index. Two processes that do it at once write the same bytes.
+        `facts` go into the index, `notes` to the report's end. Two processes that do it at once write the same bytes.
         """
         import tensorflow_datasets as tfds
 
@@ -220,7 +220,7 @@ class Builder:
             )
         index = {"name": name, "identity": self.identity} | facts | {"splits": splits}
         write_json(self.out / DATASET, index | {"sha256": digest_of(index)})
-        write_text(self.out / "report.md", report(name, splits))
+        write_text(self.out / "report.md", report(name, splits) + notes)
         with staged_directory(self.units / "metadata") as place:
             for split in splits:  # TFDS looks for the names of shards beside its metadata
                 shard_path(place, name, split, 0, len(marks)).touch()

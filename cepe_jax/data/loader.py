@@ -95,9 +95,7 @@ def _shuffled(sources: Sequence[Source], seed: int) -> list["grain.MapDataset"]:
     return [grain.MapDataset.source(source).shuffle(seed=seed + i).repeat() for i, source in enumerate(sources)]
 
 
-def names_in(
-    sources: Sequence[Source], weights: Sequence[float], seed: int, batch_size: int, number: int
-) -> list[str]:
+def names_in(sources: Sequence[Source], weights: Sequence[float], seed: int, batch_size: int, number: int) -> list[str]:
     """Return the sequences of global batch `number`: the dataset of each, and the first line of its name.
 
     Those of the windows: with foreign_rate the context of some is of other documents, which are not named.

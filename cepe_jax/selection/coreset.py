@@ -8,8 +8,6 @@ import warnings
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.linalg import solve
-from scipy.optimize import nnls
 
 from cepe_jax.data.sampling import apportion
 
@@ -74,6 +72,8 @@ def matching_pursuit(
     be negative, the most negative one leaves until none is. The pursuit ends early if the residual is within the
     tolerance, or the best atom is one of the chosen or orthogonal to the residual.
     """
+    from scipy.linalg import solve  # a quarter of a second: only who selects pays for it
+
     products_N, lengths_N = atoms_ND @ target_D, np.linalg.norm(atoms_ND, axis=1)
     target_length = np.linalg.norm(target_D)
     chosen: list[int] = []
@@ -124,6 +124,8 @@ def chosen_atoms(
 
 def weights_for(atoms_KD: np.ndarray, target_D: np.ndarray, ridge: float) -> np.ndarray:
     """Return weights x, none of them negative, that minimise ||target - atoms^T x||^2 + ridge ||x||^2."""
+    from scipy.optimize import nnls
+
     matrix = np.concatenate([atoms_KD.T, np.sqrt(ridge) * np.eye(len(atoms_KD))])
     return nnls(matrix, np.concatenate([target_D, np.zeros(len(atoms_KD))]))[0]
 

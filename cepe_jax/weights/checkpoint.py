@@ -24,7 +24,8 @@ from cepe_jax.sharding import is_variable
 
 
 def _not_a_trace_of_orbax(record: logging.LogRecord) -> bool:
-    return not record.exc_info or "orbax" not in record.pathname
+    """Return False for traces of errors that are raised too, and for the warning of a directory that is only read."""
+    return "orbax" not in record.pathname or not (record.exc_info or "read only" in str(record.msg))
 
 
 def _run_to_the_end(run_sync: Callable) -> Callable:
@@ -131,9 +132,7 @@ class Checkpoints:
     Who only reads (`reader`) leaves the directory as it is, though a run may be writing there.
     """
 
-    def __init__(
-        self, directory: Path | epath.Path, identity: dict, keep: int | None = KEPT, *, reader: bool = False
-    ):
+    def __init__(self, directory: Path | epath.Path, identity: dict, keep: int | None = KEPT, *, reader: bool = False):
         self.directory = directory if is_remote(directory) else Path(directory).absolute()
         self.identity = identity
         # Orbax raises what goes wrong with a save, and logs it before, four times and with pages of traces.
