@@ -1,4 +1,4 @@
-"""Gradients of single examples against PyTorch's autograd, Adam's quotient and the weights of checkpoints by formula."""
+"""Gradients of single examples against PyTorch's autograd; Adam's quotient and checkpoints' weights by formula."""
 
 import dataclasses
 
