@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from cepe_jax.data.loader import Source, open_source
 from cepe_jax.data.recipes import Mixture
@@ -146,13 +146,33 @@ def adam_update(gradient: Array, mean: Array, square: Array, config: OptimizerCo
     return mean / jnp.sqrt(square + config.eps)
 
 
+def update_function(
+    objective: Objective, kind: type[Model], optimizer: OptimizerConfig, dim: int, seed: int, mesh: Mesh
+) -> Callable[..., Array]:
+    """Return `updates(trainable, mean_P, square_P, frozen, batch)`: projected updates (B, dim), each of length 1.
+
+    The examples are cut over the mesh. Each of its devices has all weights, and computes its examples by itself: within
+    one, the batch of the model is a single example.
+    """
+
+    def updates(trainable: Parts, mean_P: Array, square_P: Array, frozen: Parts, batch: Batch) -> Array:
+        gradients_BP = example_gradients(objective, kind, trainable, frozen, batch)
+        updates_BF = project(adam_update(gradients_BP, mean_P, square_P, optimizer), dim, seed)
+        lengths_B1 = jnp.linalg.norm(updates_BF, axis=1, keepdims=True)
+        return updates_BF / jnp.where(lengths_B1 == 0, 1, lengths_B1)
+
+    whole, rows = PartitionSpec(), partition_spec(("batch",))
+    specs = {"in_specs": (whole, whole, whole, whole, rows), "out_specs": rows}
+    return jax.jit(jax.shard_map(updates, mesh=mesh, check_vma=False, **specs))
+
+
 def feature_function(
     warm_up: WarmUp, steps: Sequence[int], weights: Sequence[float], dim: int, seed: int, source: Source
 ) -> Callable[[Sequence[int], int], np.ndarray]:
-    """Return a function from the numbers of up to `batch_size` records and that size to their features (n, dim), fp32.
+    """Return a function from the numbers of up to `batch_size` records, and that size, to features (n, dim), fp32.
 
-    A feature is the weighted sum, over the checkpoints, of the example's projected updates, each of length 1. The
-    examples are cut over all devices; each device has the whole model.
+    A feature is the weighted sum of the updates at the checkpoints. Where contexts are masked at random, a record's
+    mask is drawn from the seed and its number.
     """
     config, recipe = warm_up.config, recipe_of(warm_up.config)
     tokenizer, mesh = source.records.tokenizer, make_mesh(data=jax.device_count())
@@ -160,21 +180,11 @@ def feature_function(
     with jax.set_mesh(mesh):
         compute, sizes = compute_of(config, jax.default_backend()), sizes_of(config, tokenizer.vocab_size)
         model = starting_model(config, sizes, compute, tokenizer)
-        kind = type(model)
         trainable, frozen = split(model, config.train)
         states = warm_up.states(steps, trainable, frozen)
     moments = [tuple(flat(optax.tree.get(state.opt_state, name)) for name in ("mu", "nu")) for state in states]
     points = [(state.trainable, *pair) for state, pair in zip(states, moments, strict=True)]
-
-    def updates(trainable: Parts, mean_P: Array, square_P: Array, frozen: Parts, batch: Batch) -> Array:
-        gradients_BP = example_gradients(objective, kind, trainable, frozen, batch)
-        updates_BF = project(adam_update(gradients_BP, mean_P, square_P, config.optimizer), dim, seed)
-        lengths_B1 = jnp.linalg.norm(updates_BF, axis=1, keepdims=True)
-        return updates_BF / jnp.where(lengths_B1 == 0, 1, lengths_B1)
-
-    whole, rows = PartitionSpec(), partition_spec(("batch",))
-    specs = {"in_specs": (whole, whole, whole, whole, rows), "out_specs": rows}
-    run = jax.jit(jax.shard_map(updates, mesh=mesh, check_vma=False, **specs))
+    updates = update_function(objective, type(model), config.optimizer, dim, seed, mesh)
 
     def features_of(numbers: Sequence[int], batch_size: int) -> np.ndarray:
         examples = [
@@ -185,7 +195,7 @@ def feature_function(
         batch = {name: np.stack([example[name] for example in examples]) for name in examples[0]}
         with jax.set_mesh(mesh):
             placed = place_batch(batch, mesh, batch_size)
-            of_points = [run(*point, frozen, placed) for point in points]
+            of_points = [updates(*point, frozen, placed) for point in points]
         features = sum(weight * np.asarray(one) for weight, one in zip(weights, of_points, strict=True))
         if not np.isfinite(features).all():
             bad = next(n for n, row in zip(numbers, features, strict=False) if not np.isfinite(row).all())

@@ -6,22 +6,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo as cudnn_attention
 from safetensors.numpy import load_file
 from support.models import CROSS_LAYERS, DECODER, ENCODER, filled, relative_error
 
 from cepe_jax.config import CepeConfig, LoraConfig, with_lora
 from cepe_jax.data.examples import IGNORE, ExampleConfig
+from cepe_jax.data.recipes import blank
 from cepe_jax.model.cepe import Cepe
 from cepe_jax.model.llama import Llama
 from cepe_jax.model.parts import split
-from cepe_jax.selection.gradients import adam_update, checkpoint_weights, example_gradients
+from cepe_jax.selection.gradients import adam_update, checkpoint_weights, example_gradients, update_function
+from cepe_jax.sharding import make_mesh
 from cepe_jax.training.objectives import NextToken
 from cepe_jax.training.optimizer import OptimizerConfig
-from cepe_jax.training.settings import TrainConfig
-from cepe_jax.weights.build import tensors_of
+from cepe_jax.training.settings import TrainConfig, compute_of, recipe_of, sizes_of
+from cepe_jax.training.stages import STAGES
+from cepe_jax.weights.build import abstract_parts, tensors_of
 from cepe_jax.weights.convert import to_hf
 from cepe_jax.weights.factors import to_peft
 from cepe_jax.weights.huggingface import table
+from cepe_jax.weights.kinds import kind_of
 from cepe_jax.weights.source import open_ours, save
 
 
@@ -139,3 +144,34 @@ def test_checkpoints_weigh_by_their_mean_learning_rates():
     np.testing.assert_allclose(checkpoint_weights(config, (10, 30)), np.array([4.5, 19.5]) / 24, rtol=1e-5)
     with pytest.raises(ValueError, match=r"\[1\]"):
         checkpoint_weights(config, (1,))
+
+
+@pytest.mark.parametrize(("platform", "attention"), [("cuda", "cudnn"), ("tpu", "splash")])
+@pytest.mark.parametrize("stage", ["sft", "cepe"])
+def test_updates_are_lowered_for_accelerators(monkeypatch, platform, attention, stage):
+    """Attention's kernels take single examples, side by side, in the part of the mesh that is a device's."""
+    monkeypatch.setattr(cudnn_attention, "check_cudnn_version", lambda: 92501)
+    starts = {"sft": {"decoder": "tiny", "train": ("decoder_lora",), "lora": LoraConfig()}}
+    starts["cepe"] = {"decoder": "tiny", "encoder": "tiny"}
+    examples = ExampleConfig(window=256, num_chunks=2, chunk_length=128)
+    config = TrainConfig(stage, "data", "out", 2, 2, examples=examples, dtype="bfloat16", **starts[stage])
+    sizes, mesh = sizes_of(config), make_mesh()
+    parts = abstract_parts(sizes, dataclasses.replace(compute_of(config, "cpu"), attention=attention))
+    trainable = {name: part for name, part in parts.items() if name in config.train}
+    frozen = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16),
+        {name: part for name, part in parts.items() if name not in config.train},
+    )
+    size = sum(leaf.size for leaf in jax.tree.leaves(trainable))
+    batch = {
+        name: jax.ShapeDtypeStruct((2, *x.shape), jax.dtypes.canonicalize_dtype(x.dtype))
+        for name, x in blank(recipe_of(config)).items()
+    }
+    moment = jax.ShapeDtypeStruct((size,), jnp.float32)
+    objective, kind = STAGES[stage].objective(config), kind_of(sizes).model
+    with jax.set_mesh(mesh):
+        updates = update_function(objective, kind, config.optimizer, 64, 0, mesh)
+        traced = updates.trace(trainable, moment, moment, frozen, batch)
+        program = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert {"cuda": "__cudnn$fmha", "tpu": "tpu_custom_call"}[platform] in program
+    assert traced.out_info.shape == (2, 64)
