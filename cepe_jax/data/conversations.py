@@ -181,9 +181,9 @@ class Packs:
 
     def only(self, numbers: np.ndarray) -> Self:
         """Return these conversations alone, as often as they are named; without those that no window holds."""
-        chosen = copy.copy(self)
-        chosen._pack(numbers)
-        return chosen
+        subset = copy.copy(self)
+        subset._pack(numbers)
+        return subset
 
     def __len__(self) -> int:
         return len(self._packs)

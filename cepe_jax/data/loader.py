@@ -58,9 +58,9 @@ class Sequences:
 
     def only(self, numbers: Sequence[int]) -> Self:
         """Return these records alone, as often as they are named."""
-        chosen = copy.copy(self)
-        chosen.numbers = numbers
-        return chosen
+        subset = copy.copy(self)
+        subset.numbers = numbers
+        return subset
 
     def __len__(self) -> int:
         return len(self.numbers) * self.per_sequence
@@ -165,11 +165,11 @@ def open_source(path: Path, recipe: Recipe, split: str) -> Source:
     if source.digest != selects["digest"]:
         raise ValueError(f"{path} selects from another dataset than {source.path} is now: select again")
     rows = np.array([(record["number"], record["repeats"]) for record in coreset])
-    chosen = source.only(np.repeat(*rows.T))
-    if not len(chosen):
+    subset = source.only(np.repeat(*rows.T))
+    if not len(subset):
         raise ValueError(f"{path}: no record that it selects fits {source.size} tokens: raise examples.window")
-    chosen.path, chosen.digest = path, source.digest + coreset.digest
-    return chosen
+    subset.path, subset.digest = path, source.digest + coreset.digest
+    return subset
 
 
 def check_mix(data: Path, mix: dict[str, float]) -> None:

@@ -211,9 +211,9 @@ class Pairs:
 
     def only(self, numbers: np.ndarray) -> Self:
         """Return these pairs alone, as often as they are named; without those that no window holds."""
-        chosen = copy.copy(self)
-        chosen.numbers = numbers[np.isin(numbers, self.numbers)]
-        return chosen
+        subset = copy.copy(self)
+        subset.numbers = numbers[np.isin(numbers, self.numbers)]
+        return subset
 
     def __len__(self) -> int:
         return len(self.numbers)

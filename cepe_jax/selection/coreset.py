@@ -70,17 +70,17 @@ def matching_pursuit(
 
     Each time the atom of the largest product with the residual joins, and all weights are fitted again. If they may not
     be negative, the most negative one leaves until none is. The pursuit ends early if the residual is within the
-    tolerance, or the best atom is one of the chosen or orthogonal to the residual.
+    tolerance, or the best atom is one of those already or orthogonal to the residual.
     """
     from scipy.linalg import solve  # a quarter of a second: only who selects pays for it
 
     products_N, lengths_N = atoms_ND @ target_D, np.linalg.norm(atoms_ND, axis=1)
     target_length = np.linalg.norm(target_D)
-    chosen: list[int] = []
+    support: list[int] = []
     gram_KK, weights_K, residual_D = np.zeros((0, 0)), np.zeros(0), target_D
 
     def fitted(ridge: float) -> np.ndarray:
-        return solve(gram_KK + ridge * np.eye(len(chosen)), products_N[chosen], assume_a="pos")
+        return solve(gram_KK + ridge * np.eye(len(support)), products_N[support], assume_a="pos")
 
     for _ in range(most):
         residual_length = np.linalg.norm(residual_D)
@@ -89,19 +89,19 @@ def matching_pursuit(
         gains_N = atoms_ND @ residual_D
         best = int(np.argmax(gains_N if config.positive else abs(gains_N)))
         gain = gains_N[best] if config.positive else abs(gains_N[best])
-        if best in chosen or gain <= ORTHOGONAL * lengths_N[best] * residual_length:
+        if best in support or gain <= ORTHOGONAL * lengths_N[best] * residual_length:
             break
-        chosen.append(best)
-        column_K = atoms_ND[chosen] @ atoms_ND[best]
+        support.append(best)
+        column_K = atoms_ND[support] @ atoms_ND[best]
         gram_KK = np.block([[gram_KK, column_K[:-1, None]], [column_K[None]]])
-        weights_K = fitted(config.ridge if len(chosen) > 1 else 0.0)
+        weights_K = fitted(config.ridge if len(support) > 1 else 0.0)
         while config.positive and weights_K.min(initial=0.0) < 0:
             worst = int(np.argmin(weights_K))
-            del chosen[worst]
+            del support[worst]
             gram_KK = np.delete(np.delete(gram_KK, worst, axis=0), worst, axis=1)
-            weights_K = fitted(config.ridge) if chosen else np.zeros(0)
-        residual_D = target_D - weights_K @ atoms_ND[chosen]
-    return chosen, weights_K
+            weights_K = fitted(config.ridge) if support else np.zeros(0)
+        residual_D = target_D - weights_K @ atoms_ND[support]
+    return support, weights_K
 
 
 def chosen_atoms(

@@ -98,8 +98,7 @@ class WarmUp:
         digests = digests_of(frozen)
         with self._checkpoints(self.identity() | {"frozen": digests}) as checkpoints:
             for step in steps:
-                stored = checkpoints.facts(step)["identity"].get("frozen")
-                if stored != as_json(digests):
+                if checkpoints.facts(step)["identity"].get("frozen") != as_json(digests):
                     start = self.config.cepe or self.config.decoder or self.config.encoder
                     raise ValueError(
                         f"{checkpoints.directory / str(step)} is of another model: the frozen weights of {start} are "

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from cepe_jax.selection.gradients import WarmUp
 
 log = logging.getLogger(__name__)
-FEATURES = "features"  # below `out`, unless they have another place
+FEATURES = Path("units/features")  # below `out`, unless they have another place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,8 +111,12 @@ def tagcos(config: TagcosConfig) -> None:
         return
     with one_writer_in(config.out, "selection"):  # of jobs that end together one selects
         if not builder.finished:
-            rows = [mark["rows"] for mark in marks]
-            register(config, builder, source, read_features(place, rows, config.dim), budget)
+            features_ND = read_features(place, [mark["rows"] for mark in marks], config.dim)
+            try:
+                register(config, builder, source, features_ND, budget)
+            except ValueError:
+                builder.forget()  # another choice may be made here, from the same features
+                raise
 
 
 def features_path(place: Path, unit: int) -> Path:
@@ -149,17 +153,17 @@ def cost(config: TagcosConfig, warm_up: "WarmUp", source: "Source") -> Iterator[
     run, examples, points = warm_up.config, len(source.numbers), len(config.steps)
     sizes = sizes_of(run, source.records.tokenizer.vocab_size)
     parts = abstract_parts(sizes)
-    trained = sum(leaf.size for name in run.train for leaf in jax.tree.leaves(parts[name]))
+    parameters = sum(leaf.size for name in run.train for leaf in jax.tree.leaves(parts[name]))
     passes = examples * points
     gradients = passes * STAGES[run.stage].flops(run, sizes, [source]).train
-    projections = passes * projection_flops(trained, config.dim)
-    yield f"{examples:,} examples, {points} checkpoints, {trained:,} parameters train ({', '.join(run.train)})"
+    projections = passes * projection_flops(parameters, config.dim)
+    yield f"{examples:,} examples, {points} checkpoints, {parameters:,} parameters train ({', '.join(run.train)})"
     yield (
         f"{gradients:.3e} FLOP for gradients, {projections:.3e} for projections to {config.dim:,} numbers "
         f"({projections / (gradients + projections):.0%} of both)"
     )
-    held = 4 * config.batch_size // jax.device_count() * trained
-    yield f"features: {gib(4 * examples * config.dim)}; gradients: {gib(held)} a device, twice for their updates"
+    on_device = 4 * config.batch_size // jax.device_count() * parameters
+    yield f"features: {gib(4 * examples * config.dim)}; gradients: {gib(on_device)} a device, and as much for updates"
 
 
 @functools.lru_cache(maxsize=1)
@@ -171,8 +175,8 @@ def opened_features(config: TagcosConfig, digest: str) -> "tuple[Source, Callabl
     source = warm_up.source(config.data, config.split)
     if source.digest != digest:
         raise ValueError(f"{config.data} has changed since this run began: start it again")
-    given = np.array(config.weights, np.float64)
-    weights = given / given.sum() if len(given) else checkpoint_weights(warm_up.config, config.steps)
+    weights = np.array(config.weights, np.float64)
+    weights = weights / weights.sum() if len(weights) else checkpoint_weights(warm_up.config, config.steps)
     log.info("weights of the checkpoints: %s", ", ".join(f"{weight:.4f}" for weight in weights))
     return source, feature_function(warm_up, config.steps, weights, config.dim, config.seed, source)
 

@@ -91,9 +91,9 @@ def test_factors_gradients_are_pefts(tmp_path):
         save(Llama.from_parts({"decoder": model.parts["decoder"]} | ours), tmp_path / f"gradient{number}")
         place = tmp_path / f"in_peft{number}"
         to_peft(open_ours(tmp_path / f"gradient{number}"), str(tmp_path / "hf"), place)
-        found = load_file(place / "adapter_model.safetensors")
-        assert set(found) == set(wanted)
-        assert max(relative_error(found[key], wanted[key]) for key in wanted) < 1e-4
+        ours_in_torch = load_file(place / "adapter_model.safetensors")
+        assert set(ours_in_torch) == set(wanted)
+        assert max(relative_error(ours_in_torch[key], wanted[key]) for key in wanted) < 1e-4
 
 
 def test_own_parts_gradients_are_torchs():
@@ -115,11 +115,11 @@ def test_own_parts_gradients_are_torchs():
         theirs.zero_grad()
         loss.backward()
         whole = Cepe.from_parts(model.parts | ours)
-        found = {name: np.asarray(x) for name, x in tensors_of(whole) if name.split(".")[0] in ours}
-        found = {entries[name].key: entries[name].to_torch(x) for name, x in found.items()}
-        wanted = {key: x.grad for key, x in theirs.named_parameters() if key in found}
-        assert set(wanted) == set(found)
-        assert max(relative_error(found[key], wanted[key]) for key in wanted) < 1e-4
+        ours_in_torch = {name: np.asarray(x) for name, x in tensors_of(whole) if name.split(".")[0] in ours}
+        ours_in_torch = {entries[name].key: entries[name].to_torch(x) for name, x in ours_in_torch.items()}
+        wanted = {key: x.grad for key, x in theirs.named_parameters() if key in ours_in_torch}
+        assert set(wanted) == set(ours_in_torch)
+        assert max(relative_error(ours_in_torch[key], wanted[key]) for key in wanted) < 1e-4
 
 
 def test_update_has_epsilon_under_the_root_and_no_correction():

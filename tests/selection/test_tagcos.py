@@ -13,18 +13,19 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from support import datasets
-from support.models import DECODER, make_decoder
+from support.models import CROSS_LAYERS, DECODER, ENCODER, filled, make_decoder
 from support.refusals import one_line
 from support.tokenizers import write_chatml
 
-from cepe_jax.config import LoraConfig
+from cepe_jax.config import CepeConfig, LoraConfig
 from cepe_jax.data.conversations import ConversationConfig, features_of, prepare_conversations
 from cepe_jax.data.examples import ExampleConfig
 from cepe_jax.data.loader import open_mix
 from cepe_jax.data.records import Records
+from cepe_jax.model.cepe import Cepe
 from cepe_jax.model.parts import split
 from cepe_jax.selection.projection import BLOCK, signs
-from cepe_jax.selection.tagcos import TagcosConfig, read_features, tagcos
+from cepe_jax.selection.tagcos import FEATURES, TagcosConfig, read_features, tagcos
 from cepe_jax.training.objectives import NextToken
 from cepe_jax.training.optimizer import OptimizerConfig
 from cepe_jax.training.run import run_stage
@@ -72,8 +73,8 @@ def config_of(home: Path, out: Path, **settings) -> TagcosConfig:
 
 
 def features_in(coreset: Path) -> np.ndarray:
-    marks = sorted((coreset / "features/units").glob("0*.json"))
-    return read_features(coreset / "features", [json.loads(mark.read_text())["rows"] for mark in marks], DIM)
+    marks = sorted((coreset / FEATURES / "units").glob("0*.json"))
+    return read_features(coreset / FEATURES, [json.loads(mark.read_text())["rows"] for mark in marks], DIM)
 
 
 def fits(home: Path) -> list[int]:
@@ -147,14 +148,14 @@ def test_jobs_share_units_and_a_killed_one_goes_on(home, tmp_path):
     once, out = features_in(home / "data/coreset"), tmp_path / "coreset"
     tagcos(config_of(home, out, shard="0/2"))
     assert not (out / "dataset.json").exists()
-    first = out / "features/00000.npy"
+    first = out / FEATURES / "00000.npy"
     written = first.stat().st_mtime_ns
     tagcos(config_of(home, out, shard="1/2"))
     np.testing.assert_array_equal(features_in(out), once)
     assert (out / "dataset.json").exists()
     (out / "dataset_info.json").unlink()
-    (out / "features/units/00001.json").unlink()
-    (out / "features/00001.npy").write_bytes(b"half")
+    (out / FEATURES / "units/00001.json").unlink()
+    (out / FEATURES / "00001.npy").write_bytes(b"half")
     tagcos(config_of(home, out))
     np.testing.assert_array_equal(features_in(out), once)
     assert first.stat().st_mtime_ns == written
@@ -164,7 +165,7 @@ def test_jobs_share_units_and_a_killed_one_goes_on(home, tmp_path):
 def test_coresets_share_features(home, tmp_path):
     """Another fraction, from the features that are there: the function that makes them is not opened again."""
     features = tmp_path / "features"
-    shutil.copytree(home / "data/coreset/features", features)
+    shutil.copytree(home / "data/coreset" / FEATURES, features)
     times = {path: path.stat().st_mtime_ns for path in features.glob("*.npy")}
     tagcos(config_of(home, tmp_path / "half", fraction=0.5, features=features))
     assert {path: path.stat().st_mtime_ns for path in features.glob("*.npy")} == times
@@ -172,6 +173,20 @@ def test_coresets_share_features(home, tmp_path):
     with pytest.raises(ValueError, match="dim is 48 there and 16 here") as refusal:
         tagcos(config_of(home, tmp_path / "other", dim=16, features=features))
     one_line(refusal)
+
+
+def test_a_refused_choice_leaves_features_for_another(home, tmp_path):
+    """Features of three kinds alone: of five clusters two are empty, three are made in the same place."""
+    features = tmp_path / "features"
+    shutil.copytree(home / "data/coreset" / FEATURES, features)
+    for path in features.glob("*.npy"):
+        rows = len(np.load(path))
+        np.save(path, np.eye(DIM, dtype=np.float32)[np.arange(rows) % 3])
+    with pytest.raises(ValueError, match="5.* 2 ") as refusal:
+        tagcos(config_of(home, tmp_path / "out", clusters=5, features=features))
+    one_line(refusal)
+    tagcos(config_of(home, tmp_path / "out", clusters=3, features=features))
+    assert len(Records(tmp_path / "out", "train")) == round(0.2 * len(fits(home)))
 
 
 def test_devices_share_the_examples(home, tmp_path):
@@ -207,7 +222,7 @@ def test_mix_trains_on_the_selected_alone(home, tmp_path):
 
 def test_weights_become_repeats(home, tmp_path):
     config = config_of(
-        home, tmp_path / "data/weighted", use_weights=True, repeats=3, features=home / "data/coreset/features"
+        home, tmp_path / "data/weighted", use_weights=True, repeats=3, features=home / "data/coreset" / FEATURES
     )
     tagcos(config)
     records = list(Records(config.out, "train"))
@@ -225,27 +240,32 @@ def test_weights_become_repeats(home, tmp_path):
         assert lines.count(base[int(record["number"])]["name"]) == int(record["repeats"])
 
 
-def test_sequences_of_a_decoder_from_scratch(home, tmp_path):
-    """A run from a preset that trains all of a decoder; by the learning rates' weights.
+def test_parts_of_a_cepe_and_sequences(home, tmp_path):
+    """Its encoder and cross-attention; the masks of contexts are a record's own, whatever batch it is in.
 
-    9 CPU-seconds: the other kind of records, and the other way to begin.
+    15 CPU-seconds: the other kind of records, and of what trains.
     """
+    encoder = dataclasses.replace(ENCODER, vocab_size=335, mlm_head=False)
+    sizes = CepeConfig(dataclasses.replace(DECODER, vocab_size=334), encoder, CROSS_LAYERS)
+    save(filled(lambda: Cepe.create(sizes, key=jax.random.key(0)), seed=3), tmp_path / "cepe", assets=home)
     tokenizer = Records(home / "data/chats", "train").tokenizer
     rng = np.random.default_rng(0)
     sequences = [rng.integers(5, 300, 17) for _ in range(12)]
     data = datasets.write_sequences(tmp_path / "sequences", sequences, 16, tokenizer)
-    examples, train = ExampleConfig(window=16), {"optimizer": OptimizerConfig(warmup_fraction=0.5), "keep": 0}
-    config = TrainConfig("lm", data, tmp_path / "run", 4, 4, decoder="tiny", examples=examples, save_every=2, **train)
+    examples = ExampleConfig(window=8, num_chunks=2, chunk_length=4, chunk_mask_rate=0.7)
+    start = {"cepe": str(tmp_path / "cepe"), "optimizer": OptimizerConfig(warmup_fraction=0.5)}
+    config = TrainConfig("cepe", data, tmp_path / "run", 4, 4, examples=examples, save_every=2, **start)
     run_stage(config)
-    settings = {"run": tmp_path / "run", "data": data, "fraction": 0.25, "clusters": 2, "dim": 32, "weights": ()}
-    tagcos(config_of(home, tmp_path / "coreset", **settings))
+    settings = {"run": tmp_path / "run", "data": data, "fraction": 0.25, "clusters": 2, "weights": ()}
+    for name, batch_size in (("coreset", 8), ("again", 5)):
+        tagcos(config_of(home, tmp_path / name, batch_size=batch_size, **settings))
+    features = features_in(tmp_path / "coreset")
+    assert features.shape == (12, DIM)
+    np.testing.assert_allclose(features_in(tmp_path / "again"), features, atol=1e-4)
     (source,) = open_mix(tmp_path / "coreset", {}, recipe_of(config))
     assert len(source) == 3
-    names = [int(source[n]["name"].split("@")[0]) for n in range(3)]
-    for n, number in enumerate(names):
-        np.testing.assert_array_equal(source[n]["tokens"], sequences[number])
-    (one_for_each_half,) = open_mix(data, {}, recipe_of(dataclasses.replace(config, examples=ExampleConfig(window=8))))
-    assert len(one_for_each_half.only(np.array([3, 3, 5]))) == 6
+    for n in range(3):
+        np.testing.assert_array_equal(source[n]["tokens"], sequences[int(source[n]["name"].split("@")[0])])
 
 
 def changed(home: Path, tmp_path: Path, name: str) -> Path:
@@ -299,7 +319,7 @@ def another_tokenizer(home, tmp_path):
 
 
 def another_kind(home, tmp_path):
-    return {"data": home / "data/coreset/features"}, FileNotFoundError, "features"
+    return {"data": home / "data/coreset" / FEATURES}, FileNotFoundError, "features"
 
 
 def several_examples(home, tmp_path):
@@ -318,7 +338,7 @@ def too_small_a_fraction(home, tmp_path):
 
 def damaged_features(home, tmp_path):
     features = tmp_path / "features"
-    shutil.copytree(home / "data/coreset/features", features)
+    shutil.copytree(home / "data/coreset" / FEATURES, features)
     np.save(features / "00001.npy", np.zeros((2, 3)))
     return {"features": features}, ValueError, r"00001\.npy.*\[2, 3\]"
 

@@ -17,8 +17,10 @@ from cepe_jax.config import DecoderConfig, LoraConfig, RopeConfig
 from cepe_jax.data.builder import array
 from cepe_jax.data.examples import ExampleConfig
 from cepe_jax.data.records import Records
+from cepe_jax.data.sampling import apportion
 from cepe_jax.data.tokenizer import Tokenizer
 from cepe_jax.model.llama import Llama
+from cepe_jax.selection.coreset import clusters_of
 from cepe_jax.selection.tagcos import TagcosConfig, tagcos
 from cepe_jax.training.heldout import EvalConfig
 from cepe_jax.training.optimizer import OptimizerConfig
@@ -34,7 +36,7 @@ MIXTURES = {"skills, copies, noise": TOTAL - COPIED * COPIES - NOISE, "skills al
 FRACTION, CLUSTERS, DIM = 0.05, 20, 512
 WARM_UP, STEPS, BATCH = 30, 300, 16
 SEEDS = 5
-CHOICES = "all", "random", "TAGCOS", "TAGCOS, weighted"
+CHOICES = "all", "random", "random by cluster", "TAGCOS", "TAGCOS, weighted"
 
 
 def path_of(permutation: np.ndarray, start: int) -> list[int]:
@@ -94,8 +96,15 @@ def pretrained(home: Path) -> tuple[Path, Tokenizer]:
     return home / "base/model", tokenizer
 
 
+def select(place: Path, data: Path, numbers: np.ndarray, tokenizer: Tokenizer) -> None:
+    """Write a coreset of these records."""
+    features = {"number": array(np.int64), "repeats": array(np.int32)}
+    rows = [{"number": np.int64(number), "repeats": np.int32(1)} for number in np.sort(numbers)]
+    datasets.write(place, "coreset", features, [rows], tokenizer, selects=datasets.joins(data))
+
+
 def losses(seed: int, proper: int, home: Path, decoder: Path, tokenizer: Tokenizer) -> tuple[dict, dict]:
-    """Return the loss on unseen proper sequences after training on each choice, and the kinds that were chosen."""
+    """Return the losses on unseen proper sequences after training on each choice, and the kinds that were chosen."""
     home.mkdir()
     rng = np.random.default_rng(seed)
     permutations = np.stack([rng.permutation(SYMBOLS) for _ in range(SKILLS)])
@@ -108,18 +117,21 @@ def losses(seed: int, proper: int, home: Path, decoder: Path, tokenizer: Tokeniz
         given = {"run": home / "warm-up", "steps": (10, 20, 30), "data": data, "features": home / "features"}
         given |= {"fraction": FRACTION, "clusters": CLUSTERS, "dim": DIM, "batch_size": 64, "seed": seed}
         tagcos(TagcosConfig(**given, out=home / name, use_weights=name != "TAGCOS"))
-    features = {"number": array(np.int64), "repeats": array(np.int32)}
-    numbers = np.sort(rng.permutation(TOTAL)[: round(FRACTION * TOTAL)])
-    rows = [{"number": np.int64(n), "repeats": np.int32(1)} for n in numbers]
-    datasets.write(home / "random", "coreset", features, [rows], tokenizer, selects=datasets.joins(data))
+    select(home / "random", data, rng.permutation(TOTAL)[: round(FRACTION * TOTAL)], tokenizer)
+    paths = sorted((home / "features").glob("*.npy"))
+    labels, _ = clusters_of(np.concatenate([np.load(path) for path in paths]), CLUSTERS, seed, starts=1)
+    members = [rng.permutation(np.flatnonzero(labels == cluster)) for cluster in range(CLUSTERS)]
+    shares = apportion(round(FRACTION * TOTAL), [len(one) for one in members])
+    by_cluster = np.concatenate([one[:share] for one, share in zip(members, shares, strict=True)])
+    select(home / "random by cluster", data, by_cluster, tokenizer)
     chosen = {name: np.array([int(r["number"]) for r in Records(home / name, "train")]) for name in CHOICES[1:]}
-    found = {}
+    nll = {}
     for name in CHOICES:
         out, evaluation = home / f"trained on {name}", EvalConfig(home / "unseen", "train", STEPS, 512 // BATCH)
         run_stage(settings(home / name, out, decoder, STEPS, evaluation=evaluation, **factors))
         lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-        found[name] = next(line["eval_nll"] for line in lines if "eval_nll" in line)
-    return found, {name: kinds(numbers, proper) for name, numbers in chosen.items()}
+        nll[name] = next(line["eval_nll"] for line in lines if "eval_nll" in line)
+    return nll, {name: kinds(numbers, proper) for name, numbers in chosen.items()}
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
@@ -133,24 +145,24 @@ def table(results: dict[str, list[tuple[dict, dict]]]) -> str:
         "| mixture | trained on | nll | gain on random | proper | copies | noise |",
         "|---|---|---|---|---|---|---|",
     ]
-    for mixture, pairs in results.items():
+    for title, pairs in results.items():
         for name in CHOICES:
-            nll = np.array([found[name] for found, _ in pairs])
-            gain = np.array([found["random"] for found, _ in pairs]) - nll
+            nll = np.array([of_choice[name] for of_choice, _ in pairs])
+            gain = np.array([of_choice["random"] for of_choice, _ in pairs]) - nll
             low, high = interval(gain) if gain.any() else (0.0, 0.0)
             gains = f"{gain.mean():+.3f} ({low:+.3f} to {high:+.3f})" if gain.any() else ""
             shares = ["" for _ in range(3)]
             if name != "all":
                 every = [list(kinds[name].values()) for _, kinds in pairs]
                 shares = [f"{share:.0%}" for share in np.mean(every, axis=0)]
-            lines.append(f"| {mixture} | {name} | {nll.mean():.3f} | {gains} | {' | '.join(shares)} |")
+            lines.append(f"| {title} | {name} | {nll.mean():.3f} | {gains} | {' | '.join(shares)} |")
     return "\n".join(lines)
 
 
 def test_what_a_selection_is_worth(tmp_path):
     decoder, tokenizer = pretrained(tmp_path)
     results = {}
-    for mixture, proper in MIXTURES.items():
-        places = [tmp_path / f"{mixture}, {seed}" for seed in range(SEEDS)]
-        results[mixture] = [losses(n, proper, place, decoder, tokenizer) for n, place in enumerate(places)]
+    for title, proper in MIXTURES.items():
+        places = [tmp_path / f"{title}, {seed}" for seed in range(SEEDS)]
+        results[title] = [losses(n, proper, place, decoder, tokenizer) for n, place in enumerate(places)]
         print(f"\n{table(results)}", flush=True)
