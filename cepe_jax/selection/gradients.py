@@ -8,7 +8,7 @@ import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -35,13 +35,21 @@ from cepe_jax.weights.checkpoint import Checkpoints, Facts, digests_of
 Array = jax.Array
 
 
+class Dataset(TypedDict):
+    """The data of a run, as it stored them."""
+
+    tokenizer: str  # fingerprint
+    sequences: list[str]  # digests
+
+
 @dataclass(frozen=True)
 class WarmUp:
     """A run of training, finished or not, whose checkpoints give the gradients."""
 
     path: Path
     config: TrainConfig
-    resolved: dict[str, Any]  # the settings and the digests of the data, as the run stored them
+    resolved: dict[str, Any]  # the settings and the data, as the run stored them
+    tokenizer: str  # fingerprint of the tokenizer of its data
 
     @classmethod
     def at(cls, path: Path) -> "WarmUp":
@@ -50,14 +58,14 @@ class WarmUp:
         if not place.exists():
             raise FileNotFoundError(f"{place}: no run: give the --out of a run of train.py")
         resolved = typed(read_json(place), dict[str, Any], str(place))
-        settings = {name: value for name, value in resolved.items() if name != "dataset"}
-        config = decode(TrainConfig, settings)
+        dataset = typed(resolved.get("dataset"), Dataset, f"{place}: dataset")
+        config = decode(TrainConfig, {name: value for name, value in resolved.items() if name != "dataset"})
         if config.optimizer.kind != "adamw":
             raise ValueError(
                 f"{path}: its optimizer.kind is {config.optimizer.kind}, without Adam's moments of the layers: warm up "
                 f"with adamw"
             )
-        return cls(path, config, resolved)
+        return cls(path, config, resolved, dataset["tokenizer"])
 
     def identity(self) -> dict:
         """Return what the run's checkpoints must have in common with it, except for the frozen weights."""
@@ -72,7 +80,7 @@ class WarmUp:
         """Return the records of a dataset as the run's examples; ValueError unless the run could have read them."""
         source = open_source(data, recipe_of(self.config), split)
         STAGES[self.config.stage].check(self.config, data, [source])
-        if source.records.tokenizer.fingerprint() != self.resolved["dataset"]["tokenizer"]:
+        if source.records.tokenizer.fingerprint() != self.tokenizer:
             raise ValueError(
                 f"{data} was tokenised with another tokenizer than the data of {self.path}: prepare it with the same"
             )

@@ -308,6 +308,14 @@ def checkpoints_of_another_run(home, tmp_path):
     return {"run": tmp_path / "run"}, ValueError, "checkpoints/2.*seed is 0 there and 9 here"
 
 
+def settings_without_data(home, tmp_path):
+    place = changed(home, tmp_path, "run") / "config.json"
+    settings = json.loads(place.read_text())
+    del settings["dataset"]
+    place.write_text(json.dumps(settings))
+    return {"run": tmp_path / "run"}, ValueError, r"config\.json: dataset"
+
+
 def another_tokenizer(home, tmp_path):
     tokenizer = datasets.make_tokenizer(tmp_path)
     record = {"tokens": np.arange(5), "targets": np.ones(5), "name": "x", "domain": "d"}
@@ -351,6 +359,7 @@ def damaged_features(home, tmp_path):
         muon,
         another_model,
         checkpoints_of_another_run,
+        settings_without_data,
         another_tokenizer,
         another_kind,
         several_examples,
