@@ -1,7 +1,7 @@
 """TAGCOS end to end on planted mixtures, against random choices and all the data; five seeds.
 
 Each skill is a permutation of symbols, named by a sequence's first token; a pretrained decoder learns them by factors.
-About 15 CPU-minutes: these say what a selection is worth. The table of `cepe_jax/selection/README.md` is printed.
+14 CPU-minutes: these say what a selection is worth. The table of `cepe_jax/selection/README.md` is printed.
 """
 
 import json
@@ -139,30 +139,45 @@ def interval(values: np.ndarray) -> tuple[float, float]:
     return ttest_1samp(values, 0).confidence_interval()
 
 
+def gains(pairs: list[tuple[dict, dict]], name: str, beside: str = "random") -> np.ndarray:
+    """Return how much lower the losses of one choice are than another's, seed by seed."""
+    return np.array([nll[beside] - nll[name] for nll, _ in pairs])
+
+
+def shares(pairs: list[tuple[dict, dict]], name: str) -> dict[str, float]:
+    """Return the mean shares of the kinds that were chosen."""
+    return {kind: np.mean([kinds[name][kind] for _, kinds in pairs]) for kind in ("proper", "copies", "noise")}
+
+
 def table(results: dict[str, list[tuple[dict, dict]]]) -> str:
-    """Return the means over seeds, and the gain over a random choice on the same data with its interval."""
-    lines = [
-        "| mixture | trained on | nll | gain on random | proper | copies | noise |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    """Return the means over seeds, and the gain over a random choice of the same data with its interval."""
+    columns = "mixture", "trained on", "nll", "gain on random", "proper", "copies", "noise"
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for title, pairs in results.items():
         for name in CHOICES:
-            nll = np.array([of_choice[name] for of_choice, _ in pairs])
-            gain = np.array([of_choice["random"] for of_choice, _ in pairs]) - nll
-            low, high = interval(gain) if gain.any() else (0.0, 0.0)
-            gains = f"{gain.mean():+.3f} ({low:+.3f} to {high:+.3f})" if gain.any() else ""
-            shares = ["" for _ in range(3)]
+            gain, kinds = "", ["", "", ""]
+            if name != "random":
+                low, high = interval(gains(pairs, name))
+                gain = f"{gains(pairs, name).mean():+.3f} ({low:+.3f} to {high:+.3f})"
             if name != "all":
-                every = [list(kinds[name].values()) for _, kinds in pairs]
-                shares = [f"{share:.0%}" for share in np.mean(every, axis=0)]
-            lines.append(f"| {title} | {name} | {nll.mean():.3f} | {gains} | {' | '.join(shares)} |")
+                kinds = [f"{share:.0%}" for share in shares(pairs, name).values()]
+            nll = np.mean([nll[name] for nll, _ in pairs])
+            lines.append(f"| {title} | {name} | {nll:.3f} | {gain} | {' | '.join(kinds)} |")
     return "\n".join(lines)
 
 
 def test_what_a_selection_is_worth(tmp_path):
+    """TAGCOS is above a random choice, and above one within its clusters; all the data are above it."""
     decoder, tokenizer = pretrained(tmp_path)
     results = {}
     for title, proper in MIXTURES.items():
         places = [tmp_path / f"{title}, {seed}" for seed in range(SEEDS)]
         results[title] = [losses(n, proper, place, decoder, tokenizer) for n, place in enumerate(places)]
         print(f"\n{table(results)}", flush=True)
+    for pairs in results.values():
+        assert interval(gains(pairs, "TAGCOS"))[0] > 0
+        assert gains(pairs, "TAGCOS", beside="random by cluster").mean() > 0
+        assert gains(pairs, "all", beside="TAGCOS").mean() > 0
+    mixed = results["skills, copies, noise"]
+    assert shares(mixed, "TAGCOS")["copies"] < 0.6 * shares(mixed, "random")["copies"]
+    assert shares(mixed, "TAGCOS")["noise"] > 0.5 * shares(mixed, "random")["noise"]
