@@ -56,15 +56,22 @@ def partition_spec(axes: tuple[str | None, ...], usable=MESH_AXES) -> PartitionS
     return PartitionSpec(*spec)
 
 
+def _sizes() -> dict[str, int]:
+    """Return the present mesh's axes over which the compiler cuts arrays: none without a mesh or in `jax.shard_map`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
+    return {name: size for name, size, kind in axes if kind == AxisType.Auto}
+
+
 def split_axes(logical: str) -> tuple[str, ...]:
     """The axes of the present mesh along which several devices share this logical axis; none without a mesh."""
-    sizes = jax.sharding.get_abstract_mesh().shape
+    sizes = _sizes()
     return tuple(axis for axis in RULES[logical] if sizes.get(axis, 1) > 1)
 
 
 def num_shards(logical: str) -> int:
     """Into how many parts the present mesh cuts this logical axis."""
-    sizes = jax.sharding.get_abstract_mesh().shape
+    sizes = _sizes()
     return math.prod(sizes[axis] for axis in split_axes(logical))
 
 
@@ -76,11 +83,10 @@ def rows_of_a_device(rows: int) -> int:
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """`x`, placed after the table while tracing under a mesh; the same array otherwise."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or not isinstance(x, jax.core.Tracer):
+    sizes = _sizes()
+    if not sizes or not isinstance(x, jax.core.Tracer):
         return x
-    auto = [name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto]
-    return jax.lax.with_sharding_constraint(x, partition_spec(axes, auto))
+    return jax.lax.with_sharding_constraint(x, partition_spec(axes, tuple(sizes)))
 
 
 def constrain_like(tree):
@@ -98,7 +104,7 @@ def on_shards(function, in_axes: tuple[tuple[str | None, ...], ...], out_axes: t
     For kernels that the compiler cannot partition. An axis must divide by the devices it is split over, but for the
     batch's: rows that do not divide, as one prompt's, are computed by every device.
     """
-    if jax.sharding.get_abstract_mesh().empty:
+    if not _sizes():
         return function
 
     def call(*inputs):

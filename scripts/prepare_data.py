@@ -44,6 +44,13 @@ reference: Store the log-probabilities of both answers of pairs, for stage dpo.
         --dtype=bfloat16
     python scripts/prepare_data.py reference --data=data/preferences --model=cepe-chat --out=data/reference \\
         --num_chunks=4
+
+tagcos: Select the records whose gradients, at checkpoints of a warm-up, stand for those of all (TAGCOS).
+    python scripts/prepare_data.py tagcos --run=runs/warmup-sft --steps="[10, 20, 30]" --data=data/chats \\
+        --out=data/coreset
+    python scripts/prepare_data.py tagcos --run=runs/warmup-sft --steps="[10, 20, 30]" --data=data/chats \\
+        --out=data/coreset \\
+        --use_weights --features=data/chats-features --shard=0/4
 """
 
 from cepe_jax.commands import run_script
@@ -54,6 +61,7 @@ from cepe_jax.data.planted import PlantConfig, plant
 from cepe_jax.data.preferences import PreferenceConfig, prepare_preferences
 from cepe_jax.data.retrieval import RetrieveConfig, retrieve
 from cepe_jax.data.sampling import SampleConfig, sample
+from cepe_jax.selection.tagcos import TagcosConfig, tagcos
 from cepe_jax.training.reference import ReferenceConfig, refer
 from cepe_jax.training.teacher import TeacherConfig, teach
 
@@ -67,6 +75,7 @@ COMMANDS = {
     "sample": (SampleConfig, sample),
     "retrieve": (RetrieveConfig, retrieve),
     "reference": (ReferenceConfig, refer),
+    "tagcos": (TagcosConfig, tagcos),
     "teacher": (TeacherConfig, teach),
 }
 

@@ -20,6 +20,8 @@ from cepe_jax.data.conversations import ConversationConfig
 from cepe_jax.data.preferences import PreferenceConfig
 from cepe_jax.data.sampling import SampleConfig
 from cepe_jax.evaluation.sweep.grid import SweepConfig
+from cepe_jax.selection import tagcos
+from cepe_jax.selection.tagcos import TagcosConfig
 from cepe_jax.settings import decode, parse, read_yaml
 from cepe_jax.training.run import dry_run
 from cepe_jax.training.teacher import features_of
@@ -28,7 +30,17 @@ from cepe_jax.weights.source import save
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 # In the order in which what one makes is read by another.
-FOLDERS = "weights", "data", "training", "inference", "inference/caches", "evaluation", "tracing", "benchmarks"
+FOLDERS = (
+    "weights",
+    "data",
+    "training",
+    "selection",
+    "inference",
+    "inference/caches",
+    "evaluation",
+    "tracing",
+    "benchmarks",
+)
 PAGES = [ROOT / place / "README.md" for place in ("", *(f"cepe_jax/{name}" for name in FOLDERS), "scripts", "configs")]
 
 
@@ -112,6 +124,11 @@ def write_dataset(home: Path, made: dict, place: str, tokenizer) -> None:
         datasets.write_sequences(home / place, list(tokens), config.length, tokenizer, shards=1)
         return
     write_dataset(home, made, str(config.data), tokenizer)
+    if isinstance(config, TagcosConfig):
+        record = {"number": np.int64(0), "repeats": np.int32(1)}
+        selects = datasets.joins(home / config.data)
+        datasets.write(home / place, "coreset", tagcos.features_of(config), [[record]], tokenizer, selects=selects)
+        return
     shapes = {"teacher_index": (config.window, config.top_k), "teacher_prob": (config.window, config.top_k + 1)}
     record = {name: np.zeros(shape) for name, shape in shapes.items()}
     facts = {name: getattr(config, name) for name in ("window", "context", "top_k")}
@@ -126,7 +143,7 @@ def test_readme_training_commands_dry_run(parse_command, tokenizer, model_config
     made = {}
     for name in takewhile(lambda name: name != where, COMMANDS):
         if "README.md:" in name and re.search(
-            r"prepare_data.py (sample|teacher|conversations|preferences)", COMMANDS[name]
+            r"prepare_data.py (sample|teacher|conversations|preferences|tagcos)", COMMANDS[name]
         ):
             config = parse_command(COMMANDS[name])
             made[str(config.out)] = config

@@ -16,6 +16,7 @@ ROOMS = (
     "data",
     "weights",
     "training",
+    "selection",
     "inference",
     "evaluation",
     "tracing",
@@ -73,7 +74,7 @@ def test_inference_needs_no_training():
 
 def test_single_methods_are_optional():
     """A method of its own uses the house; what every user loads does not import it."""
-    methods = "tagcos", "tracing"
+    methods = "selection", "tracing"
     for module in TREES:
         if module.split(".")[1:2] in (["model"], ["training"], ["inference"]) and module.split(".")[-1] not in methods:
             assert not {name for name in ours(module) if set(name.split(".")) & set(methods)}, module
@@ -101,6 +102,7 @@ def test_config_knows_nothing_of_ours():
 def test_libraries_stay_in_their_room():
     assert users("torch") <= {"cepe_jax.weights.huggingface", "cepe_jax.weights.files"}
     assert users("gguf") == {"cepe_jax.weights.gguf"}
+    assert users("sklearn") == {"cepe_jax.selection.coreset"}
     assert users("lm_eval") <= {"cepe_jax.evaluation.adapters", "cepe_jax.evaluation.harness"}
     assert users("orbax") <= {"cepe_jax.weights.checkpoint"}
     of_data = "grain", "array_record", "tensorflow_datasets", "bm25s", "backports", "sentencepiece", "tokenizers"
@@ -135,5 +137,5 @@ def test_imports_are_light(modules, unwanted):
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     loaded = set(done.stdout.split())
     assert "cepe_jax" in loaded
-    heavy = {"torch", "tensorflow", "transformers", "grain", "tensorflow_datasets", "bm25s", "matplotlib"}
+    heavy = {"torch", "tensorflow", "transformers", "grain", "tensorflow_datasets", "bm25s", "matplotlib", "sklearn"}
     assert not loaded & (heavy | unwanted)

@@ -1,9 +1,10 @@
 """Conversations: from lines of JSON to tokens of which the assistant's are targets, and several of them in a window."""
 
+import copy
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NotRequired, TypedDict
+from typing import NotRequired, Self, TypedDict
 
 import msgspec
 import numpy as np
@@ -153,30 +154,36 @@ class Packs:
 
     def __init__(self, path: Place, recipe: Recipe, split: str = "train"):
         """Raise ValueError if the recipe is for sequences, or no conversation fits its window."""
-        self.records = Records(path, split)
+        self.path, self.records = path, Records(path, split)
         if not isinstance(recipe, WholeConversations):
             raise ValueError(f"{path} holds conversations, and this stage reads sequences: train stage sft on it")
         self.size = recipe.size(None)
         tables = [self.records.lengths(shard) for shard in range(len(self.records.facts["shards"]))]
         found = [pair for table in tables for pair in table.values()]
         numbers = np.concatenate([rows for rows, _ in found])
-        lengths = np.concatenate([lengths for _, lengths in found])[np.argsort(numbers)].tolist()
-        if recipe.reads_documents:
-            self._packs = [[n] for n, length in enumerate(lengths) if length - 1 <= self.size]
-        else:
-            self._packs = packs(lengths, self.size)
-        lost = len(lengths) - sum(map(len, self._packs))
+        self._lengths = np.concatenate([lengths for _, lengths in found])[np.argsort(numbers)]
+        self._alone = recipe.reads_documents
+        self.digest = self.records.digest  # of all that a record holds
+        self._pack(np.arange(len(self.records)))
         if not self._packs:
             raise ValueError(f"{path}: no conversation has {self.size + 1} tokens or fewer: raise examples.window")
-        if lost:
-            log.info(
-                "%s: %d of %d conversations have more than %d tokens: left out", path, lost, len(lengths), self.size
-            )
+        total = len(self.records)
+        if lost := total - len(self.numbers):
+            log.info("%s: %d of %d conversations have more than %d tokens: left out", path, lost, total, self.size)
 
-    @property
-    def digest(self) -> str:
-        """The digest of everything that a record holds."""
-        return self.records.digest
+    def _pack(self, numbers: np.ndarray) -> None:
+        """Put those of these conversations that fit into windows; `numbers` are theirs then."""
+        lengths = self._lengths[numbers]
+        fit = (lengths > 1) & (lengths - 1 <= self.size)
+        self.numbers = numbers[fit].tolist()
+        windows = [[n] for n in range(len(self.numbers))] if self._alone else packs(lengths[fit].tolist(), self.size)
+        self._packs = [[self.numbers[place] for place in window] for window in windows]
+
+    def only(self, numbers: np.ndarray) -> Self:
+        """Return these conversations alone, as often as they are named; without those that no window holds."""
+        subset = copy.copy(self)
+        subset._pack(numbers)
+        return subset
 
     def __len__(self) -> int:
         return len(self._packs)

@@ -1,8 +1,9 @@
 """Batches for training: global batch n is a pure function of (seed, n), on any number of hosts."""
 
+import copy
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
@@ -10,8 +11,18 @@ from cepe_jax.data.conversations import Packs
 from cepe_jax.data.examples import REFERENCE
 from cepe_jax.data.preferences import Pairs
 from cepe_jax.data.recipes import Mixture, PairsOfAnswers, Recipe
-from cepe_jax.data.records import CONVERSATIONS, PREFERENCES, NoDataset, Record, is_dataset, open_joined, read_index
-from cepe_jax.directories import Place
+from cepe_jax.data.records import (
+    CONVERSATIONS,
+    CORESET,
+    PREFERENCES,
+    NoDataset,
+    Record,
+    Records,
+    is_dataset,
+    open_joined,
+    read_index,
+)
+from cepe_jax.directories import Place, beside
 
 if TYPE_CHECKING:
     import grain
@@ -27,7 +38,7 @@ class Sequences:
 
     def __init__(self, path: Place, recipe: Recipe, split: str = "train"):
         """Raise ValueError if the dataset has no sequences or too short ones, or joins another than it was made for."""
-        self.records, self.joined = open_joined(path, split)
+        self.path, (self.records, self.joined) = path, open_joined(path, split)
         known = self.joined.index if self.joined else {}
         self.query = {name: value for name, value in known.items() if name == "query_tokens"}
         if isinstance(recipe, PairsOfAnswers):
@@ -42,25 +53,32 @@ class Sequences:
                 f"or lower the window"
             )
         self.per_sequence = 1 if self.joined else length // self.size
+        self.numbers = range(len(self.records))  # of the records, in the order of the examples
+        self.digest = self.records.digest + (self.joined.digest if self.joined else "")  # of all that a record holds
 
-    @property
-    def digest(self) -> str:
-        """The digest of everything that a record holds."""
-        return self.records.digest + (self.joined.digest if self.joined else "")
+    def only(self, numbers: Sequence[int]) -> Self:
+        """Return these records alone, as often as they are named."""
+        subset = copy.copy(self)
+        subset.numbers = numbers
+        return subset
 
     def __len__(self) -> int:
-        return len(self.records) * self.per_sequence
+        return len(self.numbers) * self.per_sequence
 
     def __getitem__(self, number: int) -> Record:
         """Return the record; its `tokens` are `size` and, if the document goes on, one more."""
-        number, part = divmod(int(number), self.per_sequence)
+        place, part = divmod(int(number), self.per_sequence)
+        number = int(self.numbers[place])
         record = self.records[number]
         start = part * self.size
         record["tokens"] = record["tokens"][start : start + self.size + 1]
         return record | self.joined[number] | self.query if self.joined else record
 
 
-def examples(sources: Sequence[Sequences], weights: Sequence[float], recipe: Recipe, seed: int) -> "grain.MapDataset":
+Source = Sequences | Packs | Pairs
+
+
+def examples(sources: Sequence[Source], weights: Sequence[float], recipe: Recipe, seed: int) -> "grain.MapDataset":
     """Return the examples by number, without end, of sources mixed by weight.
 
     Each piece of a source comes once before any comes again, in another order.
@@ -71,15 +89,13 @@ def examples(sources: Sequence[Sequences], weights: Sequence[float], recipe: Rec
     return mixed.seed(seed).random_map(partial(recipe, mixture=Mixture(sources)))
 
 
-def _shuffled(sources: Sequence[Sequences], seed: int) -> list["grain.MapDataset"]:
+def _shuffled(sources: Sequence[Source], seed: int) -> list["grain.MapDataset"]:
     import grain
 
     return [grain.MapDataset.source(source).shuffle(seed=seed + i).repeat() for i, source in enumerate(sources)]
 
 
-def names_in(
-    sources: Sequence[Sequences], weights: Sequence[float], seed: int, batch_size: int, number: int
-) -> list[str]:
+def names_in(sources: Sequence[Source], weights: Sequence[float], seed: int, batch_size: int, number: int) -> list[str]:
     """Return the sequences of global batch `number`: the dataset of each, and the first line of its name.
 
     Those of the windows: with foreign_rate the context of some is of other documents, which are not named.
@@ -124,7 +140,7 @@ def batches(
         iterator.close()  # its processes and shared memory would stay
 
 
-def open_mix(data: Place, mix: dict[str, float], recipe: Recipe, split: str = "train") -> list[Sequences]:
+def open_mix(data: Place, mix: dict[str, float], recipe: Recipe, split: str = "train") -> list[Source]:
     """Return the datasets below `data` that `mix` names, or `data` itself if it names none. All have one tokenizer."""
     check_mix(data, mix)
     sources = [open_source(data / name, recipe, split) for name in mix or [""]]
@@ -134,10 +150,26 @@ def open_mix(data: Place, mix: dict[str, float], recipe: Recipe, split: str = "t
     return sources
 
 
-def open_source(path: Place, recipe: Recipe, split: str) -> Sequences | Packs | Pairs:
-    """Return the dataset at `path` as the recipe's records."""
-    kinds = {CONVERSATIONS: Packs, PREFERENCES: Pairs, REFERENCE: Pairs}
-    return kinds.get(read_index(path)["name"], Sequences)(path, recipe, split)
+def open_source(path: Place, recipe: Recipe, split: str) -> Source:
+    """Return the dataset at `path` as the recipe's records; of a coreset, the records that it selects.
+
+    ValueError if the coreset was made for others than those that are there, or the recipe leaves none of them.
+    """
+    index = read_index(path)
+    if index["name"] != CORESET:
+        kinds = {CONVERSATIONS: Packs, PREFERENCES: Pairs, REFERENCE: Pairs}
+        return kinds.get(index["name"], Sequences)(path, recipe, split)
+    coreset = Records(path, split)
+    selects = coreset.fact("selects")
+    source = open_source(beside(path, selects["path"]), recipe, selects["split"])
+    if source.digest != selects["digest"]:
+        raise ValueError(f"{path} selects from another dataset than {source.path} is now: select again")
+    rows = np.array([(record["number"], record["repeats"]) for record in coreset])
+    subset = source.only(np.repeat(*rows.T))
+    if not len(subset):
+        raise ValueError(f"{path}: no record that it selects fits {source.size} tokens: raise examples.window")
+    subset.path, subset.digest = path, source.digest + coreset.digest
+    return subset
 
 
 def check_mix(data: Place, mix: dict[str, float]) -> None:

@@ -1,8 +1,9 @@
 """Pairs of answers of which one is preferred, under a context: from lines of JSON to tokens (arXiv 2407.14916)."""
 
+import copy
 import logging
 from dataclasses import dataclass
-from typing import Literal, NotRequired, TypedDict
+from typing import Literal, NotRequired, Self, TypedDict
 
 import msgspec
 import numpy as np
@@ -193,7 +194,7 @@ class Pairs:
 
     def __init__(self, path: Place, recipe: Recipe, split: str = "train"):
         """Raise ValueError if the recipe is for other records, or no pair fits its window."""
-        self.records, self.joined = open_joined(path, split)
+        self.path, (self.records, self.joined) = path, open_joined(path, split)
         if not isinstance(recipe, PairsOfAnswers):
             raise ValueError(
                 f"{path} holds {PREFERENCES}, which this stage does not read: train stage reward or dpo on it"
@@ -201,20 +202,22 @@ class Pairs:
         self.size = recipe.size(self.joined)
         tables = [self.records.lengths(shard) for shard in range(len(self.records.facts["shards"]))]
         fit = [rows[lengths <= self.size] for table in tables for rows, lengths in table.values()]
-        self._numbers = np.sort(np.concatenate(fit))
-        if not len(self._numbers):
+        self.numbers = np.sort(np.concatenate(fit))  # of the pairs, in the order of the examples
+        self.digest = self.records.digest + (self.joined.digest if self.joined else "")  # of all that a record holds
+        if not len(self.numbers):
             raise ValueError(f"{path}: no pair has texts of {self.size} tokens or fewer: raise examples.window")
-        if lost := len(self.records) - len(self._numbers):
+        if lost := len(self.records) - len(self.numbers):
             log.info("%s: %d of %d pairs do not fit %d tokens: left out", path, lost, len(self.records), self.size)
 
-    @property
-    def digest(self) -> str:
-        """The digest of everything that a record holds."""
-        return self.records.digest + (self.joined.digest if self.joined else "")
+    def only(self, numbers: np.ndarray) -> Self:
+        """Return these pairs alone, as often as they are named; without those that no window holds."""
+        subset = copy.copy(self)
+        subset.numbers = numbers[np.isin(numbers, self.numbers)]
+        return subset
 
     def __len__(self) -> int:
-        return len(self._numbers)
+        return len(self.numbers)
 
     def __getitem__(self, number: int) -> Record:
-        number = int(self._numbers[int(number)])
+        number = int(self.numbers[int(number)])
         return self.records[number] | (self.joined[number] if self.joined else {})

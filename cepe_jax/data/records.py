@@ -22,6 +22,7 @@ from cepe_jax.parsing import read_json, typed
 Record = dict[str, np.ndarray | str]
 DATASET = "dataset.json"  # our facts of a dataset
 CONVERSATIONS, PREFERENCES = "conversations", "preferences"  # the names of datasets of them
+CORESET = "coreset"  # the name of a dataset of numbers of another one's records, which are read in their place
 TFDS_FILES = "features.json", "dataset_info.json"  # the second makes a directory a TFDS dataset
 
 AGAIN = "prepare the dataset again"
@@ -48,7 +49,7 @@ class Split(Counts):
 
 
 class Joins(TypedDict):
-    """The split of another dataset, to whose records those of this one belong, one to each."""
+    """The split of another dataset, to whose records those of this one belong: one to each, or some to be selected."""
 
     path: str  # relative to this dataset
     split: str
@@ -63,6 +64,7 @@ class Index(TypedDict):
     tokenizer: str
     splits: dict[str, Split]
     joins: NotRequired[Joins]
+    selects: NotRequired[Joins]
     sources: NotRequired[str]
     length: NotRequired[Size]
     passage_length: NotRequired[Size]

@@ -54,6 +54,7 @@ from cepe_jax.weights.kinds import Config
 from cepe_jax.weights.source import save
 
 log = logging.getLogger(__name__)
+CHECKPOINTS = "checkpoints"  # below a run's directory
 
 
 def launch(config: TrainConfig) -> Path:
@@ -139,7 +140,7 @@ def check_template(config: TrainConfig, sources: Sequence[Sequences]) -> None:
 
 def note_settings(record: Path, resolved: dict) -> None:
     """Write the resolved settings to `record`, if the run has no checkpoint yet. Of many processes the first writes."""
-    if is_first() and not any_in(record.parent / "checkpoints"):
+    if is_first() and not any_in(record.parent / CHECKPOINTS):
         record.parent.mkdir(parents=True, exist_ok=True)
         write_json(record, resolved)
     meet()
@@ -180,7 +181,7 @@ def trained(
     state = init_state(trainable, optimizer)
     del model, trainable  # a resumed run would hold them beside the restored ones
     identity = identity | {"frozen": digests_of(frozen)}
-    with contextlib.closing(Checkpoints(config.out / "checkpoints", identity)) as checkpoints:
+    with contextlib.closing(Checkpoints(config.out / CHECKPOINTS, identity, config.keep or None)) as checkpoints:
         state = train(
             run_of(config),
             facts,
@@ -234,8 +235,7 @@ def dry_run(config: TrainConfig) -> Iterator[str]:
         if refusal is not None:
             raise refusal
         STAGES[config.stage].check(config, config.data, sources)
-        names = (source.joined or source.records for source in sources)
-        examples = {records.path.name: len(source) for records, source in zip(names, sources, strict=True)}
+        examples = {source.path.name: len(source) for source in sources}
         yield from epochs(config.steps, config.batch_size, examples, list(config.mix.values()) or [1.0])
         if config.evaluation.data is not None:
             held_out_examples(config, tokenizer)

@@ -19,6 +19,7 @@ from cepe_jax.training.objectives import DistillConfig
 from cepe_jax.training.optimizer import OptimizerConfig
 from cepe_jax.training.stages import STAGES, Start
 from cepe_jax.training.trainer import Run
+from cepe_jax.weights.checkpoint import KEPT
 from cepe_jax.weights.kinds import Config
 
 
@@ -70,6 +71,7 @@ class TrainConfig:
     mesh: MeshConfig = MeshConfig()  # how devices share the model and the batch
     distributed: DistributedConfig = DistributedConfig()  # how the processes of a run find each other
     save_every: int = 500  # steps between checkpoints
+    keep: int = KEPT  # checkpoints that stay, the newest; 0 = all
     log_every: int = 10  # steps between entries of the log
     evaluation: EvalConfig = EvalConfig()  # loss on sequences that are held out
     profile: tuple[int, ...] = ()  # first and last step to trace into out/profile/; []: none
@@ -106,6 +108,8 @@ class TrainConfig:
             raise ValueError(f"beta is {self.beta}: give a number above 0")
         if self.workers < 0:
             raise ValueError(f"workers is {self.workers}: give a number of processes, or 0 for threads")
+        if self.keep < 0:
+            raise ValueError(f"keep is {self.keep}: give a number of checkpoints, or 0 for all")
         run_of(self)
 
 
@@ -186,6 +190,7 @@ def run_identity(resolved: dict) -> dict:
     places = {"data", "decoder", "encoder", "cepe", "out"}
     pace = {
         "save_every",
+        "keep",
         "log_every",
         "evaluation",
         "profile",

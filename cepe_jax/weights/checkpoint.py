@@ -24,7 +24,8 @@ from cepe_jax.sharding import is_variable
 
 
 def _not_a_trace_of_orbax(record: logging.LogRecord) -> bool:
-    return not record.exc_info or "orbax" not in record.pathname
+    """Return False for traces of errors that are raised too, and for the warning of a directory that is only read."""
+    return "orbax" not in record.pathname or not (record.exc_info or "read only" in str(record.msg))
 
 
 def _run_to_the_end(run_sync: Callable) -> Callable:
@@ -55,6 +56,9 @@ DAMAGE += (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 NOT_DAMAGE = re.compile(
     "UNAVAILABLE|PERMISSION_DENIED|UNAUTHENTICATED|RESOURCE_EXHAUSTED|DEADLINE_EXCEEDED|CANCELLED|ABORTED"
 )
+
+
+KEPT = 2  # checkpoints of a run, the newest
 
 
 class Array(TypedDict):
@@ -121,18 +125,21 @@ class Refused(ValueError):
 
 
 class Checkpoints:
-    """The checkpoints of one run, in `directory`: at most the newest two are kept.
+    """The checkpoints of one run, in `directory`: at most the newest `keep` are kept (None: all).
 
     `identity` is what a checkpoint must have in common with the run that resumes from it: the resolved
     configuration, the hash of the frozen base. It is stored with each and compared on restore, all that was stored.
+    Who only reads (`reader`) leaves the directory as it is, though a run may be writing there.
     """
 
-    def __init__(self, directory: Path | epath.Path, identity: dict):
+    def __init__(self, directory: Path | epath.Path, identity: dict, keep: int | None = KEPT, *, reader: bool = False):
         self.directory = directory if is_remote(directory) else Path(directory).absolute()
         self.identity = identity
         # Orbax raises what goes wrong with a save, and logs it before, four times and with pages of traces.
         logging.getLogger("absl").addFilter(_not_a_trace_of_orbax)
-        options = ocp.CheckpointManagerOptions(max_to_keep=2, cleanup_tmp_directories=True)
+        writes = {"max_to_keep": keep, "cleanup_tmp_directories": True}
+        reads = {"read_only": True, "save_interval_steps": 0, "create": False}
+        options = ocp.CheckpointManagerOptions(**(reads if reader else writes))
         with _refusing_damage(self.directory):
             self.manager = ocp.CheckpointManager(self.directory, options=options)
 
@@ -180,7 +187,7 @@ class Checkpoints:
         steps = sorted(self.manager.all_steps(), reverse=True)
         for step in steps:
             try:
-                state = self._read(step, like)
+                state = self.read(step, like)
             except Refused as error:  # its traceback, which holds arrays, ends here
                 reason = reason or str(error)
                 refused.append(step)
@@ -197,13 +204,19 @@ class Checkpoints:
             raise ValueError(f"{reason}: there is no whole one before it: start in another directory")
         return None
 
-    def _read(self, step: int, like):
-        """The state of a checkpoint, which is `like` and has the digests that it was saved with; Refused otherwise."""
-        where, wanted = self.directory / str(step), _flat(like)
-        with _refusing_damage(where):
+    def facts(self, step: int) -> Facts:
+        """Return the facts beside a checkpoint's arrays; ValueError if there is no such checkpoint."""
+        if step not in (steps := self.manager.all_steps()):
+            there = ", ".join(map(str, sorted(steps))) or "none"
+            raise ValueError(f"{self.directory}: there is no checkpoint of step {step}: give some of those ({there})")
+        with _refusing_damage(self.directory / str(step)):
             facts = self.manager.restore(step, args=ocp.args.Composite(facts=ocp.args.JsonRestore()))["facts"]
-            typed(facts, Facts, "facts")
-            identity, arrays, saved_at = facts["identity"], facts["arrays"], facts["step"]
+            return typed(facts, Facts, "facts")
+
+    def read(self, step: int, like):
+        """Return a checkpoint's state, which is `like` and has the digests that it was saved with; else ValueError."""
+        where, wanted, facts = self.directory / str(step), _flat(like), self.facts(step)
+        identity, arrays, saved_at = facts["identity"], facts["arrays"], facts["step"]
         refuse_another_run(where, identity, as_of(identity, self.identity))
         if saved_at != step:
             raise Refused(f"{where}: is the checkpoint of step {saved_at} under another name")

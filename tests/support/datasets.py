@@ -21,17 +21,28 @@ def make_tokenizer(home: Path) -> Tokenizer:
     )
 
 
-def write(path: Path, name: str, features: dict, shards: list[list[dict]], tokenizer: Tokenizer, **facts) -> Path:
-    """A dataset `name` at `path` with a train split of these shards of records; `facts` go into its index."""
+def write(
+    path: Path,
+    name: str,
+    features: dict,
+    shards: list[list[dict]],
+    tokenizer: Tokenizer,
+    lengths: list[int] | None = None,
+    **facts,
+) -> Path:
+    """A dataset `name` at `path` with a train split of these shards of records; `facts` go into its index.
+
+    `lengths` are those of each shard's records in tokens; None: all have the index's.
+    """
     builder = Builder(path, {}, tokenizer)
     marks = []
     for number, records in enumerate(shards):
         shard = ShardWriter(shard_path(path, name, "train", number, len(shards)), features)
-        for record in records:
+        for place, record in enumerate(records):
             typed = {
                 n: np.asarray(v, features[n].np_dtype) if isinstance(v, np.ndarray) else v for n, v in record.items()
             }
-            shard.write(typed, "d", facts.get("length", 1))
+            shard.write(typed, "d", lengths[place] if lengths else facts.get("length", 1))
         marks.append({"splits": {"train": shard.close()}})
     builder.register(name, features, marks, {"tokenizer": tokenizer.fingerprint()} | facts)
     return path

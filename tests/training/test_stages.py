@@ -325,6 +325,7 @@ def test_factors_train_beside_a_frozen_decoder_and_go_on(runs, data, tmp_path):
         ({"lora": LoraConfig()}, "lora .*add decoder_lora"),
         ({"mix": {"a": 0.0}}, r"mix is \{'a': 0.0\}: .*above 0"),
         ({"workers": -1}, "workers is -1: .*processes"),
+        ({"keep": -1}, "keep is -1: "),
         ({"cross_layers": CrossLayers("last", 2)}, "cross_layers .*stage cepe from cepe"),
         ({"chunk_positions": 2}, "chunk_positions .*stage cepe from cepe"),
         ({"distill": DistillConfig()}, "distill .*stage cepe "),

@@ -54,6 +54,34 @@ def test_the_newest_comes_back(home):
     np.testing.assert_array_equal(state["b"]["c"], STATE["b"]["c"])
 
 
+def test_a_reader_reads_any_step_and_leaves_what_is_being_written(home):
+    """A run may be saving what is staged; one that starts there removes it. Other steps and runs are refused."""
+    staged = home / "6.orbax-checkpoint-tmp"
+    shutil.copytree(home / "4", staged)
+    with contextlib.closing(Checkpoints(home, {"run": 1}, reader=True)) as checkpoints:
+        for step in (2, 4):
+            np.testing.assert_array_equal(checkpoints.read(step, STATE)["a"], STATE["a"] + step)
+            assert checkpoints.facts(step)["step"] == step
+        with pytest.raises(ValueError, match=r"step 3\b.*\(2, 4\)"):
+            checkpoints.read(3, STATE)
+    assert staged.exists()
+    with (
+        contextlib.closing(Checkpoints(home, {"run": 2}, reader=True)) as checkpoints,
+        pytest.raises(ValueError, match="run is 1 there and 2 here"),
+    ):
+        checkpoints.read(2, STATE)
+    assert restore(home)[0] == 4
+    assert not staged.exists()
+
+
+@pytest.mark.parametrize(("keep", "steps"), [({}, [3, 4]), ({"keep": 3}, [2, 3, 4]), ({"keep": None}, [1, 2, 3, 4])])
+def test_the_newest_stay(tmp_path, keep, steps):
+    with contextlib.closing(Checkpoints(tmp_path, {"run": 1}, **keep)) as checkpoints:
+        for step in (1, 2, 3, 4):
+            checkpoints.save(step, {"a": STATE["b"]["c"]})
+    assert sorted(int(path.name) for path in tmp_path.iterdir()) == steps
+
+
 def test_of_what_it_should_be_like_no_array_is_read(home):
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), STATE)
     step, state = restore(home, like)
