@@ -8,9 +8,9 @@ import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 
-from cepe_jax.data.builder import Builder
+from cepe_jax.data.builder import Builder, mark_name
 
-POLL_SECONDS = 1.0  # between two looks at the marks
+POLL_SECONDS = 1.0  # between two looks for marks
 FAULT = re.compile(r"\b(?:ValueError|FileNotFoundError): (.*?)(?: \[while running|\n|$)")  # in Beam's own error
 
 
@@ -38,7 +38,8 @@ def run_on_beam(
     waiting = list(open_units)
     while waiting and thread.is_alive():
         thread.join(POLL_SECONDS)
-        marked = [number for number in waiting if builder.marked(number, units[number]) is not None]
+        names = {path.name for path in builder.units.iterdir()}  # one request, however many units wait
+        marked = [number for number in waiting if mark_name(number) in names]
         waiting = [number for number in waiting if number not in marked]
         yield from marked
     thread.join()

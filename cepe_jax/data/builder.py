@@ -158,6 +158,10 @@ def add_counts(all_counts) -> dict:
     return total
 
 
+def mark_name(unit: int) -> str:
+    return f"{unit:05}.json"
+
+
 class Builder:
     """The directory of a dataset that is being written: which of its units are finished, and its registration."""
 
@@ -199,14 +203,14 @@ class Builder:
     def mark(self, number: int, key, facts: dict) -> None:
         """Says that the unit is whole; `key` says of which input."""
         facts = as_json({"key": key} | facts)
-        write_json(self.units / f"{number:05}.json", facts | {"sha256": digest_of(facts)})
+        write_json(self.units / mark_name(number), facts | {"sha256": digest_of(facts)})
 
     def marked(self, number: int, key) -> dict | None:
         """Return what `mark` was given for the unit, if it was for the same input.
 
         A mark that is not as it was written counts for nothing.
         """
-        path = self.units / f"{number:05}.json"
+        path = self.units / mark_name(number)
         if not path.exists():
             return None
         try:
@@ -231,7 +235,7 @@ class Builder:
             for number, shard in enumerate(shards):
                 path = shard_path(self.out, name, split, number, len(shards))
                 check_shard(path, shard["bytes"])
-                again = f"remove {self.units / f'{number:05}.json'}, and run it again"
+                again = f"remove {self.units / mark_name(number)}, and run it again"
                 if not is_remote(path) and _sha256(path) != shard["sha256"]:  # a bucket compares what it is sent
                     raise ValueError(f"{path} is not what was written: {again}")
                 read_lengths(lengths_path(path), shard, again)

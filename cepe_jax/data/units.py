@@ -118,7 +118,7 @@ def _here(builder, units, open_units, work) -> Iterator[tuple[float, int]]:
 
 
 def _on_beam(builder, units, open_units, work, sizes, job) -> Iterator[tuple[float, int]]:
-    # The first three flags are those of runners on this machine; others take no notice of the last two.
+    # How runners on this machine share the work; others take no notice.
     here = f"--direct_num_workers={job.workers}", "--direct_running_mode=multi_processing"
     flags = f"--runner={job.runner}", *here, *job.beam
     for number in run_on_beam(builder, units, open_units, partial(_do_all, builder, work), flags):
