@@ -17,7 +17,7 @@ from etils import epath
 
 from cepe_jax.data.builder import Builder, ShardWriter
 from cepe_jax.data.corpus import NAME, Corpus, features_of
-from cepe_jax.data.records import opened, read_index, shard_path
+from cepe_jax.data.records import allow_open_files, opened, read_index, shard_path
 from cepe_jax.data.units import JobConfig, Work, one_job, run_units
 from cepe_jax.directories import staged
 from cepe_jax.progress import track
@@ -99,6 +99,7 @@ def deduplicate(config: DeduplicateConfig) -> None:
     settings = config.identity("data", "out") | {"data": digests}
     builder = Builder(config.out, settings, tokenizer)
     if builder.finished:
+        shutil.rmtree(config.out / SIGNATURES, ignore_errors=True)  # of a job that was killed before it did
         return
     signing, sizes = Builder(config.out / SIGNATURES, settings), [part.count for part in parts]
     if run_units(signing, parts, sizes, SignUnit(config, digests), config, "sign, documents") is None:
@@ -167,6 +168,7 @@ class Signatures:
     """The signatures in several files, numbered through; they stay on disk."""
 
     def __init__(self, paths: Sequence[Path]):
+        allow_open_files(len(paths))  # a mapped file stays open
         self.parts = [np.load(path, mmap_mode="r") for path in paths]
         self.ends = np.cumsum([len(part) for part in self.parts])
 
