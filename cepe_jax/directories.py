@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
 
+import fsspec
 from etils import epath
 
 from cepe_jax.locks import held
@@ -134,6 +135,15 @@ def place(text: str | Place) -> "Place":
 def is_remote(path: Place | str) -> bool:
     """Return true for a place in a bucket: objects are written whole, and directories have no rename."""
     return str(path).startswith("gs://")
+
+
+def check_reachable(path: Place) -> None:
+    """Raise ValueError if the path is in a bucket, and the library that reads and writes there is not installed."""
+    if is_remote(path):
+        try:
+            fsspec.get_filesystem_class("gs")
+        except ImportError:
+            raise ValueError(f"{path} is in a bucket: pip install gcsfs to read and write there") from None
 
 
 def size_of(path: Place) -> int:

@@ -13,9 +13,11 @@ from dataclasses import dataclass, fields
 from functools import partial, wraps
 from queue import Empty
 
+from etils import epath
+
 from cepe_jax.data.beam import run_on_beam
 from cepe_jax.data.builder import Builder
-from cepe_jax.directories import one_writer_in
+from cepe_jax.directories import check_reachable, one_writer_in
 from cepe_jax.progress import track
 
 log = logging.getLogger(__name__)
@@ -53,6 +55,9 @@ def one_job(command: Callable[[JobConfig], None]) -> Callable[[JobConfig], None]
 
     @wraps(command)
     def alone(config: JobConfig) -> None:
+        for value in vars(config).values():
+            if isinstance(value, epath.Path):
+                check_reachable(value)
         with one_writer_in(config.out, config.shard.replace("/", "-of-")):
             command(config)
 

@@ -6,7 +6,6 @@ import json
 import logging
 import sys
 from collections.abc import Iterator, Sequence
-from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from cepe_jax.data.template import Template
 from cepe_jax.data.tokenizer import Tokenizer, file_in
 from cepe_jax.data.tokenizer_files import local_files
 from cepe_jax.devices import describe
-from cepe_jax.directories import is_remote, one_writer_in, write_json
+from cepe_jax.directories import check_reachable, is_remote, one_writer_in, write_json
 from cepe_jax.distributed import connected, first_says, is_first, meet
 from cepe_jax.exits import STOPPED
 from cepe_jax.identity import as_json, as_of, refuse_another_run
@@ -62,8 +61,8 @@ def launch(config: TrainConfig) -> Path:
 
     SystemExit with status 75 if the run was asked to stop before its end.
     """
-    if is_remote(config.out) and find_spec("gcsfs") is None:
-        raise ValueError(f"{config.out} is in a bucket: pip install gcsfs to write there")
+    for place in (config.out, config.data):
+        check_reachable(place)
     with (
         connected(config.distributed, config.out / "compiled"),
         one_writer_in(config.out) if is_first() else contextlib.nullcontext(),  # many processes are one writer

@@ -4,6 +4,8 @@ import os
 from pathlib import Path
 
 import fsspec
+from etils.epath import backend
+from fsspec import AbstractFileSystem
 from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
@@ -25,10 +27,12 @@ class FolderBucket(DirFileSystem):
         pass
 
 
-def register() -> None:
+def register(bucket: type[AbstractFileSystem] = FolderBucket) -> None:
+    """Put `bucket` behind gs:// in this process."""
     os.environ["EPATH_USE_TF"] = "false"
-    for name in FolderBucket.protocol:
-        fsspec.register_implementation(name, FolderBucket, clobber=True)
+    for name in bucket.protocol:
+        fsspec.register_implementation(name, bucket, clobber=True)
+    backend.fsspec_backend._get_filesystem.cache_clear()  # of another test's bucket
 
 
 def variables_for_processes(scratch: Path, folder: Path) -> dict[str, str]:

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from etils import epath
 from fsspec.implementations.memory import MemoryFileSystem
-from support import models
+from support import buckets, models
 
 from cepe_jax import settings
+from cepe_jax.data.sampling import SampleConfig, sample
 from cepe_jax.directories import new_directory
-from cepe_jax.training import run
 from cepe_jax.training.logs import Log, StepFacts
 from cepe_jax.training.run import launch
 from cepe_jax.training.settings import TrainConfig
@@ -41,10 +41,8 @@ class Bucket(MemoryFileSystem):
 
 
 @pytest.fixture(autouse=True)
-def bucket(monkeypatch):
-    monkeypatch.setenv("EPATH_USE_TF", "false")
-    for name in Bucket.protocol:
-        fsspec.register_implementation(name, Bucket, clobber=True)
+def bucket():
+    buckets.register(Bucket)
     Bucket.store.clear()
     Bucket.pseudo_dirs[:] = [""]
     Bucket.closed.clear()
@@ -60,9 +58,15 @@ def test_settings_keep_the_address():
 
 
 def test_a_run_in_a_bucket_needs_its_library(monkeypatch):
-    monkeypatch.setattr(run, "find_spec", lambda name: None)
+    def absent(protocol):
+        raise ImportError(protocol)
+
+    monkeypatch.setattr(fsspec, "get_filesystem_class", absent)
     with pytest.raises(ValueError, match="gs://bucket/run .*pip install gcsfs"):
         launch(TrainConfig("lm", Path("d"), RUN, 3, 4, decoder="tiny"))
+    job = SampleConfig(data=RUN / "documents", out=Path("d"), kind="packed", length=8)
+    with pytest.raises(ValueError, match="gs://bucket/run/documents .*pip install gcsfs"):
+        sample(job)
 
 
 def test_a_model_is_there_once_its_config_is(tmp_path):
