@@ -28,6 +28,7 @@ ORDER = "test", "train", "retrieval"  # of near-duplicates the last ones go: non
 BYTES = 42  # a document: its band's hash, its place in the order of hashes, the first of its group, and sorting's share
 BLOCK = 1 << 13  # shingles that are hashed at once, and pairs that are compared at once
 LISTED = 100  # pairs in the report
+ROUNDS = 16  # firsts of a group that its documents are compared with
 
 Pair = tuple[int, int, float]  # a document that goes, the one that it nearly is, and their similarity
 
@@ -202,29 +203,38 @@ class Signatures:
 def find(signatures: Signatures, bands: int, threshold: float) -> tuple[np.ndarray, list[Pair]]:
     """Return which documents stay (N,), bool, and the first pairs of those that do not.
 
-    Documents are compared that agree in a band, each with the first of these. A document goes if its similarity to an
-    earlier one is the threshold or more, also if that one goes because of a third.
+    Documents are compared that agree in a band: each with the first of these, and those that are not near it with the
+    first of them, up to ROUNDS times. Equal signatures agree in a last band of all columns, so one of them stays. A
+    document goes if its similarity to an earlier one is the threshold or more, also if that one goes, too.
     """
     kept, pairs = np.ones(len(signatures), bool), []
-    width = signatures.parts[0].shape[1] // bands
-    for band in track(range(bands), "compare, bands"):
-        hashes = signatures.band(slice(band * width, (band + 1) * width))
+    columns = signatures.parts[0].shape[1]
+    width = columns // bands
+    slices = [slice(band * width, (band + 1) * width) for band in range(bands)] + [slice(columns)]
+    for band in track(slices, "compare, bands"):
+        hashes = signatures.band(band)
         order = np.argsort(hashes, kind="stable")  # equal ones in order of their numbers
         begins = np.append(True, np.diff(hashes[order]) != 0)
         del hashes
-        places = np.flatnonzero(~begins)
-        firsts = order[np.maximum.accumulate(np.where(begins, np.arange(len(order)), 0))[places]]
-        later = order[places]
-        for start in range(0, len(later), BLOCK):
-            some, them = later[start : start + BLOCK], firsts[start : start + BLOCK]
-            open_pairs = kept[some]
-            some, them = some[open_pairs], them[open_pairs]
-            similar = (signatures[some] == signatures[them]).mean(axis=1)
-            near = similar >= threshold
-            kept[some[near]] = False
-            room = max(LISTED - len(pairs), 0)
-            found = (column[near][:room].tolist() for column in (some, them, similar))
-            pairs += zip(*found, strict=True)
+        for _ in range(ROUNDS):
+            places = np.flatnonzero(~begins)
+            if not len(places):
+                break
+            heads = np.maximum.accumulate(np.where(begins, np.arange(len(order)), 0))[places]
+            later, firsts = order[places], order[heads]
+            near = np.zeros(len(later), bool)
+            for start in range(0, len(later), BLOCK):
+                some, them = later[start : start + BLOCK], firsts[start : start + BLOCK]
+                similar = (signatures[some] == signatures[them]).mean(axis=1)
+                near[start : start + BLOCK] = similar >= threshold
+                new = (similar >= threshold) & kept[some]
+                kept[some[new]] = False
+                room = max(LISTED - len(pairs), 0)
+                rows = (column[new][:room].tolist() for column in (some, them, similar))
+                pairs += zip(*rows, strict=True)
+            # Those that are not near stay in the band, in the same groups without their firsts.
+            order, heads = later[~near], heads[~near]
+            begins = np.append(True, np.diff(heads) != 0)[: len(order)]
     return kept, pairs
 
 

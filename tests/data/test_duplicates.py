@@ -127,6 +127,32 @@ def test_finished_units_are_not_done_again(config, workers, monkeypatch):
     assert not (config.out / "signatures").exists()
 
 
+def test_equal_documents_meet_among_many_variants(tmp_path):
+    """Each band of theirs is also that of variants which are not near them, and which come first."""
+    rng = np.random.default_rng(0)
+    page = rng.integers(0, 1 << 32, 128, np.uint32)
+    variants = np.where(rng.random((3000, 128)) < 0.3, rng.integers(0, 1 << 32, (3000, 128), np.uint32), page)
+    variants = variants[(variants == page).mean(axis=1) < 0.8]
+    np.save(tmp_path / "a.npy", np.concatenate([variants, np.stack([page] * 20)]))
+    assert sum((variants[:, :13] == page[:13]).all(axis=1)) > 5
+    kept, _ = find(Signatures([tmp_path / "a.npy"]), 9, 0.8)
+    assert kept[-20:].tolist() == [True] + [False] * 19
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2], [1, 0, 2]])
+def test_later_ones_of_a_band_meet(tmp_path, order):
+    """Two that are near each other and not near the first of their band: the second goes."""
+    rng = np.random.default_rng(0)
+    one, other = rng.integers(0, 1 << 32, (2, 128), np.uint32)
+    other[:64] = one[:64]
+    near = other.copy()
+    near[-1] += 1
+    np.save(tmp_path / "a.npy", np.stack([one, other, near])[order])
+    kept, pairs = find(Signatures([tmp_path / "a.npy"]), 9, 0.8)
+    assert kept.tolist() == [True, True, False]
+    assert [pair[:2] for pair in pairs] == [(2, order.index(1))]
+
+
 def test_memory_is_bytes_for_each_document(tmp_path):
     """Of 300,000 documents with signatures of 16 numbers, half of which share a band with an earlier one."""
     rng, count = np.random.default_rng(0), 300_000
