@@ -179,7 +179,9 @@ class Builder:
             return
         if not stored.exists():
             inside = {path.name for path in out.iterdir() if not is_a_writers(path)} if out.exists() else set()
-            begun = "units" in inside and inside <= {"units", *TOKENIZER_FILES}  # by a job now, or one that was killed
+            others = inside - {"units", *TOKENIZER_FILES}
+            # By a job now, or one that was killed; other directories of units are steps before the last one.
+            begun = "units" in inside and all((out / name / "units").is_dir() for name in others)
             if inside and not begun:
                 raise ValueError(f"{out} exists and is no unfinished dataset: remove it or give another name")
             self.units.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,6 @@ time, the one thing that grows with the corpus: BYTES for each document.
 """
 
 import functools
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,13 +21,14 @@ from cepe_jax.data.units import JobConfig, Work, one_job, run_units
 from cepe_jax.directories import staged
 from cepe_jax.progress import track
 
-SIGNATURES = "signatures"  # below `out` until the dataset is whole
+SIGNATURES = "signatures"  # below `out`
 KEPT = "kept.npy"  # among them: of all documents in order, which stay
 ORDER = "test", "train", "retrieval"  # of near-duplicates the last ones go: none of a test is trained on
 BYTES = 42  # a document: its band's hash, its place in the order of hashes, the first of its group, and sorting's share
 BLOCK = 1 << 13  # shingles that are hashed at once, and pairs that are compared at once
 LISTED = 100  # pairs in the report
 ROUNDS = 16  # firsts of a group that its documents are compared with
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2^64 by the golden ratio: a product with it depends on every bit
 
 Pair = tuple[int, int, float]  # a document that goes, the one that it nearly is, and their similarity
 
@@ -54,7 +54,7 @@ def import_datasketch():
     try:
         import datasketch
     except ImportError:
-        raise ValueError('datasketch is not installed: pip install "cepe-jax[duplicates]"') from None
+        raise ValueError("near-duplicates need datasketch: pip install '.[duplicates]' in the checkout") from None
     return datasketch
 
 
@@ -78,15 +78,18 @@ def parts_of(corpora: dict[str, Corpus]) -> list[Part]:
     return parts
 
 
-def bands_of(config: DeduplicateConfig) -> int:
-    """Return the number of bands that tells best who is above the threshold and who below."""
+def bands_of(config: DeduplicateConfig) -> list[slice]:
+    """Return the bands, columns of signatures, that best tell pairs above the threshold from pairs below it.
+
+    The last one is all columns: equal signatures agree there.
+    """
+    datasketch = import_datasketch()
     try:
-        return import_datasketch().MinHashLSH(config.threshold, config.permutations).b
+        lsh = datasketch.MinHashLSH(config.threshold, config.permutations)
     except ValueError as error:
-        mend = "lower it, or raise --permutations"
-        raise ValueError(
-            f"threshold is {config.threshold}, and permutations {config.permutations} ({error}): {mend}"
-        ) from None
+        values = f"threshold is {config.threshold}, and permutations {config.permutations} ({error})"
+        raise ValueError(f"{values}: lower the first, or raise --permutations") from None
+    return [slice(first, first + lsh.r) for first in range(0, lsh.b * lsh.r, lsh.r)] + [slice(config.permutations)]
 
 
 @one_job
@@ -100,12 +103,19 @@ def deduplicate(config: DeduplicateConfig) -> None:
     settings = config.identity("data", "out") | {"data": digests}
     builder = Builder(config.out, settings, tokenizer)
     if builder.finished:
-        shutil.rmtree(config.out / SIGNATURES, ignore_errors=True)  # of a job that was killed before it did
         return
-    signing, sizes = Builder(config.out / SIGNATURES, settings), [part.count for part in parts]
+    of_signatures = {name: value for name, value in settings.items() if name != "threshold"}
+    signing, sizes = Builder(config.out / SIGNATURES, of_signatures), [part.count for part in parts]
     if run_units(signing, parts, sizes, SignUnit(config, digests), config, "sign, documents") is None:
         return
     kept, pairs = find(Signatures([signature_path(config.out, part) for part in parts]), bands, config.threshold)
+    for split, corpus in corpora.items():
+        if not any(kept[part.first : part.first + part.count].any() for part in parts if part.split == split):
+            builder.forget()  # the same signatures may do with another threshold
+            raise ValueError(
+                f"threshold is {config.threshold}, and all {len(corpus)} documents of split {split} are as near to "
+                "earlier ones: raise it"
+            )
     with staged(config.out / SIGNATURES / KEPT) as place, open(place, "wb") as file:
         np.save(file, kept)
     units = [(tuple(p for p in parts if p.shard == shard),) for shard in range(1 + max(p.shard for p in parts))]
@@ -115,21 +125,25 @@ def deduplicate(config: DeduplicateConfig) -> None:
         return
     facts = {"tokenizer": index["tokenizer"], "left_out": len(kept) - int(kept.sum())}
     builder.register(NAME, features_of(tokenizer), marks, facts, notes(corpora, parts, kept, pairs))
-    shutil.rmtree(config.out / SIGNATURES)
 
 
 def signature_path(out: Path, part: Part) -> Path:
     return out / SIGNATURES / f"{part.split}-{part.shard:05}.npy"
 
 
+def row_hashes(rows_NC: np.ndarray) -> np.ndarray:
+    """Return a 64-bit hash of each row (N,)."""
+    hashes_N = np.zeros(len(rows_NC), np.uint64)
+    for column_N in rows_NC.T:
+        hashes_N = (hashes_N ^ column_N) * GOLDEN
+        hashes_N ^= hashes_N >> np.uint64(32)
+    return hashes_N
+
+
 def shingles(tokens: np.ndarray, length: int) -> np.ndarray:
     """Return a 32-bit hash of each run of `length` tokens; of a shorter document, of the whole."""
     runs = np.lib.stride_tricks.sliding_window_view(tokens.astype(np.uint64), min(length, len(tokens)))
-    hashes = np.zeros(len(runs), np.uint64)
-    for column in runs.T:
-        hashes = (hashes ^ column) * np.uint64(0x9E3779B97F4A7C15)  # the golden ratio: every bit of a token counts
-        hashes ^= hashes >> np.uint64(32)
-    return hashes & np.uint64(0xFFFFFFFF)
+    return row_hashes(runs) & np.uint64(0xFFFFFFFF)
 
 
 @functools.cache
@@ -193,25 +207,19 @@ class Signatures:
             for start in range(0, len(part), BLOCK):
                 rows = part[start : start + BLOCK, columns].astype(np.uint64)
                 first = end - len(part) + start
-                for column in rows.T:
-                    place = slice(first, first + len(rows))
-                    hashes[place] = (hashes[place] ^ column) * np.uint64(0x9E3779B97F4A7C15)
-                    hashes[place] ^= hashes[place] >> np.uint64(29)
+                hashes[first : first + len(rows)] = row_hashes(rows)
         return hashes
 
 
-def find(signatures: Signatures, bands: int, threshold: float) -> tuple[np.ndarray, list[Pair]]:
+def find(signatures: Signatures, bands: Sequence[slice], threshold: float) -> tuple[np.ndarray, list[Pair]]:
     """Return which documents stay (N,), bool, and the first pairs of those that do not.
 
     Documents are compared that agree in a band: each with the first of these, and those that are not near it with the
-    first of them, up to ROUNDS times. Equal signatures agree in a last band of all columns, so one of them stays. A
-    document goes if its similarity to an earlier one is the threshold or more, also if that one goes, too.
+    first of them, up to ROUNDS times. A document goes if its similarity to an earlier one is the threshold or more,
+    also if that one goes, too.
     """
     kept, pairs = np.ones(len(signatures), bool), []
-    columns = signatures.parts[0].shape[1]
-    width = columns // bands
-    slices = [slice(band * width, (band + 1) * width) for band in range(bands)] + [slice(columns)]
-    for band in track(slices, "compare, bands"):
+    for band in track(bands, "compare, bands"):
         hashes = signatures.band(band)
         order = np.argsort(hashes, kind="stable")  # equal ones in order of their numbers
         begins = np.append(True, np.diff(hashes[order]) != 0)

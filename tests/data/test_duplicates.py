@@ -10,7 +10,16 @@ from support.tokenizers import byte_level
 
 from cepe_jax.data import duplicates
 from cepe_jax.data.corpus import Corpus, PrepareConfig, prepare
-from cepe_jax.data.duplicates import BYTES, DeduplicateConfig, Signatures, deduplicate, find, shingles, signature
+from cepe_jax.data.duplicates import (
+    BYTES,
+    DeduplicateConfig,
+    Signatures,
+    bands_of,
+    deduplicate,
+    find,
+    shingles,
+    signature,
+)
 from cepe_jax.data.records import read_index
 from cepe_jax.data.sampling import SampleConfig, sample
 
@@ -124,7 +133,6 @@ def test_finished_units_are_not_done_again(config, workers, monkeypatch):
     deduplicate(config)
     for path in whole.out.glob("documents-*"):
         assert path.read_bytes() == (config.out / path.name).read_bytes()
-    assert not (config.out / "signatures").exists()
 
 
 def test_equal_documents_meet_among_many_variants(tmp_path):
@@ -135,7 +143,7 @@ def test_equal_documents_meet_among_many_variants(tmp_path):
     variants = variants[(variants == page).mean(axis=1) < 0.8]
     np.save(tmp_path / "a.npy", np.concatenate([variants, np.stack([page] * 20)]))
     assert sum((variants[:, :13] == page[:13]).all(axis=1)) > 5
-    kept, _ = find(Signatures([tmp_path / "a.npy"]), 9, 0.8)
+    kept, _ = find(Signatures([tmp_path / "a.npy"]), bands_of(CONFIG), CONFIG.threshold)
     assert kept[-20:].tolist() == [True] + [False] * 19
 
 
@@ -148,7 +156,7 @@ def test_later_ones_of_a_band_meet(tmp_path, order):
     near = other.copy()
     near[-1] += 1
     np.save(tmp_path / "a.npy", np.stack([one, other, near])[order])
-    kept, pairs = find(Signatures([tmp_path / "a.npy"]), 9, 0.8)
+    kept, pairs = find(Signatures([tmp_path / "a.npy"]), bands_of(CONFIG), CONFIG.threshold)
     assert kept.tolist() == [True, True, False]
     assert [pair[:2] for pair in pairs] == [(2, order.index(1))]
 
@@ -162,7 +170,7 @@ def test_memory_is_bytes_for_each_document(tmp_path):
     del rows
     signatures = Signatures([tmp_path / "a.npy"])
     tracemalloc.start()
-    kept, pairs = find(signatures, 2, 0.5)
+    kept, pairs = find(signatures, [slice(8), slice(8, 16)], 0.5)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert not kept[1::2].any()
@@ -172,6 +180,27 @@ def test_memory_is_bytes_for_each_document(tmp_path):
     assert peak > BYTES * count / 2
 
 
+@pytest.mark.parametrize("shard", ["0/40", "39/40"])
+def test_jobs_without_shards_of_their_own(config, shard):
+    """A job may have nothing to sign and nothing to copy, before the others and after them."""
+    deduplicate(dataclasses.replace(config, shard=shard))
+    assert not (config.out / "dataset.json").exists()
+    deduplicate(config)
+    deduplicate(dataclasses.replace(config, shard=shard))
+    assert read_index(config.out)["left_out"] == 60
+
+
+def test_split_that_would_be_empty(config):
+    """Nothing looks whole, and another threshold does with the same signatures."""
+    with pytest.raises(ValueError, match=r"threshold is 0\.02.* train "):
+        deduplicate(dataclasses.replace(config, threshold=0.02, shingle=3))
+    assert not (config.out / "dataset.json").exists()
+    before = {path: path.stat().st_mtime_ns for path in config.out.glob("signatures/*-0*.npy")}
+    deduplicate(dataclasses.replace(config, threshold=0.9, shingle=3))
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+    assert len(before) > 5
+
+
 def test_threshold_without_bands(config):
     with pytest.raises(ValueError, match=r"threshold is 0\.999.*permutations 128.*--permutations"):
         deduplicate(dataclasses.replace(config, threshold=0.999))
@@ -179,7 +208,7 @@ def test_threshold_without_bands(config):
 
 def test_library_that_is_not_installed(config, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasketch", None)
-    with pytest.raises(ValueError, match=r"cepe-jax\[duplicates\]"):
+    with pytest.raises(ValueError, match=r"\.\[duplicates\]"):
         deduplicate(config)
 
 

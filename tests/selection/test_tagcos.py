@@ -175,9 +175,11 @@ def test_coresets_share_features(home, tmp_path):
     one_line(refusal)
 
 
-def test_a_refused_choice_leaves_features_for_another(home, tmp_path):
+@pytest.mark.parametrize("place", ["features", "out/features"])
+def test_a_refused_choice_leaves_features_for_another(home, tmp_path, place):
     """Features of three kinds alone: of five clusters two are empty, three are made in the same place."""
-    features = tmp_path / "features"
+    features = tmp_path / place
+    (tmp_path / "out/units").mkdir(parents=True)
     shutil.copytree(home / "data/coreset" / FEATURES, features)
     for path in features.glob("*.npy"):
         rows = len(np.load(path))
