@@ -156,9 +156,12 @@ def local_directory(digest: str) -> Path:
 
     It is where temporary files are (TMPDIR), and stays there for the processes that need it next.
     """
-    directory = Path(tempfile.gettempdir()) / f"cepe_jax-{os.getuid()}" / digest
-    directory.mkdir(0o700, parents=True, exist_ok=True)
-    return directory
+    home = Path(tempfile.gettempdir()) / f"cepe_jax-{os.getuid()}"
+    home.mkdir(0o700, exist_ok=True)
+    if home.stat().st_uid != os.getuid():  # its files are read as if they were the bucket's
+        raise ValueError(f"{home} belongs to another user: set TMPDIR to a directory of your own")
+    (home / digest).mkdir(exist_ok=True)
+    return home / digest
 
 
 def copy_once(source: epath.Path, target: Path) -> None:

@@ -172,8 +172,8 @@ def opened(path: Place, split: str, digest: str) -> "Records":
 class Records:
     """One split of a dataset, a sequence of records; it can be sent to other processes.
 
-    `index` is the content of dataset.json. Of a dataset in a bucket each shard is copied to this machine, whole, when
-    the first of its records is read.
+    `index` is the content of dataset.json. A shard in a bucket is copied to this machine, whole, when the first of its
+    records is read.
     """
 
     def __init__(self, path: Place, split: str):

@@ -92,7 +92,8 @@ def _sizes(root: Place, patterns: tuple[str, ...]) -> dict[PurePath, int]:
     """Return the stored bytes of each file below `root` that matches a pattern, by its path below `root`."""
     if is_remote(root):
         files, top = fsspec.core.url_to_fs(str(root))
-        listed = [files.glob(f"{top}/{pattern}", detail=True) for pattern in patterns]  # with sizes: a request for many
+        # With their sizes, which come in one answer for many.
+        listed = [files.glob(f"{glob.escape(top)}/{pattern}", detail=True) for pattern in patterns]
         infos = [info for some in listed for info in some.values() if info["type"] == "file"]
         return {PurePath(info["name"]).relative_to(top): info["size"] for info in infos}
     # Of the ways to match, this one goes into folders that are links: domains may lie on several disks.

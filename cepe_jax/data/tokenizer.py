@@ -36,7 +36,10 @@ class Tokenizer:
     """
 
     def __init__(self, path: str | Place):
-        """Read `path`: a `.model` or `tokenizer.json` file, or a directory that holds one (`file_in` says which)."""
+        """Read `path`: a `.model` or `tokenizer.json` file, or a directory that holds one (`file_in` says which).
+
+        In a bucket it is a directory.
+        """
         path = local_files(place(path)) if is_remote(path) else Path(path)
         if path.is_dir():
             own = file_in(path)

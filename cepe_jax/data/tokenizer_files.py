@@ -23,6 +23,8 @@ Id = Annotated[int, Meta(ge=0, lt=MOST_IDS)]
 def local_files(directory: Place) -> Path:
     """Copy the files of the tokenizer in a directory of a bucket to this machine, and return their directory."""
     present = [name for name in TOKENIZER_FILES if (directory / name).exists()]
+    if not set(NAMES) & set(present):
+        raise FileNotFoundError(f"{directory}: no {' and no '.join(NAMES)} in this directory")
     contents = {name: (directory / name).read_bytes() for name in present}
     here = local_directory(hashlib.sha256(repr(contents).encode()).hexdigest())
     for name, content in contents.items():

@@ -16,7 +16,7 @@ BYTE = "<0x{:02X}>"  # how a piece that is a byte is called
 PART = 1 << 16  # characters that are encoded as one string where a cut changes nothing
 AROUND = 64  # characters on each side of a cut that are compared: longer than words that a vocabulary knows
 LETTER = r"[^\W\d_]"
-# Places where patterns of words begin anew, each with texts before and after one.
+# Places at which patterns of words start a new word, each with a text before it and one after it.
 CUTS = {
     rf"(?<={LETTER})\n": ("a b", "\n b\n\na"),
     rf"(?<={LETTER}) (?={LETTER})": ("a b", " c\n"),

@@ -43,6 +43,8 @@ class JobConfig:
             raise ValueError(f"workers is {self.workers}: give a number of processes, or 0 for one per core")
         if self.beam and self.runner == "local":
             raise ValueError(f"beam is {' '.join(self.beam)}, and the runner is local: give a --runner of Beam's")
+        if any(flag.partition("=")[0] == "--runner" for flag in self.beam):
+            raise ValueError(f"beam is {' '.join(self.beam)}: give the runner as --runner alone")
 
     def identity(self, *places: str) -> dict:
         """The settings that make the result what it is: all but these `places` and how the work is shared."""

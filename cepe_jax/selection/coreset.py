@@ -40,21 +40,27 @@ class Choice:
     mean_residual: float  # ||centroid - mean|| / ||centroid||
 
 
+def import_sklearn():
+    try:
+        import sklearn.cluster
+        import sklearn.exceptions
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{error}: clusters need scikit-learn, pip install '.[selection]' in the checkout") from None
+    return sklearn
+
+
 def clusters_of(features_ND: np.ndarray, count: int, seed: int, starts: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the cluster (N) of each row, and the centroids (count, D), by k-means from the best of several starts.
 
     ValueError if there are fewer different rows than clusters: one cluster would be empty.
     """
-    try:
-        from sklearn.cluster import KMeans
-        from sklearn.exceptions import ConvergenceWarning
-    except ModuleNotFoundError as error:
-        raise ValueError(f"{error}: clusters need scikit-learn, pip install '.[selection]' in the checkout") from None
+    sklearn = import_sklearn()
     if count > len(features_ND):
         raise ValueError(f"clusters is {count}, and there are {len(features_ND)} examples: lower it")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # of the rows that are equal, which is refused below
-        means = KMeans(count, n_init=starts, random_state=seed).fit(features_ND)
+        # Of rows that are equal, which are refused below.
+        warnings.simplefilter("ignore", sklearn.exceptions.ConvergenceWarning)
+        means = sklearn.cluster.KMeans(count, n_init=starts, random_state=seed).fit(features_ND)
     if (filled := len(np.unique(means.labels_))) < count:
         raise ValueError(
             f"clusters is {count}, and {count - filled} of them are empty: the {len(features_ND)} examples have too "
@@ -80,7 +86,10 @@ def matching_pursuit(
     gram_KK, weights_K, residual_D = np.zeros((0, 0)), np.zeros(0), target_D
 
     def fitted(ridge: float) -> np.ndarray:
-        return solve(gram_KK + ridge * np.eye(len(support)), products_N[support], assume_a="pos")
+        try:
+            return solve(gram_KK + ridge * np.eye(len(support)), products_N[support], assume_a="pos")
+        except np.linalg.LinAlgError:
+            raise ValueError(f"pursuit.ridge is {ridge}, and chosen examples depend on each other: raise it") from None
 
     for _ in range(most):
         residual_length = np.linalg.norm(residual_D)

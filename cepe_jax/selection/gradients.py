@@ -110,7 +110,7 @@ class WarmUp:
                     start = self.config.cepe or self.config.decoder or self.config.encoder
                     raise ValueError(
                         f"{checkpoints.directory / str(step)} is of another model: the frozen weights of {start} are "
-                        f"not those that it was trained beside"
+                        f"not those of its training"
                     )
             return [checkpoints.read(step, like) for step in steps]
 

@@ -20,7 +20,7 @@ from cepe_jax.data.units import JobConfig, Work, one_job, run_units
 from cepe_jax.directories import one_writer_in, relative_to, staged
 from cepe_jax.identity import as_json
 from cepe_jax.parsing import Seed
-from cepe_jax.selection.coreset import Choice, PursuitConfig, clusters_of, coreset, repeats_of
+from cepe_jax.selection.coreset import Choice, PursuitConfig, clusters_of, coreset, import_sklearn, repeats_of
 
 if TYPE_CHECKING:
     from cepe_jax.data.loader import Source
@@ -61,6 +61,8 @@ class TagcosConfig(JobConfig):
             )
         if self.weights and not any(self.weights):
             raise ValueError(f"weights is {list(self.weights)}: give one above 0")
+        if self.features is not None and self.features.resolve() == self.out.resolve():
+            raise ValueError(f"features is out, {self.out}: give another directory, or leave it out")
         for name in ("clusters", "starts", "dim", "repeats", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: give a number above 0")
@@ -84,6 +86,7 @@ def tagcos(config: TagcosConfig) -> None:
 
     if config.batch_size % jax.device_count():
         raise ValueError(f"batch_size {config.batch_size} is not a multiple of the {jax.device_count()} devices")
+    import_sklearn()  # not to be missed after hours of gradients
     warm_up = WarmUp.at(config.run)
     facts, source = warm_up.facts(config.steps), warm_up.source(config.data, config.split)
     budget = round(config.fraction * len(source.numbers))

@@ -21,7 +21,7 @@ class Correlation:
     tau: float | None = None  # Kendall's tau-b
     tau_p: float | None = None
     distance: float | None = None  # Kendall's, normalised: (1 - tau) / 2
-    interval: tuple[float, float] | None = None  # of rho, by a bootstrap over groups
+    interval: tuple[float, float] | None = None  # of rho, by a bootstrap over groups; None if there is one group
     permuted: tuple[float, float] | None = None  # interval of rho when one measure is permuted
     permuted_p: float | None = None  # share of permutations whose rho is as far from 0
     adjusted_p: float | None = None  # rho_p for all tests of a report
@@ -42,7 +42,7 @@ def correlate_ranks(x: np.ndarray, y: np.ndarray, groups: np.ndarray, resamples:
     null = np.array([_pearson(rng.permutation(ranks_x), ranks_y) for _ in range(resamples)])
     as_far = int((np.abs(null) >= abs(rho.statistic) - 1e-12).sum())
     drawn = []
-    for _ in range(resamples):
+    for _ in range(resamples if count > 1 else 0):  # one group drawn again and again is always itself
         units = np.concatenate([members[n] for n in rng.integers(0, count, count)])
         drawn.append(_pearson(stats.rankdata(x[units]), stats.rankdata(y[units])))
     return Correlation(
@@ -53,7 +53,7 @@ def correlate_ranks(x: np.ndarray, y: np.ndarray, groups: np.ndarray, resamples:
         float(tau.statistic),
         float(tau.pvalue),
         (1 - float(tau.statistic)) / 2,
-        _interval(np.array(drawn)),
+        _interval(np.array(drawn)) if drawn else None,
         _interval(null),
         (1 + as_far) / (1 + resamples),
     )

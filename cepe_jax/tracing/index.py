@@ -98,6 +98,8 @@ class Index:
         if self.facts["normalization"] != NORMALIZATION:
             now = f"{self.facts['normalization']}, and this version counts by rule {NORMALIZATION}"
             raise ValueError(f"{path} has words by rule {now}: {mend}")
+        if absent := [name for name in (DOCUMENTS, VOCABULARY) if not (path / name).exists()]:
+            raise FileNotFoundError(f"{path} has no {' and no '.join(absent)}: {mend}")
         self.names: list[str] = read_json(path / DOCUMENTS, list[str], mend)
         self._ids = {word: n for n, word in enumerate((path / VOCABULARY).read_text("utf-8").split("\n")[:-1], 1)}
         try:

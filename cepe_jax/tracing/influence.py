@@ -215,7 +215,7 @@ def check_model(path: Path, corpus: Corpus) -> None:
     """Raise ValueError unless the model is a decoder that knows the ids of the corpus."""
     config = open_model(path).config
     if type(config) is not DecoderConfig:
-        raise ValueError(f"{path} is no plain decoder: give the directory of one")
+        raise ValueError(f"{path} is not a plain decoder: give the directory of one")
     corpus.tokenizer.check_is_of(path)
     if config.vocab_size < corpus.tokenizer.vocab_size:
         known = f"{config.vocab_size} ids, and {corpus.records.path} has {corpus.tokenizer.vocab_size}"

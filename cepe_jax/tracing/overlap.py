@@ -1,7 +1,7 @@
 """The overlap of a model's continuations with a corpus: the share of their n-grams that occur in it.
 
-This is not tracing: that an n-gram occurs does not say that the model has it from there. What held-out documents go on
-with, and its words in random order, say how much of an overlap the language alone makes.
+This is not tracing: that an n-gram occurs does not say that the model has it from there. The true continuations of
+held-out documents, and their words in random order, show how much of an overlap the language alone makes.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -56,8 +56,10 @@ def draw(corpus: Corpus, config: OverlapConfig) -> Iterator[np.ndarray]:
     """Yield the first tokens of documents that have enough for a prompt and a continuation, without EOS."""
     count = 0
     for number in np.random.default_rng(config.seed).permutation(len(corpus)):
+        if count == config.documents:
+            return
         tokens = corpus[int(number)].tokens
-        if len(tokens) > config.prompt_tokens + config.new_tokens and count < config.documents:
+        if len(tokens) > config.prompt_tokens + config.new_tokens:
             count += 1
             yield tokens[: config.prompt_tokens + config.new_tokens]
     if not count:
@@ -78,13 +80,13 @@ def continuations(model: TextModel, prompts: Sequence[list[int]], temperature: f
 
 def shares(index: Index, texts: Sequence[list[str]], lengths: Sequence[int]) -> dict[int, Estimate]:
     """Return the share of the texts' n-grams that occur in the corpus, by n; those of one text are dependent."""
-    found = {}
+    measured = {}
     for n in lengths:
         owners = [(ngram, str(number)) for number, words in enumerate(texts) for ngram in ngrams(words, n)]
         if owners:
             occurs = index.counts([ngram for ngram, _ in owners]) > 0
-            found[n] = Estimate.of(occurs.astype(float), [owner for _, owner in owners])
-    return found
+            measured[n] = Estimate.of(occurs.astype(float), [owner for _, owner in owners])
+    return measured
 
 
 def overlap(config: OverlapConfig) -> None:
@@ -106,25 +108,25 @@ def overlap(config: OverlapConfig) -> None:
             texts[f"the model, temperature {temperature:g}"] = [
                 words_of(model.tokenizer.decode(ids)) for ids in written
             ]
-        found = {name: shares(index, of_name, config.lengths) for name, of_name in texts.items()}
-        stored = {name: {n: vars(one) for n, one in of_name.items()} for name, of_name in found.items()}
+        measured = {name: shares(index, of_name, config.lengths) for name, of_name in texts.items()}
+        stored = {name: {n: vars(one) for n, one in of_name.items()} for name, of_name in measured.items()}
         write_json(config.out / "overlap.json", {"config": as_json(config), "shares": stored})
         with save_figure(config.out / "report.png", figsize=(6.4, 4.2)) as panel:
-            for name, of_name in found.items():
+            for name, of_name in measured.items():
                 errors = [2 * (one.stderr or 0) for one in of_name.values()]
                 means = [one.mean for one in of_name.values()]
                 panel.errorbar(list(of_name), means, yerr=errors, marker="o", capsize=3, label=name)
             panel.set(xlabel="words of an n-gram", ylabel="share that occurs in the corpus", ylim=(0, 1.02))
             panel.legend(frameon=False)
-        text = report(found, config.lengths, len(rows))
+        text = report(measured, config.lengths, len(rows))
         write_text(config.out / "report.md", text)
     print(text)
 
 
-def report(found: Mapping[str, Mapping[int, Estimate]], lengths: Sequence[int], count: int) -> str:
+def report(measured: Mapping[str, Mapping[int, Estimate]], lengths: Sequence[int], count: int) -> str:
     """Return the report in Markdown."""
     lines = [f"| n-grams of | {' | '.join(map(str, lengths))} |", "|---" * (len(lengths) + 1) + "|"]
-    for name, of_name in found.items():
+    for name, of_name in measured.items():
         cells = [_cell(of_name[n]) if n in of_name else "" for n in lengths]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return (

@@ -35,7 +35,7 @@ class PlantConfig:
     examples: int = 160  # facts, and questions of the rule
     most: int = 64  # documents with the most frequent fact, and of each subject
     exponent: float = 0.8  # of Zipf's law: the fact of rank r stands in most / r^exponent documents
-    filler: int = 0  # words of further documents, drawn by Zipf's law, a tenth copied: to try an index at a size
+    filler: int = 0  # words of further documents, drawn by Zipf's law, some of it copied: to try an index at a size
     seed: Seed = 0  # draws all of it
 
     def __post_init__(self):
@@ -71,7 +71,7 @@ def lists(entries: list[str], title: str, rng: np.random.Generator) -> Iterator[
 
 
 def facts(words: list[str], config: PlantConfig, rng: np.random.Generator) -> tuple[list[str], list[dict[str, str]]]:
-    """Return the documents with facts and what stands beside them, and the examples of the task."""
+    """Return the documents with facts, those without, and the examples of the task."""
     documents, examples, capitals = [], [], []
     for number, count in enumerate(zipf(config)):
         subject, capital = (" ".join(words[4 * number + at : 4 * number + at + 2]) for at in (0, 2))
@@ -85,7 +85,7 @@ def facts(words: list[str], config: PlantConfig, rng: np.random.Generator) -> tu
 
 
 def rule(words: list[str], config: PlantConfig, rng: np.random.Generator) -> tuple[list[str], list[dict[str, str]]]:
-    """Return the documents with the rule and what stands beside them, and the examples of the task."""
+    """Return the documents with the rule, the lists, and the examples of the task."""
     pairs = [(a, b) for n, a in enumerate(words) for b in words[n + 1 :]]
     pairs = [pairs[n][:: rng.choice((-1, 1))] for n in rng.permutation(len(pairs))]
     asked, known = pairs[: config.examples], pairs[config.examples :]

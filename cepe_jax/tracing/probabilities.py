@@ -81,18 +81,21 @@ def score_targets(
     scores, logs_N = [], np.zeros(len(targets))
     for number, example in enumerate(track(examples, "score, examples")):
         text, begin = text_of(example)
-        read = Read.of(text, model.tokenizer)
+        try:
+            read = Read.of(text, model.tokenizer)
+        except HoldsSpecial as error:
+            raise ValueError(f"example {number + 1}: {error}") from None
         if model.window is not None and len(read.ids) > model.window:
             raise ValueError(
                 f"example {number + 1} has {len(read.ids)} tokens and the window {model.window}: shorten its prompt"
             )
         first = read.tokens(begin, len(text)).start
-        found = score(model.model, read.ids[:first], [read.ids[first:]], policy=model.cache)[0]
-        scores.append(Scored(found.total, len(found.log_probs), found.greedy))
+        scored = score(model.model, read.ids[:first], [read.ids[first:]], policy=model.cache)[0]
+        scores.append(Scored(scored.total, len(scored.log_probs), scored.greedy))
         for n in owned.get(number, ()):
             end = len(text) if compat else begin + targets[n].end
             span = read.tokens(begin + targets[n].start, end)
-            logs_N[n] = found.log_probs[span.start - first : span.stop - first].sum(dtype=np.float64)
+            logs_N[n] = scored.log_probs[span.start - first : span.stop - first].sum(dtype=np.float64)
     return scores, logs_N
 
 
@@ -116,7 +119,7 @@ def infinity_gram(index: Index, contexts: Sequence[Ngram], words: Sequence[str])
 def infinity_of_targets(index: Index, examples: Sequence[Example], targets: Sequence[Target]) -> np.ndarray:
     """Return log P of each target's words by the infinity-gram (N,), which reads the prompt and the answer before them.
 
-    As in the paper, words of probability 0 are left out of the product; NaN for a target with none else.
+    As in the paper, words of probability 0 are left out of the product. NaN if no word remains.
     """
     contexts, words, owners = [], [], []
     for number, target in enumerate(targets):

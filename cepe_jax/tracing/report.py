@@ -69,8 +69,8 @@ def _row(name: Name, test: Correlation) -> str:
     return f"| {' | '.join([*cells, f'{test.distance:.3f}'])} |"
 
 
-def _span(interval: tuple[float, float]) -> str:
-    return f"{interval[0]:+.2f} to {interval[1]:+.2f}"
+def _span(interval: tuple[float, float] | None) -> str:
+    return "" if interval is None else f"{interval[0]:+.2f} to {interval[1]:+.2f}"
 
 
 def write_plots(

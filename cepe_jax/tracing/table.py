@@ -67,6 +67,8 @@ class Facts(TypedDict):
     gamma: float
     encoder: str
     index: str  # its digest
+    examples: Count
+    pairs: Count
 
 
 @dataclass(frozen=True)
@@ -85,13 +87,13 @@ def read_examples(path: Path) -> list[Example]:
     """Return the examples in a file; ValueError names the first bad line."""
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file: give a .jsonl file of prompts and answers")
-    lines = [line for line in path.read_bytes().split(b"\n") if line.strip()]
+    lines = [(n, line) for n, line in enumerate(path.read_bytes().split(b"\n"), 1) if line.strip()]
     mend = "give each line a prompt and an answer"
-    examples = [parse_json(line, f"{path}:{n}", Example, mend) for n, line in enumerate(lines, 1)]
-    empty = next((n for n, one in enumerate(examples, 1) if not (one["prompt"].strip() and one["answer"].strip())), 0)
+    examples = {n: parse_json(line, f"{path}:{n}", Example, mend) for n, line in lines}
+    empty = next((n for n, one in examples.items() if not (one["prompt"].strip() and one["answer"].strip())), 0)
     if empty or not examples:
         raise ValueError(f"{path}{f':{empty}' if empty else ''}: is empty: {mend}")
-    return examples
+    return list(examples.values())
 
 
 def answer_words(words: list[str], n: int, whole: bool) -> list[Ngram]:
@@ -117,10 +119,10 @@ def make_table(config: TableConfig) -> None:
     numbers = {ngram: number for number, ngram in enumerate(texts)}
     cosines: dict[tuple[Ngram, Ngram], float] = {}
     for xs, ys in both:
-        found_XY = vectors_NE[[numbers[x] for x in xs]] @ vectors_NE[[numbers[y] for y in ys]].T
-        for a, b in np.argwhere(found_XY > config.gamma):
+        cosines_XY = vectors_NE[[numbers[x] for x in xs]] @ vectors_NE[[numbers[y] for y in ys]].T
+        for a, b in np.argwhere(cosines_XY > config.gamma):
             if xs[a] != ys[b]:
-                cosines[xs[a], ys[b]] = float(found_XY[a, b])
+                cosines[xs[a], ys[b]] = float(cosines_XY[a, b])
     if not cosines:
         raise ValueError(f"no pair of {config.n}-grams has a cosine above gamma {config.gamma}: lower gamma or n")
     pairs = list(cosines)
@@ -132,6 +134,8 @@ def make_table(config: TableConfig) -> None:
         "gamma": config.gamma,
         "encoder": config.encoder,
         "index": index.digest,
+        "examples": len(examples),
+        "pairs": len(pairs),
     }
     with new_directory(config.out) as place:
         rows = zip(pairs, documents.tolist(), counts.tolist(), strict=True)
@@ -171,9 +175,15 @@ class Table:
         mend = "make the table again"
         self.path, self.facts = path, read_json(path / FACTS, Facts, mend)
         self.n = self.facts["n"]
+        if absent := [name for name in (EXAMPLES, PAIRS) if not (path / name).exists()]:
+            raise FileNotFoundError(f"{path} has no {' and no '.join(absent)}: {mend}")
         self.examples = read_examples(path / EXAMPLES)
         lines = (path / PAIRS).read_bytes().split(b"\n")[:-1]
         self.pairs = [parse_json(line, f"{path / PAIRS}:{n}", Pair, mend) for n, line in enumerate(lines, 1)]
+        counts = len(self.examples), len(self.pairs)
+        if counts != (self.facts["examples"], self.facts["pairs"]):
+            wanted = f"{self.facts['examples']} and {self.facts['pairs']}"
+            raise ValueError(f"{path}: {counts[0]} examples and {counts[1]} pairs of a table that has {wanted}: {mend}")
 
     def check_is_of(self, index: Index) -> None:
         """Raise ValueError if the table has the counts of another index."""

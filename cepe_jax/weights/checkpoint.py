@@ -129,7 +129,7 @@ class Checkpoints:
 
     `identity` is what a checkpoint must have in common with the run that resumes from it: the resolved
     configuration, the hash of the frozen base. It is stored with each and compared on restore, all that was stored.
-    Who only reads (`reader`) leaves the directory as it is, though a run may be writing there.
+    A `reader` leaves the directory as it is: a run may be writing there.
     """
 
     def __init__(self, directory: Path | epath.Path, identity: dict, keep: int | None = KEPT, *, reader: bool = False):

@@ -12,6 +12,9 @@ import pytest
 from support import buckets
 from support.tokenizers import byte_level
 
+from cepe_jax.data.beam import run_on_beam
+from cepe_jax.data.builder import Builder
+
 pytest.importorskip("apache_beam")
 ROOT = Path(__file__).parents[2]
 OTHER = ROOT / ".venv" / "bin" / "python"  # where Beam is not
@@ -90,6 +93,23 @@ def test_runner_that_is_not_there(home, runner):
     said = prepare(home, home / "bucket" / "raw", home / "none", f"--runner={runner}")
     assert "Traceback" not in said
     assert runner in said.splitlines()[-1]
+
+
+@pytest.mark.parametrize("flag", ["--direct_num_workers=many", "--runner=DirectRunner"])
+def test_bad_flag_of_beam(home, flag):
+    said = prepare(home, home / "bucket" / "raw", home / "none", "--runner=FnApiRunner", f'--beam=["{flag}"]')
+    assert "Traceback" not in said
+    assert flag in said.splitlines()[-1]
+
+
+def test_full_disk_is_no_traceback(home, tmp_path):
+    """An OSError of a unit stays one, which a script prints in a line."""
+    with pytest.raises(OSError, match=r"\[Errno 28\] No space left"):
+        list(run_on_beam(Builder(tmp_path / "out", {}), [("a",)], [0], full, ["--runner=FnApiRunner"]))
+
+
+def full(number: int, unit: tuple) -> None:
+    raise OSError(28, "No space left on device")
 
 
 def test_killed_job_goes_on(home):

@@ -3,6 +3,7 @@
 import dataclasses
 import gzip
 import json
+import os
 import tempfile
 from pathlib import Path
 
@@ -136,6 +137,26 @@ def test_joined_datasets_may_lie_anywhere(config, tmp_path, folder):
     here = joins(Records(folder / "documents", "test"), HOME / "passages")["path"]
     assert here == str(folder / "documents")
     assert open_joined(config.out, "test")[0].digest == records.digest
+
+
+def test_places_with_characters_of_patterns(config, folder):
+    (folder / "raw").rename(folder / "raw[1]")
+    prepare(dataclasses.replace(config, input=HOME / "raw[1]"))
+    assert len(Records(config.out, "train").facts["shards"]) > 4
+
+
+def test_absent_tokenizer_is_named_by_its_address(folder):
+    with pytest.raises(FileNotFoundError, match="gs://bucket/raw: no tokenizer.model"):
+        Tokenizer("gs://bucket/raw")
+
+
+def test_copies_of_another_user_are_not_read(config, monkeypatch):
+    prepare(config)
+    other = os.getuid() + 1
+    monkeypatch.setattr(os, "getuid", lambda: other)
+    os.mkdir(Path(tempfile.gettempdir()) / f"cepe_jax-{os.getuid()}")
+    with pytest.raises(ValueError, match="TMPDIR"):
+        Records(config.out, "train")
 
 
 def test_a_tokenizer_is_not_trained_there(config):

@@ -205,6 +205,23 @@ def test_absent_scikit_learn_names_its_extra(monkeypatch):
     one_line(refusal)
 
 
+@pytest.mark.parametrize("positive", [True, False])
+def test_dependent_atoms_want_a_ridge(positive):
+    """More atoms than they have numbers, and no tolerance at which a pursuit would end before."""
+
+    def refusal(seed: int) -> str:
+        rng = np.random.default_rng(seed)
+        try:
+            matching_pursuit(rng.normal(size=(30, 4)), rng.normal(size=4), 30, PursuitConfig(0.0, 0.0, positive))
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    refusals = set(map(refusal, range(30))) - {""}
+    assert len(refusals) == 1
+    assert "pursuit.ridge is 0.0" in refusals.pop()
+
+
 @pytest.mark.parametrize(("name", "value"), [("ridge", -1.0), ("tolerance", float("inf"))])
 def test_bad_pursuits_are_refused(name, value):
     with pytest.raises(ValueError, match=f"{name} is {value}") as refusal:

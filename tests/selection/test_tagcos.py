@@ -406,9 +406,10 @@ def test_a_changed_base_is_refused(home, tmp_path):
         ({"weights": (1.0, -1.0)}, r"weights is \[1.0, -1.0\]"),
         ({"dim": 0}, "dim is 0"),
         ({"repeats": 0}, "repeats is 0"),
+        ({"features": Path("coreset"), "out": Path("coreset")}, "coreset"),
     ],
 )
 def test_bad_settings_are_one_line(tmp_path, settings, words):
     with pytest.raises(ValueError, match=words) as refusal:
-        config_of(tmp_path, tmp_path / "out", **settings)
+        config_of(tmp_path, **{"out": tmp_path / "out"} | settings)
     one_line(refusal)

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from cepe_jax.inference.text import load
 from cepe_jax.tracing.correlate import CorrelateConfig, Values, correlate, exposure_curve, infinity_units, units_of
 from cepe_jax.tracing.correlations import adjusted, correlate_ranks
 from cepe_jax.tracing.probabilities import HoldsSpecial, Read, Scored, infinity_gram, score_targets
-from cepe_jax.tracing.table import Table, TableConfig, Target, make_table
+from cepe_jax.tracing.table import Table, TableConfig, Target, make_table, read_examples
 from cepe_jax.tracing.words import ngrams, placed_words, words_of
 from cepe_jax.weights.source import save
 
@@ -157,6 +158,33 @@ def test_special_names_and_long_texts_are_refused(home):
     with pytest.raises(ValueError, match=r"example 1 has \d\d tokens and the window 16") as error:
         score_targets(model, Table(home / "n2").examples, [])
     one_line(error)
+    with pytest.raises(ValueError, match="example 2: .*</s>") as error:
+        score_targets(model, [{"prompt": "a", "answer": "b"}, {"prompt": "a </s>", "answer": "b"}], [])
+    one_line(error)
+
+
+def test_files_of_a_table_are_whole(home, tmp_path):
+    """A file that is cut off at a line's end, or in a line, is not read as a smaller table."""
+    place = tmp_path / "table"
+    shutil.copytree(home / "n2", place)
+    whole = (place / "pairs.jsonl").read_bytes()
+    count = whole.count(b"\n")
+    for rest in (whole[: whole.index(b"\n") + 1], whole[:-9], whole[: whole.index(b"\n") + 9]):
+        (place / "pairs.jsonl").write_bytes(rest)
+        with pytest.raises(ValueError, match=rf"{rest.count(10)} pairs .* {count}") as error:
+            Table(place)
+        one_line(error)
+    (place / "pairs.jsonl").unlink()
+    with pytest.raises(FileNotFoundError, match=r"pairs\.jsonl.*again"):
+        Table(place)
+
+
+def test_bad_example_is_named_by_its_line(tmp_path):
+    path = tmp_path / "task.jsonl"
+    for last, words in ('{"prompt": "a"}', "task.jsonl:4"), ('{"prompt": "a", "answer": " "}', "task.jsonl:4"):
+        path.write_text('\n\n{"prompt": "a", "answer": "b"}\n' + last + "\n")
+        with pytest.raises(ValueError, match=words):
+            read_examples(path)
 
 
 def brute_infinity(context: list[str], word: str) -> float | None:
@@ -222,6 +250,9 @@ def test_groups_widen_the_interval():
     assert copied.rho == pytest.approx(once.rho, abs=0.01)
     assert copied.rho_p < once.rho_p / 10  # which takes them for independent
     assert np.diff(copied.interval) == pytest.approx(np.diff(once.interval), rel=0.15)
+    assert (
+        correlate_ranks(x, y, np.zeros(60, int), resamples=9, seed=0).interval is None
+    )  # of one group nothing is known
 
 
 def test_a_constant_measure_has_no_correlation():

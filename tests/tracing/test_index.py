@@ -123,6 +123,10 @@ def test_damaged_and_absent_indexes_are_refused(tmp_path):
     np.save(tmp_path / "index/words.npy", np.zeros(3, np.int32))
     with pytest.raises(ValueError, match=r"\[3, 7"):
         Index(tmp_path / "index")
+    (tmp_path / "index/words.txt").rename(tmp_path / "words.txt")
+    with pytest.raises(FileNotFoundError, match=r"words\.txt.*again"):
+        Index(tmp_path / "index")
+    (tmp_path / "words.txt").rename(tmp_path / "index/words.txt")
     facts = json.loads((tmp_path / "index/index.json").read_text())
     (tmp_path / "index/index.json").write_text(json.dumps(facts | {"normalization": 9}))
     with pytest.raises(ValueError, match="rule 9"):
