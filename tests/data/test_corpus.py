@@ -644,55 +644,14 @@ def test_a_corpus_is_of_documents(config, tmp_path, given):
         Corpus(tmp_path / "other", "train")
 
 
-def big(tmp_path: Path, given: Tokenizer, characters: int) -> tuple[PrepareConfig, str]:
-    """A document on one line among small ones, which must not fall into the test split."""
-    long = "".join(text_of(seed) for seed in range(200)) * (characters // 50_000 + 1)
-    config = PrepareConfig(
-        input=tmp_path / "in",
-        out=tmp_path / "out",
-        tokenizer=str(given.path),
-        test_fraction=0.3,
-        retrieval_fraction=0.2,
-        workers=1,
-        unit_bytes=1 << 20,
-    )
-    write_lines(config.input / "a.jsonl", [text_of(1), text_of(2), long[:characters], *map(text_of, range(3, 20))])
-    return config, long[:characters]
-
-
-def longest_text(config: PrepareConfig) -> str:
-    """Of the twenty documents that were prepared."""
-    found = read_all(config.out)
-    assert len(found) == 20
-    document = max((document for _, document in found.values()), key=lambda document: len(document.tokens))
-    return Tokenizer(config.out).decode(document.tokens)
-
-
 def test_a_document_of_five_megabytes(tmp_path, given):
-    """On one line, longer than several units together."""
-    config, long = big(tmp_path, given, 5_000_000)
+    """On one line, longer than several units together, among small ones; it must not fall into the test split."""
+    long = ("".join(text_of(seed) for seed in range(200)) * (5_000_000 // 50_000 + 1))[:5_000_000]
+    options = {"tokenizer": str(given.path), "test_fraction": 0.3, "retrieval_fraction": 0.2, "unit_bytes": 1 << 20}
+    config = PrepareConfig(input=tmp_path / "in", out=tmp_path / "out", workers=1, **options)
+    write_lines(config.input / "a.jsonl", [text_of(1), text_of(2), long, *map(text_of, range(3, 20))])
     prepare(config)
-    assert longest_text(config) == long
-
-
-@pytest.mark.slow
-def test_a_document_of_fifty_megabytes(tmp_path, given):
-    config, long = big(tmp_path, given, 50_000_000)
-    program = """
-import resource, sys, time
-from pathlib import Path
-from cepe_jax.data.corpus import PrepareConfig, prepare
-if __name__ == "__main__":
-    begun = time.monotonic()
-    prepare(PrepareConfig(input=Path(sys.argv[1]), out=Path(sys.argv[2]), tokenizer=sys.argv[3], test_fraction=0.3,
-                          retrieval_fraction=0.2, workers=1, unit_bytes=1 << 20))
-    print(time.monotonic() - begun, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
-"""
-    environment = os.environ | {"PYTHONPATH": str(Path(corpus_module.__file__).parents[2])}
-    command = [sys.executable, "-c", program, config.input, config.out, config.tokenizer]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    seconds, gigabytes = map(float, done.stdout.split())
-    assert seconds < 60
-    assert gigabytes < 4
-    assert longest_text(config) == long
+    documents = [document for _, document in read_all(config.out).values()]
+    assert len(documents) == 20
+    longest = max(documents, key=lambda document: len(document.tokens))
+    assert Tokenizer(config.out).decode(longest.tokens) == long

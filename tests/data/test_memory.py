@@ -9,6 +9,10 @@ import numpy as np
 import pytest
 from support.tokenizers import byte_level
 
+from cepe_jax.data.corpus import Corpus
+from cepe_jax.data.tokenizer import Tokenizer
+from cepe_jax.data.tokenizer_training import train, training_pieces
+
 # The largest resident size of this process and of the largest of its children, in MB.
 PROGRAM = """
 import resource, sys
@@ -18,7 +22,7 @@ from cepe_jax.data.sampling import SampleConfig, sample
 if __name__ == "__main__":
     home, workers, unit_bytes = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     out = home / f"documents-{workers}"
-    prepare(PrepareConfig(input=home / "in", out=out, tokenizer=str(home / "tokenizer.json"), workers=workers,
+    prepare(PrepareConfig(input=home / "in", out=out, tokenizer=str(home / sys.argv[4]), workers=workers,
                           unit_bytes=unit_bytes, test_fraction=0.3))
     if workers > 1:
         sample(SampleConfig(data=out, out=home / f"packed-{workers}", kind="packed", length=256, workers=workers))
@@ -28,8 +32,8 @@ if __name__ == "__main__":
 """
 
 
-def measure(home: Path, workers: int, unit_bytes: int) -> tuple[int, int]:
-    arguments = [sys.executable, "-c", PROGRAM, str(home), str(workers), str(unit_bytes)]
+def measure(home: Path, workers: int, unit_bytes: int, kind: str = "tokenizer.json") -> tuple[int, int]:
+    arguments = [sys.executable, "-c", PROGRAM, str(home), str(workers), str(unit_bytes), kind]
     if workers > 1:  # its processes read the program from a file
         (home / "program.py").write_text(PROGRAM)
         arguments[1:3] = [str(home / "program.py")]
@@ -63,9 +67,15 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
 
 
 @pytest.mark.slow
-def test_one_long_document_takes_little_memory(tmp_path):
+@pytest.mark.parametrize("kind", ["tokenizer.json", "tokenizer.model"])
+def test_one_long_document_takes_little_memory(tmp_path, kind):
     """50 MB, with characters for which Python keeps four bytes of each: the ids alone would take 400 MB as a list."""
     part = "Some words of a line, 漢字 and 🙂 among them, as they come.\n" * 1000
-    count = 50_000_000 // len(part.encode())
-    write(tmp_path, [part * count, *(f"{number} {part[:500]}" for number in range(40))], part)
-    assert measure(tmp_path, 1, 1 << 28)[0] < 600
+    long = part * (50_000_000 // len(part.encode()))
+    write(tmp_path, [long, *(f"{number} {part[:500]}" for number in range(40))], part)
+    if kind == "tokenizer.model":
+        train(training_pieces(part), 320, tmp_path / kind)
+    assert measure(tmp_path, 1, 1 << 28, kind)[0] < 600
+    corpora = (Corpus(tmp_path / "documents-1", split) for split in ("train", "retrieval"))
+    document = max((document for corpus in corpora for document in corpus), key=lambda one: len(one.tokens))
+    assert Tokenizer(tmp_path / kind).decode(document.tokens) == long
