@@ -134,7 +134,7 @@ class _Unpacked(io.RawIOBase):
 
 def open_unpacked(path: Place) -> io.BufferedReader:
     """Return the file, open to be read, and unpacked if it is packed."""
-    stored = epath.Path(path).open("rb") if is_remote(path) else open(path, "rb")  # noqa: SIM115
+    stored = epath.Path(path).open("rb") if is_remote(path) else path
     if path.suffix == ".gz":
         file = gzip.open(stored)  # noqa: SIM115 (whoever closes the result closes it)
     elif path.suffix == ".zst":
@@ -145,7 +145,7 @@ def open_unpacked(path: Place) -> io.BufferedReader:
         most = {zstd.DecompressionParameter.window_log_max: 31}  # files of zstd --long too
         file = zstd.open(stored, options=most)
     else:
-        return io.BufferedReader(stored) if is_remote(path) else stored
+        return io.BufferedReader(stored) if is_remote(path) else open(path, "rb")
     return io.BufferedReader(_Unpacked(file, path), 1 << 17)
 
 
