@@ -78,7 +78,7 @@ def matching_pursuit(
     be negative, the most negative one leaves until none is. The pursuit ends early if the residual is within the
     tolerance, or the best atom is one of those already or orthogonal to the residual.
     """
-    from scipy.linalg import solve  # a quarter of a second: only who selects pays for it
+    from scipy.linalg import LinAlgWarning, solve  # a quarter of a second: only who selects pays for it
 
     products_N, lengths_N = atoms_ND @ target_D, np.linalg.norm(atoms_ND, axis=1)
     target_length = np.linalg.norm(target_D)
@@ -87,8 +87,10 @@ def matching_pursuit(
 
     def fitted(ridge: float) -> np.ndarray:
         try:
-            return solve(gram_KK + ridge * np.eye(len(support)), products_N[support], assume_a="pos")
-        except np.linalg.LinAlgError:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", LinAlgWarning)  # of weights without a correct digit
+                return solve(gram_KK + ridge * np.eye(len(support)), products_N[support], assume_a="pos")
+        except (np.linalg.LinAlgError, LinAlgWarning):
             raise ValueError(f"pursuit.ridge is {ridge}, and chosen examples depend on each other: raise it") from None
 
     for _ in range(most):

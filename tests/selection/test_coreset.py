@@ -205,7 +205,6 @@ def test_absent_scikit_learn_names_its_extra(monkeypatch):
     one_line(refusal)
 
 
-@pytest.mark.filterwarnings("ignore:Ill-conditioned")
 @pytest.mark.parametrize("positive", [True, False])
 def test_dependent_atoms_want_a_ridge(positive):
     """More atoms than they have numbers, and no tolerance at which a pursuit would end before."""
