@@ -42,7 +42,8 @@ def make_mesh(
 
 def abstract_mesh(data: int = 1, fsdp: int = 1, context: int = 1, tensor: int = 1) -> jax.sharding.AbstractMesh:
     """A mesh of these sizes without its devices, which may be elsewhere."""
-    return jax.sharding.AbstractMesh((data, fsdp, context, tensor), MESH_AXES)
+    types = (AxisType.Auto,) * len(MESH_AXES)
+    return jax.sharding.AbstractMesh((data, fsdp, context, tensor), MESH_AXES, axis_types=types)
 
 
 def partition_spec(axes: tuple[str | None, ...], usable=MESH_AXES) -> PartitionSpec:

@@ -30,7 +30,7 @@ from cepe_jax.model.cepe import Cepe, cross_from_self_attention
 from cepe_jax.model.encoder import Encoder
 from cepe_jax.model.llama import Llama
 from cepe_jax.model.parts import split
-from cepe_jax.sharding import MESH_AXES, constrain, make_mesh, partition_spec, place_batch, shardings_of
+from cepe_jax.sharding import MESH_AXES, abstract_mesh, constrain, make_mesh, partition_spec, place_batch, shardings_of
 from cepe_jax.training.objectives import NextToken
 from cepe_jax.training.optimizer import Kind, OptimizerConfig
 from cepe_jax.training.stages import born_sharded
@@ -139,7 +139,7 @@ def test_shardings_of_follows_the_metadata(cepe):
 )
 def test_a_model_that_a_mesh_does_not_divide(sizes, message):
     """Said before anything is read or made; tied to no device."""
-    mesh = jax.sharding.AbstractMesh(tuple((dict.fromkeys(MESH_AXES, 1) | sizes).values()), MESH_AXES)
+    mesh = abstract_mesh(**sizes)
     with pytest.raises(ValueError, match=f"^{message}"):
         shardings_of(abstract_parts(CepeConfig(DECODER, ENCODER, CROSS_LAYERS)), mesh)
 

@@ -18,7 +18,7 @@ from cepe_jax.inference.session import Session
 from cepe_jax.model.cepe import Cepe
 from cepe_jax.model.cross import Memory
 from cepe_jax.model.llama import Llama
-from cepe_jax.sharding import MESH_AXES
+from cepe_jax.sharding import abstract_mesh
 from cepe_jax.weights.source import load
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -186,7 +186,7 @@ def test_how_much_is_read_at_once(attention, empty, rows, length, piece):
     slots = jax.ShapeDtypeStruct((1, 1, 1, 8192, 8), np.float32)
     cache = FullCache(slots, slots, None, None, empty)
     assert cache.piece(rows, length, attention) == piece
-    mesh = jax.sharding.AbstractMesh((2, 4, 1, 1), MESH_AXES)
+    mesh = abstract_mesh(data=2, fsdp=4)
     with jax.sharding.use_abstract_mesh(mesh):  # 8 times the rows on 8 devices are as many on each
         assert cache.piece(8 * rows, length, attention) == piece
 

@@ -16,7 +16,7 @@ from cepe_jax.data.loader import batches
 from cepe_jax.data.records import Records
 from cepe_jax.data.sampling import SampleConfig, sample
 from cepe_jax.model.cepe import Cepe
-from cepe_jax.sharding import MESH_AXES
+from cepe_jax.sharding import abstract_mesh
 from cepe_jax.training import run, settings, stages
 from cepe_jax.training.heldout import EvalConfig
 from cepe_jax.training.objectives import DistillConfig
@@ -222,7 +222,7 @@ def test_a_dry_run_tells_what_a_run_would_be(runs, data, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=" 32 .* 4128"):
         told += dry_run(dataclasses.replace(config, examples=ExampleConfig(window=32)))
     assert any("chip hours" in line for line in told)  # the price is told all the same
-    monkeypatch.setattr(run, "make_mesh", lambda **_: jax.sharding.AbstractMesh((1, 1, 1, 4), MESH_AXES))
+    monkeypatch.setattr(run, "make_mesh", lambda **_: abstract_mesh(tensor=4))
     with pytest.raises(ValueError, match="cross.k: .* 1 .*kv_heads .*mesh.tensor, .* 4"):
         run_stage(config)  # before anything is loaded, too
 
