@@ -32,7 +32,7 @@ class Devices:
 def on_devices(sizes: Devices) -> AbstractContextManager:
     """Return a context in which the devices, if they are several, are one mesh."""
     devices = jax.device_count()
-    mesh = make_mesh(context=sizes.context or max(devices // sizes.tensor, 1), tensor=sizes.tensor)
+    mesh = make_mesh(memory=sizes.context or max(devices // sizes.tensor, 1), tensor=sizes.tensor)
     return nullcontext() if devices == 1 else jax.set_mesh(mesh)
 
 

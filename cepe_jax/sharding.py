@@ -5,18 +5,19 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-MESH_AXES = ("data", "fsdp", "context", "tensor")
+MESH_AXES = ("data", "fsdp", "context", "memory", "tensor")
 
-# Logical axis -> mesh axes. Within one array a mesh axis is used once, by the first logical axis that names it:
-# a parameter's "embed" is split over fsdp, an activation's is not, because its "batch" already took fsdp.
+# Logical axis -> mesh axes. Within one array a mesh axis is used once, by the first logical axis that names it.
 RULES: dict[str | None, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
     "looked_up": ("data",),  # rows of a table whose width is split over fsdp
-    "memory": ("context",),
-    "embed": ("fsdp",),
+    "window": ("context",),  # tokens of a window in training, in the order of `balanced`
+    "memory": ("memory",),
+    "embed": ("context", "fsdp"),  # of a weight, which all that share the tokens share; rows take fsdp from its end
     "vocab": ("tensor",),
     "encoder_vocab": (),  # the tokenizer's vocabulary and a mask id: 32,001 divides by no useful number
     "heads": ("tensor",),
@@ -30,20 +31,27 @@ RULES: dict[str | None, tuple[str, ...]] = {
 
 
 def make_mesh(
-    data: int = 1, fsdp: int = 1, context: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
+    data: int = 1,
+    fsdp: int = 1,
+    context: int = 1,
+    memory: int = 1,
+    tensor: int = 1,
+    devices: Sequence[jax.Device] | None = None,
 ) -> jax.sharding.Mesh:
     """A mesh over `devices`, or all there are; ValueError when the sizes do not multiply to their number."""
-    shape, count = (data, fsdp, context, tensor), jax.device_count() if devices is None else len(devices)
-    if (product := data * fsdp * context * tensor) != count:
+    shape, count = (data, fsdp, context, memory, tensor), jax.device_count() if devices is None else len(devices)
+    if (product := math.prod(shape)) != count:
         sizes = ", ".join(f"{name}={size}" for name, size in zip(MESH_AXES, shape, strict=True))
         raise ValueError(f"mesh {sizes} wants {product} devices and there are {count}: change the sizes")
     return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
 
 
-def abstract_mesh(data: int = 1, fsdp: int = 1, context: int = 1, tensor: int = 1) -> jax.sharding.AbstractMesh:
+def abstract_mesh(
+    data: int = 1, fsdp: int = 1, context: int = 1, memory: int = 1, tensor: int = 1
+) -> jax.sharding.AbstractMesh:
     """A mesh of these sizes without its devices, which may be elsewhere."""
-    types = (AxisType.Auto,) * len(MESH_AXES)
-    return jax.sharding.AbstractMesh((data, fsdp, context, tensor), MESH_AXES, axis_types=types)
+    shape, types = (data, fsdp, context, memory, tensor), (AxisType.Auto,) * len(MESH_AXES)
+    return jax.sharding.AbstractMesh(shape, MESH_AXES, axis_types=types)
 
 
 def partition_spec(axes: tuple[str | None, ...], usable=MESH_AXES) -> PartitionSpec:
@@ -76,6 +84,27 @@ def num_shards(logical: str) -> int:
     return math.prod(sizes[axis] for axis in split_axes(logical))
 
 
+def window_parts(length: int) -> int:
+    """Return the number of devices that share a window of so many tokens: 1 if two parts for each do not divide it."""
+    parts = num_shards("window")
+    return 1 if length % (2 * parts) else parts
+
+
+def balanced(x_BT: jax.Array | np.ndarray, parts: int) -> jax.Array | np.ndarray:
+    """Return `x_BT` (B, T, ...) in the order in which `parts` devices share it, so that causal attention is even work.
+
+    Of 2 `parts` chunks device i has chunks i and 2 `parts` - 1 - i.
+    """
+    order = [chunk for part in range(parts) for chunk in (part, 2 * parts - 1 - part)]
+    return x_BT.reshape(x_BT.shape[0], 2 * parts, -1, *x_BT.shape[2:])[:, np.array(order)].reshape(x_BT.shape)
+
+
+def in_order(x_BT: jax.Array, parts: int) -> jax.Array:
+    """Return the inverse of `balanced`."""
+    pairs = x_BT.reshape(x_BT.shape[0], parts, 2, -1, *x_BT.shape[2:])
+    return jnp.concatenate([pairs[:, :, 0], pairs[:, ::-1, 1]], axis=1).reshape(x_BT.shape)
+
+
 def rows_of_a_device(rows: int) -> int:
     """Return how many of a batch's rows a device computes: its share, or all if the devices cannot share them."""
     shards = num_shards("batch")
@@ -99,8 +128,10 @@ def constrain_like(tree):
     return jax.tree.map(place, tree, is_leaf=is_variable)
 
 
-def on_shards(function, in_axes: tuple[tuple[str | None, ...], ...], out_axes: tuple[str | None, ...]):
+def on_shards(function, in_axes: Sequence, out_axes: tuple[str | None, ...]):
     """`function` of every device's shard of each argument, placed after the table; without a mesh, itself.
+
+    `in_axes` has the logical axes of each, or a tree of PartitionSpecs for a tree of arrays.
 
     For kernels that the compiler cannot partition. An axis must divide by the devices it is split over, but for the
     batch's: rows that do not divide, as one prompt's, are computed by every device.
@@ -109,12 +140,17 @@ def on_shards(function, in_axes: tuple[tuple[str | None, ...], ...], out_axes: t
         return function
 
     def call(*inputs):
-        rows = [x.shape[axes.index("batch")] for x, axes in zip(inputs, in_axes, strict=True) if "batch" in axes]
+        arrays = [(x, axes) for x, axes in zip(inputs, in_axes, strict=True) if isinstance(axes, tuple)]
+        rows = [x.shape[axes.index("batch")] for x, axes in arrays if "batch" in axes]
         batch = None if any(size % num_shards("batch") for size in rows) else "batch"
-        *in_specs, out_specs = (
-            partition_spec(tuple(batch if name == "batch" else name for name in axes)) for axes in (*in_axes, out_axes)
-        )
-        return jax.shard_map(function, in_specs=tuple(in_specs), out_specs=out_specs, check_vma=False)(*inputs)
+
+        def spec(axes):
+            if not isinstance(axes, tuple):
+                return axes
+            return partition_spec(tuple(batch if name == "batch" else name for name in axes))
+
+        in_specs, out_specs = tuple(map(spec, in_axes)), spec(out_axes)
+        return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*inputs)
 
     return call
 
@@ -151,10 +187,11 @@ def shardings_of(tree, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh):
         axes = leaf.get_metadata()["axes"]
         spec = partition_spec(axes)
         for logical, size, name in zip(axes, leaf.shape, spec, strict=True):
-            if name and size % mesh.shape[name]:
+            names = [name] if isinstance(name, str) else name or ()
+            if size % math.prod(mesh.shape[name] for name in names):
                 raise ValueError(
                     f"{jax.tree_util.keystr(path, simple=True, separator='.')}: its {size} of {logical} do not divide "
-                    f"by mesh.{name}, which is {mesh.shape[name]}: change the mesh"
+                    f"by {' x '.join(f'mesh.{name}, which is {mesh.shape[name]}' for name in names)}: change the mesh"
                 )
         return NamedSharding(mesh, spec)
 

@@ -13,7 +13,8 @@ import pytest
 
 from cepe_jax.data.examples import ExampleConfig
 from cepe_jax.data.recipes import blank
-from cepe_jax.model.attention import Mask, attend
+from cepe_jax.model.attention import Mask
+from cepe_jax.model.backends import attend
 from cepe_jax.training.objectives import DistillConfig
 from cepe_jax.training.settings import TrainConfig, compute_of, recipe_of, sizes_of
 from cepe_jax.training.stages import STAGES

@@ -150,7 +150,7 @@ SLOW = (
     {"fsdp": 8},
     {"fsdp": 4, "tensor": 2},
     {"data": 2, "fsdp": 4},
-    {"fsdp": 2, "context": 2, "tensor": 2},
+    {"fsdp": 2, "memory": 2, "tensor": 2},
 )
 
 

@@ -62,13 +62,15 @@ class CompileConfig(ShapesConfig):
     step: Literal["train", "encode", "prefill", "decode"] = "train"  # a step of training, or one of inference
     batch: int = 0  # sequences; 0 = batch_size to train, one for the devices that share a sequence to infer
     cache: CacheConfig = CacheConfig()  # what the decoder of prefill and decode keeps of a window of tokens
-    context: int = 1  # devices over which a memory is cut; more than 1 to infer alone
+    memory: int = 1  # devices over which a memory is cut; more than 1 to infer alone
     out: Path = Path("out/compile")  # gets a JSON file for each step
 
     def __post_init__(self):
         super().__post_init__()
-        if self.context < 1 or (self.context > 1 and self.step == "train"):
-            raise ValueError(f"context is {self.context} and step {self.step}: give 1 to train, 1 or more to infer")
+        if self.memory < 1 or (self.memory > 1 and self.step == "train"):
+            raise ValueError(f"memory is {self.memory} and step {self.step}: give 1 to train, 1 or more to infer")
+        if self.mesh.context > 1 and self.step != "train":
+            raise ValueError(f"mesh.context is {self.mesh.context} and step {self.step}: it cuts windows of training")
         if self.cache != CacheConfig() and self.step not in ("prefill", "decode"):
             raise ValueError(f"cache.kind is {self.cache.kind}, and step {self.step} has no cache: leave cache out")
 
@@ -95,9 +97,9 @@ def compile_step(config: CompileConfig, make: Make) -> dict:
     devices, chip = topology.devices, topology.chip
     batch = config.batch
     if not batch and config.step != "train":
-        batch = max(len(devices) // config.mesh.tensor // config.context, 1)
+        batch = max(len(devices) // config.mesh.tensor // config.memory, 1)
     config = dataclasses.replace(config, batch_size=batch or config.batch_size)
-    shares = dataclasses.asdict(mesh_of(config, len(devices) // config.context)) | {"context": config.context}
+    shares = dataclasses.asdict(mesh_of(config, len(devices) // config.memory)) | {"memory": config.memory}
     sizes, compute = sizes_of(config), compute_of(config, topology.platform)
     kind = [] if config.cache == CacheConfig() else [config.cache.kind]
     result = {

@@ -14,14 +14,14 @@ from cepe_jax.cost import read_flops
 from cepe_jax.model.attention import (
     Mask,
     Partial,
-    attend,
     attend_partial,
     attend_to_heads,
     combine_over,
     combine_scanned,
     merge,
-    splash_partial,
 )
+from cepe_jax.model.backends import attend
+from cepe_jax.model.kernels import splash_partial
 from cepe_jax.model.layers import RMSNorm, added, bias, normal, project
 from cepe_jax.sharding import on_shards, rows_of_a_device, split_axes
 

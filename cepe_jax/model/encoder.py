@@ -8,7 +8,8 @@ from flax import nnx
 
 from cepe_jax.checks import check_mask, check_tokens
 from cepe_jax.config import FLOAT32, Compute, EncoderConfig
-from cepe_jax.model.attention import Mask, resolved
+from cepe_jax.model.attention import Mask
+from cepe_jax.model.backends import resolved
 from cepe_jax.model.layers import Block, RMSNorm, embed, normal, project
 from cepe_jax.model.llama import scan_layers
 from cepe_jax.model.lora import Lora, bound, of_parts, parts_of
@@ -52,9 +53,9 @@ class Encoder(nnx.Module):
 
         def layer(x_BLE, block):
             x_BLE, _ = block(compute, x_BLE, table, Mask(valid_BS=mask_BL))
-            return constrain(x_BLE, "batch", "length", "embed"), None
+            return constrain(x_BLE, "batch", "length", None), None
 
-        x_BLE = constrain(embed(self.embed, tokens_BL, compute.dtype), "batch", "length", "embed")
+        x_BLE = constrain(embed(self.embed, tokens_BL, compute.dtype), "batch", "length", None)
         x_BLE, _ = scan_layers(compute.remat.encoder, layer, x_BLE, bound(self.layers, self.lora))
         return self.norm(x_BLE)
 

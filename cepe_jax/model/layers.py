@@ -9,10 +9,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from cepe_jax.config import Backend, Compute, TransformerConfig
-from cepe_jax.model.attention import Mask, Partial, attend, attend_partial, merge
+from cepe_jax.model.attention import Mask, Partial, attend_partial, merge
+from cepe_jax.model.backends import attend
 from cepe_jax.model.lora import Adapter, Factors
 from cepe_jax.model.rope import rotate
-from cepe_jax.sharding import constrain, of_two_rows, split_axes
+from cepe_jax.sharding import constrain, of_two_rows, split_axes, window_parts
 
 Array = jax.Array
 AttendKept = Callable[
@@ -51,8 +52,10 @@ def embed(table: nnx.Param, tokens: Array, dtype) -> Array:
 
     # Of one row XLA would gather the whole table, where devices share it.
     rows = of_two_rows(look_up, tokens, 0) if split_axes("vocab") else look_up(tokens)
-    # Placed as the table is before it is placed as the batch is: both at once, and XLA gathers all of it.
-    return constrain(rows, "looked_up", *[None] * (tokens.ndim - 1), "embed").astype(dtype)
+    # Placed as the table is, then by rows: both at once, or together with tokens, and XLA gathers all of it.
+    for rows_axis in ("looked_up", "batch"):
+        rows = constrain(rows, rows_axis, *[None] * (tokens.ndim - 1), "embed")
+    return rows.astype(dtype)
 
 
 class RMSNorm(nnx.Module):
@@ -137,17 +140,33 @@ class SelfAttention(Products):
         return self.joined_heads(out_BTNH), (k_BTKH, rotated_BTKH, v_BTKH)
 
 
+def fits_a_chunk(chunk: int, length: int) -> bool:
+    """Return true if a device's positions, of `length`, are no more than `chunk`; 0 is any number."""
+    return not 0 < chunk < length // window_parts(length)
+
+
 def cut(x_BT: Array, chunk: int, fill: float = 0) -> Array:
-    """(chunks, B, chunk, ...): the positions of `x_BT` (B, T, ...) in order, the last chunk filled up."""
-    widths = [(0, 0), (0, -x_BT.shape[1] % chunk)] + [(0, 0)] * (x_BT.ndim - 2)
-    padded = jnp.pad(x_BT, widths, constant_values=fill)
-    return jnp.moveaxis(padded.reshape(x_BT.shape[0], -1, chunk, *x_BT.shape[2:]), 1, 0)
+    """Return (chunks, B, chunk, ...): the positions of `x_BT` (B, T, ...) in order, the last chunk filled up.
+
+    Of a window that devices share, each has `chunk` positions of its own in every chunk.
+    """
+    B, T, *rest = x_BT.shape
+    parts = window_parts(T)
+    of_parts = x_BT.reshape(B, parts, T // parts, *rest)
+    widths = [(0, 0), (0, 0), (0, -(T // parts) % chunk)] + [(0, 0)] * len(rest)
+    padded = jnp.pad(of_parts, widths, constant_values=fill)
+    chunks = jnp.moveaxis(padded.reshape(B, parts, -1, chunk, *rest), 2, 0).reshape(-1, B, parts * chunk, *rest)
+    return chunks if parts == 1 else constrain(chunks, None, "batch", "window", *[None] * len(rest))
 
 
 def joined(chunks: Array, length: int) -> Array:
-    """The inverse of `cut`: (B, length, ...), without what filled the last chunk."""
-    x_BT = jnp.moveaxis(chunks, 0, 1)
-    return x_BT.reshape(x_BT.shape[0], -1, *x_BT.shape[3:])[:, :length]
+    """Return the inverse of `cut`: (B, length, ...), without what filled the last chunk."""
+    number, B, size, *rest = chunks.shape
+    parts = window_parts(length)
+    if parts > 1:
+        chunks = constrain(chunks, None, "batch", "window", *[None] * len(rest))
+    of_parts = jnp.moveaxis(chunks.reshape(number, B, parts, size // parts, *rest), 0, 2)
+    return of_parts.reshape(B, parts, -1, *rest)[:, :, : length // parts].reshape(B, length, *rest)
 
 
 def in_chunks(function: Callable[[Array], Array], x_BTD: Array, chunk: int) -> Array:
@@ -157,9 +176,9 @@ def in_chunks(function: Callable[[Array], Array], x_BTD: Array, chunk: int) -> A
     (mini-sequence training), whatever the policy of a `jax.checkpoint` around it says: that is why it has its own rule.
     """
     T = x_BTD.shape[1]
-    if chunk == 0 or chunk >= T:
+    if fits_a_chunk(chunk, T):
         return function(x_BTD)
-    function, weights = jax.closure_convert(function, x_BTD[:, :chunk])
+    function, weights = jax.closure_convert(function, x_BTD[:, : chunk * window_parts(T)])
 
     def mapped(x_BTD: Array, weights: list[Array]) -> Array:
         return joined(jax.lax.map(jax.checkpoint(lambda x: function(x, *weights)), cut(x_BTD, chunk)), T)

@@ -9,14 +9,15 @@ from flax import nnx
 
 from cepe_jax.checks import check_mask, check_segments, check_tokens
 from cepe_jax.config import FLOAT32, Compute, DecoderConfig, Remat
-from cepe_jax.model.attention import Mask, resolved
+from cepe_jax.model.attention import Mask
+from cepe_jax.model.backends import resolved
 from cepe_jax.model.cache import Cache
 from cepe_jax.model.cross import CrossAttention, Memory
 from cepe_jax.model.layers import Block, RMSNorm, at, cut, embed, joined, normal
 from cepe_jax.model.lora import Lora, bound, of_parts, parts_of
 from cepe_jax.model.parts import Parts
 from cepe_jax.model.rope import rope_table
-from cepe_jax.sharding import constrain, of_two_rows
+from cepe_jax.sharding import balanced, constrain, in_order, of_two_rows, window_parts
 
 Array = jax.Array
 
@@ -154,8 +155,14 @@ class Llama(nnx.Module):
             positions_BT = jnp.where(real_BT, jnp.cumsum(real_BT, axis=1) - 1, 0)
         else:
             positions_BT = reading.positions_BT
+        # Devices share a window of training in an order of their own, which ends before this returns.
+        parts = window_parts(tokens_BT.shape[1]) if cache is None else 1
+        tokens = "length" if parts == 1 else "window"
+        if parts > 1:
+            tokens_BT, positions_BT = (balanced(x_BT, parts) for x_BT in (tokens_BT, positions_BT))
+            positions_BT = constrain(positions_BT, "batch", tokens)
         blocks, table = self.blocks, rope_table(config.rope, config.head_dim, positions_BT)
-        mask = Mask(causal=True, valid_BS=token_mask_BT, segments_BT=segments_BT)
+        mask = Mask(causal=True, valid_BS=token_mask_BT, segments_BT=segments_BT, parts=parts)
         grows = cache is not None and cache.grows_by(tokens_BT.shape[0])
 
         def layer(x_BTD, xs):
@@ -167,7 +174,7 @@ class Llama(nnx.Module):
                 given = {"backend": compute.attention, "differentiable": cache is None}
                 read = partial(reader, memory=memory, **given)
             x_BTD, keys = (block or at(blocks, index))(compute, x_BTD, table, mask, attend_kept, read)
-            return constrain(x_BTD, "batch", "length", "embed"), reading.keep(*keys) if grows else None
+            return constrain(x_BTD, "batch", tokens, None), reading.keep(*keys) if grows else None
 
         def scan(x_BTD, indices, reader=None):
             # Layers are indexed inside the scan: slicing the stack would copy their weights. All of it is scanned over:
@@ -183,7 +190,7 @@ class Llama(nnx.Module):
             return x_BTD, jax.tree.map(lambda *kv: jnp.concatenate(kv), plain, last)
 
         Z = config.num_layers
-        x_BTD = constrain(embed(self.embed, tokens_BT, compute.dtype), "batch", "length", "embed")
+        x_BTD = constrain(embed(self.embed, tokens_BT, compute.dtype), "batch", tokens, None)
         if memory is not None and cross.layers.kind == "every":
             groups = jnp.arange(Z).reshape(cross.layers.count, -1)
             x_BTD, of_groups = jax.lax.scan(group, x_BTD, (groups, cross))
@@ -198,4 +205,7 @@ class Llama(nnx.Module):
                     kept.append(of_layers)
         if grows:
             cache = cache.append(jax.tree.map(lambda *parts: jnp.concatenate(parts), *kept), real_BT)
-        return self.norm(x_BTD), cache
+        hidden_BTD = self.norm(x_BTD)
+        if parts > 1:
+            hidden_BTD = constrain(in_order(hidden_BTD, parts), "batch", tokens, None)
+        return hidden_BTD, cache

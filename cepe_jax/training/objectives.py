@@ -11,7 +11,7 @@ from cepe_jax.data.examples import IGNORE, Example
 from cepe_jax.model.cepe import Cepe
 from cepe_jax.model.cross import Memory
 from cepe_jax.model.encoder import Encoder
-from cepe_jax.model.layers import cut, joined
+from cepe_jax.model.layers import cut, fits_a_chunk, joined
 from cepe_jax.model.llama import Llama
 from cepe_jax.model.logits import token_nll
 from cepe_jax.model.lora import without_factors
@@ -43,7 +43,7 @@ def sum_over_chunks(terms: Callable, chunk: int, hidden_BTD: Array, *arrays_BT: 
     that what `terms` makes of a chunk (its logits) is never stored for another.
     """
     arrays = [array for array, _ in arrays_BT]
-    if not 0 < chunk < hidden_BTD.shape[1]:
+    if fits_a_chunk(chunk, hidden_BTD.shape[1]):
         return terms(hidden_BTD, *arrays)
     xs = [cut(hidden_BTD, chunk), *(cut(array, chunk, fill) for array, fill in arrays_BT)]
     sums = jax.lax.map(jax.checkpoint(lambda x: terms(*x)), xs)

@@ -11,7 +11,7 @@ from cepe_jax.config import Backend, Compute, CrossLayers, Dtype, LoraConfig, Re
 from cepe_jax.data.examples import ExampleConfig
 from cepe_jax.data.recipes import PairsOfAnswers, Recipe
 from cepe_jax.distributed import DistributedConfig
-from cepe_jax.model.attention import native_backend
+from cepe_jax.model.backends import native_backend
 from cepe_jax.model.cepe import CrossInit
 from cepe_jax.parsing import Seed
 from cepe_jax.training.heldout import EvalConfig
@@ -29,15 +29,16 @@ class MeshConfig:
 
     data: int = 1  # copies of the model
     fsdp: int = 0  # devices over which each copy is cut; 0 = all that the others leave
+    context: int = 1  # devices that share a sequence, by its tokens, and cut the copy as well: of a plain decoder alone
     tensor: int = 1  # devices that share a sequence, by heads
 
     def __post_init__(self):
-        if min(self.data, self.tensor) < 1 or self.fsdp < 0:
+        if min(self.data, self.context, self.tensor) < 1 or self.fsdp < 0:
             raise ValueError(f"{self}: give numbers of devices above 0")
 
     def over(self, devices: int) -> "MeshConfig":
         """This mesh with a number for `fsdp`: all that the other axes leave of `devices`, if it has none."""
-        fsdp = self.fsdp or max(devices // (self.data * self.tensor), 1)
+        fsdp = self.fsdp or max(devices // (self.data * self.context * self.tensor), 1)
         return dataclasses.replace(self, fsdp=fsdp)
 
 
@@ -99,6 +100,17 @@ class TrainConfig:
             if name in read and getattr(self, name) is None:
                 raise ValueError(f"stage {self.stage} needs {name}: give it")
         recipe_of(self)
+        if (parts := self.mesh.context) > 1:
+            if given != ("decoder",):
+                raise ValueError(
+                    f"mesh.context is {parts}: it cuts the window of a plain decoder, and stage {self.stage} starts "
+                    f"from {' and '.join(given)}: leave it out"
+                )
+            if self.examples.window % (2 * parts):
+                raise ValueError(
+                    f"examples.window {self.examples.window} is not a multiple of 2 x mesh.context = {2 * parts}: "
+                    f"change one of them"
+                )
         if not all(0 < weight < math.inf for weight in self.mix.values()):
             raise ValueError(f"mix is {self.mix}: give weights above 0")
         for name in ("micro_batch", "loss_chunk", "mlp_chunk"):

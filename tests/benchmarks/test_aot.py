@@ -51,9 +51,11 @@ def test_a_step_is_compiled_and_reported(tmp_path, step):
     assert done.returncode == 0, done.stderr[-2000:]
     (path,) = tmp_path.iterdir()
     result = json.loads(path.read_text())
-    assert path.name == {"train": "cepe_v5e_2x2_1x4x1x1_8.json", "decode": "cepe_decode_v5e_2x2_1x4x1x1_4.json"}[step]
+    assert (
+        path.name == {"train": "cepe_v5e_2x2_1x4x1x1x1_8.json", "decode": "cepe_decode_v5e_2x2_1x4x1x1x1_4.json"}[step]
+    )
     assert result["config"]["examples"]["window"] == SETTINGS["window"]
-    assert result["mesh"] == {"data": 1, "fsdp": 4, "tensor": 1, "context": 1}
+    assert result["mesh"] == {"data": 1, "fsdp": 4, "context": 1, "tensor": 1, "memory": 1}
     assert (result["chips"], result["fits"]) == (4, True)
     memory = result["memory"]
     assert memory["hbm"] == 15.75 * 2**30
@@ -78,7 +80,7 @@ def test_what_does_not_fit_is_said(tmp_path):
         r"compile_step.py: cepe on v5e:2x2 .* \d+\.\d\d GiB .* 15.75 GiB: .*",
         done.stderr.splitlines()[-1],
     )
-    assert json.loads((tmp_path / "cepe_v5e_2x2_1x4x1x1_65536.json").read_text())["fits"] is False
+    assert json.loads((tmp_path / "cepe_v5e_2x2_1x4x1x1x1_65536.json").read_text())["fits"] is False
 
 
 @pytest.mark.parametrize(
@@ -99,7 +101,7 @@ def test_bad_input(arguments, said):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("topology", "arguments", "chunks", "most"),
-    [("v5e:4x4", ["--mesh.tensor=4", "--context=4"], 4096, 5), ("v6e:1x1", [], 512, 18)],
+    [("v5e:4x4", ["--mesh.tensor=4", "--memory=4"], 4096, 5), ("v6e:1x1", [], 512, 18)],
 )
 def test_the_7b_model_decodes_over_long_contexts(tmp_path, topology, arguments, chunks, most):
     """1,048,576 tokens on 16 chips and 131,072 on one, at most `most` GiB each; over the network go sums alone."""
@@ -116,9 +118,9 @@ def test_the_7b_model_decodes_over_long_contexts(tmp_path, topology, arguments, 
 
 
 def test_a_memory_is_not_cut_in_training():
-    done = compile_step("--topology=v5e:2x2", "--context=2")
+    done = compile_step("--topology=v5e:2x2", "--memory=2")
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith("compile_step.py: context is 2 and step train: ")
+    assert done.stderr.splitlines()[-1].startswith("compile_step.py: memory is 2 and step train: ")
 
 
 @pytest.fixture(scope="module")

@@ -473,7 +473,7 @@ def test_free_bytes():
     assert everything / 100 < free_bytes() < everything
 
 
-MESHES = {"context": 8}, {"data": 2, "context": 4}, {"context": 4, "tensor": 2}, {"fsdp": 4, "context": 2}
+MESHES = {"memory": 8}, {"data": 2, "memory": 4}, {"memory": 4, "tensor": 2}, {"fsdp": 4, "memory": 2}
 
 
 def test_meshes():
@@ -564,7 +564,7 @@ def main() -> None:
                     result["policies"].append(same)
                 result["a device's rolling cache"] = cache.k_ZBSKH.addressable_shards[0].data.shape
             print(json.dumps(result))
-    with jax.set_mesh(make_mesh(context=6, devices=jax.devices()[:6])):
+    with jax.set_mesh(make_mesh(memory=6, devices=jax.devices()[:6])):
         try:
             stacked([alone])
         except ValueError as error:

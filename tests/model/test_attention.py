@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.kernels import define_cudnn, interpret_splash
 from support.models import relative_error
 
-from cepe_jax.model import attention
-from cepe_jax.model.attention import Mask, attend, attend_partial, merge
+from cepe_jax.model.attention import Mask, attend_partial, merge
+from cepe_jax.model.backends import attend
 
 B, T, S, N, K, H = 2, 4, 6, 6, 2, 5
 
@@ -150,10 +151,7 @@ def test_bfloat16_in_bfloat16_out_with_float32_sums(qkv):
 
 @pytest.fixture
 def interpreted(monkeypatch):
-    """Splash attention's kernels, interpreted: they compile for TPUs alone."""
-    kernels = attention.splash_attention_kernel
-    make = partial(kernels.make_splash_mha, interpret=True)
-    monkeypatch.setattr(kernels, "make_splash_mha", make)
+    interpret_splash(monkeypatch)
 
 
 @pytest.mark.parametrize(
@@ -193,47 +191,7 @@ def test_splash_equals_xla(interpreted, queries, keys, causal, holes, texts):
 
 @pytest.fixture
 def flash(monkeypatch):
-    """cuDNN's attention as FlashAttention-2 defines it: what it refuses, and a derivative of output and log-sum-exp."""
-
-    def scores_of(q, k, seen):
-        k = jnp.repeat(k, q.shape[2] // k.shape[2], axis=2)
-        return jnp.where(seen, jnp.einsum("btnh,bsnh->bnts", q, k) * q.shape[3] ** -0.5, -1e30)
-
-    @jax.custom_vjp
-    def attention(q, k, v, seen):
-        return forward(q, k, v, seen)[0]
-
-    def forward(q, k, v, seen):
-        scores = scores_of(q, k, seen)
-        lse = jax.nn.logsumexp(scores, axis=-1)
-        weights = jnp.exp(scores - lse[..., None])
-        out = jnp.einsum("bnts,bsnh->btnh", weights, jnp.repeat(v, q.shape[2] // v.shape[2], axis=2))
-        return out, (q, k, v, seen, lse, out)
-
-    def backward(residuals, d_out):
-        q, k, v, seen, lse, out = residuals
-        repeats = q.shape[2] // k.shape[2]
-        weights = jnp.exp(scores_of(q, k, seen) - lse[..., None])
-        d_weights = jnp.einsum("btnh,bsnh->bnts", d_out, jnp.repeat(v, repeats, axis=2))
-        d_scores = weights * (d_weights - (d_out * out).sum(-1).swapaxes(1, 2)[..., None]) * q.shape[3] ** -0.5
-        dq = jnp.einsum("bnts,bsnh->btnh", d_scores, jnp.repeat(k, repeats, axis=2))
-        dk, dv = jnp.einsum("bnts,btnh->bsnh", d_scores, q), jnp.einsum("bnts,btnh->bsnh", weights, d_out)
-        dk, dv = (x.reshape(*x.shape[:2], k.shape[2], repeats, -1).sum(3) for x in (dk, dv))
-        return dq, dk, dv, None
-
-    attention.defvjp(forward, backward)
-
-    def dot_product_attention(q, k, v, mask, is_causal, implementation):
-        assert implementation == "cudnn"
-        (rows, queries, _, _), keys = q.shape, k.shape[1]
-        assert queries % 2 == keys % 2 == 0
-        seen = jnp.tril(jnp.ones((1, 1, queries, keys), bool)) if is_causal else jnp.ones((1, 1, queries, keys), bool)
-        if mask is not None:
-            assert mask.shape == (rows, 1, queries, keys)
-            seen = seen & mask
-        return attention(q, k, v, seen)
-
-    monkeypatch.setattr(jax.nn, "dot_product_attention", dot_product_attention)
+    define_cudnn(monkeypatch)
 
 
 @pytest.mark.parametrize(

@@ -232,7 +232,7 @@ def test_only_sums_cross_the_network(split):
 def test_chunks_are_encoded_without_communication(split):
     assert split["encode"] == []
     assert split["encode error"] < 1e-5
-    assert split["memory"] == ["None", "context"]
+    assert split["memory"] == ["None", "memory"]
 
 
 def test_gpus_encode_the_chunks_they_hold(split):
@@ -268,7 +268,7 @@ def main() -> None:
         weights = layer(4, 2)
         wanted = oracle(weights, x, memory, mask)
         given = *cast((weights, x, memory), jnp.float32), mask
-        for sizes in ({"context": 8}, {"context": 4, "tensor": 2}, {"fsdp": 4, "tensor": 2}):
+        for sizes in ({"memory": 8}, {"memory": 4, "tensor": 2}, {"fsdp": 4, "tensor": 2}):
             with jax.set_mesh(make_mesh(**sizes)):
                 for form, backend in (("materialised", "xla"), ("materialised", "splash"), ("absorbed", "xla")):
                     error = relative_error(run(*given, form, backend), wanted)
@@ -277,7 +277,7 @@ def main() -> None:
     context = rng.integers(0, ENCODER.vocab_size, (1, 16, 5))
     real = rng.random(context.shape) < 0.8
     alone = Cepe.encode(cepe, context, real)
-    with jax.set_mesh(make_mesh(context=8)):
+    with jax.set_mesh(make_mesh(memory=8)):
         x, memory, mask = inputs(memory=1024)
 
         def read(weights, x, memory, mask):

@@ -1,0 +1,136 @@
+"""One answer where devices share a window: losses and gradients of three stages, by each back end's own attention.
+
+Run as a script with cases as JSON it compares each with no mesh on the 8 devices that there are.
+"""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from support.kernels import define_cudnn, interpret_splash
+from support.models import DECODER, computed, make_decoder, relative_error
+
+from cepe_jax.config import LoraConfig
+from cepe_jax.data.examples import IGNORE
+from cepe_jax.model.llama import Llama
+from cepe_jax.model.parts import split
+from cepe_jax.sharding import balanced, in_order, make_mesh, place_batch, shardings_of
+from cepe_jax.training.objectives import Dpo, NextToken
+
+ROWS = 2
+SIZES = dataclasses.replace(DECODER, head_dim=8, lora=LoraConfig(2, 4.0))  # cuDNN reads multiples of 8
+CHUNK = 3  # of positions of a device, which it does not divide
+
+
+@pytest.mark.parametrize(("parts", "wanted"), [(1, [0, 1, 2, 3, 4, 5, 6, 7]), (2, [0, 1, 6, 7, 2, 3, 4, 5])])
+def test_devices_share_early_and_late_tokens(parts, wanted):
+    order = balanced(np.arange(8)[None], parts)
+    assert order[0].tolist() == wanted
+    assert in_order(order, parts)[0].tolist() == list(range(8))
+
+
+def batch_of(stage: str, length: int) -> dict[str, np.ndarray]:
+    """Labels are few and unevenly spread; texts begin and end within chunks; pairs are padded on either side."""
+    rng = np.random.default_rng(len(stage))
+    shape = (ROWS, 2, length) if stage == "dpo" else (ROWS, length)
+    tokens = rng.integers(0, DECODER.vocab_size, shape)
+    labels = np.where(rng.random(shape) < 0.3, rng.integers(0, DECODER.vocab_size, shape), IGNORE)
+    if stage == "lm":
+        return {"tokens": tokens, "labels": labels}
+    if stage == "sft":
+        return {"tokens": tokens, "labels": labels, "segments": np.sort(rng.integers(0, 5, shape), axis=1)}
+    real = np.ones(shape, bool)
+    real[0, :, : length // 3], real[1, :, -length // 4 :] = False, False
+    reference = rng.standard_normal((ROWS, 2))
+    return {"tokens": tokens, "labels": np.where(real, labels, IGNORE), "token_mask": real, "reference": reference}
+
+
+def gradient(stage: str, length: int, sizes: dict | None, **run_time) -> tuple:
+    """Return the loss, and its gradients by name, on a mesh of these sizes; None is no mesh."""
+    chunk = 0 if sizes is None else CHUNK
+    objective = Dpo(loss_chunk=chunk) if stage == "dpo" else NextToken(loss_chunk=chunk)
+    batch = batch_of(stage, length)
+    # With weights as large as other tests have them fp32 alone is 2e-5 away from fp64, whatever the mesh.
+    model = computed(jax.tree.map(lambda x: x / 2, make_decoder(SIZES)), **run_time)
+    trainable, frozen = split(model, ("decoder", "decoder_lora"))
+
+    def run(batch):
+        @jax.jit
+        def of(trainable, batch):
+            def loss(trainable):
+                return objective(Llama.from_parts(trainable | frozen), batch, objective.weights(batch))[0]
+
+            return jax.value_and_grad(loss)(trainable)
+
+        value, tree = of(trainable, batch)
+        return value, {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+    if sizes is None:
+        return run(batch)
+    mesh = make_mesh(**sizes, devices=None if sizes else jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        trainable = jax.device_put(trainable, shardings_of(trainable, mesh))
+        return run(place_batch(batch, mesh, ROWS))
+
+
+CASES = {
+    "xla": [
+        *(("xla", stage, 32, {"context": 8}) for stage in ("lm", "dpo")),
+        *(("xla", stage, 32, {"fsdp": 2, "context": 2, "tensor": 2}) for stage in ("lm", "sft", "dpo")),
+        ("xla", "sft", 32, {}),
+        ("xla", "sft", 30, {"fsdp": 2, "context": 4}),  # which they do not share: it does not divide
+    ],
+    "cudnn": [("cudnn", stage, 32, {"context": 4, "tensor": 2}) for stage in ("lm", "sft", "dpo")],
+    "splash": [("splash", stage, 512, {"fsdp": 2, "context": 2, "tensor": 2}) for stage in ("lm", "sft", "dpo")],
+}
+
+
+@pytest.mark.parametrize("backend", ["xla", "cudnn", pytest.param("splash", marks=pytest.mark.slow)])
+def test_one_answer_where_devices_share_a_window(backend):
+    """Loss and every gradient, 1e-5 of the largest.
+
+    Above 5 CPU-seconds, in a process of 8 devices: the one comparison of each back end's attention to such windows.
+    """
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]),
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiles in half the time
+        "TF_CPP_MIN_LOG_LEVEL": "1",  # warnings are written
+    }
+    command = [sys.executable, __file__, json.dumps(CASES[backend])]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    errors = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(errors) == len(CASES[backend])
+    for case, error in zip(CASES[backend], errors, strict=True):
+        assert max(error.values()) < 1e-5, (case, error)
+    # What the compiler weighs and does not choose has fake parameters.
+    warned = [line for line in done.stderr.splitlines() if "Involuntary full" in line and "fake_param" not in line]
+    assert not warned
+
+
+def main(cases: str) -> None:
+    jax.config.update("jax_default_matmul_precision", "highest")
+    wanted = {}
+    for backend, stage, length, sizes in json.loads(cases):
+        with pytest.MonkeyPatch.context() as patch:
+            interpret_splash(patch)
+            define_cudnn(patch)
+            if (stage, length) not in wanted:
+                wanted[stage, length] = gradient(stage, length, None)
+            loss, gradients = gradient(stage, length, sizes, attention=backend, remat="full", mlp_chunk=CHUNK)
+        error = {"loss": relative_error(loss, wanted[stage, length][0])}
+        largest = {name: relative_error(x, wanted[stage, length][1][name]) for name, x in gradients.items()}
+        name = max(largest, key=largest.get)
+        print(json.dumps(error | {name: largest[name]}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
