@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 Dtype = Literal["float32", "bfloat16"]
-Remat = Literal["none", "dots", "full"]
+Remat = Literal["none", "dots", "full", "offload"]
+Chunk = int | Literal["auto"]
 Backend = Literal["xla", "splash", "cudnn"]
 
 
@@ -231,12 +232,17 @@ def without_lora(config):
 class RematConfig:
     """The values of a layer that the backward pass recomputes: none, all except matrix products, or all."""
 
-    decoder: Remat = "none"  # nothing in the decoder, all except matrix products (dots), or all (full)
+    decoder: Remat = "none"  # dots: all except matrix products; full: all; offload: all, from inputs on the host
     encoder: Remat = "none"  # the same in the encoder
 
     def __post_init__(self):
         for remat in (self.decoder, self.encoder):
-            _require(remat in get_args(Remat), f"remat {remat!r}: choose none, dots or full")
+            _require(remat in get_args(Remat), f"remat {remat!r}: choose none, dots, full or offload")
+
+
+def check_chunk(name: str, chunk: Chunk) -> None:
+    """Raise ValueError unless `chunk` is auto, 0 or a number of positions."""
+    _require(chunk == "auto" or chunk >= 0, f"{name} is {chunk}: give a number of positions, 0 for all, or auto")
 
 
 @dataclass(frozen=True)
@@ -246,13 +252,13 @@ class Compute:
     dtype: Dtype = "float32"  # of activations; weights are cast to it when used
     attention: Backend | Literal["auto"] = "auto"  # splash: TPU; cudnn: GPU, bfloat16; auto: the platform's own
     remat: RematConfig = RematConfig()
-    mlp_chunk: int = 0  # positions whose MLP activations exist at once; 0 = all
+    mlp_chunk: Chunk = 0  # positions whose MLP activations exist at once; 0 = all; auto: see `chunk_of`
 
     def __post_init__(self):
         known = "auto", *get_args(Backend)
         _require(self.dtype in get_args(Dtype), f"dtype {self.dtype!r}: choose float32 or bfloat16")
         _require(self.attention in known, f"attention {self.attention!r}: choose auto, xla, splash or cudnn")
-        _require(self.mlp_chunk >= 0, f"mlp_chunk is {self.mlp_chunk}: give a number of positions, or 0 for all")
+        check_chunk("mlp_chunk", self.mlp_chunk)
 
 
 FLOAT32 = Compute()
@@ -269,6 +275,16 @@ DECODERS = {
         num_kv_heads=8,
         head_dim=128,
         mlp_width=14_336,
+        rope=RopeConfig(theta=500_000.0),
+    ),
+    "llama3_70b": DecoderConfig(
+        vocab_size=128_256,
+        width=8192,
+        num_layers=80,
+        num_heads=64,
+        num_kv_heads=8,
+        head_dim=128,
+        mlp_width=28_672,
         rope=RopeConfig(theta=500_000.0),
     ),
     "mistral_7b": DecoderConfig(  # v0.3

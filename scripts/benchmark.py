@@ -1,4 +1,4 @@
-"""Measure the speed or the memory of one part, as a table and as JSON.
+"""Measure the speed of one part, as a table and as JSON.
 
 data: Time the preparation and the loading of data, beside the bare loops that bound them.
     python scripts/benchmark.py data --input=documents --tokenizer=llama-2-7b --out=out/benchmark
@@ -13,23 +13,17 @@ inference: Time four ways to read a context, or a cache policy, on random weight
     python scripts/benchmark.py inference
     python scripts/benchmark.py inference --decoder=llama2_7b --encoder=mlm_large --chunk_length=256 --dtype=bfloat16
     python scripts/benchmark.py inference --cache.kind=razor
-
-memory: Compile a step of training for TPUs at several lengths and plot its memory, with all settings of train.py.
-    JAX_PLATFORMS=cpu python scripts/benchmark.py memory --config configs/train_cepe.yaml --mlp_chunk=512
-    JAX_PLATFORMS=cpu python scripts/benchmark.py memory --config configs/train_cepe.yaml --topology=v5e:2x2 \\
-        --windows="[4096, 8192]" --chunks="[16, 32]"
 """
 
 from cepe_jax.benchmarks.data import DataBenchmarkConfig, benchmark
 from cepe_jax.benchmarks.inference import InferenceBenchmarkConfig, benchmark_inference
-from cepe_jax.benchmarks.training import MemoryConfig, TrainBenchmarkConfig, benchmark_memory, benchmark_train
+from cepe_jax.benchmarks.training import TrainBenchmarkConfig, benchmark_train
 from cepe_jax.commands import run_script
 
 COMMANDS = {
     "data": (DataBenchmarkConfig, benchmark),
     "train": (TrainBenchmarkConfig, benchmark_train),
     "inference": (InferenceBenchmarkConfig, benchmark_inference),
-    "memory": (MemoryConfig, benchmark_memory),
 }
 
 if __name__ == "__main__":

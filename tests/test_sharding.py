@@ -46,12 +46,13 @@ SPECS = Path(__file__).parent / "model" / "llama2_7b_specs.json"
 @pytest.mark.parametrize(
     ("axes", "wanted"),
     [
-        (("layer", "embed", "mlp"), PartitionSpec(None, "fsdp", "tensor")),
-        (("layer", "heads", "head_dim", "embed"), PartitionSpec(None, "tensor", None, "fsdp")),
-        (("vocab", "embed"), PartitionSpec("tensor", "fsdp")),
-        (("layer", "embed", "kv_heads", "head_dim"), PartitionSpec(None, "fsdp", "tensor", None)),
-        (("batch", "length", "embed"), PartitionSpec(("data", "fsdp"), None, None)),  # batch took fsdp
-        (("batch", "memory", None), PartitionSpec(("data", "fsdp"), "context", None)),
+        (("layer", "embed", "mlp"), PartitionSpec(None, ("context", "fsdp"), "tensor")),
+        (("layer", "heads", "head_dim", "embed"), PartitionSpec(None, "tensor", None, ("context", "fsdp"))),
+        (("vocab", "embed"), PartitionSpec("tensor", ("context", "fsdp"))),
+        (("layer", "embed", "kv_heads", "head_dim"), PartitionSpec(None, ("context", "fsdp"), "tensor", None)),
+        (("batch", "window", None), PartitionSpec(("data", "fsdp"), "context", None)),
+        (("batch", None, "embed"), PartitionSpec(("data", "fsdp"), None, "context")),  # batch took fsdp
+        (("batch", "memory", None), PartitionSpec(("data", "fsdp"), "memory", None)),
         ((), PartitionSpec()),
     ],
 )
@@ -75,7 +76,7 @@ def test_a_mesh_must_use_all_devices():
     with pytest.raises(ValueError, match=rf"data=2, fsdp={devices}.*wants {2 * devices} devices.*{devices}: "):
         make_mesh(data=2, fsdp=devices)
     mesh = make_mesh(fsdp=devices)
-    assert mesh.axis_names == MESH_AXES == ("data", "fsdp", "context", "tensor")
+    assert mesh.axis_names == MESH_AXES == ("data", "fsdp", "context", "memory", "tensor")
     assert mesh.shape["fsdp"] == devices
     assert set(mesh.axis_types) == {jax.sharding.AxisType.Auto}
 
@@ -127,7 +128,7 @@ def test_shardings_of_follows_the_metadata(cepe):
     tree = {"model": cepe.cross, "step": np.zeros(())}
     placed = shardings_of(tree, mesh)
     assert placed["step"] == NamedSharding(mesh, PartitionSpec())
-    assert placed["model"].k == NamedSharding(mesh, PartitionSpec(None, "fsdp", "tensor", None))
+    assert placed["model"].k == NamedSharding(mesh, PartitionSpec(None, ("context", "fsdp"), "tensor", None))
 
 
 @pytest.mark.parametrize(

@@ -183,7 +183,7 @@ def train_step(config: TrainConfig, sizes: Config, compute: Compute) -> Step:
     batch = placed_batch(blank(recipe_of(config)), config.batch_size)
     flops = stage.flops(config, sizes, ())
     stacks = {"decoder", "encoder"} & parts.keys()
-    everything = config.loss_chunk and {getattr(config.remat, name) for name in stacks} == {"full"}
+    everything = config.loss_chunk and {getattr(config.remat, name) for name in stacks} <= {"full", "offload"}
     again = flops.forward - flops.ahead if everything else 0  # at least
     done = config.batch_size * (flops.train + again)
     return Step(function, (placed(state), frozen, batch), config.batch_size * flops.train, done)

@@ -1,4 +1,4 @@
-"""The speed of a training step on the devices at hand, and the memory that longer sequences take on TPUs."""
+"""The speed of a training step on the devices at hand."""
 
 import dataclasses
 import importlib.util
@@ -14,8 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cepe_jax.benchmarks.compiled import CompileConfig, ShapesConfig, compile_step, memory_of, train_step
-from cepe_jax.benchmarks.topologies import topology_of
+from cepe_jax.benchmarks.compiled import ShapesConfig, memory_of, train_step
 from cepe_jax.config import CepeConfig
 from cepe_jax.cost import gib, peak_flops
 from cepe_jax.data.recipes import blank
@@ -193,69 +192,3 @@ def _tokens(config: TrainConfig, sizes) -> dict[str, jax.Array]:
 
     batch = {name: draw(x) for name, x in blank(recipe_of(config)).items()}
     return place_batch(batch, jax.sharding.get_mesh(), config.batch_size)
-
-
-@dataclass(frozen=True, kw_only=True)
-class MemoryConfig(ShapesConfig):
-    """A step of training, to be compiled at several lengths."""
-
-    topology: str = "v5e:4x4"  # the TPUs, as the compiler names them
-    windows: tuple[int, ...] = (4096, 16_384, 65_536)  # tokens that the decoder reads, with examples.num_chunks
-    chunks: tuple[int, ...] = (16, 128, 1024)  # numbers of chunks, with examples.window
-    out: Path = Path("out/memory")  # gets memory.json, memory.png, and a JSON file for each step
-
-
-def benchmark_memory(config: MemoryConfig) -> None:
-    """Compile a step for a TPU at several lengths, one sequence a chip, and write its bytes a chip as JSON and a plot.
-
-    Each length is compiled with the configuration's loss_chunk and mlp_chunk, and with none.
-    """
-    if not (config.loss_chunk or config.mlp_chunk):
-        raise ValueError("loss_chunk and mlp_chunk are 0: give at least one, to be compared with none")
-    shared = {field.name: getattr(config, field.name) for field in dataclasses.fields(ShapesConfig)}
-    shared |= {"topology": config.topology, "batch": len(topology_of(config.topology).devices) // config.mesh.tensor}
-    forms = {"chunked": shared, "whole": shared | {"loss_chunk": 0, "mlp_chunk": 0}}
-    points = [("window", size) for size in config.windows] + [("num_chunks", size) for size in config.chunks]
-    curves = [{"axis": axis, "size": size, "form": form} for axis, size in points for form in forms]
-    compiled: dict[tuple, dict] = {}  # the curves meet in the configuration's own sizes
-    for curve in track(curves, "compiling"):
-        examples = dataclasses.replace(config.examples, **{curve["axis"]: curve["size"]})
-        if (examples, curve["form"]) not in compiled:
-            place = config.out / "{axis}_{size}_{form}".format(**curve)
-            step = CompileConfig(**forms[curve["form"]] | {"examples": examples, "out": place})
-            compiled[examples, curve["form"]] = compile_step(step, train_step)
-        result = compiled[examples, curve["form"]]
-        memory = result["memory"]
-        curve |= {"fits": result["fits"], "bytes": memory["peak"] if result["fits"] else memory["needed"]}
-    report = {"topology": config.topology, "hbm": memory["hbm"], "curves": curves}
-    write_json(config.out / "memory.json", report)
-    _plot(report, config, config.out / "memory.png")
-    print(config.out / "memory.png")
-
-
-def _plot(report: dict, config: TrainConfig, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, panels = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
-    titles = {
-        "window": f"window, with {config.examples.num_chunks} chunks",
-        "num_chunks": f"chunks of {config.examples.chunk_length}, with a window of {config.examples.window:,}",
-    }
-    labels = {"chunked": f"loss_chunk {config.loss_chunk}, mlp_chunk {config.mlp_chunk}", "whole": "both 0"}
-    for panel, (axis, title) in zip(panels, titles.items(), strict=True):
-        for form, label in labels.items():
-            points = [c for c in report["curves"] if (c["axis"], c["form"]) == (axis, form)]
-            panel.plot([c["size"] for c in points], [c["bytes"] / 2**30 for c in points], marker="o", label=label)
-        panel.axhline(report["hbm"] / 2**30, color="grey", linestyle=":", label=f"a chip of {report['topology']}")
-        panel.set(xlabel=title, xscale="log")
-        panel.set_yscale("log", base=2)
-        panel.yaxis.set_major_formatter("{x:g}")
-        panel.set_xticks(sizes := [c["size"] for c in points], [f"{size:,}" for size in sizes], minor=False)
-        panel.minorticks_off()
-    panels[0].set_ylabel("GiB a chip, one sequence each")
-    panels[0].legend(frameon=False)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)

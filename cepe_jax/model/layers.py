@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from cepe_jax.config import Backend, Compute, TransformerConfig
+from cepe_jax.config import Backend, Chunk, Compute, TransformerConfig
 from cepe_jax.model.attention import Mask, Partial, attend_partial, merge
 from cepe_jax.model.backends import attend
 from cepe_jax.model.lora import Adapter, Factors
 from cepe_jax.model.rope import rotate
-from cepe_jax.sharding import constrain, of_two_rows, split_axes, window_parts
+from cepe_jax.sharding import constrain, num_shards, of_two_rows, rows_of_a_device, split_axes, window_parts
 
 Array = jax.Array
 AttendKept = Callable[
@@ -140,6 +140,21 @@ class SelfAttention(Products):
         return self.joined_heads(out_BTNH), (k_BTKH, rotated_BTKH, v_BTKH)
 
 
+CHUNK_BYTES = 1 << 28  # of the widest array of a device's chunk that is sized automatically
+
+
+def chunk_of(setting: Chunk, x_BTD: Array, width: int, itemsize: int, shared_by: str) -> int:
+    """Return how many positions of `x_BTD` a device computes at once; 0 is all.
+
+    For `auto` a power of two, the most whose `width` numbers of `itemsize` bytes each take no more than CHUNK_BYTES, if
+    devices cut them along the logical axis `shared_by`.
+    """
+    if setting != "auto":
+        return setting
+    position = rows_of_a_device(x_BTD.shape[0]) * width * itemsize // num_shards(shared_by)
+    return 1 << (CHUNK_BYTES // position).bit_length() >> 1 or 1
+
+
 def fits_a_chunk(chunk: int, length: int) -> bool:
     """Return true if a device's positions, of `length`, are no more than `chunk`; 0 is any number."""
     return not 0 < chunk < length // window_parts(length)
@@ -229,4 +244,6 @@ class Block(nnx.Module):
         x_BTD = x_BTD + attended
         if read is not None:
             x_BTD = x_BTD + read(x_BTD)
-        return x_BTD + in_chunks(lambda x: self.mlp(self.mlp_norm(x)), x_BTD, compute.mlp_chunk), kv
+        gate_and_up = 2 * self.mlp.gate.shape[-1]
+        chunk = chunk_of(compute.mlp_chunk, x_BTD, gate_and_up, x_BTD.dtype.itemsize, "mlp")
+        return x_BTD + in_chunks(lambda x: self.mlp(self.mlp_norm(x)), x_BTD, chunk), kv

@@ -6,6 +6,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from cepe_jax.checks import check_mask, check_segments, check_tokens
 from cepe_jax.config import FLOAT32, Compute, DecoderConfig, Remat
@@ -27,6 +28,20 @@ def _not_a_weight(primitive, *_, **__) -> bool:
     return primitive.name not in ("dynamic_slice", "squeeze", "reshape", "convert_element_type", "transpose")
 
 
+_INPUT = "input of a layer"
+_KEPT_BY_HOST = jax.checkpoint_policies.save_and_offload_only_these_names(
+    names_which_can_be_saved=[],
+    names_which_can_be_offloaded=[_INPUT],
+    offload_src="device",
+    offload_dst="pinned_host",
+)
+
+
+def _from_host(body: Callable) -> Callable:
+    """Return `body` of an input that the host keeps for the backward pass."""
+    return lambda x_BTD, layer: body(checkpoint_name(x_BTD, _INPUT), layer)
+
+
 def scan_layers(remat: Remat, body: Callable, x_BTD: Array, xs) -> tuple[Array, object]:
     """`body(x, layer) -> (x, ys)` over the layers in `xs`; the backward pass recomputes what `remat` says."""
     match remat:
@@ -34,6 +49,8 @@ def scan_layers(remat: Remat, body: Callable, x_BTD: Array, xs) -> tuple[Array, 
             body = jax.checkpoint(body, policy=_not_a_weight)
         case "full":
             body = jax.checkpoint(body)
+        case "offload":
+            body = jax.checkpoint(_from_host(body), policy=_KEPT_BY_HOST)
         case "dots":
             body = jax.checkpoint(body, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
     return jax.lax.scan(body, x_BTD, xs)

@@ -7,11 +7,12 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 
+from cepe_jax.config import Chunk
 from cepe_jax.data.examples import IGNORE, Example
 from cepe_jax.model.cepe import Cepe
 from cepe_jax.model.cross import Memory
 from cepe_jax.model.encoder import Encoder
-from cepe_jax.model.layers import cut, fits_a_chunk, joined
+from cepe_jax.model.layers import chunk_of, cut, fits_a_chunk, joined
 from cepe_jax.model.llama import Llama
 from cepe_jax.model.logits import token_nll
 from cepe_jax.model.lora import without_factors
@@ -34,6 +35,11 @@ class Objective(Protocol):
         `weights` are those of the whole batch, so the shares of a batch's micro-batches add up to its loss.
         """
         ...
+
+
+def chunk_of_logits(setting: Chunk, hidden_BTD: Array, vocab_size: int) -> int:
+    """Return how many positions' logits, which are fp32, exist on a device at once; 0 is all."""
+    return chunk_of(setting, hidden_BTD, vocab_size, 4, "vocab")
 
 
 def sum_over_chunks(terms: Callable, chunk: int, hidden_BTD: Array, *arrays_BT: tuple[Array, float]):
@@ -64,7 +70,7 @@ def _mean(total: Array, weight: Array) -> Array:
 class NextToken:
     """Cross entropy of the next token, the mean over kept labels (paper, section 3.2)."""
 
-    loss_chunk: int = 0  # positions whose logits exist at once; 0 = all
+    loss_chunk: Chunk = 0  # positions whose logits exist at once; 0 = all; auto: see `chunk_of`
 
     def weights(self, batch: Batch) -> dict[str, Array]:
         return {"nll": (batch["labels"] != IGNORE).sum()}
@@ -75,8 +81,9 @@ class NextToken:
         def terms(hidden_BTD, labels_BT):
             return token_nll(logits(hidden_BTD), labels_BT).sum()
 
-        total = sum_over_chunks(terms, self.loss_chunk, hidden_states(model, batch), (batch["labels"], IGNORE))
-        nll = _mean(total, weights["nll"])
+        hidden_BTD = hidden_states(model, batch)
+        chunk = chunk_of_logits(self.loss_chunk, hidden_BTD, model.decoder.config.vocab_size)
+        nll = _mean(sum_over_chunks(terms, chunk, hidden_BTD, (batch["labels"], IGNORE)), weights["nll"])
         return nll, {"nll": nll}
 
 
@@ -84,7 +91,7 @@ class NextToken:
 class MaskedLM:
     """Cross entropy of the masked tokens, the mean over them."""
 
-    loss_chunk: int = 0
+    loss_chunk: Chunk = 0  # as of `NextToken`
 
     def weights(self, batch: Batch) -> dict[str, Array]:
         return {"nll": (batch["labels"] != IGNORE).sum()}
@@ -95,12 +102,13 @@ class MaskedLM:
         def terms(hidden_BLE, labels_BL):
             return token_nll(logits(hidden_BLE), labels_BL).sum()
 
-        total = sum_over_chunks(terms, self.loss_chunk, model(batch["tokens"]), (batch["labels"], IGNORE))
-        nll = _mean(total, weights["nll"])
+        hidden_BLE = model(batch["tokens"])
+        chunk = chunk_of_logits(self.loss_chunk, hidden_BLE, model.config.vocab_size)
+        nll = _mean(sum_over_chunks(terms, chunk, hidden_BLE, (batch["labels"], IGNORE)), weights["nll"])
         return nll, {"nll": nll}
 
 
-def teacher_top(decoder: Llama, tokens_BS: Array, window: int, top_k: int, chunk: int) -> dict[str, Array]:
+def teacher_top(decoder: Llama, tokens_BS: Array, window: int, top_k: int, chunk: Chunk) -> dict[str, Array]:
     """Return what the plain decoder expects after each of the last `window` tokens; no gradient passes.
 
     `teacher_index` (B, window, K) are its likeliest next tokens, `teacher_prob` (B, window, K + 1) in fp32 their
@@ -118,6 +126,7 @@ def teacher_top(decoder: Llama, tokens_BS: Array, window: int, top_k: int, chunk
         rest = jnp.maximum(1 - prob.sum(axis=-1, keepdims=True), 0)
         return {"teacher_index": index, "teacher_prob": jnp.concatenate([prob, rest], axis=-1)}
 
+    chunk = chunk_of_logits(chunk, hidden_BTD, decoder.config.vocab_size)
     chunks = jax.lax.map(top, cut(hidden_BTD, min(chunk or window, window)))
     return jax.tree.map(lambda x: joined(x, window), chunks)
 
@@ -151,7 +160,7 @@ class Distill:
     """
 
     config: DistillConfig
-    loss_chunk: int = 0
+    loss_chunk: Chunk = 0  # as of `NextToken`
 
     def weights(self, batch: Batch) -> dict[str, Array]:
         B, n = batch.get("teacher_index", batch["tokens"]).shape[:2]
@@ -175,7 +184,9 @@ class Distill:
         prob_BTK, index_BTK = jnp.pad(batch["teacher_prob"], front), jnp.pad(batch["teacher_index"], front)
         taught_BT = jnp.broadcast_to(jnp.arange(T) >= T - n, batch["labels"].shape)
         per_position = (batch["labels"], IGNORE), (prob_BTK, 0), (index_BTK, 0), (taught_BT, False)
-        nll, kl = sum_over_chunks(terms, self.loss_chunk, hidden_states(model, batch), *per_position)
+        hidden_BTD = hidden_states(model, batch)
+        chunk = chunk_of_logits(self.loss_chunk, hidden_BTD, model.decoder.config.vocab_size)
+        nll, kl = sum_over_chunks(terms, chunk, hidden_BTD, *per_position)
         nll, kl = _mean(nll, weights["nll"]), _mean(kl, weights["kl"])
         return self.config.nll_weight * nll + self.config.kl_weight * kl, {"nll": nll, "kl": kl}
 
@@ -225,7 +236,7 @@ class BradleyTerry:
         return loss, {"accuracy": _mean(_preferred(margin_B), weights["pairs"])}
 
 
-def log_probabilities(model: Cepe | Llama, batch: Batch, chunk: int) -> Array:
+def log_probabilities(model: Cepe | Llama, batch: Batch, chunk: Chunk) -> Array:
     """Return the logarithm (B, 2) of each answer's probability; logits exist for `chunk` positions at a time."""
     tokens_RT, real_RT = _rows_of_pairs(batch)
     logits = model.decoder.unembedding()
@@ -235,6 +246,7 @@ def log_probabilities(model: Cepe | Llama, batch: Batch, chunk: int) -> Array:
         return token_nll(logits(hidden_RTD), labels_RT).sum(axis=1)
 
     labels_RT = batch["labels"].reshape(tokens_RT.shape)
+    chunk = chunk_of_logits(chunk, hidden_RTD, model.decoder.config.vocab_size)
     return -sum_over_chunks(terms, chunk, hidden_RTD, (labels_RT, IGNORE)).reshape(-1, 2)
 
 
@@ -247,7 +259,7 @@ class Dpo:
     """
 
     beta: float = 0.1
-    loss_chunk: int = 0
+    loss_chunk: Chunk = 0  # as of `NextToken`
 
     def weights(self, batch: Batch) -> dict[str, Array]:
         return {"pairs": jnp.asarray(len(batch["tokens"]))}

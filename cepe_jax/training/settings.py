@@ -7,7 +7,7 @@ from typing import Literal
 
 from etils import epath
 
-from cepe_jax.config import Backend, Compute, CrossLayers, Dtype, LoraConfig, RematConfig, with_lora
+from cepe_jax.config import Backend, Chunk, Compute, CrossLayers, Dtype, LoraConfig, RematConfig, check_chunk, with_lora
 from cepe_jax.data.examples import ExampleConfig
 from cepe_jax.data.recipes import PairsOfAnswers, Recipe
 from cepe_jax.distributed import DistributedConfig
@@ -64,8 +64,8 @@ class TrainConfig:
     beta: float = 0.1  # how much a preference may move stage dpo's model from its reference: more if it is less
     optimizer: OptimizerConfig = OptimizerConfig()  # the optimiser and its schedule
     micro_batch: int = 0  # sequences that a device (or those of one `mesh.tensor`) computes at once; 0 = all it has
-    loss_chunk: int = 0  # positions whose logits exist at once; 0 = all
-    mlp_chunk: int = 0  # positions whose MLP activations exist at once; 0 = all
+    loss_chunk: Chunk = 0  # positions whose logits exist on a device at once; 0 = all; auto: by their size
+    mlp_chunk: Chunk = 0  # positions whose MLP activations exist on a device at once; 0 = all; auto: by their size
     dtype: Dtype = "float32"  # type of activations and frozen weights; weights that train are float32
     attention: Backend | Literal["auto"] = "auto"  # splash: TPU; cudnn: GPU with bfloat16; auto: the platform's own
     remat: RematConfig = RematConfig()  # what the backward pass recomputes to save memory
@@ -113,9 +113,10 @@ class TrainConfig:
                 )
         if not all(0 < weight < math.inf for weight in self.mix.values()):
             raise ValueError(f"mix is {self.mix}: give weights above 0")
-        for name in ("micro_batch", "loss_chunk", "mlp_chunk"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}: give a number, or 0 for all")
+        if self.micro_batch < 0:
+            raise ValueError(f"micro_batch is {self.micro_batch}: give a number, or 0 for all")
+        for name in ("loss_chunk", "mlp_chunk"):
+            check_chunk(name, getattr(self, name))
         if not 0 < self.beta < math.inf:
             raise ValueError(f"beta is {self.beta}: give a number above 0")
         if self.workers < 0:

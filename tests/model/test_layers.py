@@ -10,7 +10,8 @@ import pytest
 from support.models import DECODER, computed, make_decoder, relative_error
 
 from cepe_jax.benchmarks.hlo import arrays
-from cepe_jax.model.layers import at, in_chunks
+from cepe_jax.model.layers import at, chunk_of, in_chunks
+from cepe_jax.sharding import abstract_mesh
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 4, 7, 8, 9])
@@ -37,6 +38,26 @@ def test_chunks_change_neither_output_nor_gradient(decoder, chunk):
     run = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True), static_argnums=3)
     for ours, theirs in zip(*(jax.tree.leaves(run(x, mlp, bias, size)) for size in (chunk, 0)), strict=True):
         assert relative_error(ours, theirs) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("rows", "width", "itemsize", "mesh", "positions"),
+    [
+        (1, 32_000, 4, {}, 2048),  # logits of Llama-2: 128,000 bytes each
+        (1, 128_256, 4, {}, 512),
+        (2, 128_256, 4, {}, 256),
+        (16, 128_256, 4, {"data": 2, "fsdp": 4}, 256),  # two rows on each device
+        (1, 128_256, 4, {"tensor": 8}, 4096),
+        (1, 2 * 14_336, 2, {"context": 4}, 4096),  # of each device's share of a window
+        (1, 1 << 30, 4, {}, 1),
+    ],
+)
+def test_automatic_chunks_are_sized_by_a_devices_bytes(rows, width, itemsize, mesh, positions):
+    """A power of two, of which twice as many would take more than 256 MiB."""
+    x_BTD = jax.ShapeDtypeStruct((rows, 8192, 64), jnp.float32)
+    with jax.sharding.use_abstract_mesh(abstract_mesh(**mesh)):
+        assert chunk_of("auto", x_BTD, width, itemsize, "vocab") == positions
+        assert [chunk_of(setting, x_BTD, width, itemsize, "vocab") for setting in (0, 7)] == [0, 7]
 
 
 def positions_of_mlp(program: str) -> int:

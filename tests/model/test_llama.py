@@ -130,13 +130,16 @@ def test_remat_changes_no_gradient(decoder, tokens_BT):
         return (model(tokens_BT) ** 2).mean()
 
     grads, programs = {}, {}
-    for mode in ("none", "dots", "full"):
+    for mode in ("none", "dots", "full", "offload"):
         model = computed(decoder, remat=mode)
         programs[mode] = str(jax.make_jaxpr(jax.grad(loss))(model))
         if mode != "dots":
             grads[mode] = jax.tree.leaves(jax.jit(jax.grad(loss))(model))
-    for ours, wanted in zip(grads["full"], grads["none"], strict=True):
-        assert relative_error(ours, wanted) < 1e-5
+    for mode in ("full", "offload"):
+        for ours, wanted in zip(grads[mode], grads["none"], strict=True):
+            assert relative_error(ours, wanted) < 1e-5
+    B, T = tokens_BT.shape
+    assert f"f32<host>[{B},{T},{DECODER.width}]" in programs["offload"]
     recomputed = {mode: program.count("dot_general") for mode, program in programs.items()}
     assert recomputed["none"] < recomputed["dots"] < recomputed["full"]
 

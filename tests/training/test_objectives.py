@@ -132,7 +132,7 @@ def test_masked_lm_is_the_references():
 
         def __call__(self, model, batch, weights):
             class Masked:
-                mlm_unembedding = model.mlm_unembedding
+                config, mlm_unembedding = model.config, model.mlm_unembedding
 
                 def __call__(self, tokens):
                     return model(tokens, mask)

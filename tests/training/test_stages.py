@@ -214,7 +214,7 @@ def test_a_dry_run_tells_what_a_run_would_be(runs, data, tmp_path, monkeypatch):
     assert said.startswith(f"cepe: {trains:,} parameters train, {sizes['decoder']:,} are frozen, vocabulary of 400\n")
     assert "7 steps of 4 sequences, 128 tokens in contexts and windows: 896 tokens" in said
     assert json.loads(said[said.index("\n{") :])["optimizer"]["learning_rate"] == 3e-4
-    assert "1 x cpu, mesh {'data': 1, 'fsdp': 1, 'context': 1, 'tensor': 1}" in said.splitlines()
+    assert "1 x cpu, mesh {'data': 1, 'fsdp': 1, 'context': 1, 'memory': 1, 'tensor': 1}" in said.splitlines()
     examples = len(Records(data / "packed", "train"))
     assert f"packed: {7 * 4 * 0.75 / examples:.2f} times each of its {examples} examples" in said
     assert not (tmp_path / "out").exists()
