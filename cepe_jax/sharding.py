@@ -128,6 +128,21 @@ def constrain_like(tree):
     return jax.tree.map(place, tree, is_leaf=is_variable)
 
 
+def gathered(tree):
+    """Return `tree` while tracing under a mesh, no Variable cut along its axis "embed"; others as they are.
+
+    For a loop that would gather them in each of its steps. A Variable of a stack may be one layer's.
+    """
+
+    def place(leaf):
+        if not is_variable(leaf):
+            return leaf
+        axes = leaf.get_metadata()["axes"][-leaf.ndim :]
+        return leaf.replace(constrain(leaf[...], *(None if name == "embed" else name for name in axes)))
+
+    return jax.tree.map(place, tree, is_leaf=is_variable)
+
+
 def on_shards(function, in_axes: Sequence, out_axes: tuple[str | None, ...]):
     """`function` of every device's shard of each argument, placed after the table; without a mesh, itself.
 

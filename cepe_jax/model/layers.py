@@ -13,7 +13,7 @@ from cepe_jax.model.attention import Mask, Partial, attend_partial, merge
 from cepe_jax.model.backends import attend
 from cepe_jax.model.lora import Adapter, Factors
 from cepe_jax.model.rope import rotate
-from cepe_jax.sharding import constrain, num_shards, of_two_rows, rows_of_a_device, split_axes, window_parts
+from cepe_jax.sharding import constrain, gathered, num_shards, of_two_rows, rows_of_a_device, split_axes, window_parts
 
 Array = jax.Array
 AttendKept = Callable[
@@ -246,4 +246,7 @@ class Block(nnx.Module):
             x_BTD = x_BTD + read(x_BTD)
         gate_and_up = 2 * self.mlp.gate.shape[-1]
         chunk = chunk_of(compute.mlp_chunk, x_BTD, gate_and_up, x_BTD.dtype.itemsize, "mlp")
-        return x_BTD + in_chunks(lambda x: self.mlp(self.mlp_norm(x)), x_BTD, chunk), kv
+        norm, mlp = self.mlp_norm, self.mlp
+        if not fits_a_chunk(chunk, x_BTD.shape[1]):
+            norm, mlp = gathered((norm, mlp))
+        return x_BTD + in_chunks(lambda x: mlp(norm(x)), x_BTD, chunk), kv

@@ -16,6 +16,7 @@ import pytest
 from support.kernels import define_cudnn, interpret_splash
 from support.models import DECODER, computed, make_decoder, relative_error
 
+from cepe_jax.benchmarks.hlo import collectives
 from cepe_jax.config import LoraConfig
 from cepe_jax.data.examples import IGNORE
 from cepe_jax.model.llama import Llama
@@ -91,12 +92,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("backend", ["xla", "cudnn", pytest.param("splash", marks=pytest.mark.slow)])
-def test_one_answer_where_devices_share_a_window(backend):
-    """Loss and every gradient, 1e-5 of the largest.
-
-    Above 5 CPU-seconds, in a process of 8 devices: the one comparison of each back end's attention to such windows.
-    """
+def run_with_eight_devices(cases: str) -> subprocess.CompletedProcess:
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]),
@@ -104,9 +100,18 @@ def test_one_answer_where_devices_share_a_window(backend):
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiles in half the time
         "TF_CPP_MIN_LOG_LEVEL": "1",  # warnings are written
     }
-    command = [sys.executable, __file__, json.dumps(CASES[backend])]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, __file__, cases], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+@pytest.mark.parametrize("backend", ["xla", "cudnn", pytest.param("splash", marks=pytest.mark.slow)])
+def test_one_answer_where_devices_share_a_window(backend):
+    """Loss and every gradient, 1e-5 of the largest.
+
+    Above 5 CPU-seconds, in a process of 8 devices: the one comparison of each back end's attention to such windows.
+    """
+    done = run_with_eight_devices(json.dumps(CASES[backend]))
     errors = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(errors) == len(CASES[backend])
     for case, error in zip(CASES[backend], errors, strict=True):
@@ -116,7 +121,31 @@ def test_one_answer_where_devices_share_a_window(backend):
     assert not warned
 
 
+@pytest.mark.slow
+def test_weights_are_gathered_once_for_all_chunks():
+    """As many bytes in as many gathers, whether the MLP's positions are computed in two chunks or in eight."""
+    done = run_with_eight_devices("gathers")
+    few, many = map(json.loads, done.stdout.splitlines())
+    assert few == many
+    assert few["bytes"] > 3 * SIZES.num_layers * SIZES.width * SIZES.mlp_width * 4
+
+
+def print_gathers() -> None:
+    """Print what is gathered for a decoder's gradient, with few chunks of the MLP and with many."""
+    tokens = np.zeros((8, 32), np.int32)
+    mesh = make_mesh(fsdp=8)
+    with jax.set_mesh(mesh):
+        for chunk in (16, 4):
+            model = computed(make_decoder(SIZES), remat="full", mlp_chunk=chunk)
+            model = jax.device_put(model, shardings_of(model, mesh))
+            gradient = jax.jit(jax.grad(lambda model, tokens: (model.decode(tokens)[0] ** 2).sum()))
+            batch = place_batch({"tokens": tokens}, mesh, 8)["tokens"]
+            print(json.dumps(collectives(gradient.lower(model, batch).compile().as_text())["all-gather"]))
+
+
 def main(cases: str) -> None:
+    if cases == "gathers":
+        return print_gathers()
     jax.config.update("jax_default_matmul_precision", "highest")
     wanted = {}
     for backend, stage, length, sizes in json.loads(cases):
