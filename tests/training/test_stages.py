@@ -317,6 +317,19 @@ def test_factors_train_beside_a_frozen_decoder_and_go_on(runs, data, tmp_path):
     ("changes", "message"),
     [
         ({"micro_batch": -1}, "micro_batch is -1"),
+        ({"loss_chunk": -1}, "loss_chunk is -1: .*0 .*auto"),
+        ({"mesh": MeshConfig(context=2)}, "mesh.context is 2: .*plain decoder.* stage cepe .*cepe"),
+        ({"stage": "mlm", "cepe": "", "encoder": "e", "mesh": MeshConfig(context=2)}, "mesh.context .*stage mlm .*enc"),
+        (
+            {
+                "stage": "lm",
+                "cepe": "",
+                "decoder": "d",
+                "mesh": MeshConfig(context=3),
+                "examples": ExampleConfig(window=8),
+            },
+            "window 8 .*2 x mesh.context = 6",
+        ),
         ({"cepe": ""}, "stage cepe .* cepe or decoder .*encoder; given: none"),
         ({"decoder": "a"}, "stage cepe .* cepe or decoder .*encoder; given: decoder .*cepe"),
         ({"stage": "lm"}, "stage lm .* decoder; given: cepe"),
@@ -345,6 +358,8 @@ def test_bad_configurations(changes, message):
 def test_a_mesh_of_no_devices_is_refused():
     with pytest.raises(ValueError, match="data=0.*devices"):
         MeshConfig(data=0)
+    with pytest.raises(ValueError, match="context=0.*devices"):
+        MeshConfig(context=0)
 
 
 CONFIG = TrainConfig("cepe", Path("d"), Path("o"), 3, 16, cepe="c")
@@ -359,6 +374,7 @@ CONFIG = TrainConfig("cepe", Path("d"), Path("o"), 3, 16, cepe="c")
         ({"micro_batch": 2, "mesh": MeshConfig(tensor=2)}, 8, 4, 2),
         ({"micro_batch": 4, "mesh": MeshConfig(data=2, fsdp=2)}, 4, 2, 1),
         ({"mesh": MeshConfig(tensor=4)}, 8, 2, 1),
+        ({"stage": "lm", "cepe": "", "decoder": "d", "train": (), "mesh": MeshConfig(context=4)}, 8, 2, 1),
     ],
 )
 def test_a_batch_falls_into_the_devices_micro_batches(changes, devices, fsdp, micro_batches):
