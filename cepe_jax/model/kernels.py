@@ -28,7 +28,7 @@ def splash(causal: bool, q_BTNH, k_BSKH, v_BSKH, segments: Segments | None = Non
     q_BTNH, k_BSKH, v_BSKH = (_filled(x, LANES) for x in (q_BTNH, k_BSKH, v_BSKH))
     if segments is not None:
         segments = tuple(_filled(x, LANES, fill) for x, fill in zip(segments, (1, NO_SEGMENT), strict=True))
-    seen = splash_attention_mask.CausalMask if causal else splash_attention_mask.FullMask
+    seen = CausalMask if causal else splash_attention_mask.FullMask
     kernel = _splash_kernel(seen((q_BTNH.shape[1], k_BSKH.shape[1])), q_BTNH.shape[2], residuals=residuals)
     out = splash_by(kernel, q_BTNH, k_BSKH, v_BSKH, segments)
     return tuple(x[:, :T] for x in out) if residuals else out[:, :T]
@@ -63,6 +63,22 @@ def splash_partial(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, vali
     return values, jnp.broadcast_to(some, peak.shape).astype(jnp.float32), peak
 
 
+class CausalMask(splash_attention_mask.CausalMask):
+    """Splash's causal mask, which a kernel is made of block by block.
+
+    A block that all or none of its queries see is given as one element. Looking at all of them takes minutes for a
+    window of 131,072 tokens.
+    """
+
+    def __getitem__(self, block: tuple[slice, slice]) -> np.ndarray:
+        queries, keys = self.q_sequence[block[0]], block[1]
+        if queries.min() >= keys.stop - 1:
+            return np.ones((1, 1), bool)
+        if queries.max() < keys.start:
+            return np.zeros((1, 1), bool)
+        return super().__getitem__(block)
+
+
 def splash_kernel_of_parts(num_heads: int, length: int, parts: int):
     """Return the kernel of a causal window whose queries `parts` devices share, each with all keys.
 
@@ -73,7 +89,7 @@ def splash_kernel_of_parts(num_heads: int, length: int, parts: int):
             f"a window of {length} tokens over {parts} devices: splash reads a multiple of {LANES} tokens on each: "
             f"change examples.window or mesh.context"
         )
-    mask = splash_attention_mask.CausalMask((length, length))
+    mask = CausalMask((length, length))
     mask.q_sequence = balanced(np.arange(length, dtype=np.int32)[None], parts)[0]
     return _splash_kernel(mask, num_heads, parts)
 

@@ -6,11 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 from support.kernels import define_cudnn, interpret_splash
 from support.models import relative_error
 
 from cepe_jax.model.attention import Mask, attend_partial, merge
 from cepe_jax.model.backends import attend
+from cepe_jax.model.kernels import CausalMask
+from cepe_jax.sharding import balanced
 
 B, T, S, N, K, H = 2, 4, 6, 6, 2, 5
 
@@ -152,6 +155,22 @@ def test_bfloat16_in_bfloat16_out_with_float32_sums(qkv):
 @pytest.fixture
 def interpreted(monkeypatch):
     interpret_splash(monkeypatch)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_a_causal_kernel_has_the_blocks_of_the_whole_mask(parts):
+    """As made from a mask of which every element is looked at."""
+    length, shards = 4096, {"head_shards": 1, "q_seq_shards": parts}
+    order = balanced(np.arange(length, dtype=np.int32)[None], parts)[0]
+    made = []
+    for kind in (CausalMask, splash_attention_mask.CausalMask):
+        mask = kind((length, length))
+        mask.q_sequence = order
+        heads = splash_attention_mask.MultiHeadMask([mask] * 2)
+        kernel = splash_attention_kernel.make_splash_mha(heads, **shards)
+        made.append(jax.tree.leaves(kernel))
+    assert len(made[0]) == len(made[1]) > 0
+    assert all(np.array_equal(ours, theirs) for ours, theirs in zip(*made, strict=True))
 
 
 @pytest.mark.parametrize(
