@@ -44,6 +44,7 @@ from cepe_jax.training.settings import (
     sizes_of,
     start_of,
     tokens_of_step,
+    trained_length,
 )
 from cepe_jax.training.stages import STAGES, with_new_factors
 from cepe_jax.training.trainer import all_finite, init_state, make_train_step, train
@@ -99,7 +100,7 @@ def run_stage(config: TrainConfig) -> Path | None:
         model = trained(config, model, run_identity(resolved), sources, unseen)
         if model is None:
             return None
-        save(model, model_dir, assets=tokenizer_home(config))
+        save(model, model_dir, tokenizer_home(config), trained_length(config))
     return model_dir
 
 

@@ -51,6 +51,7 @@ class TrainConfig:
     decoder: str = ""  # a preset or a model directory; mlm: the encoder starts from its first layers
     encoder: str = ""  # a preset, which starts at random, or a model directory
     cepe: str = ""  # a model directory, in place of decoder and encoder
+    rope_theta: float = 0.0  # base of the decoder's RoPE, in place of its own and its scaling; 0 = the decoder's own
     cross_layers: CrossLayers = CrossLayers()  # layers of the decoder that read the memory
     cross_init: CrossInit = "copy"  # start of cross-attention's output: self-attention's (copy), zero, or random
     chunk_positions: int = 0  # distinct positions of chunks, counted from the last one; 0 = chunks have none
@@ -101,6 +102,8 @@ class TrainConfig:
         recipe_of(self)
         if not all(0 < weight < math.inf for weight in self.mix.values()):
             raise ValueError(f"mix is {self.mix}: give weights above 0")
+        if self.rope_theta and not 1 < self.rope_theta < math.inf:
+            raise ValueError(f"rope_theta is {self.rope_theta}: give a number above 1, or 0 for the decoder's own")
         for name in ("micro_batch", "loss_chunk", "mlp_chunk"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: give a number, or 0 for all")
@@ -170,6 +173,11 @@ def may_train(start: Start) -> list[str]:
 
 def recipe_of(config: TrainConfig) -> Recipe:
     return STAGES[config.stage].recipe(config)
+
+
+def trained_length(config: TrainConfig) -> int:
+    """Return how many tokens the decoder is trained to read by a run that gives it another RoPE; 0 without one."""
+    return config.examples.window if config.rope_theta else 0
 
 
 def tokens_of_step(config: TrainConfig) -> int:
