@@ -18,7 +18,7 @@ from cepe_jax.cost import peak_flops
 from cepe_jax.data.examples import Example
 from cepe_jax.data.loader import Sequences, batches, examples, names_in, open_mix
 from cepe_jax.data.records import NoDataset
-from cepe_jax.data.template import Template
+from cepe_jax.data.template import Template, has_template
 from cepe_jax.data.tokenizer import Tokenizer, file_in
 from cepe_jax.data.tokenizer_files import local_files
 from cepe_jax.devices import describe
@@ -87,7 +87,7 @@ def run_stage(config: TrainConfig) -> Path | None:
         log.info("%s is finished: remove %s to train again", model_dir, config.out)
         return model_dir
     STAGES[config.stage].check(config, config.data, sources)
-    check_template(config, sources)
+    template = agreed_template(config, sources)
     unseen = None if config.evaluation.data is None else held_out_examples(config, tokenizer)
     mesh = make_mesh(**dataclasses.asdict(mesh_of(config, jax.device_count())))
     sizes, compute = sizes_of(config, tokenizer.vocab_size), compute_of(config, jax.default_backend())
@@ -100,7 +100,7 @@ def run_stage(config: TrainConfig) -> Path | None:
         model = trained(config, model, run_identity(resolved), sources, unseen)
         if model is None:
             return None
-        save(model, model_dir, tokenizer_home(config), trained_length(config))
+        save(model, model_dir, tokenizer_home(config), trained_length(config), template)
     return model_dir
 
 
@@ -126,16 +126,27 @@ def starting_model(config: TrainConfig, sizes: Config, compute: Compute, tokeniz
     return model
 
 
-def check_template(config: TrainConfig, sources: Sequence[Sequences]) -> None:
-    """Raise ValueError unless the trained model will have the chat template that wrote the data, if one did."""
-    home = tokenizer_home(config)
-    for source in sources:
-        written = source.records.index["identity"].get("template")
-        if written is not None and Template(Tokenizer(home)).digest != written:
+def agreed_template(config: TrainConfig, sources: Sequence[Sequences]) -> str:
+    """Return the text of the chat template that the model gets from its data, "" if it has one or the data have none.
+
+    ValueError unless the template of the trained model is that which wrote the data, where one did.
+    """
+    written = [(source.records, source.records.index["identity"].get("template")) for source in sources]
+    written = [(records, digest) for records, digest in written if digest is not None]
+    if not written:
+        return ""
+    home, text = Tokenizer(tokenizer_home(config)), ""
+    if not has_template(home):
+        text = Template(written[0][0].tokenizer).source
+    own = Template(home, text=text).digest
+    for records, digest in written:
+        if digest != own:
+            where = written[0][0].path if text else home.path.parent
             raise ValueError(
-                f"{home} has another chat template than wrote {source.records.path}: copy that one there, or prepare "
-                f"the data again with --tokenizer={home}"
+                f"{where} has another chat template than wrote {records.path}: copy that one there, or prepare the "
+                f"data again with --tokenizer={where}"
             )
+    return text
 
 
 def note_settings(record: Path, resolved: dict) -> None:
