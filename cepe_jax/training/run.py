@@ -173,7 +173,8 @@ def trained(
     counts = [sum(x.size for x in jax.tree.leaves(parts)) for parts in (trainable, frozen)]
     log.info("%s: %s parameters train, %s are frozen", config.stage, *(f"{count:,}" for count in counts))
     weights = list(config.mix.values()) or [1.0]
-    data = examples(sources, weights, recipe_of(config), config.seed)
+    by_size = config.mix_by == "size"
+    data = examples(sources, weights, recipe_of(config), config.seed, by_size)
     objective = stage.objective(config)
     accumulate = micro_batches(config, num_shards("batch"))
     evaluate = None
@@ -200,7 +201,7 @@ def trained(
             frozen,
             make_train_step(objective, optimizer, kind, accumulate),
             lambda first: placed_batches(data, config.batch_size, mesh, first, config.workers),
-            lambda step: names_in(sources, weights, config.seed, config.batch_size, step),
+            lambda step: names_in(sources, weights, config.seed, config.batch_size, step, by_size),
             checkpoints,
             evaluate,
         )
@@ -246,8 +247,10 @@ def dry_run(config: TrainConfig) -> Iterator[str]:
         if refusal is not None:
             raise refusal
         STAGES[config.stage].check(config, config.data, sources)
-        examples = {source.path.name: len(source) for source in sources}
-        yield from epochs(config.steps, config.batch_size, examples, list(config.mix.values()) or [1.0])
+        examples, weights = {source.path.name: len(source) for source in sources}, list(config.mix.values()) or [1.0]
+        if config.mix_by == "size":
+            weights = [weight * count for weight, count in zip(weights, examples.values(), strict=True)]
+        yield from epochs(config.steps, config.batch_size, examples, weights)
         if config.evaluation.data is not None:
             held_out_examples(config, tokenizer)
     except NoDataset as absent:

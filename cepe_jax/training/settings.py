@@ -58,6 +58,7 @@ class TrainConfig:
     train: tuple[str, ...] = ()  # parts: encoder, cross, decoder, head, decoder_lora, encoder_lora; []: the stage's own
     lora: LoraConfig | None = None  # the factors of decoder_lora and encoder_lora, where the model has none yet
     mix: dict[str, float] = field(default_factory=dict)  # weight of each dataset below `data`; {}: `data` is one
+    mix_by: Literal["weight", "size"] = "weight"  # size: a pass over all has each record as often as its weight
     workers: int = 0  # processes that load data; 0 = threads of this one
     examples: ExampleConfig = ExampleConfig()  # how sequences become examples
     distill: DistillConfig | None = None  # loss of stage ceped, which needs it
@@ -102,6 +103,10 @@ class TrainConfig:
         recipe_of(self)
         if not all(0 < weight < math.inf for weight in self.mix.values()):
             raise ValueError(f"mix is {self.mix}: give weights above 0")
+        if self.mix_by == "size" and not (self.mix and all(weight == int(weight) for weight in self.mix.values())):
+            raise ValueError(
+                f"mix is {self.mix} by size: give whole numbers, how often a pass has each record of a part"
+            )
         if self.rope_theta and not 1 < self.rope_theta < math.inf:
             raise ValueError(f"rope_theta is {self.rope_theta}: give a number above 1, or 0 for the decoder's own")
         for name in ("micro_batch", "loss_chunk", "mlp_chunk"):
