@@ -30,7 +30,10 @@ def separator_ids(tokenizer: Tokenizer, separator: str, as_text: bool) -> list[i
             f"--separator_as_text to write its characters and not the token, or another text"
         )
     escape = next(character for character in map(chr, PRIVATE_USE) if character not in separator)
-    return tokenizer.encode_special(tokenizer.escaped(separator, escape), escape)
+    ids = tokenizer.encode_special(tokenizer.escaped(separator, escape), escape)
+    if separator and not ids:
+        raise ValueError(f"separator is {separator!r}, which the tokenizer reads as nothing: give another text")
+    return ids
 
 
 def exact(shares: dict[int, float]) -> dict[int, Fraction]:

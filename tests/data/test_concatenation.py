@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece
 from support.datasets import write_documents
 from support.refusals import one_line
 from support.tokenizers import LLAMA_3_TOKENS, as_llama_2, byte_level
@@ -218,6 +219,21 @@ def test_a_separator_is_characters(tokenizer):
         ids = separator_ids(tokenizer, separator, as_text=True)
         assert not special & set(ids)
         assert tokenizer.decode(ids).lstrip() == separator
+
+
+def test_a_separator_of_no_token_is_refused(tmp_path):
+    """Of a tokenizer that takes spaces away: documents would have nothing between them."""
+    with open(tmp_path / "tokenizer.model", "wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(["some words"] * 9),
+            model_writer=file,
+            vocab_size=16,
+            model_type="bpe",
+            minloglevel=2,
+        )
+    with pytest.raises(ValueError, match="separator is '  '") as error:
+        separator_ids(Tokenizer(tmp_path), "  ", as_text=False)
+    one_line(error)
 
 
 def test_sequences_hold_the_characters_of_a_special_token(config, documents):
