@@ -27,7 +27,8 @@ from cepe_jax.weights.source import load, save
 pytestmark = pytest.mark.slow
 SHORT, LONG = 128, 1024  # tokens of a text
 OLD, NEW = 1e3, 1e5  # bases of RoPE
-STEPS, MORE = 400, 40  # steps of the first training, and of each that goes on from it
+STEPS, MORE = 800, 40  # steps of the first training, and of each that goes on from it
+BATCH = 16  # texts of a step of the first training; then half as many
 KINDS, DIGITS, NOISE = 4, 16, 64  # a passkey has a digit of each kind
 ASKED, DIGIT, OTHER = 4, 4 + KINDS, 4 + KINDS + KINDS * DIGITS  # first ids of questions, digits and other tokens
 TEXTS = 50  # in which passkeys are looked for
@@ -92,14 +93,14 @@ def test_another_base_extends_what_a_decoder_reads(seed, tmp_path):
     """Against as many steps of short texts, and of long ones with the old base."""
     tokenizer = datasets.make_tokenizer(tmp_path)
     save(jax.jit(lambda key: Llama(TOY, key=key))(jax.random.key(seed)), tmp_path / "start", tmp_path)
-    write_texts(tmp_path / "short", seed, 12_000, SHORT, tokenizer)
+    write_texts(tmp_path / "short", seed, STEPS * BATCH, SHORT, tokenizer)
     write_texts(tmp_path / "long", seed, 512, LONG, tokenizer)
 
     def trained(name: str, start: Path, length: int, steps: int = MORE, **settings) -> Path:
         data = tmp_path / ("short" if length == SHORT else "long")
-        examples, optimizer = ExampleConfig(window=length - 1), OptimizerConfig(learning_rate=1e-3)
+        examples, optimizer = ExampleConfig(window=length - 1), OptimizerConfig(learning_rate=3e-4)
         settings = {"examples": examples, "optimizer": optimizer, "save_every": STEPS, "seed": seed} | settings
-        return run_stage(TrainConfig("sft", data, tmp_path / name, steps, 16 if steps == STEPS else 8,
+        return run_stage(TrainConfig("sft", data, tmp_path / name, steps, BATCH if steps == STEPS else BATCH // 2,
                                      decoder=str(start), **settings))  # fmt: skip
 
     models = {"base": trained("base", tmp_path / "start", SHORT, STEPS, optimizer=OptimizerConfig(learning_rate=3e-3))}
