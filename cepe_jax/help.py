@@ -62,7 +62,7 @@ def type_words(kind) -> str:
         case origin if origin is tuple:
             return f"list of {type_words(arguments[0])}{'s' * (arguments[0] in WORDS)}"
         case origin if origin is dict:
-            return f"{{name: {type_words(arguments[1])}}}"
+            return f"{{{'name' if arguments[0] is str else type_words(arguments[0])}: {type_words(arguments[1])}}}"
     return WORDS[kind]
 
 

@@ -10,8 +10,8 @@ def as_json(value):
     return json.loads(json.dumps(value, default=lambda v: vars(v) if dataclasses.is_dataclass(v) else str(v)))
 
 
-# Settings that earlier versions had, each with the value under which a run is the same without it.
-REMOVED = {"neighbours": "none"}
+# Settings that some versions lack, each with the value under which a run is the same without it.
+NEUTRAL = {"neighbours": "none", "shares": {}, "separator": "", "separator_as_text": False, "context": "encoder"}
 
 
 def _comparable(settings: dict) -> dict:
@@ -25,7 +25,7 @@ def _comparable(settings: dict) -> dict:
         group, _, name = key.rpartition(".")
         kind = settings.get(f"{group}.kind" if group else "kind")
         one_part = key == "train" and "lora" not in settings and settings.get("stage") in ("lm", "mlm")
-        without = value is None or (name in REMOVED and value == REMOVED[name])
+        without = value is None or (name in NEUTRAL and value == NEUTRAL[name])
         if without or one_part or (name, kind) == ("sinks", "full"):
             continue
         values[key] = _comparable(value) if isinstance(value, dict) else value

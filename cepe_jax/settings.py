@@ -47,7 +47,7 @@ class _Settings(yaml.SafeLoader):
     def construct_mapping(self, node, deep=False):
         lines: dict = {}
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
+            key = _as_name(self.construct_object(key_node, deep=True))
             line = key_node.start_mark.line + 1
             if not isinstance(key, str):
                 raise ValueError(f"line {line}: {_shown(key)} is no name of a setting")
@@ -55,7 +55,12 @@ class _Settings(yaml.SafeLoader):
                 name = shortened(key, quoted=False)
                 raise ValueError(f"line {line}: {name} is given twice, first on line {lines[key]}")
             lines[key] = line
-        return super().construct_mapping(node, deep)
+        return {_as_name(key): value for key, value in super().construct_mapping(node, deep).items()}
+
+
+def _as_name(key):
+    """Return a whole number as text, as it may be the name of a value, and anything else as it is."""
+    return str(key) if type(key) is int else key
 
 
 _Settings.add_implicit_resolver(INT, re.compile(r"[-+]?(0|[1-9][0-9_]*)$"), list("-+0123456789"))
@@ -146,6 +151,11 @@ def _check(config_class, values: dict, root, group: str) -> None:
             raise ValueError(f"{setting} is {_shown(value)}: give a list, [a, b]")
         elif typing.get_origin(kind) is dict and not isinstance(value, dict):
             raise ValueError(f"{setting} is {_shown(value)}: give names and their values, {{a: 1}}")
+        elif typing.get_origin(kind) is dict and typing.get_args(kind)[0] is int:
+            if other := next((key for key in value if not re.fullmatch("[0-9]{1,18}", key)), None):
+                raise ValueError(
+                    f"{setting}.{shortened(other, quoted=False)}: give a whole number in place of the name"
+                )
         elif _is_text(kind):
             if not isinstance(value, str | None):
                 raise ValueError(f"{setting} is {_shown(value)}: give text, in YAML in quotes")

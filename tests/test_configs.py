@@ -188,6 +188,7 @@ def test_configs(parse_command, path):
 
 
 def assert_holds(config: dict, settings: dict) -> None:
+    config = {str(name): value for name, value in config.items()}  # whole numbers are names in a file, too
     for name, value in settings.items():
         if isinstance(value, dict):
             assert_holds(config[name], value)

@@ -46,6 +46,7 @@ class Settings:
     dry_run: bool = False
     note: str | None = None
     mix: dict[str, float] = field(default_factory=dict)
+    shares: dict[int, float] = field(default_factory=dict)
     runs: dict[str, Inner] = field(default_factory=dict)
     words: Words | None = None
 
@@ -113,6 +114,16 @@ def test_numbers_are_written_as_numbers(call):
     assert settings.count == 4690000
     assert settings.inner == Inner(1e-4, 7)
     assert (settings.text, settings.mix) == ("010", {"a": 0.5, "b": 2.0})
+
+
+def test_whole_numbers_may_name_values(call):
+    assert call("--out=o", "--shares={0: 0.25, 8_192: 0.75}").shares == {0: 0.25, 8192: 0.75}
+    assert call("--out=o", "--shares.16=1", text="shares: {32: 2}").shares == {16: 1.0, 32: 2.0}
+    assert call("--out=o", "--mix={2: 3}").mix == {"2": 3.0}
+    for text, name in (("{0: 1, '0': 2}", "0"), ("{a: 1}", "shares.a"), ("{-1: 1}", "shares.-1"), ("{1.5: 1}", "1.5")):
+        with pytest.raises(ValueError, match=re.escape(name)) as error:
+            call("--out=o", f"--shares={text}")
+        one_line(error)
 
 
 def test_names_may_have_hyphens(call):
@@ -217,7 +228,7 @@ def test_wrong_positionals_are_named(arguments, said):
         ("false\n", "bool, not .*mapping"),
         ("text\n", "str, not .*mapping"),
         ("[a, b]: c\n", "no name .*setting"),
-        ("1: c\n", "no name .*setting"),
+        ("1.5: c\n", "no name .*setting"),
         ("runs:\n  a: &a {rate: 0.25}\n  b: {<<: *a}\n", r"line 3: \*a .*alias"),
         ("text: !!python/object/apply:os.getcwd []\n", "line 1: .*constructor"),
         ("[" * 100_000, "nested"),

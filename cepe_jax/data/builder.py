@@ -165,10 +165,11 @@ def mark_name(unit: int) -> str:
 class Builder:
     """The directory of a dataset that is being written: which of its units are finished, and its registration."""
 
-    def __init__(self, out: Place, identity: dict, tokenizer: Tokenizer | None = None):
+    def __init__(self, out: Place, identity: dict, tokenizer: Tokenizer | None = None, template: str = ""):
         """Begins the dataset or goes on with it; ValueError if `out` holds anything else.
 
-        `identity` is what must be equal for a run to go on where another stopped. The tokenizer's files are copied.
+        `identity` is what must be equal for a run to go on where another stopped. The tokenizer's files are copied,
+        with this chat template in place of its own, if there is one.
         """
         identity = as_json(identity)
         self.out, self.units, self.identity = out, out / "units", identity
@@ -186,7 +187,7 @@ class Builder:
                 raise ValueError(f"{out} exists and is no unfinished dataset: remove it or give another name")
             self.units.mkdir(parents=True, exist_ok=True)
             if tokenizer is not None:
-                copy_tokenizer(tokenizer, out)
+                copy_tokenizer(tokenizer, out, template)
             write_json(stored, identity)
         refuse_another_run(out, read_json(stored, mend=f"remove {out}"), identity)
         if tokenizer is not None and Tokenizer(out).fingerprint() != tokenizer.fingerprint():
@@ -289,10 +290,16 @@ def report(name: str, splits: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def copy_tokenizer(tokenizer: Tokenizer, out: Place) -> None:
-    """Write the tokenizer's files in `out`, called what a directory's tokenizer is called; each of them whole."""
+def copy_tokenizer(tokenizer: Tokenizer, out: Place, template: str = "") -> None:
+    """Write the tokenizer's files in `out`, called what a directory's tokenizer is called; each of them whole.
+
+    `template` is the text of a chat template that takes the place of its own.
+    """
     name = "tokenizer.json" if tokenizer.path.suffix == ".json" else "tokenizer.model"
-    beside = [(tokenizer.path.with_name(other), out / other) for other in (*BESIDE, TEMPLATE)]
+    if template:
+        write_text(out / TEMPLATE, template)
+    others = BESIDE if template else (*BESIDE, TEMPLATE)
+    beside = [(tokenizer.path.with_name(other), out / other) for other in others]
     for source, target in (*beside, (tokenizer.path, out / name)):
         if source.exists():
             write_bytes(target, source.read_bytes())

@@ -4,7 +4,7 @@ import copy
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NotRequired, Self, TypedDict
+from typing import Literal, NotRequired, Self, TypedDict
 
 import msgspec
 import numpy as np
@@ -28,6 +28,8 @@ SPLITS = "train", "test"
 @dataclass(frozen=True, kw_only=True)
 class ConversationConfig(RawConfig):
     tokenizer: str  # a directory with the model's tokenizer and chat template
+    template: str = ""  # a chat template in place of its own: chatqa2, or a file
+    context: Literal["encoder", "prompt"] = "encoder"  # where documents go: to the encoder, or into the prompt
 
 
 class Said(TypedDict):
@@ -36,7 +38,7 @@ class Said(TypedDict):
 
 
 class Conversation(TypedDict):
-    """A line: the messages, and the texts that the encoder reads beside them."""
+    """A line: the messages, and the texts that the model reads beside them."""
 
     messages: list[Said]
     documents: NotRequired[list[str]]
@@ -58,13 +60,13 @@ def conversation_in(line) -> str:
 
 @one_job
 def prepare_conversations(config: ConversationConfig) -> None:
-    """A dataset of conversations at `config.out`, as the chat template beside the tokenizer writes them.
+    """A dataset of conversations at `config.out`, as the tokenizer's chat template or another one writes them.
 
     What the template refuses, and conversations without an answer, are left out and counted as bad.
     """
     tokenizer = Tokenizer(config.tokenizer)
-    template = Template(tokenizer)
-    build(config, tokenizer, CONVERSATIONS, SPLITS, features_of, ConversationUnit, template.digest)
+    template = Template(tokenizer, config.template)
+    build(config, tokenizer, CONVERSATIONS, SPLITS, features_of, ConversationUnit, template)
 
 
 def features_of(tokenizer: Tokenizer) -> dict:
@@ -92,12 +94,14 @@ class ConversationUnit:
         for extent in unit:
             for split, name, domain, content in documents_of(self.config, [extent], counts, conversation_in):
                 conversation = msgspec.json.decode(content)
+                texts = [document for document in conversation["documents"] if document.strip()]
+                prompt, read = (texts, []) if self.config.context == "prompt" else ([], texts)
                 try:
-                    ids, targets = template.with_targets(conversation["messages"])
+                    ids, targets = template.with_targets(conversation["messages"], prompt)
                 except ValueError as fault:
                     count_bad(f"{at(name)}: {fault}", counts, self.config)
                     continue
-                documents = [tokenizer.encode(document) for document in conversation["documents"] if document.strip()]
+                documents = [tokenizer.encode(document) for document in read]
                 record = {
                     "tokens": np.asarray(ids, features["tokens"].np_dtype),
                     "targets": np.asarray(targets, np.uint8),

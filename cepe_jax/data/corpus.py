@@ -13,6 +13,7 @@ from cepe_jax.data.builder import Builder, ShardWriter, array, text, token_dtype
 from cepe_jax.data.examples import Document
 from cepe_jax.data.records import Records, read_index, shard_path
 from cepe_jax.data.sources import Extent, holds_lines, plan, read, text_of
+from cepe_jax.data.template import Template
 from cepe_jax.data.tokenizer import Tokenizer, file_in, opened_tokenizer
 from cepe_jax.data.tokenizer_training import train, training_pieces
 from cepe_jax.data.units import JobConfig, Work, one_job, run_units
@@ -150,19 +151,19 @@ def build(
     splits: tuple[str, ...],
     features: Callable[[Tokenizer], dict],
     work_on: Callable[[RawConfig, int], Callable[..., Work]],
-    template: str = "",
+    template: Template | None = None,
 ) -> None:
     """The dataset `name` of raw files at `config.out`, unit by unit; without a tokenizer one is trained first.
 
     `work_on(config, units)` is the work on a unit, whose mark has the counts of `no_counts` and of each split.
-    `template` is the digest of the chat template, if it writes the texts.
+    `template` is the chat template, if one writes the texts; the dataset has it.
     """
     units = plan(config.input, config.patterns, config.exclude, config.unit_bytes, config.out)
     settings = config.identity("input", "out", "bad_share")
     settings["tokenizer"] = given.fingerprint() if given else ""
     settings["input"] = f"{len(units)} units"  # their number is in the names of all shards
-    settings |= {"template": template} if template else {}
-    builder = Builder(config.out, settings, given)
+    settings |= {"template": template.digest} if template else {}
+    builder = Builder(config.out, settings, given, template.source if template else "")
     sources = hashlib.sha256(repr(units).encode()).hexdigest()
     if builder.finished:
         if read_index(config.out)["sources"] != sources:

@@ -78,24 +78,41 @@ class Sequences:
 Source = Sequences | Packs | Pairs
 
 
-def examples(sources: Sequence[Source], weights: Sequence[float], recipe: Recipe, seed: int) -> "grain.MapDataset":
-    """Return the examples by number, without end, of sources mixed by weight.
-
-    Each piece of a source comes once before any comes again, in another order.
-    """
+def examples(
+    sources: Sequence[Source], weights: Sequence[float], recipe: Recipe, seed: int, by_size: bool = False
+) -> "grain.MapDataset":
+    """Return the examples by number, without end, of sources mixed as `_mixed` says."""
     import grain  # takes a second or two: only what loads data pays for it
 
-    mixed = grain.MapDataset.mix(_shuffled(sources, seed), weights)
+    parts = [grain.MapDataset.source(source) for source in sources]
+    mixed = _mixed(parts, weights, seed, by_size)
     return mixed.seed(seed).random_map(partial(recipe, mixture=Mixture(sources)))
 
 
-def _shuffled(sources: Sequence[Source], seed: int) -> list["grain.MapDataset"]:
+def _mixed(
+    parts: Sequence["grain.MapDataset"], weights: Sequence[float], seed: int, by_size: bool
+) -> "grain.MapDataset":
+    """Return the parts without end, mixed by weight: each piece of a part comes once before any comes again.
+
+    By size a pass over all has each piece as often as its part's weight says, a whole number, and comes again in
+    another order.
+    """
     import grain
 
-    return [grain.MapDataset.source(source).shuffle(seed=seed + i).repeat() for i, source in enumerate(sources)]
+    if by_size:
+        copies = [part for part, weight in zip(parts, weights, strict=True) for _ in range(int(weight))]
+        return grain.MapDataset.concatenate(copies).shuffle(seed=seed).repeat()
+    return grain.MapDataset.mix([part.shuffle(seed=seed + i).repeat() for i, part in enumerate(parts)], weights)
 
 
-def names_in(sources: Sequence[Source], weights: Sequence[float], seed: int, batch_size: int, number: int) -> list[str]:
+def names_in(
+    sources: Sequence[Source],
+    weights: Sequence[float],
+    seed: int,
+    batch_size: int,
+    number: int,
+    by_size: bool = False,
+) -> list[str]:
     """Return the sequences of global batch `number`: the dataset of each, and the first line of its name.
 
     Those of the windows: with foreign_rate the context of some is of other documents, which are not named.
@@ -103,10 +120,12 @@ def names_in(sources: Sequence[Source], weights: Sequence[float], seed: int, bat
     import grain
 
     named = [
-        records.map(lambda record, path=source.records.path: f"{path.name}/{record['name'].splitlines()[0]}")
-        for source, records in zip(sources, _shuffled(sources, seed), strict=True)
+        grain.MapDataset.source(source).map(
+            lambda record, path=source.records.path: f"{path.name}/{record['name'].splitlines()[0]}"
+        )
+        for source in sources
     ]
-    mixed = grain.MapDataset.mix(named, weights)
+    mixed = _mixed(named, weights, seed, by_size)
     return [mixed[i] for i in range(number * batch_size, (number + 1) * batch_size)]
 
 

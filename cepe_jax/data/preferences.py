@@ -117,8 +117,7 @@ def texts_of(pair: Pair, route: Route) -> tuple[list[Message], list[str]]:
 def prepare_preferences(config: PreferenceConfig) -> None:
     """A dataset of pairs at `config.out`, as the chat template beside the tokenizer writes them."""
     tokenizer = Tokenizer(config.tokenizer)
-    template = Template(tokenizer)
-    build(config, tokenizer, PREFERENCES, SPLITS, features_of, PreferenceUnit, template.digest)
+    build(config, tokenizer, PREFERENCES, SPLITS, features_of, PreferenceUnit, Template(tokenizer))
 
 
 def features_of(tokenizer: Tokenizer) -> dict:

@@ -43,20 +43,25 @@ class ChatSetup:
     chunk_length: int  # tokens that leave the window at a time
     drops: bool  # True = a plain decoder forgets these; False = it refuses a turn for which there is no room
     cache: Policy
+    documents: tuple[str, ...] = ()  # texts that the template writes into the prompt
 
     @property
     def head(self) -> int:
         """The number of tokens before whatever a user says first."""
         messages = _first(self.system)
-        escape, ids = self.template.escape_for(messages), []
+        escape, ids = self.template.escape_for(messages, self.documents), []
         for text in "AB":
-            rendered = self.template.render([*messages, {"role": "user", "content": text}], escape)
+            rendered = self.template.render([*messages, {"role": "user", "content": text}], escape, self.documents)
             ids.append(self.template.tokenizer.encode_special(rendered, escape))
         return len(os.path.commonprefix(ids))
 
 
-def chat_setup(speaker: Speaker, system: str | None, overflow: Overflow, chunk_length: int) -> ChatSetup:
+def chat_setup(
+    speaker: Speaker, system: str | None, overflow: Overflow, chunk_length: int, documents: Sequence[str] = ()
+) -> ChatSetup:
     """Return the setup of a conversation with the model; ValueError if there is no room for one.
+
+    The template writes the documents into the prompt, where they stay.
 
     A model with an encoder encodes tokens before they would leave a cache for texts of any length. A plain decoder
     forgets them, and its conversations are endless.
@@ -69,7 +74,8 @@ def chat_setup(speaker: Speaker, system: str | None, overflow: Overflow, chunk_l
         window = speaker.cache.window if speaker.has_encoder else None
     else:
         check_has_window(window)
-    setup = ChatSetup(Template(speaker.tokenizer), system, window, chunk_length, drops, speaker.cache)
+    template = Template(speaker.tokenizer)
+    setup = ChatSetup(template, system, window, chunk_length, drops, speaker.cache, tuple(documents))
     check_head(setup.head, window, chunk_length if speaker.has_encoder or drops else 0)
     return setup
 
@@ -84,7 +90,7 @@ class Chat:
         self, model: Cepe | Llama, setup: ChatSetup, stop_ids: Sequence[int], context: ContextCache | None = None
     ):
         self.messages = _first(setup.system)
-        self._template, self._stop_ids = setup.template, set(stop_ids)
+        self._template, self._documents, self._stop_ids = setup.template, setup.documents, set(stop_ids)
         self._parts: list[tuple[str, list[int]]] = []  # the rendered conversation so far, piece by piece, and its ids
         self._answer: Generator[str, None, None] | None = None
         limits = setup.window, setup.head, setup.chunk_length
@@ -153,8 +159,8 @@ class Chat:
 
         Of what was rendered and drawn before, all that the template renders in the same way again keeps its ids.
         """
-        escape = self._template.escape_for([*self.messages, message])
-        rendered = self._template.render([*self.messages, message], escape)
+        escape = self._template.escape_for([*self.messages, message], self._documents)
+        rendered = self._template.render([*self.messages, message], escape, self._documents)
         kept, at = [], 0
         for part, ids in self._parts:
             if not rendered.startswith(part, at):

@@ -27,6 +27,7 @@ class GenerateConfig:
     prompt: str = ""  # text to continue
     chat: bool = False  # a conversation on standard input instead of a prompt
     system: str | None = None  # system message of a chat; None: the template's own
+    document_file: tuple[Path, ...] = ()  # files of text that the chat template writes into the prompt
     context_file: tuple[Path, ...] = ()  # files of text that the encoder reads
     contexts: Path | None = None  # a file of encoded contexts: those in it are not encoded again, new ones are added
     chunk_length: int = CHUNK_LENGTH  # tokens that the encoder reads at once
@@ -46,6 +47,8 @@ class GenerateConfig:
             raise ValueError("give a prompt, or chat for a conversation on standard input")
         if self.system is not None and not self.chat:
             raise ValueError("system is of a chat: put it into the prompt, or give chat")
+        if self.document_file and not self.chat:
+            raise ValueError("document_file is of a chat: put the text into the prompt, or give chat")
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {self.max_new_tokens}: give 1 or more")
         StopStrings(self.stop)
@@ -74,7 +77,8 @@ def run_generate(config: GenerateConfig) -> None:
         )
     setup = None
     if config.chat:
-        setup = chat_setup(facts, config.system, config.overflow, config.chunk_length)
+        documents = [read_text(path) for path in config.document_file]
+        setup = chat_setup(facts, config.system, config.overflow, config.chunk_length, documents)
         if facts.cache.window is not None:
             goes = "encoded" if facts.has_encoder else "forgotten, except the first ones"
             _note(f"of a conversation the cache keeps {facts.cache.window:,} tokens, and older ones are {goes}")

@@ -133,16 +133,19 @@ class TextModel:
         system: str | None = None,
         context: ContextCache | None = None,
         *,
+        documents: Sequence[str] = (),
         overflow: Overflow = "error",
         chunk_length: int = CHUNK_LENGTH,
     ) -> Chat:
         """Return a conversation by the chat template beside the tokenizer; of any length if there is an encoder.
 
+        The template writes the documents into the prompt, where the decoder reads them; ValueError if it does not.
+
         `overflow` is for a plain decoder: with "error" a turn is refused for which the window has no room, with
         "truncate_left" the oldest tokens are dropped, `chunk_length` at a time. `chat_setup` states the effect of a
         bounded cache.
         """
-        return self.begin(chat_setup(self, system, overflow, chunk_length), context)
+        return self.begin(chat_setup(self, system, overflow, chunk_length, documents), context)
 
     def begin(self, setup: ChatSetup, context: ContextCache | None = None) -> Chat:
         """Return a conversation with this setup, which `chat_setup` has made for this model."""

@@ -26,7 +26,7 @@ from cepe_jax.settings import decode
 from cepe_jax.sharding import make_mesh, partition_spec, place_batch
 from cepe_jax.training.objectives import Batch, Objective
 from cepe_jax.training.optimizer import OptimizerConfig
-from cepe_jax.training.run import CHECKPOINTS, check_template, starting_model
+from cepe_jax.training.run import CHECKPOINTS, agreed_template, starting_model
 from cepe_jax.training.settings import TrainConfig, compute_of, recipe_of, run_identity, sizes_of
 from cepe_jax.training.stages import STAGES
 from cepe_jax.training.trainer import TrainState, initial_state
@@ -84,7 +84,7 @@ class WarmUp:
             raise ValueError(
                 f"{data} was tokenised with another tokenizer than the data of {self.path}: prepare it with the same"
             )
-        check_template(self.config, [source])
+        agreed_template(self.config, [source])
         if (each := len(source.only(np.array(source.numbers[:1])))) != 1:
             raise ValueError(
                 f"{data}: its records make {each} examples each: sample them with --length={source.size}, one for each"

@@ -18,7 +18,7 @@ from cepe_jax.cost import peak_flops
 from cepe_jax.data.examples import Example
 from cepe_jax.data.loader import Sequences, batches, examples, names_in, open_mix
 from cepe_jax.data.records import NoDataset
-from cepe_jax.data.template import Template
+from cepe_jax.data.template import Template, has_template
 from cepe_jax.data.tokenizer import Tokenizer, file_in
 from cepe_jax.data.tokenizer_files import local_files
 from cepe_jax.devices import describe
@@ -44,6 +44,7 @@ from cepe_jax.training.settings import (
     sizes_of,
     start_of,
     tokens_of_step,
+    trained_length,
 )
 from cepe_jax.training.stages import STAGES, with_new_factors
 from cepe_jax.training.trainer import all_finite, init_state, make_train_step, train
@@ -86,7 +87,7 @@ def run_stage(config: TrainConfig) -> Path | None:
         log.info("%s is finished: remove %s to train again", model_dir, config.out)
         return model_dir
     STAGES[config.stage].check(config, config.data, sources)
-    check_template(config, sources)
+    template = agreed_template(config, sources)
     unseen = None if config.evaluation.data is None else held_out_examples(config, tokenizer)
     mesh = make_mesh(**dataclasses.asdict(mesh_of(config, jax.device_count())))
     sizes, compute = sizes_of(config, tokenizer.vocab_size), compute_of(config, jax.default_backend())
@@ -99,7 +100,7 @@ def run_stage(config: TrainConfig) -> Path | None:
         model = trained(config, model, run_identity(resolved), sources, unseen)
         if model is None:
             return None
-        save(model, model_dir, assets=tokenizer_home(config))
+        save(model, model_dir, tokenizer_home(config), trained_length(config), template)
     return model_dir
 
 
@@ -125,16 +126,27 @@ def starting_model(config: TrainConfig, sizes: Config, compute: Compute, tokeniz
     return model
 
 
-def check_template(config: TrainConfig, sources: Sequence[Sequences]) -> None:
-    """Raise ValueError unless the trained model will have the chat template that wrote the data, if one did."""
-    home = tokenizer_home(config)
-    for source in sources:
-        written = source.records.index["identity"].get("template")
-        if written is not None and Template(Tokenizer(home)).digest != written:
+def agreed_template(config: TrainConfig, sources: Sequence[Sequences]) -> str:
+    """Return the text of the chat template that the model gets from its data, "" if it has one or the data have none.
+
+    ValueError unless the template of the trained model is that which wrote the data, where one did.
+    """
+    written = [(source.records, source.records.index["identity"].get("template")) for source in sources]
+    written = [(records, digest) for records, digest in written if digest is not None]
+    if not written:
+        return ""
+    home, text = Tokenizer(tokenizer_home(config)), ""
+    if not has_template(home):
+        text = Template(written[0][0].tokenizer).source
+    own = Template(home, text=text).digest
+    for records, digest in written:
+        if digest != own:
+            where = written[0][0].path if text else home.path.parent
             raise ValueError(
-                f"{home} has another chat template than wrote {source.records.path}: copy that one there, or prepare "
-                f"the data again with --tokenizer={home}"
+                f"{where} has another chat template than wrote {records.path}: copy that one there, or prepare the "
+                f"data again with --tokenizer={where}"
             )
+    return text
 
 
 def note_settings(record: Path, resolved: dict) -> None:
@@ -161,7 +173,8 @@ def trained(
     counts = [sum(x.size for x in jax.tree.leaves(parts)) for parts in (trainable, frozen)]
     log.info("%s: %s parameters train, %s are frozen", config.stage, *(f"{count:,}" for count in counts))
     weights = list(config.mix.values()) or [1.0]
-    data = examples(sources, weights, recipe_of(config), config.seed)
+    by_size = config.mix_by == "size"
+    data = examples(sources, weights, recipe_of(config), config.seed, by_size)
     objective = stage.objective(config)
     accumulate = micro_batches(config, num_shards("batch"))
     evaluate = None
@@ -188,7 +201,7 @@ def trained(
             frozen,
             make_train_step(objective, optimizer, kind, accumulate),
             lambda first: placed_batches(data, config.batch_size, mesh, first, config.workers),
-            lambda step: names_in(sources, weights, config.seed, config.batch_size, step),
+            lambda step: names_in(sources, weights, config.seed, config.batch_size, step, by_size),
             checkpoints,
             evaluate,
         )
@@ -234,8 +247,10 @@ def dry_run(config: TrainConfig) -> Iterator[str]:
         if refusal is not None:
             raise refusal
         STAGES[config.stage].check(config, config.data, sources)
-        examples = {source.path.name: len(source) for source in sources}
-        yield from epochs(config.steps, config.batch_size, examples, list(config.mix.values()) or [1.0])
+        examples, weights = {source.path.name: len(source) for source in sources}, list(config.mix.values()) or [1.0]
+        if config.mix_by == "size":
+            weights = [weight * count for weight, count in zip(weights, examples.values(), strict=True)]
+        yield from epochs(config.steps, config.batch_size, examples, weights)
         if config.evaluation.data is not None:
             held_out_examples(config, tokenizer)
     except NoDataset as absent:

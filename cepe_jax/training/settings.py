@@ -52,12 +52,14 @@ class TrainConfig:
     decoder: str = ""  # a preset or a model directory; mlm: the encoder starts from its first layers
     encoder: str = ""  # a preset, which starts at random, or a model directory
     cepe: str = ""  # a model directory, in place of decoder and encoder
+    rope_theta: float = 0.0  # base of the decoder's RoPE, in place of its own and its scaling; 0 = the decoder's own
     cross_layers: CrossLayers = CrossLayers()  # layers of the decoder that read the memory
     cross_init: CrossInit = "copy"  # start of cross-attention's output: self-attention's (copy), zero, or random
     chunk_positions: int = 0  # distinct positions of chunks, counted from the last one; 0 = chunks have none
     train: tuple[str, ...] = ()  # parts: encoder, cross, decoder, head, decoder_lora, encoder_lora; []: the stage's own
     lora: LoraConfig | None = None  # the factors of decoder_lora and encoder_lora, where the model has none yet
     mix: dict[str, float] = field(default_factory=dict)  # weight of each dataset below `data`; {}: `data` is one
+    mix_by: Literal["weight", "size"] = "weight"  # size: a pass over all has each record as often as its weight
     workers: int = 0  # processes that load data; 0 = threads of this one
     examples: ExampleConfig = ExampleConfig()  # how sequences become examples
     distill: DistillConfig | None = None  # loss of stage ceped, which needs it
@@ -113,6 +115,12 @@ class TrainConfig:
                 )
         if not all(0 < weight < math.inf for weight in self.mix.values()):
             raise ValueError(f"mix is {self.mix}: give weights above 0")
+        if self.mix_by == "size" and not (self.mix and all(weight == int(weight) for weight in self.mix.values())):
+            raise ValueError(
+                f"mix is {self.mix} by size: give whole numbers, how often a pass has each record of a part"
+            )
+        if self.rope_theta and not 1 < self.rope_theta < math.inf:
+            raise ValueError(f"rope_theta is {self.rope_theta}: give a number above 1, or 0 for the decoder's own")
         if self.micro_batch < 0:
             raise ValueError(f"micro_batch is {self.micro_batch}: give a number, or 0 for all")
         for name in ("loss_chunk", "mlp_chunk"):
@@ -183,6 +191,11 @@ def may_train(start: Start) -> list[str]:
 
 def recipe_of(config: TrainConfig) -> Recipe:
     return STAGES[config.stage].recipe(config)
+
+
+def trained_length(config: TrainConfig) -> int:
+    """Return how many tokens the decoder is trained to read by a run that gives it another RoPE; 0 without one."""
+    return config.examples.window if config.rope_theta else 0
 
 
 def tokens_of_step(config: TrainConfig) -> int:

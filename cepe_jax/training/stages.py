@@ -21,6 +21,7 @@ from cepe_jax.config import (
     DecoderConfig,
     EncoderConfig,
     RewardConfig,
+    RopeConfig,
     preset,
     without_lora,
 )
@@ -91,7 +92,12 @@ def part_config(name: str, start: str, presets: dict[str, Config], vocab_size: i
 
 
 def decoder_config(config: Settings, vocab_size: int | None) -> DecoderConfig:
-    return part_config("decoder", config.decoder, DECODERS, vocab_size)
+    return with_rope(part_config("decoder", config.decoder, DECODERS, vocab_size), config)
+
+
+def with_rope(sizes: DecoderConfig, config: Settings) -> DecoderConfig:
+    """Return the decoder's config with the RoPE that the run gives it: another base makes it plain."""
+    return dataclasses.replace(sizes, rope=RopeConfig(config.rope_theta)) if config.rope_theta else sizes
 
 
 def encoder_config(config: Settings, vocab_size: int | None) -> EncoderConfig:
@@ -171,7 +177,7 @@ def cepe_model(config: Settings, sizes: CepeConfig, compute: Compute, master: tu
 
 
 def spliced_model(config: Settings, sizes: CepeConfig, compute: Compute, master: tuple[str, ...]) -> Cepe:
-    decoder = load(config.decoder, compute, tuple({"decoder", "decoder_lora"} & set(master)))
+    decoder = load(config.decoder, compute, tuple({"decoder", "decoder_lora"} & set(master)), sizes.decoder)
     encoder = part_model(
         config.encoder, config.seed, sizes.encoder, compute, tuple({"encoder", "encoder_lora"} & set(master))
     )
@@ -199,13 +205,15 @@ def reward_config(config: Settings, vocab_size: int | None) -> RewardConfig | Co
     if type(sizes) not in wanted:
         raise ValueError(f"{where} has a {type(sizes).__name__}: give a {' or a '.join(k.__name__ for k in wanted)}")
     if type(sizes) is DecoderConfig:
-        return RewardConfig(sizes)
+        return RewardConfig(with_rope(sizes, config))
+    if type(sizes) is RewardConfig:
+        return RewardConfig(with_rope(sizes.decoder, config))
     return ContextRewardConfig(**vars(sizes)) if type(sizes) is CepeConfig else sizes
 
 
 def reward_model(config: Settings, sizes: Config, compute: Compute, master: tuple[str, ...]) -> Reward:
     where, key = reward_start(config), jax.random.key(config.seed)
-    if not Path(where).exists() or open_model(where).config == sizes:
+    if not Path(where).exists() or type(open_model(where).config) is type(sizes):
         return part_model(where, config.seed, sizes, compute, master)
     base = CepeConfig(**vars(sizes)) if config.cepe else sizes.decoder
     model = load(where, compute, tuple(name for name in master if name != "head"), base)
@@ -213,16 +221,21 @@ def reward_model(config: Settings, sizes: Config, compute: Compute, master: tupl
 
 
 OWN_PARTS = ("encoder", "cross"), ("decoder",)  # of a CEPE: those that train where nothing is said, and the rest
-DECODER = Start(("decoder",), decoder_config, decoder_model, ("decoder",))
+ROPE = ("rope_theta",)
+DECODER = Start(("decoder",), decoder_config, decoder_model, ("decoder",), settings=ROPE)
 ENCODER = Start(("encoder",), masked_config, encoder_model, ("encoder",))
 ENCODER_AFTER_DECODER = Start(("decoder", "encoder"), masked_like_decoder, encoder_after_decoder, ("encoder",))
 CEPE = Start(("cepe",), cepe_config, cepe_model, *OWN_PARTS)
 SPLICED = Start(
-    ("decoder", "encoder"), spliced_config, spliced_model, *OWN_PARTS, ("cross_layers", "cross_init", "chunk_positions")
+    ("decoder", "encoder"),
+    spliced_config,
+    spliced_model,
+    *OWN_PARTS,
+    ("cross_layers", "cross_init", "chunk_positions", *ROPE),
 )
 
 
-REWARD = Start(("decoder",), reward_config, reward_model, ("decoder", "head"))
+REWARD = Start(("decoder",), reward_config, reward_model, ("decoder", "head"), settings=ROPE)
 CONTEXT_REWARD = Start(("cepe",), reward_config, reward_model, ("encoder", "cross", "head"), ("decoder",))
 
 
@@ -323,7 +336,8 @@ def check_teacher(config: Settings, data: Place, sources: Sequence[Sequences]) -
         raise ValueError(
             f"{data}: the decoder is the teacher and cannot train: leave it out, or prepare a teacher's data"
         )
-    check_positions(open_model(config.cepe or config.decoder), config.examples.span)
+    if not config.rope_theta:
+        check_positions(open_model(config.cepe or config.decoder), config.examples.span)
     log.info("teacher of %s: the frozen decoder", data)
 
 

@@ -15,7 +15,7 @@ from typing import Any, TypedDict
 
 import numpy as np
 
-from cepe_jax.data.tokenizer_files import BESIDE, NAMES
+from cepe_jax.data.tokenizer_files import BESIDE, NAMES, TEMPLATE
 from cepe_jax.directories import new_directory, write_json, write_text
 from cepe_jax.parsing import check_is_file, read_json, shortened, typed
 from cepe_jax.progress import track
@@ -26,7 +26,7 @@ from cepe_jax.weights.kinds import KINDS, Config
 
 FORMAT = "cepe_jax"
 CONFIG = "config.json"  # written last: a directory that has it is whole
-ASSETS = *NAMES, *BESIDE, "chat_template.jinja", "chat_template.json", "generation_config.json"
+ASSETS = *NAMES, *BESIDE, TEMPLATE, "chat_template.json", "generation_config.json"
 
 
 class FileNote(TypedDict):
@@ -161,12 +161,17 @@ def decoder_hash(tensors: dict[str, Description], *prefixes: str) -> str | None:
     return digest(chosen) if chosen else None
 
 
-def copy_assets(source: Path | str | None, to: Path) -> None:
-    """The tokenizer, chat template and generation files of `source`, those that exist, are in `to`."""
+def copy_assets(source: Path | str | None, to: Path, template: str = "") -> None:
+    """The tokenizer, chat template and generation files of `source`, those that exist, are in `to`.
+
+    So is `template`, the text of another chat template, if there is one.
+    """
     for name in ASSETS if source is not None else ():
         if (path := Path(source) / name).exists():
             check_is_file(path)
             shutil.copyfile(path, to / name)
+    if template:
+        write_text(to / TEMPLATE, template)
 
 
 def _config_to(config: Config) -> dict:

@@ -167,6 +167,12 @@ def window_of(facts: dict) -> int | None:
     return min((count for count in (positions, slides) if count is not None), default=None)
 
 
+def with_window(facts: dict, length: int) -> dict:
+    """Return the facts of a decoder that was trained to read this many tokens, all of them at once."""
+    slides = OF_MODEL_TYPE.get(facts.get("model_type"), LLAMA).slides
+    return facts | {"max_position_embeddings": length} | ({"sliding_window": None} if slides else {})
+
+
 def read_mlm(hf: dict, where: str) -> EncoderConfig:
     _refuse(hf, _harmless(LLAMA) | OF_PLAIN | OF_ENCODER | {"tie_word_embeddings": (True, None)}, where)
     return typed(_fields(hf, typed(hf, _Transformer, where), where) | {"mlm_head": True}, EncoderConfig, where)

@@ -13,7 +13,7 @@ from cepe_jax.weights.directory import CONFIG, FORMAT, Directory, copy_assets, n
 from cepe_jax.weights.factors import Peft, base_of, is_peft
 from cepe_jax.weights.files import existing
 from cepe_jax.weights.gguf import SUFFIX, Gguf
-from cepe_jax.weights.hf_config import window_of
+from cepe_jax.weights.hf_config import window_of, with_window
 from cepe_jax.weights.huggingface import HuggingFace
 from cepe_jax.weights.kinds import Config
 
@@ -53,16 +53,19 @@ def load(
     return build(config or source.config, compute, source.read, master)
 
 
-def save(model: Model, path: Path | str, assets: Path | str | None = None) -> None:
+def save(model: Model, path: Path | str, assets: Path | str | None = None, length: int = 0, template: str = "") -> None:
     """Write `model` to `path` in our format, with the tokenizer files and Hugging Face facts of directory `assets`.
 
-    Of many processes, which all call this, the first writes.
+    `length` is how many tokens its decoder was trained to read, where that is more than the facts say, and `template`
+    the text of a chat template, where the assets have none. Of many processes, which all call this, the first writes.
     """
     has_config = assets is not None and (is_peft(Path(assets)) or (Path(assets) / CONFIG).is_file())
     facts = open_model(assets).facts if has_config else {}
+    if length > (window_of(facts) or 0):
+        facts = with_window(facts, length)
     tensors = track(tensors_of(model), f"writing {path}", len(shapes(model.config)))
     if is_first():
-        write(path, model.config, tensors, facts, partial(copy_assets, assets))
+        write(path, model.config, tensors, facts, partial(copy_assets, assets, template=template))
     else:
         for _ in tensors:
             pass  # the first process needs this one's part of each

@@ -1,6 +1,8 @@
 """Conversations to windows: every token accounted for, labels that are the assistant's, and lines that are refused."""
 
+import dataclasses
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -119,6 +121,23 @@ def test_mixtures_and_names(home):
     assert batch["context"].shape == (8, 3, 8)
     names = names_in(sources, [1.0, 3.0], 0, 8, 0)
     assert sorted(name.split("/")[0] for name in names) == ["data-documents"] * 6 + ["data-raw"] * 2
+
+
+def test_a_blend_by_size_has_all_conversations_once(home):
+    """In windows of several too: every conversation of both parts in each pass, none twice."""
+    mix = {"data-raw": 1.0, "data-raw-too": 1.0}
+    prepare_conversations(dataclasses.replace(config_of(home, "raw"), out=home / "data-raw-too", seed=1))
+    sources = open_mix(home, mix, PLAIN)
+    windows = sum(map(len, sources))
+    assert windows < sum(len(source.numbers) for source in sources)
+    data = examples(sources, [1.0, 1.0], PLAIN, seed=0, by_size=True)
+    wanted = Counter(tuple(r["tokens"][:-1].tolist()) for source in sources for r in source.records)
+    for first in (0, windows):
+        seen = Counter()
+        for example in (data[i] for i in range(first, first + windows)):
+            tokens, segments = example["tokens"], example["segments"]
+            seen.update(tuple(tokens[segments == n].tolist()) for n in range(1, segments.max() + 1))
+        assert seen == wanted
 
 
 @pytest.mark.parametrize(

@@ -90,6 +90,24 @@ def test_the_sequences_of_a_batch_have_names(home):
     assert len({name[0] for name in names}) == 2
 
 
+def test_a_mixture_by_size_is_exact_in_each_pass(home):
+    """Each of the 50 + 25 windows as often as its part's weight says, pass for pass, in another order; names agree."""
+    mix, recipe, each = {"a": 1.0, "b": 2.0}, Windows(CONFIG), LENGTH // CONFIG.window
+    windows = {(n, part * CONFIG.window) for n in range(15) for part in range(each)}
+    sources, weights = open_mix(home, mix, recipe), list(mix.values())
+    data, size = examples(sources, weights, recipe, 0, by_size=True), each * (10 + 2 * 5)
+    orders = [[place(data[i]) for i in range(first, first + size)] for first in (0, size, 2 * size)]
+    for order in orders:
+        assert Counter(order) == {window: 1 if window[0] < 10 else 2 for window in windows}
+    assert orders[0] != orders[1] != orders[2]
+    assert len({n < 10 for n, _ in orders[0][: size // 2]}) == 2  # one after the other they would be apart
+    batch = take(data, 6)[5]
+    owners = [int(row[0]) // FAR - 1 for row in batch["tokens"]]
+    names = [f"a/{owner}@0" if owner < 10 else f"b/{owner - 10}@0" for owner in owners]
+    assert names_in(sources, weights, seed=0, batch_size=4, number=5, by_size=True) == names
+    assert same(take(data, 9)[4:], take(data, 5, first=4))
+
+
 @pytest.mark.parametrize("stage", ["lm", "cepe"])
 def test_hosts_share_the_global_batch(home, stage):
     """Hosts with any rows of the global batches see those rows of them, from any batch on, and nothing else."""

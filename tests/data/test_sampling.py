@@ -10,13 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from support.datasets import write_documents
 from support.refusals import one_line
 
-from cepe_jax.data.builder import Builder, ShardWriter, array, text
-from cepe_jax.data.corpus import NAME
-from cepe_jax.data.records import Records, read_index, shard_path
+from cepe_jax.data.records import Records, read_index
 from cepe_jax.data.sampling import SampleConfig, apportion, packs, quotas, sample, supply, windows
-from cepe_jax.data.tokenizer_training import train
 
 # Of each shard, the documents' lengths by domain. 8 and 9 tokens: at and above the length of most tests.
 SHARDS = [
@@ -26,29 +24,9 @@ SHARDS = [
 ]
 
 
-def write_documents(out: Path, shards=SHARDS) -> Path:
-    """A dataset of documents in which no token is twice: a token says whence it is."""
-    tokenizer = train(["some words, some more words"] * 20, 275, out.with_suffix(".model"))
-    builder = Builder(out, {}, tokenizer)
-    features = {"tokens": array(np.uint16, None), "name": text(), "domain": text()}
-    first = 0
-    for number, domains in enumerate(shards):
-        writer = ShardWriter(shard_path(out, NAME, "train", number, len(shards)), features)
-        documents = [(domain, length) for domain, lengths in domains.items() for length in lengths]
-        for place in np.random.default_rng(number).permutation(len(documents)):  # the domains among each other
-            domain, length = documents[place]
-            tokens = np.arange(first, first := first + length, dtype=np.uint16)
-            record = {"tokens": tokens, "name": f"{domain}/{number}@{place}.txt", "domain": domain}
-            writer.write(record, domain, length)
-        builder.mark(number, [], {"splits": {"train": writer.close()}})
-    marks = [builder.marked(number, []) for number in range(len(shards))]
-    builder.register(NAME, features, marks, {"tokenizer": tokenizer.fingerprint()})
-    return out
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    return write_documents(tmp_path_factory.mktemp("documents") / "data")
+    return write_documents(tmp_path_factory.mktemp("documents") / "data", SHARDS)
 
 
 @pytest.fixture(scope="module")

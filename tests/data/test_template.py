@@ -316,7 +316,7 @@ def test_targets_are_what_the_template_marks(chat, theirs, messages, tmp_path):
             "{{ '<|assistant|>\n'  + message['content'] + eos_token }}",
             "{{ '<|assistant|>\n' }}{% generation %}{{ message['content'] + eos_token }}{% endgeneration +%}",
         ),
-    }[chat._source]
+    }[chat.source]
     assert "endgeneration" in marked
     settings = json.loads((chat.tokenizer.path.parent / "tokenizer_config.json").read_text())
     for name in ("tokenizer.json", "tokenizer_config.json"):

@@ -86,6 +86,31 @@ def test_frequencies_are_those_of_transformers(name):
     assert factor == pytest.approx(wanted_factor)
 
 
+def test_tables_of_a_base_for_131072_positions_are_transformers():
+    """ChatQA 2's base. Theirs are computed from frequencies in fp64: they take powers in fp32, whose last bits 131,072
+    positions turn into angles of 0.01, in pairs whose frequency differs.
+    """
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    theta, positions, width = 1.5e8, 131_072, 128
+    sizes = {"hidden_size": 2 * width, "num_attention_heads": 2, "head_dim": width}
+    rope = {"rope_type": "default", "rope_theta": theta}
+    theirs = LlamaRotaryEmbedding(LlamaConfig(**sizes, max_position_embeddings=positions, rope_parameters=rope))
+    ours, factor = inverse_frequencies(RopeConfig(theta=theta), width)
+    np.testing.assert_allclose(ours, theirs.inv_freq.numpy(), rtol=2**-23)
+    assert factor == theirs.attention_scaling == 1
+    theirs.inv_freq = (theta ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)).float()
+    wanted = theirs(torch.zeros(()), torch.arange(positions)[None])
+    table = rope_table(RopeConfig(theta=theta), width, np.arange(positions)[None])
+    for one, their_one in zip(table, wanted, strict=True):
+        first, second = np.split(their_one[0].numpy(), 2, axis=-1)  # they write the angle of both numbers of a pair
+        np.testing.assert_allclose(one[0, :, 0], first, rtol=0, atol=1e-6)
+        np.testing.assert_allclose(one[0, :, 0], second, rtol=0, atol=1e-6)
+
+
 def test_rotation_turns_pairs_half_a_head_apart():
     """As complex numbers: pair (i, i + H/2) times factor * exp(i * position * frequency)."""
     config = CONFIGS["yarn_set"]

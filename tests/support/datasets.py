@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from cepe_jax.data.builder import Builder, ShardWriter, array, text
-from cepe_jax.data.corpus import PrepareConfig, prepare
+from cepe_jax.data.corpus import NAME, PrepareConfig, prepare
 from cepe_jax.data.records import Records, shard_path
 from cepe_jax.data.sampling import SampleConfig, sample
 from cepe_jax.data.tokenizer import Tokenizer
@@ -46,6 +46,29 @@ def write(
         marks.append({"splits": {"train": shard.close()}})
     builder.register(name, features, marks, {"tokenizer": tokenizer.fingerprint()} | facts)
     return path
+
+
+def write_documents(out: Path, shards: list[dict[str, list[int]]], ends: bool = False) -> Path:
+    """Write documents of these lengths, by domain in each shard, in which no token is twice; with `ends` BOS and EOS.
+
+    A token says whence it is: those of a document follow each other. The domains of a shard are in random order.
+    """
+    tokenizer = train(["some words, some more words"] * 20, 275, out.with_suffix(".model"))
+    builder = Builder(out, {}, tokenizer)
+    first = tokenizer.vocab_size if ends else 0
+    for number, domains in enumerate(shards):
+        writer = ShardWriter(shard_path(out, NAME, "train", number, len(shards)), SEQUENCE)
+        documents = [(domain, length) for domain, lengths in domains.items() for length in lengths]
+        for place in np.random.default_rng(number).permutation(len(documents)):
+            domain, length = documents[place]
+            tokens = np.arange(first, first := first + length, dtype=np.uint16)
+            if ends:
+                tokens[0], tokens[-1] = tokenizer.bos_id, tokenizer.eos_id
+            writer.write({"tokens": tokens, "name": f"{domain}/{number}@{place}.txt", "domain": domain}, domain, length)
+        builder.mark(number, [], {"splits": {"train": writer.close()}})
+    marks = [builder.marked(number, []) for number in range(len(shards))]
+    builder.register(NAME, SEQUENCE, marks, {"tokenizer": tokenizer.fingerprint()})
+    return out
 
 
 def write_sequences(

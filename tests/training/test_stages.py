@@ -337,6 +337,8 @@ def test_factors_train_beside_a_frozen_decoder_and_go_on(runs, data, tmp_path):
         ({"train": ("head",)}, "train names head: stage cepe may train encoder, cross, decoder, .*decoder_lora"),
         ({"lora": LoraConfig()}, "lora .*add decoder_lora"),
         ({"mix": {"a": 0.0}}, r"mix is \{'a': 0.0\}: .*above 0"),
+        ({"mix": {"a": 1.5}, "mix_by": "size"}, r"mix is \{'a': 1.5\} by size: .*whole"),
+        ({"mix_by": "size"}, r"mix is \{\} by size"),
         ({"workers": -1}, "workers is -1: .*processes"),
         ({"keep": -1}, "keep is -1: "),
         ({"cross_layers": CrossLayers("last", 2)}, "cross_layers .*stage cepe from cepe"),
