@@ -250,7 +250,7 @@ def test_wrong_conversions_are_refused(parse_command, command, said):
 )
 def test_sizes_are_the_papers_where_no_model_is_named(parse_command, settings, parts):
     """The stage is that of training, whatever step is compiled."""
-    for command in ("compile_step.py --topology=v5e:2x2 --step=decode", "benchmark.py train", "benchmark.py memory"):
+    for command in ("compile_step.py --topology=v5e:2x2 --step=decode", "benchmark.py train"):
         shared = f"--config configs/train_cepe.yaml {settings}"
         config = parse_command(f"python scripts/{command} {shared}")
         assert (config.decoder, config.encoder, config.cepe) == parts
