@@ -496,7 +496,7 @@ def test_meshes():
     for mesh, result in zip(MESHES, results, strict=True):
         assert result["error"] < 1e-5, f"{mesh} {result}"
         assert result["tokens"] == result["wanted"], f"{mesh} {result}"
-        assert result["a device's tokens"] == 256 // mesh["context"]
+        assert result["a device's tokens"] == 256 // mesh["memory"]
         rows = mesh.get("data", mesh.get("fsdp", 1))
         assert result["shapes"][0] == [rows, 8 // rows, CHUNK], f"{mesh} {result}"  # five chunks and three of padding
         assert result["chunks of a device"] == 1
@@ -538,7 +538,7 @@ def main() -> None:
             already = next_token._cache_size()
             tokens = generate(model, prompts, memory, max_new_tokens=8, sampling=HOT)
             compiled = next_token._cache_size() - already
-            shape = sizes.get("data", 1), sizes["context"], CHUNK
+            shape = sizes.get("data", 1), sizes["memory"], CHUNK
             chunks = np.zeros(shape, np.int32), np.ones(shape, bool)
             program = encode_chunks.lower(model, *chunks).compile()
             states = np.concatenate([passage.states_LE for passage in cache.passages])
