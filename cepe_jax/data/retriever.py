@@ -70,19 +70,17 @@ class Retriever:
     def __init__(self, documents: Iterable[Document], tokenizer: Tokenizer, config: RetrieverConfig, name: str):
         """Index the documents, whose tokens are the tokenizer's; errors call them `name`."""
         encode = load_encoder(config.encoder) if config.encoder else None
-        self.name, self._tokenizer = name, tokenizer
+        self.name, self._order = name, config.order
         self._passages = Passages.of(track(documents, "read, documents"), config.chunk)
         if not len(self):
             raise ValueError(f"{name} has no documents: give a corpus with text")
-
-        def texts(what: str) -> Iterator[str]:
-            return track(self._passages.texts(tokenizer), what, len(self))
-
+        self._texts = list(track(self._passages.texts(tokenizer), "read, chunks", len(self)))
+        self._blank = np.array([n for n, text in enumerate(self._texts) if not text.strip()], int)  # such as EOS alone
         searchers: list[Searcher] = []
         if config.search != "dense":
-            searchers.append(BM25.of(texts("index, chunks"), only_matches=True))
+            searchers.append(BM25.of(track(self._texts, "index, chunks"), only_matches=True))
         if encode:
-            searchers.append(Dense.of(texts("encode, chunks"), encode))
+            searchers.append(Dense.of(track(self._texts, "encode, chunks"), encode))
         self._searcher = Fused(searchers, len(self)) if config.search == "fused" else searchers[0]
 
     @classmethod
@@ -104,19 +102,33 @@ class Retriever:
 
     def search(self, question: str, k: int) -> list[Chunk]:
         """Return the best k chunks, the best first; fewer if BM25 searches and fewer share a word with the question."""
-        if k < 1:
-            raise ValueError(f"k is {k}: give 1 or more")
+        check_k(k)
         if k > len(self):
             size = self._passages.length
             raise ValueError(f"k is {k}, and {self.name} has {len(self)} chunks of {size} tokens: ask for fewer")
-        numbers_QK, scores_QK = self._searcher.search([question], [np.zeros(0, int)], k)
+        numbers_QK, scores_QK = self._searcher.search([question], [self._blank], k)
         pairs = zip(numbers_QK[0].tolist(), scores_QK[0].tolist(), strict=True)
         return [self._chunk(number, score) for number, score in pairs if number >= 0]
 
+    def in_order(self, chunks: list[Chunk]) -> list[Chunk]:
+        """Return the chunks, of which the best is first, in the order in which a prompt has them."""
+        match self._order:
+            case "best_first":
+                return list(chunks)
+            case "best_last":
+                return chunks[::-1]
+            case "document":
+                return sorted(chunks, key=lambda chunk: chunk.number)
+
     def _chunk(self, number: int, score: float) -> Chunk:
-        tokens = self._passages[number].tolist()
-        place = self._passages.name(number), int(self._passages.start[number]), len(tokens)
-        return Chunk(number, *place, score, self._tokenizer.decode(tokens))
+        place = self._passages.name(number), int(self._passages.start[number]), len(self._passages[number])
+        return Chunk(number, *place, score, self._texts[number])
+
+
+def check_k(k: int) -> None:
+    """Raise ValueError unless at least one chunk is asked for."""
+    if k < 1:
+        raise ValueError(f"k is {k}: give 1 or more")
 
 
 def splits_of(corpus: Path, split: str) -> list[str]:
@@ -140,14 +152,3 @@ def documents_in(folder: Path, tokenizer: Tokenizer, patterns: tuple[str, ...]) 
                 continue
             parts = (np.asarray(part, dtype) for part in tokenizer.parts(document.text))
             yield Document(document.name, np.concatenate([*parts]), document.domain)
-
-
-def in_order(chunks: list[Chunk], order: Order) -> list[Chunk]:
-    """Return the chunks, of which the best is first, in the order in which a prompt has them."""
-    match order:
-        case "best_first":
-            return list(chunks)
-        case "best_last":
-            return chunks[::-1]
-        case "document":
-            return sorted(chunks, key=lambda chunk: chunk.number)

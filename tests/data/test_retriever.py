@@ -13,7 +13,7 @@ from support.tracing import HASHED, hashed, write_corpus, write_tokenizer
 
 from cepe_jax.data.corpus import Corpus, PrepareConfig, features_of, prepare
 from cepe_jax.data.passages import Passages
-from cepe_jax.data.retriever import Chunk, Retriever, RetrieverConfig, documents_in, in_order
+from cepe_jax.data.retriever import Retriever, RetrieverConfig, documents_in
 from cepe_jax.data.search import Fused
 from cepe_jax.data.tokenizer import Tokenizer
 
@@ -128,12 +128,23 @@ def test_tokens_are_at_most_k_chunks(home, k):
     assert max(chunk.length for chunk in found) == 20
 
 
-def test_order_in_the_prompt():
-    found = [Chunk(number, "d", 0, 1, 1.0, "") for number in (7, 2, 9, 4)]
-    numbers = {
-        order: [chunk.number for chunk in in_order(found, order)] for order in ("best_first", "best_last", "document")
-    }
-    assert numbers == {"best_first": [7, 2, 9, 4], "best_last": [4, 9, 2, 7], "document": [2, 4, 7, 9]}
+def test_order_in_the_prompt(home):
+    numbers = {}
+    for order in ("best_first", "best_last", "document"):
+        retriever = opened(home, chunk=16, order=order)
+        found = retriever.search(QUESTION, 6)
+        numbers[order] = [chunk.number for chunk in retriever.in_order(found)]
+    best = np.argsort(-bm25_scores(QUESTION, list(cut(home, 16).values())), kind="stable")[:6].tolist()
+    assert best not in (sorted(best), sorted(best)[::-1])
+    assert numbers == {"best_first": best, "best_last": best[::-1], "document": sorted(best)}
+
+
+def test_chunks_without_text_are_not_found(home):
+    """With chunks of a token each document's BOS and EOS are chunks, whose vectors are as good as any."""
+    retriever = opened(home, chunk=1, search="dense", encoder=HASHED)
+    found = retriever.search("zzz", len(retriever))
+    assert len(found) == sum(text.strip() != "" for text in cut(home, 1).values()) < len(retriever) - 60
+    assert all(chunk.text.strip() for chunk in found)
 
 
 def test_a_folder_of_texts(tmp_path, caplog):
@@ -165,8 +176,8 @@ def test_all_splits_or_one(tmp_path):
     )
     names = {}
     for split in ("train", "test", "retrieval", ""):
-        retriever = Retriever.open(tmp_path / "out", tokenizer, RetrieverConfig(split=split))
-        names[split] = [chunk.document for chunk in in_order(retriever.search("fox", len(retriever)), "document")]
+        retriever = Retriever.open(tmp_path / "out", tokenizer, RetrieverConfig(split=split, order="document"))
+        names[split] = [chunk.document for chunk in retriever.in_order(retriever.search("fox", len(retriever)))]
         if split:
             assert names[split] == [document.name for document in Corpus(tmp_path / "out", split)]
     assert names[""] == [*names["train"], *names["test"], *names["retrieval"]]

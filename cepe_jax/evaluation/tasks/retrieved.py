@@ -4,12 +4,12 @@ import dataclasses
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
 
-from cepe_jax.data.retriever import Retriever, RetrieverConfig, in_order
+from cepe_jax.data.retriever import Retriever, RetrieverConfig
 from cepe_jax.data.tokenizer import Tokenizer
 from cepe_jax.evaluation.tasks.metrics import substring_match
 from cepe_jax.evaluation.tasks.questions import Question
+from cepe_jax.inference.answers import Into
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +18,7 @@ class Retrieve(RetrieverConfig):
 
     corpus: Path  # the documents that are searched: a dataset of them, or a folder of texts
     k: tuple[int, ...] = (5,)  # chunks of a question, with a result for each of these numbers; 0: none
-    into: Literal["encoder", "decoder"] | None = None  # whose the chunks are; None: as contexts, as model.reads says
+    into: Into | None = None  # whose the chunks are; None: as contexts, as model.reads says
 
     def __post_init__(self):
         super().__post_init__()
@@ -43,8 +43,8 @@ def with_chunks(question: Question, k: int, config: Retrieve, tokenizer: Tokeniz
 
     `recall` is 1 if one of the answers stands in a chunk, both normalised as for `substring_match`.
     """
-    found = opened_retriever(config, tokenizer).search(question.question, k) if k else []
-    chunks = in_order(found, config.order)
+    retriever = opened_retriever(config, tokenizer)
+    chunks = retriever.in_order(retriever.search(question.question, k)) if k else []
     contexts = tuple(chunk.text for chunk in chunks)
     return dataclasses.replace(
         question,
