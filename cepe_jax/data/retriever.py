@@ -141,14 +141,18 @@ def splits_of(corpus: Path, split: str) -> list[str]:
 
 
 def documents_in(folder: Path, tokenizer: Tokenizer, patterns: tuple[str, ...]) -> Iterator[Document]:
-    """Yield the texts in a folder, tokenised, without BOS and EOS; those that cannot be read are told and left out."""
+    """Yield the texts in a folder, tokenised, without BOS and EOS.
+
+    Empty ones are left out, and so are those that cannot be read, which are told.
+    """
     dtype = token_dtype(tokenizer.vocab_size)
     for extent in chain.from_iterable(plan(folder, patterns, (), 1 << 28)):
         if any(part.startswith(".") for part in PurePath(extent.path).parts[:-1]):
             continue
         for document in read(folder, extent, ""):
-            if document.fault:
+            if document.text is None:
                 log.warning("left out: %s", document.fault)
+            if document.fault:
                 continue
             parts = (np.asarray(part, dtype) for part in tokenizer.parts(document.text))
             yield Document(document.name, np.concatenate([*parts]), document.domain)

@@ -15,6 +15,7 @@ class PromptRetrieval(RetrieverConfig):
     """How many chunks of a corpus a prompt gets, and who reads them."""
 
     k: int = 5  # chunks for the prompt
+    query: str = ""  # text that is searched for; "": the prompt, with all its words
     into: Into | None = None  # who reads them; None: the encoder if there is one
 
     def __post_init__(self):
@@ -46,16 +47,18 @@ def answer(
     retriever: Retriever,
     *,
     k: int = PromptRetrieval.k,
+    query: str = PromptRetrieval.query,
     into: Into | None = None,
     chunk_length: int = CHUNK_LENGTH,
     **options,
 ) -> Answer:
     """Return what the model writes after the prompt and the best k chunks for it, in the retriever's order.
 
+    `query` is searched for; if empty, the prompt is.
     The encoder reads a chunk in pieces of `chunk_length` tokens. `options` are those of `TextModel.generate`.
     """
     reader = reader_of(into, model.has_encoder)
-    found = retriever.search(prompt, k)
+    found = retriever.search(query or prompt, k)
     chunks = retriever.in_order(found)
     context = None
     if reader == "encoder" and chunks:

@@ -109,9 +109,9 @@ def _retrieved(facts: ModelFacts, config: GenerateConfig) -> tuple[list[Chunk], 
     settings = config.retrieve or PromptRetrieval()
     reader = reader_of(settings.into, facts.has_encoder)
     retriever = Retriever.open(config.corpus, facts.tokenizer, settings)
-    found = retriever.search(config.prompt, settings.k)
+    found = retriever.search(settings.query or config.prompt, settings.k)
     if not found:
-        _note(f"no chunk of {config.corpus} has a word of the prompt: nothing of it is read")
+        _note(f"no chunk of {config.corpus} has a word of what is searched for: nothing of it is read")
     if config.timings:
         _note(f"corpus: {len(found)} of {len(retriever):,} chunks, {time.perf_counter() - start:.2f} s")
     chunks = retriever.in_order(found)

@@ -73,6 +73,18 @@ def test_the_prompt_has_the_chunks(plain_home, plain_model, config, corpus, monk
     assert answer(plain_model, PROMPT, retriever, k=3, max_new_tokens=6, sampling=HOT).text == text
 
 
+def test_a_query_is_searched_instead_of_the_prompt(text_model, config, corpus, capsys):
+    run_generate(config(retrieve={"query": "return"}))
+    context = text_model.encode([TEXTS["d.py"]], chunk_length=CHUNK)
+    wanted = text_model.generate(PROMPT, context, max_new_tokens=6, sampling=HOT)
+    assert capsys.readouterr().out == wanted + "\n"
+    retriever = Retriever.open(corpus, text_model.tokenizer, RetrieverConfig())
+    said = answer(
+        text_model, PROMPT, retriever, k=3, query="return", chunk_length=CHUNK, max_new_tokens=6, sampling=HOT
+    )
+    assert said.text == wanted
+
+
 @pytest.mark.parametrize(("order", "names"), [("best_first", BEST), ("document", BEST), ("best_last", BEST[::-1])])
 def test_the_order_is_a_setting(text_model, config, capsys, order, names):
     run_generate(config(retrieve={"into": "decoder", "order": order}))
