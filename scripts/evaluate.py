@@ -10,6 +10,8 @@ tasks: Ask one model the questions of one task.
     python scripts/evaluate.py tasks --model.path=cepe-7b --family=qa --data=nq.jsonl --axis="[0, 20]" --out=out/nq
     python scripts/evaluate.py tasks --model.path=cepe-7b --family=synthetic --axis="[4096, 32768]" --samples=50 \\
         --out=out/needle
+    python scripts/evaluate.py tasks --model.path=cepe-7b --family=qa --data=questions.jsonl --out=out/retrieved \\
+        --retrieve.corpus=data/documents --retrieve.k="[0, 1, 5, 20]" --retrieve.chunk=300
 
 sweep: Evaluate every model on every set of data, and go on where an earlier run stopped.
     python scripts/evaluate.py sweep --config configs/eval_qa.yaml --out=out/qa

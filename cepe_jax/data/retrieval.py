@@ -5,24 +5,23 @@ result is a dataset whose record i belongs to record i of the sequences.
 """
 
 import functools
-import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypedDict
 
 import numpy as np
 
 from cepe_jax.data.builder import Builder, ShardWriter, array, text, token_dtype
 from cepe_jax.data.corpus import Corpus
-from cepe_jax.data.examples import PAD, RETRIEVED
-from cepe_jax.data.records import Count, Records, joins, opened, shard_path
+from cepe_jax.data.examples import RETRIEVED
+from cepe_jax.data.passages import Passages
+from cepe_jax.data.records import Records, joins, opened, shard_path
 from cepe_jax.data.sampling import documents_in
-from cepe_jax.data.search import BATCH, BM25, Dense, Encoder, Searcher, load_encoder
+from cepe_jax.data.search import BATCH, BM25, Dense, Encoder, Searcher, check_encoder_name, load_encoder
 from cepe_jax.data.units import JobConfig, Work, one_job, run_units
 from cepe_jax.directories import staged_directory
-from cepe_jax.parsing import Seed, read_json
+from cepe_jax.parsing import Seed
 from cepe_jax.progress import track
 
 INDEX = "index"
@@ -48,53 +47,7 @@ class RetrieveConfig(JobConfig):
         for name in ("k", "passage_length", "query_tokens", "passage_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: give a number above 0")
-        module, colon, function = self.encoder.partition(":")
-        if self.encoder and not (module and colon and function):
-            raise ValueError(f"encoder is {self.encoder}: give module:function, or leave it out for BM25")
-
-
-class Documents(TypedDict):
-    """The documents of an index, in their order."""
-
-    names: list[str]
-    lengths: list[Count]  # tokens
-
-
-class Passages:
-    """The documents of an index in passages of `length` tokens, numbered through; a document's are consecutive."""
-
-    def __init__(self, index: Path, length: int):
-        documents = read_json(index / "documents.json", Documents, f"remove {index}, and run it again")
-        self.names, self.length = documents["names"], length
-        self._tokens = np.load(index / "tokens.npy", mmap_mode="r")  # the processes share it
-        self._documents = {name: number for number, name in enumerate(self.names)}
-        lengths = np.array(documents["lengths"], np.int64)
-        counts = -(-lengths // length)
-        self._firsts = np.concatenate([[0], np.cumsum(counts)])  # of each document, the number of its first passage
-        ends = np.cumsum(lengths)
-        self.document = np.repeat(np.arange(len(lengths)), counts)
-        self.start = (np.arange(len(self.document)) - self._firsts[self.document]) * length  # in its document
-        self._begin = (ends - lengths)[self.document] + self.start
-        self._end = np.minimum(self._begin + length, ends[self.document])
-
-    def __len__(self) -> int:
-        return len(self.document)
-
-    def __getitem__(self, number: int) -> np.ndarray:
-        return self._tokens[self._begin[number] : self._end[number]]
-
-    def of(self, names: Iterable[str]) -> np.ndarray:
-        """The numbers of all passages of these documents, as far as they are here."""
-        numbers = (self._documents[name] for name in names if name in self._documents)
-        return np.concatenate([np.zeros(0, int), *(np.arange(*self._firsts[n : n + 2]) for n in numbers)])
-
-    def padded(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the passages' tokens (n, length), and how many of these are real (n,)."""
-        tokens = np.full((len(numbers), self.length), PAD, self._tokens.dtype)
-        lengths = (self._end[numbers] - self._begin[numbers]).astype(np.int32)
-        for row, number, length in zip(tokens, numbers, lengths, strict=True):
-            row[:length] = self[number]
-        return tokens, lengths
+        check_encoder_name(self.encoder)
 
 
 def choose(corpus: Corpus, tokens: int, seed: int) -> np.ndarray:
@@ -134,15 +87,11 @@ def build_index(config: RetrieveConfig, corpus: Corpus, encode: Encoder | None) 
         with staged_directory(index) as place:
             numbers = choose(corpus, config.passage_tokens, config.seed).tolist()
             documents = [corpus[n] for n in track(numbers, "read, documents")]
-            np.save(place / "tokens.npy", np.concatenate([document.tokens for document in documents]))
-            facts = {"names": [document.name for document in documents], "lengths": [len(d.tokens) for d in documents]}
-            (place / "documents.json").write_text(json.dumps(facts))
-            passages, decode = Passages(place, config.passage_length), corpus.tokenizer.decode
-            texts = (decode(passages[n].tolist()) for n in track(range(len(passages)), "index, passages"))
-            if encode:
-                Dense.build(place, texts, encode)
-            else:
-                BM25.build(place, texts)
+            passages = Passages.of(documents, config.passage_length)
+            passages.save(place)
+            texts = track(passages.texts(corpus.tokenizer), "index, passages", len(passages))
+            searcher = Dense.of(texts, encode) if encode else BM25.of(texts)
+            searcher.save(place)
             place.rename(index)
     except OSError:
         if not index.exists():  # by now, of another job
@@ -201,8 +150,8 @@ def retrieve(config: RetrieveConfig) -> None:
 def opened_index(config: RetrieveConfig) -> tuple[Passages, Searcher]:
     """The index of `config.out`, opened once by a process that works on one unit after another."""
     index = config.out / INDEX
-    searcher = Dense(index, load_encoder(config.encoder)) if config.encoder else BM25(index)
-    return Passages(index, config.passage_length), searcher
+    searcher = Dense.load(index, load_encoder(config.encoder)) if config.encoder else BM25.load(index)
+    return Passages.load(index, config.passage_length), searcher
 
 
 @dataclass(frozen=True)
@@ -223,17 +172,16 @@ class RetrieveUnit:
         for start in range(first, first + count, BATCH):
             records = [base[n] for n in range(start, min(start + BATCH, first + count))]
             queries = [tokenizer.decode(record["tokens"][: config.query_tokens].tolist()) for record in records]
-            excluded = [passages.of(documents_in(record["name"])) for record in records]
+            excluded = [passages.numbers_of(documents_in(record["name"])) for record in records]
             all_numbers, all_scores = searcher.search(queries, excluded, config.k)
             for record, numbers, scores in zip(records, all_numbers, all_scores, strict=True):
                 numbers = numbers[numbers >= 0]
                 tokens, lengths = passages.padded(numbers)
-                names = (f"{passages.names[passages.document[n]]}@{passages.start[n]}" for n in numbers)
                 result = {
                     "passages": tokens,
                     "lengths": lengths,
                     "scores": scores[: len(numbers)],
-                    "names": "\n".join(names),
+                    "names": "\n".join(map(passages.source, numbers)),
                 }
                 shard.write(result, record["domain"], int(lengths.sum()), lengths.tolist())
                 yield 1, int(lengths.sum())

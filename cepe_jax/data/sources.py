@@ -84,7 +84,7 @@ def plan(
             units[-1].append(extent)
             room -= extent.size
     if not units:
-        raise ValueError(f"{root}: no file matches {', '.join(patterns)}: set --patterns")
+        raise ValueError(f"{root}: no file matches {', '.join(patterns)}: give other patterns")
     return units
 
 

@@ -3,14 +3,16 @@
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cepe_jax.checks import check_chunk_length
 from cepe_jax.config import Dtype
+from cepe_jax.data.retriever import Chunk, Retriever
 from cepe_jax.data.sources import decoded
 from cepe_jax.devices import Devices, on_devices, peak_memory
 from cepe_jax.exits import in_one_line
+from cepe_jax.inference.answers import PromptRetrieval, after_chunks, reader_of
 from cepe_jax.inference.caches import CacheConfig
 from cepe_jax.inference.chat import MAX_NEW_TOKENS, Chat, chat_setup
 from cepe_jax.inference.context import ContextCache
@@ -30,6 +32,8 @@ class GenerateConfig:
     document_file: tuple[Path, ...] = ()  # files of text that the chat template writes into the prompt
     context_file: tuple[Path, ...] = ()  # files of text that the encoder reads
     contexts: Path | None = None  # a file of encoded contexts: those in it are not encoded again, new ones are added
+    corpus: Path | None = None  # documents that are searched for the prompt: a folder of texts, or a dataset of them
+    retrieve: PromptRetrieval | None = None  # the search in the corpus
     chunk_length: int = CHUNK_LENGTH  # tokens that the encoder reads at once
     window: int | None = None  # tokens that the decoder reads at most; None: the model directory's
     cache: CacheConfig = CacheConfig()  # what the decoder keeps and reads of the tokens before
@@ -51,6 +55,10 @@ class GenerateConfig:
             raise ValueError("document_file is of a chat: put the text into the prompt, or give chat")
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {self.max_new_tokens}: give 1 or more")
+        if self.corpus is None and self.retrieve is not None:
+            raise ValueError("retrieve is given, and there is no corpus to search: give corpus too")
+        if self.corpus is not None and self.chat:
+            raise ValueError(f"corpus is {self.corpus}, which is searched for a prompt: give one, or leave corpus out")
         StopStrings(self.stop)
         check_chunk_length(self.chunk_length)
 
@@ -65,8 +73,8 @@ def read_text(path: Path) -> str:
 def run_generate(config: GenerateConfig) -> None:
     """Writes what the model says of the prompt, or of each line of standard input, to standard output as it comes."""
     texts = [read_text(path) for path in config.context_file]
-    kept = config.contexts
-    if kept is not None and (kept.is_dir() or not (kept.parent.is_dir() if texts else kept.exists())):
+    kept, new = config.contexts, bool(texts or config.corpus)
+    if kept is not None and (kept.is_dir() or not (kept.parent.is_dir() if new else kept.exists())):
         raise FileNotFoundError(f"{kept}: no such file, and no context_file or no directory to make it")
     facts = read_facts(config.model, config.tokenizer, config.window, config.cache.policy)
     # Whatever this model cannot do is refused before any weight is read.
@@ -75,7 +83,10 @@ def run_generate(config: GenerateConfig) -> None:
             f"{config.model} is a plain decoder, which reads no contexts: leave out context_file and contexts, put the "
             f"text into the prompt (overflow truncate_left cuts it), or give a CEPE model"
         )
-    setup = None
+    setup, chunks = None, []
+    if config.corpus is not None:
+        chunks, config, more = _retrieved(facts, config)
+        texts += more
     if config.chat:
         documents = [read_text(path) for path in config.document_file]
         setup = chat_setup(facts, config.system, config.overflow, config.chunk_length, documents)
@@ -91,6 +102,26 @@ def run_generate(config: GenerateConfig) -> None:
             _converse(model.begin(setup, context), config)
         else:
             _answer(model, context, config)
+            for chunk in chunks:
+                last = chunk.start + chunk.length - 1
+                _note(f"read: {chunk.document}, tokens {chunk.start:,} to {last:,}, score {chunk.score:.3g}")
+
+
+def _retrieved(facts: ModelFacts, config: GenerateConfig) -> tuple[list[Chunk], GenerateConfig, list[str]]:
+    """Return the best chunks for the prompt, the config with those that the prompt gets, and texts for the encoder."""
+    start = time.perf_counter()
+    settings = config.retrieve or PromptRetrieval()
+    reader = reader_of(settings.into, facts.has_encoder)
+    retriever = Retriever.open(config.corpus, facts.tokenizer, settings)
+    found = retriever.search(settings.query or config.prompt, settings.k)
+    if not found:
+        _note(f"no chunk of {config.corpus} has a word of what is searched for: nothing of it is read")
+    if config.timings:
+        _note(f"corpus: {len(found)} of {len(retriever):,} chunks, {time.perf_counter() - start:.2f} s")
+    chunks = retriever.in_order(found)
+    if reader == "encoder":
+        return found, config, [chunk.text for chunk in chunks]
+    return found, replace(config, prompt=after_chunks(config.prompt, chunks)), []
 
 
 def _check_prompt(facts: ModelFacts, config: GenerateConfig) -> None:
@@ -105,7 +136,7 @@ def _check_prompt(facts: ModelFacts, config: GenerateConfig) -> None:
 
 def _context(model: TextModel, config: GenerateConfig, texts: list[str]) -> ContextCache | None:
     """The contexts to read: of the texts, or where there are none all that are kept. What is new is kept too."""
-    if not texts and config.contexts is None:
+    if not texts and (config.contexts is None or config.corpus is not None):
         return None
     start = time.perf_counter()
     kept = ContextCache(model.identity)

@@ -607,7 +607,7 @@ def refused(config, kind=ValueError, match="", **changes) -> None:
 
 def test_bad_configs(config, tmp_path):
     (tmp_path / "file").touch()
-    refused(config, match=r"\*\.rst: .*--patterns", patterns=("*.rst",))
+    refused(config, match=r"\*\.rst: .*patterns", patterns=("*.rst",))
     refused(config, FileNotFoundError, "absent: no .*directory", input=tmp_path / "absent")
     refused(config, FileNotFoundError, "file: no .*directory", input=tmp_path / "file")
     refused(config, FileNotFoundError, "absent: no .*tokenizer", tokenizer=str(tmp_path / "absent"))

@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import math
 import re
 import subprocess
 import sys
@@ -13,16 +12,17 @@ import jax
 import numpy as np
 import pytest
 from support.refusals import one_line
+from support.searches import COMMON, bm25_scores, dot_scores
 
 from cepe_jax.data import retrieval
 from cepe_jax.data.corpus import Corpus, PrepareConfig, prepare
+from cepe_jax.data.passages import Passages
 from cepe_jax.data.records import Records
-from cepe_jax.data.retrieval import Passages, RetrieveConfig, choose, retrieve
+from cepe_jax.data.retrieval import RetrieveConfig, choose, retrieve
 from cepe_jax.data.sampling import SampleConfig, sample
 from cepe_jax.data.search import BATCH, BM25, Dense, best, load_encoder, nearest
 
 LENGTH = 16
-COMMON = ["the", "is", "of"]  # words that BM25 leaves out
 WORDS = [f"{a}{b}" for a in ("ka", "lo", "mi", "nu", "re", "so") for b in ("b", "dd", "fff", "g1", "é", "ss")] + COMMON
 
 
@@ -92,26 +92,6 @@ def bag(texts: list[str]) -> np.ndarray:
 def fractions(texts: list[str]) -> np.ndarray:
     """As `bag`, in directions that are no integers."""
     return bag(texts) @ np.random.default_rng(1).standard_normal((7, 5))
-
-
-def bm25_scores(query: str, texts: list[str]) -> np.ndarray:
-    """Robertson's BM25 with Lucene's idf, as in Kamphuis et al. 2020, one sum for each text."""
-    k1, b = 1.5, 0.75
-    documents = [[w for w in re.findall(r"\w\w+", text.lower()) if w not in COMMON] for text in texts]
-    counts = [collections.Counter(document) for document in documents]
-    average = sum(map(len, documents)) / len(documents)
-    scores = np.zeros(len(texts))
-    for word in re.findall(r"\w\w+", query.lower()):
-        holding = sum(word in count for count in counts)
-        idf = math.log(1 + (len(texts) - holding + 0.5) / (holding + 0.5))
-        for number, (document, count) in enumerate(zip(documents, counts, strict=True)):
-            share = count[word] / (count[word] + k1 * (1 - b + b * len(document) / average))
-            scores[number] += idf * share
-    return scores
-
-
-def dot_scores(encode, query: str, texts: list[str]) -> np.ndarray:
-    return np.asarray(encode(texts), np.float64) @ np.asarray(encode([query]), np.float64)[0]
 
 
 @pytest.mark.parametrize(
@@ -197,7 +177,7 @@ def test_passages_hold_every_token_once(config, home, length):
     config.out.mkdir()
     corpus = Corpus(config.passages, "train")
     retrieval.build_index(config, corpus, lambda texts, width: np.ones((len(texts), 1)))
-    passages = Passages(config.out / "index", length)
+    passages = Passages.load(config.out / "index", length)
     expected = cut(corpus, length)
     assert len(passages) == len(expected)
     for number, ((name, start), tokens) in enumerate(expected.items()):
@@ -206,10 +186,10 @@ def test_passages_hold_every_token_once(config, home, length):
     everything = np.concatenate([passages[number] for number in range(len(passages))])
     np.testing.assert_array_equal(everything, np.concatenate([document.tokens for document in corpus]))
     names = [corpus[3].name, "elsewhere", corpus[0].name]
-    assert [list(expected)[n] for n in passages.of(names)] == [
+    assert [list(expected)[n] for n in passages.numbers_of(names)] == [
         place for name in names for place in expected if place[0] == name
     ]
-    assert passages.of([]).tolist() == passages.of(["elsewhere"]).tolist() == []
+    assert passages.numbers_of([]).tolist() == passages.numbers_of(["elsewhere"]).tolist() == []
 
 
 def test_documents_are_drawn_until_there_are_enough_tokens(home):
@@ -246,7 +226,7 @@ def test_fewer_than_k(config, home, encoder):
     lengths = [len(document.tokens) for document in Corpus(config.passages, "train")]
     config = dataclasses.replace(config, k=1000, encoder=encoder, passage_tokens=sum(sorted(lengths)[-2:]) // 2)
     retrieve(config)
-    passages = Passages(config.out / "index", LENGTH)
+    passages = Passages.load(config.out / "index", LENGTH)
     left = collections.Counter()
     for sequence, record in zip(Records(home / "filtered", "train"), Records(config.out, "train"), strict=True):
         own = {document for document, _ in pieces(sequence["name"])}
@@ -264,7 +244,7 @@ def test_nothing_is_left(config, home):
     """A sequence of the only document that is searched finds no passage."""
     config = dataclasses.replace(config, passage_tokens=1)
     retrieve(config)
-    (name,) = Passages(config.out / "index", LENGTH).names
+    (name,) = Passages.load(config.out / "index", LENGTH).names
     shapes = set()
     for sequence, record in zip(Records(home / "filtered", "train"), Records(config.out, "train"), strict=True):
         if pieces(sequence["name"])[0][0] == name:
@@ -294,7 +274,7 @@ def test_many_queries_are_searched_as_one_is(config, home, monkeypatch):
         out = config.out / kind.__name__
         out.mkdir()
         retrieval.build_index(dataclasses.replace(config, out=out), corpus, use)
-        searcher = kind(out / "index", encode) if use else kind(out / "index")
+        searcher = kind.load(out / "index", encode) if use else kind.load(out / "index")
         numbers, scores = searcher.search(queries, excluded, 5)
         assert numbers.shape == scores.shape == (11, 5)
         assert scores.dtype == np.float32
@@ -344,13 +324,13 @@ def test_another_job_builds_the_index_first(config, home, monkeypatch):
     retrieval.build_index(config, corpus, None)
     first = contents(config.out)
     (config.out / "index").rename(config.out / "theirs")
-    build = BM25.build
+    save = BM25.save
 
-    def late(index, texts):
-        build(index, texts)
+    def late(searcher, index):
+        save(searcher, index)
         (config.out / "theirs").rename(config.out / "index")
 
-    monkeypatch.setattr(BM25, "build", late)
+    monkeypatch.setattr(BM25, "save", late)
     retrieval.build_index(config, corpus, None)
     assert contents(config.out) == first
     assert [path.name for path in config.out.iterdir()] == ["index"]
@@ -424,8 +404,8 @@ def test_a_changed_dataset_is_another_run(config, home):
 def test_passages_without_words(config):
     config = dataclasses.replace(config, passage_length=1)
     corpus = Corpus(config.passages, "train")
-    with pytest.raises(ValueError, match="no passage .*BM25 .*--passages"):
-        BM25.build(config.out, (corpus.tokenizer.decode([i]) for i in (1, 2, 5)))
+    with pytest.raises(ValueError, match="no passage .*BM25"):
+        BM25.of(corpus.tokenizer.decode([i]) for i in (1, 2, 5))
 
 
 def test_it_is_light():

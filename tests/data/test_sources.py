@@ -143,7 +143,7 @@ def test_a_plan_that_begins_with_an_empty_file(tmp_path):
 
 def test_no_plan(tmp_path):
     for pattern, said in (
-        ("*.rst", r"\*.rst: .*--patterns"),
+        ("*.rst", r"\*.rst: .*patterns"),
         ("/a/*", "pattern /a/.: give patterns"),
     ):
         with pytest.raises(ValueError, match=said):

@@ -1,6 +1,6 @@
 """The seam between evaluations and models: CEPE and what it is compared with."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -31,9 +31,24 @@ class LanguageModel(Protocol):
 
 
 def generate(
-    model: LanguageModel, prompts: Sequence[Prompt], max_new_tokens: int, stop: Sequence[str] = ()
+    model: LanguageModel,
+    prompts: Sequence[Prompt],
+    max_new_tokens: int,
+    stop: Sequence[str] = (),
+    begun: Callable[[], None] = lambda: None,
 ) -> list[str]:
-    """Return the model's text after each prompt, greedy, at most to the first of `stop`."""
-    steps = model.stream(prompts, max_new_tokens)
-    written = pieces(model.tokenizer, [prompt.ids for prompt in prompts], steps, stop)
+    """Return the model's text after each prompt, greedy, at most to the first of `stop`.
+
+    `begun` is called once, when the first token of each row is there or none will come.
+    """
+
+    def steps() -> Iterator[list[int | None]]:
+        following = model.stream(prompts, max_new_tokens)
+        first = next(following, None)
+        begun()
+        if first is not None:
+            yield first
+            yield from following
+
+    written = pieces(model.tokenizer, [prompt.ids for prompt in prompts], steps(), stop)
     return ["".join(of_row) for of_row in zip(*written, strict=True)]

@@ -48,6 +48,7 @@ def _as_json(results: Results) -> dict:
 def _cell(results: Results, result: Result) -> Iterator[tuple[str, object]]:
     yield from result.facts.items()
     yield "tokens_per_second", result.tokens_per_second
+    yield "first_seconds", result.first_seconds
     yield "read", result.read
     without, first = results.without_context(result), results.of_first_model(result)
     metrics = {}

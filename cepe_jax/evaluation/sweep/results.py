@@ -84,6 +84,12 @@ class Result:
         return float(np.median(rest)) if rest else None
 
     @property
+    def first_seconds(self) -> float | None:
+        """The median time to the first token, as above. None if nothing is written."""
+        rest = [record["first_seconds"] for record in self.records[1:] if "first_seconds" in record]
+        return float(np.median(rest)) if rest else None
+
+    @property
     def read(self) -> float:
         """Tokens of a record, the median."""
         return float(np.median([record["read"] for record in self.records]))

@@ -92,7 +92,7 @@ def _model_faults(config: ModelConfig) -> list[str]:
 
 
 def _data_faults(cell: Cell) -> list[str]:
-    """Return what of the cell's data is not there, or empty."""
+    """Return what of the cell's data is not there, or empty, and why this model cannot be asked about it."""
     faults = []
     for path, source in cell.evaluation.places().items():
         mend = f": put there {source}" if source else ""
@@ -100,7 +100,8 @@ def _data_faults(cell: Cell) -> list[str]:
             faults.append(f"{path}: no such file or directory{mend}")
         elif path.is_file() and not path.stat().st_size:
             faults.append(f"{path} is empty{mend}")
-    return faults
+    refusal = cell.evaluation.refusal(cell.model_config.reads)
+    return [*faults, refusal] if refusal else faults
 
 
 def _run(config: SweepConfig, groups: list[list[Cell]], lacking: list[str]) -> None:

@@ -58,7 +58,9 @@ def _of_data(results: Results, data: str) -> Iterator[str]:
             of_domain = _of_each(rows, lambda result, m=metric, d=domain: result.in_domain(m, d))
             lines = list(_table(of_domain, axis, unit, domain=domain))
             yield from _titled(f"{metric} by domain", lines) if domain == domains[0] else lines[2:]
-    yield from _titled("Tokens a second, and peak memory", _costs(rows, axis))
+    yield from _titled("Tokens a second, and peak memory", _costs(rows, axis, _cost))
+    if any(result.first_seconds is not None for result in some):
+        yield from _titled("Tokens read, and seconds to the first token", _costs(rows, axis, _wait))
     yield ""
     yield (
         "Tokens are those given to read, also where a model's window holds fewer; medians of all records but the "
@@ -85,17 +87,22 @@ def _table(rows: Estimates, axis: list[int], unit: Unit, sign: str = "", domain:
         yield f"| {' | '.join([*first, *[model, kind][: len(names)], counts or NOTHING, *cells])} |"
 
 
-def _costs(rows: Rows, axis: list[int]) -> Iterator[str]:
+def _costs(rows: Rows, axis: list[int], cost: Callable[[Result], str]) -> Iterator[str]:
     names = _names(rows)
     yield from _head(names, axis)
     for (model, kind), row in rows.items():
-        cells = [_cost(row[value]) if value in row else NOTHING for value in axis]
+        cells = [cost(row[value]) if value in row else NOTHING for value in axis]
         yield f"| {' | '.join([model, kind][: len(names)] + cells)} |"
 
 
 def _cost(result: Result) -> str:
     speed = NOTHING if result.tokens_per_second is None else f"{result.tokens_per_second:,.0f}"
     return f"{speed}, {gib(result.facts['peak_memory'])}"
+
+
+def _wait(result: Result) -> str:
+    seconds = NOTHING if result.first_seconds is None else f"{result.first_seconds:.3f}"
+    return f"{result.read:,.0f}, {seconds}"
 
 
 def _names(rows: Rows | Estimates) -> list[str]:

@@ -46,7 +46,10 @@ class Evaluation(Protocol):
         """Return where a point of this value stands on a plot's axis."""
 
     def measure(self, point: Point, model: LanguageModel) -> Iterator[dict]:
-        """Yield a record of each question: `id`, `read` (tokens), `seconds`, what `values` needs, maybe a `domain`."""
+        """Yield a record of each question: `id`, `read` (tokens), `seconds` and what `values` needs.
+
+        Some have a `domain`, and `first_seconds`, the time to the first token that is written.
+        """
 
     def values(self, record: dict) -> dict[str, float]:
         """Return metric -> value of a record."""
@@ -62,6 +65,9 @@ class Evaluation(Protocol):
 
     def places(self) -> dict[Path, str]:
         """Return the files and directories that are read, and of each where its data comes from, "" if unknown."""
+
+    def refusal(self, reads: str) -> str:
+        """Return why no model can be asked whose contexts are read as its setting `reads` says, "" if it can."""
 
     def note(self) -> str:
         """Return the sentences above the tables."""

@@ -115,6 +115,9 @@ class Perplexity:
     def places(self) -> dict[Path, str]:
         return {self.data: ""}
 
+    def refusal(self, reads: str) -> str:
+        return ""
+
     def note(self) -> str:
         return (
             f"nll of the last {self.scored} of {self.window} tokens, in nats per token, and in brackets the "

@@ -37,6 +37,8 @@ class Question:
     scores: tuple[float, ...] | None = None  # of the contexts, the higher the better
     demonstrations: tuple[Demonstration, ...] = ()
     depths: tuple[float, ...] = ()  # where the needles of a synthetic text stand, 0 its beginning, 1 its end
+    sources: tuple[str, ...] = ()  # of contexts that were retrieved, as NAME@FIRST TOKEN
+    recall: float | None = None  # 1 if an answer stands in one of them, 0 if not; None: nothing was retrieved
 
 
 @dataclass(frozen=True)

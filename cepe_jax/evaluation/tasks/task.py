@@ -75,7 +75,8 @@ class Task(ABC):
     """The settings that every family reads, and its evaluation."""
 
     family: str  # qa: answers from passages; icl: choices after demonstrations; document, synthetic: one long text
-    axis: tuple[int, ...]  # passages (qa), demonstrations (icl), tokens of context (document), of the text (synthetic)
+    # Passages (qa), demonstrations (icl), tokens of context (document) or of the whole text (synthetic).
+    axis: tuple[int, ...] = ()  # how much context there is, with a result for each number; of qa, retrieve.k sets it
     samples: int | None = None  # questions for each seed; None: all
     seeds: tuple[Seed, ...] = (42,)  # draw the questions and demonstrations; each gives `samples` results
     chunk_length: int = 256  # tokens of a context that the encoder reads at once: it cuts a longer one
@@ -128,7 +129,8 @@ class Task(ABC):
 
         `prediction` is the model's text; of a question with choices there are instead of it `log_probs` (nats, of all
         tokens of a choice) and `lengths` (tokens). `read` counts the tokens of prompt and contexts, `seconds` is the
-        model's time, `depths` are those of needles.
+        model's time, `first_seconds` that to its first token, `depths` are those of needles, `sources` and `recall`
+        of what was retrieved.
         """
         value, tokenizer = point.value, model.tokenizer
         if value not in self.axis:
@@ -143,23 +145,30 @@ class Task(ABC):
             seconds = time.monotonic() - begun_at
             if question.depths:
                 reply["depths"] = question.depths
+            if question.recall is not None:
+                reply |= {"sources": question.sources, "recall": question.recall}
             tokens = len(prompt.ids) + sum(map(len, prompt.contexts))
             facts = {"id": f"{seed}:{question.id}", "seed": seed, "answers": question.answers}
             yield {**facts, **reply, "read": tokens, "seconds": seconds}
 
     def _reply(self, question: Question, prompt: Prompt, continuations: list[list[int]], model: LanguageModel) -> dict:
         if not question.choices:
-            (text,) = generate(model, [prompt], self.protocol.max_new_tokens, self.protocol.stop)
-            return {"prediction": text}
+            begun_at, first = time.monotonic(), []
+            limits = self.protocol.max_new_tokens, self.protocol.stop
+            (text,) = generate(model, [prompt], *limits, lambda: first.append(time.monotonic()))
+            return {"prediction": text, "first_seconds": first[0] - begun_at}
         log_probs = [score.total for score in model.score(prompt, continuations)]
         return {"choices": question.choices, "log_probs": log_probs, "lengths": list(map(len, continuations))}
 
     def values(self, record: dict) -> dict[str, float]:
         """Return metric -> value, from the record alone: other metrics need no other run."""
+        recall = {"recall": record["recall"]} if "recall" in record else {}
         if "log_probs" in record:
             right = [choice in record["answers"] for choice in record["choices"]]
-            return accuracies(right, record["log_probs"], record["lengths"], record.get("domain_log_probs"))
-        return {name: METRICS[name](record["prediction"], record["answers"]) for name in self.protocol.metrics}
+            scores = record["log_probs"], record["lengths"], record.get("domain_log_probs")
+            return accuracies(right, *scores) | recall
+        metrics = self.protocol.metrics
+        return {name: METRICS[name](record["prediction"], record["answers"]) for name in metrics} | recall
 
     def group_of(self, record: dict) -> str:
         """Return the question's id: its results under several seeds are dependent."""
@@ -174,6 +183,9 @@ class Task(ABC):
 
     def places(self) -> dict[Path, str]:
         return {}
+
+    def refusal(self, reads: str) -> str:
+        return ""
 
     def note(self) -> str:
         return (
