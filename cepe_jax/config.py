@@ -230,7 +230,7 @@ def without_lora(config):
 
 @dataclass(frozen=True)
 class RematConfig:
-    """The values of a layer that the backward pass recomputes: none, all except matrix products, or all."""
+    """The values of a layer that the backward pass recomputes, and whether the host keeps its input."""
 
     decoder: Remat = "none"  # dots: all except matrix products; full: all; offload: all, from inputs on the host
     encoder: Remat = "none"  # the same in the encoder
@@ -242,7 +242,8 @@ class RematConfig:
 
 def check_chunk(name: str, chunk: Chunk) -> None:
     """Raise ValueError unless `chunk` is auto, 0 or a number of positions."""
-    _require(chunk == "auto" or chunk >= 0, f"{name} is {chunk}: give a number of positions, 0 for all, or auto")
+    known = chunk == "auto" or (isinstance(chunk, int) and chunk >= 0)
+    _require(known, f"{name} is {chunk}: give a number of positions, 0 for all, or auto")
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,13 @@ class Devices:
 def on_devices(sizes: Devices) -> AbstractContextManager:
     """Return a context in which the devices, if they are several, are one mesh."""
     devices = jax.device_count()
-    mesh = make_mesh(memory=sizes.context or max(devices // sizes.tensor, 1), tensor=sizes.tensor)
+    context = sizes.context or max(devices // sizes.tensor, 1)
+    if context * sizes.tensor != devices:
+        raise ValueError(
+            f"mesh.context {context} x mesh.tensor {sizes.tensor} are not the {devices} devices that there are: change "
+            f"one of them"
+        )
+    mesh = make_mesh(memory=context, tensor=sizes.tensor)
     return nullcontext() if devices == 1 else jax.set_mesh(mesh)
 
 

@@ -11,7 +11,15 @@ def as_json(value):
 
 
 # Settings that some versions lack, each with the value under which a run is the same without it.
-NEUTRAL = {"neighbours": "none", "shares": {}, "separator": "", "separator_as_text": False, "context": "encoder"}
+NEUTRAL = {
+    "neighbours": "none",
+    "shares": {},
+    "separator": "",
+    "separator_as_text": False,
+    "context": "encoder",
+    "rope_theta": 0.0,
+    "mix_by": "weight",
+}
 
 
 def _comparable(settings: dict) -> dict:
@@ -42,9 +50,12 @@ def refuse_another_run(where: Path, stored: dict, present: dict) -> None:
 
 
 def as_of(stored: dict, present: dict) -> dict:
-    """`present` without the settings that `stored` lacks, which are newer than it; those of settings in it too."""
+    """Return `present` without the settings that `stored` lacks, which are newer than it; those of settings in it too.
+
+    A newer one of which the value is known that changes nothing stays if it has another.
+    """
     return {
-        key: as_of(stored[key], value) if isinstance(value, dict) and isinstance(stored[key], dict) else value
+        key: as_of(stored[key], value) if isinstance(value, dict) and isinstance(stored.get(key), dict) else value
         for key, value in present.items()
-        if key in stored
+        if key in stored or (key in NEUTRAL and value != NEUTRAL[key])
     }

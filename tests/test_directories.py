@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -114,6 +115,15 @@ def test_another_run_is_refused_by_its_first_setting():
     with pytest.raises(ValueError, match="added is null there and 4 here"):
         refuse_another_run(Path("out"), stored, newer)
     assert json.loads(json.dumps(stored)) == stored
+
+
+def test_a_newer_setting_that_changes_a_run_refuses_it():
+    """As another RoPE base would, for a run that an earlier version began."""
+    stored = {"seed": 0}
+    refuse_another_run(Path("out"), stored, as_of(stored, stored | {"rope_theta": 0.0, "mix_by": "weight"}))
+    for name, value in (("rope_theta", 1e6), ("mix_by", "size")):
+        with pytest.raises(ValueError, match=f"{name} is null there and {re.escape(json.dumps(value))} here"):
+            refuse_another_run(Path("out"), stored, as_of(stored, stored | {name: value}))
 
 
 def test_settings_that_are_gone_stop_a_run_only_if_they_did_something():

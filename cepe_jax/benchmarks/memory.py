@@ -18,14 +18,17 @@ FORMS = {
     "everything kept": {"remat": RematConfig(), "loss_chunk": 0, "mlp_chunk": 0},
     "layers recomputed": {"remat": RECOMPUTED, "loss_chunk": 0, "mlp_chunk": 0},
     "and loss and MLP in chunks": {"remat": RECOMPUTED, "loss_chunk": "auto", "mlp_chunk": "auto"},
-    "and layers' inputs on the host": {"remat": OFFLOADED, "loss_chunk": "auto", "mlp_chunk": "auto"},
+    "and inputs of layers on the host": {"remat": OFFLOADED, "loss_chunk": "auto", "mlp_chunk": "auto"},
 }
 MOST = 1 << 24  # tokens, beyond which nothing is tried
 
 
 @dataclass(frozen=True, kw_only=True)
 class LongestConfig(ShapesConfig):
-    """A step of training on one sequence for each share of the batch, to be compiled with windows of many lengths."""
+    """A step of training, to be compiled with windows of many lengths.
+
+    It is of one sequence for each share of the batch, and each form of `FORMS` has its own remat and chunks.
+    """
 
     topology: str  # TPUs, as their compiler names them: v5p:2x2x1; GPUs as hosts x GPUs of a host: h100:1x1
     multiple: int = 1024  # tokens of which a window is a multiple; the first one tried is examples.window
@@ -71,9 +74,10 @@ def search_and_print(config: LongestConfig) -> None:
     forms = []
     for name, form in track(FORMS.items(), "searching, forms", len(FORMS)):
 
-        def needed(window: int, form=form) -> int:
+        def needed(window: int, name=name, form=form) -> int:
+            place = config.out / name.replace(" ", "_") / str(window)
             examples = dataclasses.replace(config.examples, window=window)
-            step = CompileConfig(**shared | form | {"examples": examples, "out": config.out / str(window)})
+            step = CompileConfig(**shared | form | {"examples": examples, "out": place})
             return compile_step(step, train_step)["memory"]["peak"]
 
         longest, tried = longest_window(needed, topology.chip.hbm, config.examples.window, config.multiple)

@@ -12,10 +12,10 @@ from fractions import Fraction
 import numpy as np
 
 from cepe_jax.data.records import Records
+from cepe_jax.data.template import PRIVATE_USE
 from cepe_jax.data.tokenizer import Tokenizer
 
 Piece = tuple[int, int, int]  # a record, and the first and one past the last of its tokens
-PRIVATE_USE = range(0xE000, 0xF900)  # characters that no text should contain
 
 
 def separator_ids(tokenizer: Tokenizer, separator: str, as_text: bool) -> list[int]:

@@ -129,10 +129,16 @@ class Template:
         """Return the conversation as one text. It ends with its last message, or where the next answer begins."""
         named = [{"text": document} for document in documents] or None  # as transformers passes them
         variables = {"messages": messages, "tools": None, "documents": named, "add_generation_prompt": not ends}
-        text = self._run(variables | self._tokens, marks)
-        if not all(document.strip() in text for document in documents):
+        if documents and not self._writes_documents:
             raise ValueError(f"{self.where}: it does not write documents into the prompt: give another template")
-        return text
+        return self._run(variables | self._tokens, marks)
+
+    @cached_property
+    def _writes_documents(self) -> bool:
+        """True if the template writes a document beside a question; it is a character that is in nothing else."""
+        messages, sign = [{"role": "user", "content": "?"}], chr(PRIVATE_USE[0])
+        named = {"messages": messages, "tools": None, "documents": [{"text": sign}], "add_generation_prompt": True}
+        return sign in self._run(named | self._tokens)
 
     def ids_of(self, messages: list[Message]) -> list[int]:
         """Return the ids of a whole conversation, which ends with its last message."""

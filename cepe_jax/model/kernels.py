@@ -79,16 +79,21 @@ class CausalMask(splash_attention_mask.CausalMask):
         return super().__getitem__(block)
 
 
-def splash_kernel_of_parts(num_heads: int, length: int, parts: int):
-    """Return the kernel of a causal window whose queries `parts` devices share, each with all keys.
-
-    Its arrays are to be cut as the queries are: see `manual_sharding_spec`.
-    """
+def check_parts(length: int, parts: int) -> None:
+    """Raise ValueError if splash cannot read a window of so many tokens that `parts` devices share."""
     if length % (parts * LANES):
         raise ValueError(
             f"a window of {length} tokens over {parts} devices: splash reads a multiple of {LANES} tokens on each: "
             f"change examples.window or mesh.context"
         )
+
+
+def splash_kernel_of_parts(num_heads: int, length: int, parts: int):
+    """Return the kernel of a causal window whose queries `parts` devices share, each with all keys.
+
+    Its arrays are to be cut as the queries are: see `manual_sharding_spec`.
+    """
+    check_parts(length, parts)
     mask = CausalMask((length, length))
     mask.q_sequence = balanced(np.arange(length, dtype=np.int32)[None], parts)[0]
     return _splash_kernel(mask, num_heads, parts)

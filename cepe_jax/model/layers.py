@@ -160,13 +160,12 @@ def fits_a_chunk(chunk: int, length: int) -> bool:
     return not 0 < chunk < length // window_parts(length)
 
 
-def cut(x_BT: Array, chunk: int, fill: float = 0) -> Array:
+def cut(x_BT: Array, chunk: int, fill: float = 0, parts: int = 1) -> Array:
     """Return (chunks, B, chunk, ...): the positions of `x_BT` (B, T, ...) in order, the last chunk filled up.
 
-    Of a window that devices share, each has `chunk` positions of its own in every chunk.
+    Of a window that `parts` devices share, each has `chunk` positions of its own in every chunk.
     """
     B, T, *rest = x_BT.shape
-    parts = window_parts(T)
     of_parts = x_BT.reshape(B, parts, T // parts, *rest)
     widths = [(0, 0), (0, 0), (0, -(T // parts) % chunk)] + [(0, 0)] * len(rest)
     padded = jnp.pad(of_parts, widths, constant_values=fill)
@@ -174,10 +173,9 @@ def cut(x_BT: Array, chunk: int, fill: float = 0) -> Array:
     return chunks if parts == 1 else constrain(chunks, None, "batch", "window", *[None] * len(rest))
 
 
-def joined(chunks: Array, length: int) -> Array:
+def joined(chunks: Array, length: int, parts: int = 1) -> Array:
     """Return the inverse of `cut`: (B, length, ...), without what filled the last chunk."""
     number, B, size, *rest = chunks.shape
-    parts = window_parts(length)
     if parts > 1:
         chunks = constrain(chunks, None, "batch", "window", *[None] * len(rest))
     of_parts = jnp.moveaxis(chunks.reshape(number, B, parts, size // parts, *rest), 0, 2)
@@ -193,10 +191,12 @@ def in_chunks(function: Callable[[Array], Array], x_BTD: Array, chunk: int) -> A
     T = x_BTD.shape[1]
     if fits_a_chunk(chunk, T):
         return function(x_BTD)
-    function, weights = jax.closure_convert(function, x_BTD[:, : chunk * window_parts(T)])
+    parts = window_parts(T)
+    function, weights = jax.closure_convert(function, x_BTD[:, : chunk * parts])
 
     def mapped(x_BTD: Array, weights: list[Array]) -> Array:
-        return joined(jax.lax.map(jax.checkpoint(lambda x: function(x, *weights)), cut(x_BTD, chunk)), T)
+        chunks = jax.lax.map(jax.checkpoint(lambda x: function(x, *weights)), cut(x_BTD, chunk, parts=parts))
+        return joined(chunks, T, parts)
 
     recomputed = jax.custom_vjp(mapped)
     recomputed.defvjp(lambda *inputs: (mapped(*inputs), inputs), lambda inputs, out: jax.vjp(mapped, *inputs)[1](out))

@@ -17,6 +17,7 @@ from cepe_jax.model.llama import Llama
 from cepe_jax.model.logits import token_nll
 from cepe_jax.model.lora import without_factors
 from cepe_jax.model.reward import Reward
+from cepe_jax.sharding import window_parts
 
 Array = jax.Array
 Batch = Example  # with an axis of rows (B) before the others
@@ -37,9 +38,9 @@ class Objective(Protocol):
         ...
 
 
-def chunk_of_logits(setting: Chunk, hidden_BTD: Array, vocab_size: int) -> int:
+def chunk_of_logits(setting: Chunk, hidden_BTD: Array, vocab_size: int, axis: str = "vocab") -> int:
     """Return how many positions' logits, which are fp32, exist on a device at once; 0 is all."""
-    return chunk_of(setting, hidden_BTD, vocab_size, 4, "vocab")
+    return chunk_of(setting, hidden_BTD, vocab_size, 4, axis)
 
 
 def sum_over_chunks(terms: Callable, chunk: int, hidden_BTD: Array, *arrays_BT: tuple[Array, float]):
@@ -51,7 +52,8 @@ def sum_over_chunks(terms: Callable, chunk: int, hidden_BTD: Array, *arrays_BT: 
     arrays = [array for array, _ in arrays_BT]
     if fits_a_chunk(chunk, hidden_BTD.shape[1]):
         return terms(hidden_BTD, *arrays)
-    xs = [cut(hidden_BTD, chunk), *(cut(array, chunk, fill) for array, fill in arrays_BT)]
+    parts = window_parts(hidden_BTD.shape[1])
+    xs = [cut(array, chunk, fill, parts) for array, fill in ((hidden_BTD, 0), *arrays_BT)]
     sums = jax.lax.map(jax.checkpoint(lambda x: terms(*x)), xs)
     return jax.tree.map(lambda a: a.sum(axis=0), sums)
 
@@ -103,7 +105,7 @@ class MaskedLM:
             return token_nll(logits(hidden_BLE), labels_BL).sum()
 
         hidden_BLE = model(batch["tokens"])
-        chunk = chunk_of_logits(self.loss_chunk, hidden_BLE, model.config.vocab_size)
+        chunk = chunk_of_logits(self.loss_chunk, hidden_BLE, model.config.vocab_size, "encoder_vocab")
         nll = _mean(sum_over_chunks(terms, chunk, hidden_BLE, (batch["labels"], IGNORE)), weights["nll"])
         return nll, {"nll": nll}
 

@@ -13,6 +13,7 @@ from cepe_jax.data.recipes import PairsOfAnswers, Recipe
 from cepe_jax.distributed import DistributedConfig
 from cepe_jax.model.backends import native_backend
 from cepe_jax.model.cepe import CrossInit
+from cepe_jax.model.kernels import check_parts
 from cepe_jax.parsing import Seed
 from cepe_jax.training.heldout import EvalConfig
 from cepe_jax.training.objectives import DistillConfig
@@ -65,7 +66,7 @@ class TrainConfig:
     distill: DistillConfig | None = None  # loss of stage ceped, which needs it
     beta: float = 0.1  # how much a preference may move stage dpo's model from its reference: more if it is less
     optimizer: OptimizerConfig = OptimizerConfig()  # the optimiser and its schedule
-    micro_batch: int = 0  # sequences that a device (or those of one `mesh.tensor`) computes at once; 0 = all it has
+    micro_batch: int = 0  # sequences that a device (or those that share a sequence) computes at once; 0 = all it has
     loss_chunk: Chunk = 0  # positions whose logits exist on a device at once; 0 = all; auto: by their size
     mlp_chunk: Chunk = 0  # positions whose MLP activations exist on a device at once; 0 = all; auto: by their size
     dtype: Dtype = "float32"  # type of activations and frozen weights; weights that train are float32
@@ -159,6 +160,8 @@ def micro_batches(config: TrainConfig, shares: int) -> int:
 def compute_of(config: TrainConfig, platform: str) -> Compute:
     """Return how the run computes on this platform of JAX's, whose own attention takes the place of `auto`."""
     attention = native_backend(platform, config.dtype) if config.attention == "auto" else config.attention
+    if attention == "splash" and config.mesh.context > 1:
+        check_parts(config.examples.window, config.mesh.context)
     return Compute(config.dtype, attention, config.remat, config.mlp_chunk)
 
 

@@ -357,6 +357,15 @@ def test_bad_configurations(changes, message):
         TrainConfig(**fields | changes)
 
 
+def test_a_window_that_splash_cannot_share_is_refused():
+    """Before anything is loaded: 128 tokens for each device."""
+    shared = {"data": Path("d"), "out": Path("o"), "steps": 1, "batch_size": 4, "decoder": "d"}
+    config = TrainConfig("lm", **shared, mesh=MeshConfig(context=4), examples=ExampleConfig(window=768))
+    assert settings.compute_of(config, "gpu").attention == "xla"
+    with pytest.raises(ValueError, match="768 .* 4 .*128 .*mesh.context"):
+        settings.compute_of(config, "tpu")
+
+
 def test_a_mesh_of_no_devices_is_refused():
     with pytest.raises(ValueError, match="data=0.*devices"):
         MeshConfig(data=0)
