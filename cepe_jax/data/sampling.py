@@ -53,7 +53,7 @@ class SampleConfig(JobConfig):
         if self.separator_as_text and not self.separator:
             raise ValueError("separator_as_text is true, and there is no separator: give one")
         for low, share in self.shares.items():
-            if low < 0 or not 0 < share <= 1:
+            if low < 0 or not isinstance(share, int | float) or not 0 < share <= 1:
                 raise ValueError(f"shares has {low}: {share}: give a length in tokens, and a share above 0")
         if self.shares and (total := sum(exact(self.shares).values())) != 1:
             raise ValueError(f"shares sum to {float(total)}: give shares that sum to 1")
