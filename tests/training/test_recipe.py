@@ -33,7 +33,7 @@ TINY = {"dtype": "float32", "loss_chunk": 40, "steps": 1, "batch_size": 4}
 
 
 def config_of(name: str, window: int, **settings) -> TrainConfig:
-    values = read_yaml(CONFIGS / f"chatqa2_{name}.yaml") | TINY | {"examples": {"window": window}}
+    values = read_yaml(CONFIGS / f"chatqa2_{name}.yaml") | TINY | {"examples": {"window": window}, "mesh": {}}
     return decode(TrainConfig, values | {key: str(value) for key, value in settings.items()})
 
 
