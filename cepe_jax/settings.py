@@ -149,13 +149,8 @@ def _check(config_class, values: dict, root, group: str) -> None:
                 _check(group_class, one, root, f"{name}.")
         elif typing.get_origin(kind) is tuple and not _is_list(value):
             raise ValueError(f"{setting} is {_shown(value)}: give a list, [a, b]")
-        elif typing.get_origin(kind) is dict and not isinstance(value, dict):
-            raise ValueError(f"{setting} is {_shown(value)}: give names and their values, {{a: 1}}")
-        elif typing.get_origin(kind) is dict and typing.get_args(kind)[0] is int:
-            if other := next((key for key in value if not re.fullmatch("[0-9]{1,18}", key)), None):
-                raise ValueError(
-                    f"{setting}.{shortened(other, quoted=False)}: give a whole number in place of the name"
-                )
+        elif typing.get_origin(kind) is dict:
+            _check_mapping(setting, typing.get_args(kind), value)
         elif _is_text(kind):
             if not isinstance(value, str | None):
                 raise ValueError(f"{setting} is {_shown(value)}: give text, in YAML in quotes")
@@ -192,6 +187,21 @@ def _path(kind: type, value):
 def _shown(value) -> str:
     """Return the value in a message: a long one by its beginning."""
     return shortened(repr(value), quoted=False)
+
+
+def _check_mapping(setting: str, kinds: tuple[type, type], value) -> None:
+    """Raise ValueError unless `value` maps names, or whole numbers, to values that can be numbers if they should."""
+    if not isinstance(value, dict):
+        raise ValueError(f"{setting} is {_shown(value)}: give names and their values, {{a: 1}}")
+    for key, one in value.items():
+        name = f"{setting}.{shortened(key, quoted=False)}"
+        if kinds[0] is int and not re.fullmatch("[0-9]{1,18}", key):
+            raise ValueError(f"{name}: give a whole number in place of the name")
+        if kinds[1] is float:
+            try:
+                float(one)
+            except (TypeError, ValueError):
+                raise ValueError(f"{name} is {_shown(one)}: give a number") from None
 
 
 def _missing(config_class, values: dict, group: str) -> Iterator[str]:
