@@ -233,6 +233,7 @@ def test_a_task(tmp_path):
                 "prediction": answer if number < 2 and (cell.point.value or seed == 1) else "a red sea",
                 "read": 7,
                 "seconds": 0.5,
+                "first_seconds": 9.0 if (seed, number) == (1, 0) else 0.125 * number,  # the first one compiles
             }
             for seed in (1, 2)
             for number, answer in enumerate(answers)
@@ -254,6 +255,8 @@ def test_a_task(tmp_path):
     assert rows_of(page, "exact_match") == [["model", "n", "0", "5"], ["cepe", "6 of 3", *shown]]
     assert rows_of(page, "rouge")[1] == ["cepe", "6 of 3", *(f"{100 * mean:.1f}" for mean in rouge)]
     assert rows_of(page, "Tokens a second, and peak memory")[1] == ["cepe", "14, 1.00 GiB", "14, 1.00 GiB"]
+    assert rows_of(page, "Tokens read, and seconds to the first token")[1] == ["cepe", "7, 0.125", "7, 0.125"]
+    assert [cell["first_seconds"] for cell in cells] == [0.125, 0.125]
 
 
 def test_no_result_at_all(config):

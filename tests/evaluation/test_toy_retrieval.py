@@ -1,6 +1,6 @@
 """Full context, retrieval into the decoder and into CEPE's encoder, on planted facts; three seeds.
 
-MINUTES CPU-minutes: these say that retrieved chunks are worth what their recall is, whoever reads them. The table of
+17 CPU-minutes: these say that retrieved chunks are worth what their recall is, whoever reads them. The table of
 `cepe_jax/evaluation/README.md` is printed.
 """
 

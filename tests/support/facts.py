@@ -26,7 +26,7 @@ from support.toys import OPTIMIZED, TOY
 
 KEYS = VALUES = 128
 FILLERS = 64
-DOCUMENTS = 24  # of a corpus
+DOCUMENTS = 16  # of a corpus
 SYLLABLES = [a + b for a in "bdfgklmnprstvz" for b in "aeiou"]
 BOS, DOT, FIRST = 1, 3, 4  # ids; keys, values and fillers follow
 SPECIAL = ["<unk>", "<s>", "</s>", "."]
@@ -37,9 +37,7 @@ DECODER_STAGES: list[Stage] = [
     (200, (5, 6), 128),
     (200, (6, 7, 8), 128),
     (200, (4, 8, 10, 12), 128),
-    (200, (12, 14, 16), 128),
-    (200, (2, 8, 17, 20), 128),
-    (300, (2, 8, 20, 24), 128),
+    (400, (2, 8, 12, 14, 16), 128),
 ]
 CEPE_STAGES: list[Stage] = [(300, (1, 2, 4, 8), 64)]
 
