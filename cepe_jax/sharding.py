@@ -85,7 +85,7 @@ def num_shards(logical: str) -> int:
 
 
 def window_parts(length: int) -> int:
-    """Return the number of devices that share a window of so many tokens: 1 if two parts for each do not divide it."""
+    """Return the number of devices that share a window of `length` tokens: 1 if two parts for each do not divide it."""
     parts = num_shards("window")
     return 1 if length % (2 * parts) else parts
 

@@ -22,7 +22,9 @@ from cepe_jax.data.recipes import blank
 from cepe_jax.directories import write_json
 from cepe_jax.identity import as_json
 from cepe_jax.inference.caches import CacheConfig
+from cepe_jax.model.layers import fits_a_chunk
 from cepe_jax.sharding import batch_axes, is_variable, make_mesh, partition_spec, shardings_of
+from cepe_jax.training.objectives import chunk_of_logits
 from cepe_jax.training.settings import (
     TrainConfig,
     compute_of,
@@ -183,7 +185,10 @@ def train_step(config: TrainConfig, sizes: Config, compute: Compute) -> Step:
     batch = placed_batch(blank(recipe_of(config)), config.batch_size)
     flops = stage.flops(config, sizes, ())
     stacks = {"decoder", "encoder"} & parts.keys()
-    everything = config.loss_chunk and {getattr(config.remat, name) for name in stacks} <= {"full", "offload"}
+    vocabulary, window = getattr(sizes, "decoder", sizes).vocab_size, config.examples.window
+    rows = jax.ShapeDtypeStruct((config.batch_size // accumulate, window, 1), compute.dtype)
+    in_chunks = not fits_a_chunk(chunk_of_logits(config.loss_chunk, rows, vocabulary), window)
+    everything = in_chunks and {getattr(config.remat, name) for name in stacks} <= {"full", "offload"}
     again = flops.forward - flops.ahead if everything else 0  # at least
     done = config.batch_size * (flops.train + again)
     return Step(function, (placed(state), frozen, batch), config.batch_size * flops.train, done)

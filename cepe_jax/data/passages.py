@@ -1,4 +1,4 @@
-"""Documents cut into passages of so many tokens, each with its source: the document, and the passage's first token."""
+"""The documents in passages of one length, each with its source: the document, and the passage's first token."""
 
 import json
 from collections.abc import Iterable, Iterator, Sequence

@@ -12,7 +12,7 @@ BETWEEN = "\n\n"  # what stands between chunks, and before the prompt
 
 @dataclass(frozen=True, kw_only=True)
 class PromptRetrieval(RetrieverConfig):
-    """How many chunks of a corpus a prompt gets, and who reads them."""
+    """The search for a prompt: the number of its chunks, and their reader."""
 
     k: int = 5  # chunks for the prompt
     query: str = ""  # text that is searched for; "": the prompt, with all its words

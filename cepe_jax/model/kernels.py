@@ -80,7 +80,7 @@ class CausalMask(splash_attention_mask.CausalMask):
 
 
 def check_parts(length: int, parts: int) -> None:
-    """Raise ValueError if splash cannot read a window of so many tokens that `parts` devices share."""
+    """Raise ValueError if splash cannot read a window of `length` tokens that `parts` devices share."""
     if length % (parts * LANES):
         raise ValueError(
             f"a window of {length} tokens over {parts} devices: splash reads a multiple of {LANES} tokens on each: "
@@ -204,6 +204,19 @@ def _joined(chunks: jax.Array) -> jax.Array:
     return jnp.moveaxis(chunks, 0, 1).reshape(chunks.shape[1], -1, *chunks.shape[3:])
 
 
+def _pairs(parts: int, q_BTNH, k_BSKH, v_BSKH, segments: Segments | None):
+    """Return queries, keys and values in chunks, and those of a pair of chunks with their segments, as a function."""
+    q, k, v = _chunks(q_BTNH, 2), _chunks(k_BSKH, 2 * parts), _chunks(v_BSKH, 2 * parts)
+    of_queries, of_keys = (
+        (None, None) if segments is None else (_chunks(segments[0], 2), _chunks(segments[1], 2 * parts))
+    )
+
+    def pair(query, key):
+        return q[query], k[key], v[key], None if segments is None else (of_queries[query], of_keys[key])
+
+    return (q, k, v), pair
+
+
 def _over_chunks(parts: int, part: jax.Array, call, state):
     """Return the state after `call(causal, state, query chunk, key chunk)` of all pairs of chunks that see each other.
 
@@ -220,17 +233,11 @@ def _over_chunks(parts: int, part: jax.Array, call, state):
 
 
 def _cudnn_of_parts_forward(parts: int, part: jax.Array, *inputs):
-    (q, *kv), segments = (
-        [_chunks(x, n) for x, n in zip(inputs[:3], (2, 2 * parts, 2 * parts), strict=True)],
-        inputs[3],
-    )
-    if segments is not None:
-        segments = _chunks(segments[0], 2), _chunks(segments[1], 2 * parts)
+    (q, _, _), pair = _pairs(parts, *inputs)
 
     def call(causal: bool, state, query, key):
         out, lse = state
-        ids = None if segments is None else (segments[0][query], segments[1][key])
-        of_pair, lse_of_pair, _ = _cudnn_vjp(causal, q[query], *(x[key] for x in kv), ids)
+        of_pair, lse_of_pair, _ = _cudnn_vjp(causal, *pair(query, key))
         both = jnp.logaddexp(lse[query], lse_of_pair)
         weights = (jnp.exp(x - both).swapaxes(1, 2)[..., None] for x in (lse[query], lse_of_pair))
         merged = sum(x * weight for x, weight in zip((out[query], of_pair), weights, strict=True))
@@ -245,14 +252,11 @@ def _cudnn_of_parts_forward(parts: int, part: jax.Array, *inputs):
 
 def _cudnn_of_parts_backward(parts: int, residuals, cotangent_BTNH: jax.Array):
     part, inputs, out_BTNH, lse = residuals
-    (q, k, v), segments = [_chunks(x, n) for x, n in zip(inputs[:3], (2, 2 * parts, 2 * parts), strict=True)], inputs[3]
-    if segments is not None:
-        segments = _chunks(segments[0], 2), _chunks(segments[1], 2 * parts)
+    (q, k, v), pair = _pairs(parts, *inputs)
     out, cotangent = _chunks(out_BTNH, 2), _chunks(cotangent_BTNH, 2)
 
     def call(causal: bool, sums, query, key):
-        ids = None if segments is None else (segments[0][query], segments[1][key])
-        derivative = _cudnn_vjp(causal, q[query], k[key], v[key], ids)[2]
+        derivative = _cudnn_vjp(causal, *pair(query, key))[2]
         gradients = derivative(out[query], lse[query])(cotangent[query])
         places = query, key, key
         return tuple(x.at[i].add(g) for x, i, g in zip(sums, places, gradients, strict=True))

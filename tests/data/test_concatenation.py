@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentencepiece
-from support.datasets import write_documents
+from support.datasets import splits_by_jobs, write_documents
 from support.refusals import one_line
 from support.tokenizers import LLAMA_3_TOKENS, as_llama_2, byte_level
 
@@ -177,9 +177,7 @@ def test_the_same_whoever_works(config, tmp_path):
     index = read_index(config.out)["splits"]
 
     def again(name: str, *shards: str, **changes) -> dict:
-        for shard in shards:
-            sample(dataclasses.replace(config, out=tmp_path / name, shard=shard, **changes))
-        return read_index(tmp_path / name)["splits"]
+        return splits_by_jobs(dataclasses.replace(config, out=tmp_path / name, **changes), *shards)
 
     assert (
         again("order", "0/1", budget=dict(reversed(config.budget.items())), shares=dict(reversed(SHARES.items())))

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from support.datasets import write_documents
+from support.datasets import splits_by_jobs, write_documents
 from support.refusals import one_line
 
 from cepe_jax.data.records import Records, read_index
@@ -227,9 +227,7 @@ def test_the_same_whoever_works(config, kind, tmp_path):
     index = read_index(config.out)["splits"]
 
     def again(name: str, *shards: str, **changes) -> dict:
-        for shard in shards:
-            sample(dataclasses.replace(config, out=tmp_path / name, shard=shard, **changes))
-        return read_index(tmp_path / name)["splits"]
+        return splits_by_jobs(dataclasses.replace(config, out=tmp_path / name, **changes), *shards)
 
     assert again("again", "0/1") == index
     assert again("order", "0/1", budget=dict(reversed(budget.items()))) == index

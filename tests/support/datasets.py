@@ -1,5 +1,6 @@
 """Datasets written by hand, whose tokens are what the test says, and a small real one."""
 
+import dataclasses
 import sysconfig
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import numpy as np
 
 from cepe_jax.data.builder import Builder, ShardWriter, array, text
 from cepe_jax.data.corpus import NAME, PrepareConfig, prepare
-from cepe_jax.data.records import Records, shard_path
+from cepe_jax.data.records import Records, read_index, shard_path
 from cepe_jax.data.sampling import SampleConfig, sample
 from cepe_jax.data.tokenizer import Tokenizer
 from cepe_jax.data.tokenizer_training import train
@@ -78,6 +79,13 @@ def write_sequences(
     records = [{"tokens": tokens, "name": f"{i}@0", "domain": "d"} for i, tokens in enumerate(sequences)]
     cuts = np.array_split(np.arange(len(records)), shards)
     return write(path, "filtered", SEQUENCE, [[records[i] for i in cut] for cut in cuts], tokenizer, length=length)
+
+
+def splits_by_jobs(config: SampleConfig, *shards: str) -> dict:
+    """Return the splits of the sequences that the jobs of these shards make."""
+    for shard in shards:
+        sample(dataclasses.replace(config, shard=shard))
+    return read_index(config.out)["splits"]
 
 
 def joins(base: Path) -> dict:
