@@ -223,11 +223,16 @@ def bytes_needed(message: str) -> int:
 
 
 def memory_of(compiled) -> dict[str, int]:
-    """Bytes a device: arguments, results, results in the place of arguments, temporaries, and the peak of all."""
+    """Bytes a device: arguments, results, results in the place of arguments, temporaries, peak; the host's temporaries.
+
+    The compilers' own peak counts what stands on the host, and their sizes do not: it is at most the sum of these.
+    """
     found = compiled.memory_analysis()
     names = {"arguments": "argument", "results": "output", "aliases": "alias", "temporaries": "temp"}
     sizes = {ours: getattr(found, f"{theirs}_size_in_bytes") for ours, theirs in names.items()}
-    return sizes | {"peak": found.peak_memory_in_bytes}
+    together = sizes["arguments"] + sizes["results"] - sizes["aliases"] + sizes["temporaries"]
+    sizes["peak"] = min(found.peak_memory_in_bytes, together)
+    return sizes | {"host": found.host_temp_size_in_bytes}
 
 
 def roofline(step: Step, result: dict, topology: Topology) -> dict:

@@ -158,6 +158,19 @@ def test_nothing_of_the_frozen_decoder_is_computed(held):
     assert held["ours"]["trained"]  # what is looked for is found for what trains
 
 
+def test_the_peak_is_of_the_chip_alone():
+    """Inputs of 8 layers, 64 MiB each, are the host's or the chip's: the compiler's own peak counts both.
+
+    8 CPU-seconds of the TPU compiler: what it says of a program decides which windows are said to fit.
+    """
+    done = run(__file__, "offloaded")
+    assert done.returncode == 0, done.stderr[-2000:]
+    offloaded, kept = json.loads(done.stdout.splitlines()[-1])
+    assert (offloaded["host"], kept["host"]) == (8 << 26, 0)
+    assert kept["peak"] >= 8 << 26
+    assert offloaded["peak"] <= kept["peak"] - (5 << 26)  # up to three are on their way at once
+
+
 def test_the_processes_of_a_pod_feed_the_batch():
     """Every row by each process a device of which holds it, and by no other; a host's rows need not be contiguous."""
     done = run(__file__, "rows")
@@ -193,6 +206,35 @@ def print_rows() -> None:
         ]
         processes = range(1 + max(device.process_index for device in devices))
         found.append((pod, of_devices, [rows_of(process, mesh, 256) for process in processes]))
+    print(json.dumps(found))
+
+
+def print_offloaded() -> None:
+    """The memory of a gradient through 8 layers whose inputs are offloaded to the host, and kept."""
+    import jax
+    import jax.numpy as jnp
+    from jax.ad_checkpoint import checkpoint_name
+
+    from cepe_jax.benchmarks.compiled import memory_of
+    from cepe_jax.benchmarks.topologies import topology_of
+
+    place = jax.sharding.SingleDeviceSharding(topology_of("v5e:1x1").devices[0])
+    w_LDD, x_TD = (jax.ShapeDtypeStruct(shape, "bfloat16", sharding=place) for shape in ((8, 512, 512), (1 << 16, 512)))
+
+    def layer(x_TD, w_DD):
+        return jnp.tanh(checkpoint_name(x_TD, "input") @ w_DD), None
+
+    found = []
+    for kept, offloaded in ([], ["input"]), (["input"], []):
+        policy = jax.checkpoint_policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=kept,
+            names_which_can_be_offloaded=offloaded,
+            offload_src="device",
+            offload_dst="pinned_host",
+        )
+        stack = jax.checkpoint(layer, policy=policy)
+        gradient = jax.grad(lambda w_LDD, x_TD, stack=stack: jax.lax.scan(stack, x_TD, w_LDD)[0].sum())
+        found.append(memory_of(jax.jit(gradient).lower(w_LDD, x_TD).compile()))
     print(json.dumps(found))
 
 
@@ -264,4 +306,4 @@ def print_held() -> None:
 
 if __name__ == "__main__":
     os.environ["JAX_PLATFORMS"] = "cpu"
-    {"held": print_held, "rows": print_rows}[sys.argv[1]]()
+    {"held": print_held, "offloaded": print_offloaded, "rows": print_rows}[sys.argv[1]]()
