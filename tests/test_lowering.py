@@ -16,6 +16,7 @@ from cepe_jax.benchmarks.steps import STEPS
 from cepe_jax.config import DECODERS, ENCODERS, LoraConfig
 from cepe_jax.data.examples import ExampleConfig
 from cepe_jax.inference.caches import CacheConfig
+from cepe_jax.model import kernels
 from cepe_jax.sharding import make_mesh, of_two_rows
 from cepe_jax.training.objectives import DistillConfig
 from cepe_jax.training.settings import compute_of, sizes_of
@@ -102,6 +103,17 @@ def test_odd_lengths_lower_for_gpus(step):
 @pytest.mark.parametrize(("step", "examples", "kv_heads"), [*((step, EVEN, 6) for step in SPLASH), ("cepe", ODD, 2)])
 def test_steps_lower_for_tpus(step, examples, kv_heads):
     assert lower(step, "tpu", examples, kv_heads).count("tpu_custom_call") == SPLASH[step]
+
+
+def test_a_window_of_texts_has_no_mask_of_its_square_on_gpus(monkeypatch):
+    """300 tokens, in three chunks."""
+    square, examples = re.compile(r"tensor<[\dx]*300x300x"), ExampleConfig(window=300)
+    assert square.search(lower("sft", "cuda", examples))
+    monkeypatch.setattr(kernels, "CHUNK", 128)
+    program = lower("sft", "cuda", examples)
+    assert not square.search(program)
+    assert cudnn_calls(program)[:2] == [0, 0]
+    assert min(cudnn_calls(program)[2:]) >= 2  # a chunk on the diagonal, and an earlier one
 
 
 CACHES = {  # and whether a kernel reads a prompt of 192 tokens, all of which every query sees

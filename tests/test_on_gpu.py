@@ -13,6 +13,7 @@ import pytest
 
 from cepe_jax.data.examples import ExampleConfig
 from cepe_jax.data.recipes import blank
+from cepe_jax.model import kernels
 from cepe_jax.model.attention import Mask
 from cepe_jax.model.backends import attend
 from cepe_jax.training.objectives import DistillConfig
@@ -30,6 +31,17 @@ def distance(ours, wanted) -> float:
     return float(np.linalg.norm(ours - wanted) / np.linalg.norm(wanted))
 
 
+def by_cudnn_and_xla(mask: Mask, q, k, v, g) -> list[tuple]:
+    """Return attention and its gradients by cuDNN, and by XLA in fp32."""
+
+    @partial(jax.jit, static_argnums=0)
+    def run(backend, *qkv):
+        out, pullback = jax.vjp(lambda *qkv: attend(*qkv, mask, backend), *qkv)
+        return out, *pullback(g.astype(out.dtype))
+
+    return [run("cudnn", q, k, v), run("xla", *(x.astype(jnp.float32) for x in (q, k, v)))]
+
+
 @pytest.mark.parametrize("width", [64, 128])
 @pytest.mark.parametrize("kv_heads", [8, 2])
 @pytest.mark.parametrize(("queries", "keys"), [(256, 256), (111, 111), (1, 384), (64, 333)])
@@ -44,17 +56,21 @@ def test_cudnn_attends_as_xla_in_fp32(width, kv_heads, queries, keys, holes):
     valid = rng.random((2, keys)) < 0.7
     valid[0, : keys // 3], valid[1] = False, False
     mask = Mask(queries == keys, valid if holes else None)
-
-    @partial(jax.jit, static_argnums=0)
-    def run(backend, *qkv):
-        out, pullback = jax.vjp(lambda *qkv: attend(*qkv, mask, backend), *qkv)
-        return out, *pullback(g.astype(out.dtype))
-
-    wanted = run("xla", *(x.astype(jnp.float32) for x in (q, k, v)))
-    for ours, theirs in zip(run("cudnn", q, k, v), wanted, strict=True):
+    for ours, theirs in zip(*by_cudnn_and_xla(mask, q, k, v, g), strict=True):
         assert distance(ours, theirs) < BF16
         if holes:
             assert not ours[1].any()
+
+
+@pytest.mark.parametrize("kv_heads", [8, 2])
+def test_a_window_of_texts_is_read_in_chunks(monkeypatch, kv_heads):
+    """Three chunks of up to 128 tokens; texts begin within them."""
+    monkeypatch.setattr(kernels, "CHUNK", 128)
+    rng = np.random.default_rng(0)
+    q, k, v, g = (jnp.asarray(rng.standard_normal((2, 333, n, 64)), jnp.bfloat16) for n in (8, kv_heads, kv_heads, 8))
+    mask = Mask(True, segments_BT=np.sort(rng.integers(1, 6, (2, 333)), axis=1))
+    for ours, theirs in zip(*by_cudnn_and_xla(mask, q, k, v, g), strict=True):
+        assert distance(ours, theirs) < BF16
 
 
 def test_mapped_chunks_are_read_as_rows():

@@ -4,6 +4,7 @@ import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from functools import cache
 
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4}
 _COLLECTIVE = re.compile(r"(.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(-start)?\(")
@@ -34,12 +35,17 @@ def collectives(program: str) -> dict[str, dict[str, int]]:
     computations, entry = _computations(program)
     times: Counter = Counter()
 
+    @cache
+    def communicates(name: str) -> bool:
+        whats = computations[name].values()
+        return any(_COLLECTIVE.match(what) or any(map(communicates, _called(what))) for what in whats)
+
     def visit(name: str, factor: int) -> None:
         times[name] += factor
         for what in computations[name].values():
             loop = re.search(r"condition=%?([\w.\-]+)", what)
             known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', what)  # on GPUs the rest is in fusions
-            for called in re.findall(r"[\w.\-]+", " ".join(map(" ".join, _CALLED.findall(what)))):
+            for called in filter(communicates, _called(what)):
                 if not loop:
                     visit(called, factor)
                 elif known:
@@ -83,6 +89,11 @@ def _computations(program: str) -> tuple[Computations, str]:
         elif instruction := re.match(r"\s+(ROOT )?%?([\w.\-]+) = (.*)", line):
             computations[name]["ROOT" if instruction[1] else instruction[2]] = instruction[3]
     return computations, entry
+
+
+def _called(what: str) -> list[str]:
+    """Return the computations that an instruction calls."""
+    return re.findall(r"[\w.\-]+", " ".join(map(" ".join, _CALLED.findall(what))))
 
 
 def _trips(condition: dict[str, str], body: dict[str, str]) -> int:

@@ -106,12 +106,12 @@ def _plot(report: dict, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    figure, axes = plt.subplots(figsize=(6, 4.2), layout="constrained")
     for form in report["forms"]:
         windows, sizes = zip(*form["bytes"].items(), strict=True)
         axes.plot(windows, [size / 2**30 for size in sizes], marker=".", label=f"{form['form']}: {form['longest']:,}")
     axes.axhline(report["hbm"] / 2**30, color="grey", linestyle=":", label=f"a chip of {report['topology']}")
     axes.set(xlabel="tokens of the window", ylabel="GiB a chip", ylim=(0, 1.5 * report["hbm"] / 2**30), xscale="log")
-    axes.legend(frameon=False, fontsize="small")
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize="small")
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -14,7 +14,10 @@ from cepe_jax.sharding import balanced
 Segments = tuple[jax.Array, jax.Array]
 
 LANES = 128  # a block of splash's is a multiple of it
+BLOCK = 512  # tokens that splash reads at once; in longer windows than LONG twice as many: 2,048 overflow a chip's VMEM
+LONG = 1 << 18  # tokens, whose blocks of a causal mask splash can hold in tables in a chip's SMEM of 1 MiB
 NO_SEGMENT = -1  # of keys that no query sees
+CHUNK = 8192  # tokens, at most, of a causal window that cuDNN reads with a mask: 128 MiB a row
 
 
 def splash(causal: bool, q_BTNH, k_BSKH, v_BSKH, segments: Segments | None = None, residuals: bool = False):
@@ -25,9 +28,11 @@ def splash(causal: bool, q_BTNH, k_BSKH, v_BSKH, segments: Segments | None = Non
     T, S = q_BTNH.shape[1], k_BSKH.shape[1]
     if segments is None and S % LANES and not causal:
         segments = tuple(jnp.ones((q_BTNH.shape[0], length), jnp.int32) for length in (T, S))
-    q_BTNH, k_BSKH, v_BSKH = (_filled(x, LANES) for x in (q_BTNH, k_BSKH, v_BSKH))
+    q_BTNH, k_BSKH, v_BSKH = (_filled(x, _whole(x.shape[1])) for x in (q_BTNH, k_BSKH, v_BSKH))
     if segments is not None:
-        segments = tuple(_filled(x, LANES, fill) for x, fill in zip(segments, (1, NO_SEGMENT), strict=True))
+        segments = tuple(
+            _filled(x, _whole(x.shape[1]), fill) for x, fill in zip(segments, (1, NO_SEGMENT), strict=True)
+        )
     seen = CausalMask if causal else splash_attention_mask.FullMask
     kernel = _splash_kernel(seen((q_BTNH.shape[1], k_BSKH.shape[1])), q_BTNH.shape[2], residuals=residuals)
     out = splash_by(kernel, q_BTNH, k_BSKH, v_BSKH, segments)
@@ -79,12 +84,19 @@ class CausalMask(splash_attention_mask.CausalMask):
         return super().__getitem__(block)
 
 
-def check_parts(length: int, parts: int) -> None:
-    """Raise ValueError if splash cannot read a window of `length` tokens that `parts` devices share."""
-    if length % (parts * LANES):
+def check_window(length: int, parts: int) -> None:
+    """Raise ValueError if splash cannot read a causal window of `length` tokens that `parts` devices share."""
+    if parts > 1 and length % (parts * LANES):
         raise ValueError(
             f"a window of {length} tokens over {parts} devices: splash reads a multiple of {LANES} tokens on each: "
             f"change examples.window or mesh.context"
+        )
+    length += -length % _whole(length)
+    queries = length // parts
+    if (queries // _block(queries, length)) * (length // _block(length, length)) > (LONG // BLOCK) ** 2:
+        raise ValueError(
+            f"a window of {length} tokens over {parts} devices: splash's tables overflow a chip's SMEM: let more "
+            f"devices share it, by mesh.context, or give each a multiple of {2 * BLOCK} tokens"
         )
 
 
@@ -93,26 +105,34 @@ def splash_kernel_of_parts(num_heads: int, length: int, parts: int):
 
     Its arrays are to be cut as the queries are: see `manual_sharding_spec`.
     """
-    check_parts(length, parts)
+    check_window(length, parts)
     mask = CausalMask((length, length))
     mask.q_sequence = balanced(np.arange(length, dtype=np.int32)[None], parts)[0]
     return _splash_kernel(mask, num_heads, parts)
 
 
 def _splash_kernel(mask, num_heads: int, parts: int = 1, residuals: bool = False):
-    def block(length: int) -> int:
-        return next(size for size in (512, 256, LANES) if length % size == 0)  # 2,048 overflows the chip's VMEM
-
-    q, kv = block(mask.shape[0] // parts), block(mask.shape[1])
+    T, S = mask.shape[0] // parts, mask.shape[1]
+    q, kv = (_block(length, max(T, S)) for length in (T, S))
     sizes = splash_attention_kernel.BlockSizes(
-        block_q=q, block_kv=kv, block_kv_compute=kv,
-        block_q_dkv=q, block_kv_dkv=kv, block_kv_dkv_compute=kv,
+        block_q=q, block_kv=kv, block_kv_compute=min(kv, BLOCK),
+        block_q_dkv=q, block_kv_dkv=kv, block_kv_dkv_compute=min(kv, BLOCK),
         block_q_dq=q, block_kv_dq=kv,
     )  # fmt: skip
     heads = splash_attention_mask.MultiHeadMask([mask] * num_heads)
     return splash_attention_kernel.make_splash_mha(
         heads, head_shards=1, q_seq_shards=parts, block_sizes=sizes, save_residuals=residuals
     )
+
+
+def _whole(length: int) -> int:
+    """Return what a length is filled up to a multiple of, so that its blocks are large where it is long."""
+    return 2 * BLOCK if length > LONG else BLOCK if length > 32 * BLOCK else LANES
+
+
+def _block(length: int, longest: int) -> int:
+    """Return the tokens of a block of queries or keys, the longer of which are `longest`."""
+    return next(size for size in (2 * BLOCK if longest > LONG else BLOCK, BLOCK, 256, LANES) if length % size == 0)
 
 
 def _filled(x: jax.Array, multiple: int, fill: int = 0) -> jax.Array:
@@ -122,13 +142,22 @@ def _filled(x: jax.Array, multiple: int, fill: int = 0) -> jax.Array:
 
 
 def cudnn(causal: bool, q_BTNH, k_BSKH, v_BSKH, segments: Segments | None = None):
-    """Return cuDNN's flash attention. Lengths are filled up to even ones, as its derivative wants them."""
+    """Return cuDNN's flash attention. Lengths are filled up to even ones, as its derivative wants them.
+
+    A long causal window of several texts is filled up to whole chunks.
+    """
     T, S = q_BTNH.shape[1], k_BSKH.shape[1]
     if S % 2 and segments is None and not causal:  # a causal mask hides the filled key from all real queries
         segments = tuple(jnp.ones((q_BTNH.shape[0], length), jnp.int32) for length in (T, S))
+    multiple = 2 * _num_chunks(causal, T, segments)
     if segments is not None:
-        segments = tuple(_filled(x, 2, fill) for x, fill in zip(segments, (1, NO_SEGMENT), strict=True))
-    return _cudnn_even(causal, *(_filled(x, 2) for x in (q_BTNH, k_BSKH, v_BSKH)), segments)[:, :T]
+        segments = tuple(_filled(x, multiple, fill) for x, fill in zip(segments, (1, NO_SEGMENT), strict=True))
+    return _cudnn_filled(causal, *(_filled(x, multiple) for x in (q_BTNH, k_BSKH, v_BSKH)), segments)[:, :T]
+
+
+def _num_chunks(causal: bool, length: int, segments: Segments | None) -> int:
+    """Return the number of chunks in which a window is read: for segments cuDNN reads a mask of the length's square."""
+    return -(-length // CHUNK) if causal and segments is not None else 1
 
 
 def _fold_mapped_axes(function):
@@ -150,9 +179,8 @@ def _fold_mapped_axes(function):
 # JAX maps cuDNN's attention over an axis only if a mask is given for each head, N times as large as the one we have. A
 # function that folds mapped axes has no derivative, so both passes fold by themselves.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _cudnn_even(causal: bool, q_BTNH, k_BSKH, v_BSKH, segments):
-    inputs = q_BTNH, k_BSKH, v_BSKH, segments
-    return _fold_mapped_axes(lambda *inputs: _cudnn_vjp(causal, *inputs)[0])(*inputs)
+def _cudnn_filled(causal: bool, q_BTNH, k_BSKH, v_BSKH, segments):
+    return _cudnn_forward(causal, q_BTNH, k_BSKH, v_BSKH, segments)[0]
 
 
 def _cudnn_vjp(causal: bool, q_BTNH, k_BSKH, v_BSKH, segments: Segments | None):
@@ -162,36 +190,135 @@ def _cudnn_vjp(causal: bool, q_BTNH, k_BSKH, v_BSKH, segments: Segments | None):
     out_BTNH, pullback = jax.vjp(attention, q_BTNH, k_BSKH, v_BSKH)
     leaves, structure = jax.tree.flatten(pullback)
     (lse_BNT,) = (x for x in leaves if x.ndim == 3)
+    assert any(x is out_BTNH for x in leaves), "JAX keeps another output than it returns"
 
     def derivative(of_out_BTNH: jax.Array, of_lse_BNT: jax.Array):
+        # Of this forward pass nothing is used except its structure: the compiler leaves it out.
         replaced = [of_out_BTNH if x is out_BTNH else of_lse_BNT if x is lse_BNT else x for x in leaves]
         return jax.tree.unflatten(structure, replaced)
 
     return out_BTNH, lse_BNT, derivative
 
 
-def _cudnn_forward(causal: bool, *inputs):
-    kept = _fold_mapped_axes(lambda *inputs: _cudnn_vjp(causal, *inputs)[:2])(*inputs)
+def _cudnn_forward(causal: bool, q_BTNH, k_BSKH, v_BSKH, segments):
+    def forward(*inputs):
+        if (chunks := _num_chunks(causal, inputs[0].shape[1], inputs[3])) > 1:
+            return _forward_in_chunks(jnp.arange(chunks), *inputs)
+        return _cudnn_vjp(causal, *inputs)[:2]
+
+    inputs = q_BTNH, k_BSKH, v_BSKH, segments
+    kept = _fold_mapped_axes(forward)(*inputs)
     return kept[0], (inputs, kept)
 
 
 def _cudnn_backward(causal: bool, residuals, cotangent_BTNH: jax.Array):
     def backward(inputs, kept, cotangent_BTNH):
-        # Of this forward pass nothing is used except its structure: the compiler leaves it out.
+        if (chunks := _num_chunks(causal, cotangent_BTNH.shape[1], inputs[3])) > 1:
+            return _backward_in_chunks(jnp.arange(chunks), inputs, kept, cotangent_BTNH)
         return _cudnn_vjp(causal, *inputs)[2](*kept)(cotangent_BTNH)
 
     return *_fold_mapped_axes(backward)(*residuals, cotangent_BTNH), None
 
 
-_cudnn_even.defvjp(_cudnn_forward, _cudnn_backward)
+_cudnn_filled.defvjp(_cudnn_forward, _cudnn_backward)
 
 
-# A device has two chunks of the queries and all keys. cuDNN's calls have no mask that begins in the middle of a window,
-# so that each is of square chunks: the two on the diagonal are causal, and every earlier one is seen whole.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def cudnn_of_parts(parts: int, part: jax.Array, q_BTNH, k_BSKH, v_BSKH, segments: Segments | None):
     """Return cuDNN's attention of device `part` of `parts`: its queries, as `balanced` has them, and all keys."""
-    return _cudnn_of_parts_forward(parts, part, q_BTNH, k_BSKH, v_BSKH, segments)[0]
+    return _of_parts_forward(parts, part, q_BTNH, k_BSKH, v_BSKH, segments)[0]
+
+
+def _of_parts_forward(parts: int, part: jax.Array, *inputs):
+    places = jnp.stack([part, 2 * parts - 1 - part])
+    kept = _forward_in_chunks(places, *inputs)
+    return kept[0], (places, inputs, kept)
+
+
+def _of_parts_backward(parts: int, residuals, cotangent_BTNH: jax.Array):
+    return None, *_backward_in_chunks(*residuals, cotangent_BTNH), None
+
+
+cudnn_of_parts.defvjp(_of_parts_forward, _of_parts_backward)
+
+
+# cuDNN's calls have no mask that begins in the middle of a window, so that each is of square chunks: the one on the
+# diagonal is causal, and every earlier one is seen whole, or passed over if it has no text of the queries.
+def _forward_in_chunks(places_P, q_BTNH, k_BSKH, v_BSKH, segments: Segments | None):
+    """Return causal attention and its log-sum-exp (B, N, T) of P chunks of queries.
+
+    Chunk p of the queries stands where chunk places_P[p] of the keys does.
+    """
+    P = len(places_P)
+    queries, keys = _in_chunks(P, q_BTNH, k_BSKH, v_BSKH, segments)
+
+    def of_chunk(chunk):
+        place, (q, of_queries) = chunk
+
+        def read(causal: bool, key):
+            k, v, of_keys = jax.tree.map(lambda x: x[key], keys)
+            out, lse, _ = _cudnn_vjp(causal, q, k, v, None if segments is None else (of_queries, of_keys))
+            return out.astype(jnp.float32), lse
+
+        def with_earlier(key, state):
+            both = jnp.logaddexp(state[1], (of_key := read(False, key))[1])
+            weights = (jnp.exp(lse - both).swapaxes(1, 2)[..., None] for _, lse in (state, of_key))
+            return sum(out * weight for (out, _), weight in zip((state, of_key), weights, strict=True)), both
+
+        step = _where_texts_meet(with_earlier, of_queries, keys[2])
+        out, lse = jax.lax.fori_loop(0, place, step, read(True, place))
+        return out.astype(q.dtype), lse.swapaxes(1, 2)
+
+    out, lse = jax.lax.map(of_chunk, (places_P, queries))
+    return _joined(out), _joined(lse).swapaxes(1, 2)
+
+
+def _backward_in_chunks(places_P, inputs, kept, cotangent_BTNH: jax.Array):
+    """Return the gradients of queries, keys and values; `kept` is what `_forward_in_chunks` returned."""
+    q_BTNH, k_BSKH, v_BSKH, segments = inputs
+    P = len(places_P)
+    queries, keys = _in_chunks(P, *inputs)
+    outputs = tuple(_chunks(x, P) for x in (kept[0], kept[1].swapaxes(1, 2), cotangent_BTNH))
+
+    def of_chunk(of_keys_so_far, chunk):
+        place, (q, of_queries), (out, lse, cotangent) = chunk
+
+        def add(causal: bool, key, sums):
+            k, v, of_keys = jax.tree.map(lambda x: x[key], keys)
+            derivative = _cudnn_vjp(causal, q, k, v, None if segments is None else (of_queries, of_keys))[2]
+            dq, dk, dv = derivative(out, lse.swapaxes(1, 2))(cotangent)
+            return sums[0] + dq, sums[1].at[key].add(dk), sums[2].at[key].add(dv)
+
+        sums = add(True, place, (jnp.zeros(q.shape, jnp.float32), *of_keys_so_far))
+        step = _where_texts_meet(functools.partial(add, False), of_queries, keys[2])
+        dq, *of_keys_so_far = jax.lax.fori_loop(0, place, step, sums)
+        return of_keys_so_far, dq.astype(q.dtype)
+
+    zeros = [jnp.zeros(x.shape, jnp.float32) for x in keys[:2]]
+    (dk, dv), dq = jax.lax.scan(of_chunk, zeros, (places_P, queries, outputs))
+    return _joined(dq), _joined(dk).astype(k_BSKH.dtype), _joined(dv).astype(v_BSKH.dtype)
+
+
+def _in_chunks(num_queries: int, q_BTNH, k_BSKH, v_BSKH, segments: Segments | None):
+    """Return queries and their segments, keys, values and their segments, in chunks of one length."""
+    num_keys = num_queries * k_BSKH.shape[1] // q_BTNH.shape[1]
+    of_queries, of_keys = (None, None) if segments is None else segments
+    queries = jax.tree.map(lambda x: _chunks(x, num_queries), (q_BTNH, of_queries))
+    return queries, jax.tree.map(lambda x: _chunks(x, num_keys), (k_BSKH, v_BSKH, of_keys))
+
+
+def _where_texts_meet(step, of_queries: jax.Array | None, of_keys: jax.Array | None):
+    """Return `step` of the chunks of keys that may have a text of the queries, and none of the others."""
+    if of_queries is None:
+        return step
+
+    def step_or_none(key, state):
+        texts = of_keys[key]
+        first = jnp.where(texts == NO_SEGMENT, jnp.iinfo(texts.dtype).max, texts).min()
+        meet = (first <= of_queries.max()) & (of_queries.min() <= texts.max())
+        return jax.lax.cond(meet, lambda: step(key, state), lambda: state)
+
+    return step_or_none
 
 
 def _chunks(x_BT: jax.Array, number: int) -> jax.Array:
@@ -202,68 +329,3 @@ def _chunks(x_BT: jax.Array, number: int) -> jax.Array:
 def _joined(chunks: jax.Array) -> jax.Array:
     """Return the inverse of `_chunks`."""
     return jnp.moveaxis(chunks, 0, 1).reshape(chunks.shape[1], -1, *chunks.shape[3:])
-
-
-def _pairs(parts: int, q_BTNH, k_BSKH, v_BSKH, segments: Segments | None):
-    """Return queries, keys and values in chunks, and those of a pair of chunks with their segments, as a function."""
-    q, k, v = _chunks(q_BTNH, 2), _chunks(k_BSKH, 2 * parts), _chunks(v_BSKH, 2 * parts)
-    of_queries, of_keys = (
-        (None, None) if segments is None else (_chunks(segments[0], 2), _chunks(segments[1], 2 * parts))
-    )
-
-    def pair(query, key):
-        return q[query], k[key], v[key], None if segments is None else (of_queries[query], of_keys[key])
-
-    return (q, k, v), pair
-
-
-def _over_chunks(parts: int, part: jax.Array, call, state):
-    """Return the state after `call(causal, state, query chunk, key chunk)` of all pairs of chunks that see each other.
-
-    The device's chunks are number `part` and the `part`-th from the end, so that all devices have the same number.
-    """
-    for query, key in ((0, part), (1, 2 * parts - 1 - part)):
-        state = call(True, state, query, key)
-
-    def step(state, number: jax.Array):
-        second = number >= part
-        return call(False, state, second.astype(int), number - jnp.where(second, part, 0)), None
-
-    return jax.lax.scan(step, state, jnp.arange(2 * parts - 1))[0]
-
-
-def _cudnn_of_parts_forward(parts: int, part: jax.Array, *inputs):
-    (q, _, _), pair = _pairs(parts, *inputs)
-
-    def call(causal: bool, state, query, key):
-        out, lse = state
-        of_pair, lse_of_pair, _ = _cudnn_vjp(causal, *pair(query, key))
-        both = jnp.logaddexp(lse[query], lse_of_pair)
-        weights = (jnp.exp(x - both).swapaxes(1, 2)[..., None] for x in (lse[query], lse_of_pair))
-        merged = sum(x * weight for x, weight in zip((out[query], of_pair), weights, strict=True))
-        return out.at[query].set(merged), lse.at[query].set(both)
-
-    _, B, T, N, _ = q.shape
-    nothing = jnp.zeros(q.shape, jnp.float32), jnp.full((2, B, N, T), -jnp.inf, jnp.float32)
-    out, lse = _over_chunks(parts, part, call, nothing)
-    out_BTNH = _joined(out).astype(q.dtype)
-    return out_BTNH, (part, inputs, out_BTNH, lse)
-
-
-def _cudnn_of_parts_backward(parts: int, residuals, cotangent_BTNH: jax.Array):
-    part, inputs, out_BTNH, lse = residuals
-    (q, k, v), pair = _pairs(parts, *inputs)
-    out, cotangent = _chunks(out_BTNH, 2), _chunks(cotangent_BTNH, 2)
-
-    def call(causal: bool, sums, query, key):
-        derivative = _cudnn_vjp(causal, *pair(query, key))[2]
-        gradients = derivative(out[query], lse[query])(cotangent[query])
-        places = query, key, key
-        return tuple(x.at[i].add(g) for x, i, g in zip(sums, places, gradients, strict=True))
-
-    zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
-    sums = _over_chunks(parts, part, call, zeros)
-    return None, *(_joined(x).astype(q.dtype) for x in sums), None
-
-
-cudnn_of_parts.defvjp(_cudnn_of_parts_forward, _cudnn_of_parts_backward)

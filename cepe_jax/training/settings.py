@@ -13,7 +13,7 @@ from cepe_jax.data.recipes import PairsOfAnswers, Recipe
 from cepe_jax.distributed import DistributedConfig
 from cepe_jax.model.backends import native_backend
 from cepe_jax.model.cepe import CrossInit
-from cepe_jax.model.kernels import check_parts
+from cepe_jax.model.kernels import check_window
 from cepe_jax.parsing import Seed
 from cepe_jax.training.heldout import EvalConfig
 from cepe_jax.training.objectives import DistillConfig
@@ -160,8 +160,8 @@ def micro_batches(config: TrainConfig, shares: int) -> int:
 def compute_of(config: TrainConfig, platform: str) -> Compute:
     """Return how the run computes on this platform of JAX's, whose own attention takes the place of `auto`."""
     attention = native_backend(platform, config.dtype) if config.attention == "auto" else config.attention
-    if attention == "splash" and config.mesh.context > 1:
-        check_parts(config.examples.window, config.mesh.context)
+    if attention == "splash":
+        check_window(config.examples.window, config.mesh.context)
     return Compute(config.dtype, attention, config.remat, config.mlp_chunk)
 
 

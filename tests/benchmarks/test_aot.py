@@ -171,6 +171,14 @@ def test_the_peak_is_of_the_chip_alone():
     assert offloaded["peak"] <= kept["peak"] - (5 << 26)  # up to three are on their way at once
 
 
+@pytest.mark.slow
+def test_the_longest_window_has_room_for_splash_s_tables():
+    """524,288 tokens of several texts, forward and backward: twice as many need 2 MiB of SMEM, and there is one."""
+    done = run(__file__, "long")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.splitlines()[-1] == "3"  # calls: forward, and two backward
+
+
 def test_the_processes_of_a_pod_feed_the_batch():
     """Every row by each process a device of which holds it, and by no other; a host's rows need not be contiguous."""
     done = run(__file__, "rows")
@@ -236,6 +244,24 @@ def print_offloaded() -> None:
         gradient = jax.grad(lambda w_LDD, x_TD, stack=stack: jax.lax.scan(stack, x_TD, w_LDD)[0].sum())
         found.append(memory_of(jax.jit(gradient).lower(w_LDD, x_TD).compile()))
     print(json.dumps(found))
+
+
+def print_long() -> None:
+    """Print the number of splash's calls in the gradient of attention in a long window."""
+    import jax
+
+    from cepe_jax.benchmarks.hlo import instructions
+    from cepe_jax.benchmarks.topologies import topology_of
+    from cepe_jax.model.kernels import splash
+
+    place = jax.sharding.SingleDeviceSharding(topology_of("v5e:1x1").devices[0])
+    q_BTNH, segments_BT = (
+        jax.ShapeDtypeStruct((1, 1 << 19, *shape), dtype, sharding=place)
+        for shape, dtype in (((1, 128), "bfloat16"), ((), "int32"))
+    )
+    gradient = jax.grad(lambda q, ids: splash(True, q, q, q, (ids, ids)).astype("float32").sum())
+    program = jax.jit(gradient).lower(q_BTNH, segments_BT).compile().as_text()
+    print(sum("tpu_custom_call" in what for what in instructions(program)))
 
 
 def print_held() -> None:
@@ -306,4 +332,4 @@ def print_held() -> None:
 
 if __name__ == "__main__":
     os.environ["JAX_PLATFORMS"] = "cpu"
-    {"held": print_held, "offloaded": print_offloaded, "rows": print_rows}[sys.argv[1]]()
+    {"held": print_held, "long": print_long, "offloaded": print_offloaded, "rows": print_rows}[sys.argv[1]]()

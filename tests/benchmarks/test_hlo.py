@@ -61,8 +61,19 @@ HloModule jit_step, entry_computation_layout={(f32[8])->f32[8]}
   ROOT %add.3 = f32[] add(%a, %b)
 }
 
+%texts_condition (param.7: (s32[], s32[])) -> pred[] {
+  %param.7 = (s32[], s32[]) parameter(0)
+  ROOT %less.1 = pred[] fusion(%param.7), kind=kLoop, calls=%sum.1
+}
+
+%texts_body (param.8: (s32[], s32[])) -> (s32[], s32[]) {
+  %param.8 = (s32[], s32[]) parameter(0)
+  ROOT %tuple.3 = (s32[], s32[]) fusion(%param.8), kind=kLoop, calls=%sum.1
+}
+
 ENTRY %main.1 (param.0: f32[8]) -> f32[8] {
   %param.0 = f32[8]{0} parameter(0)
+  %while.3 = (s32[], s32[]) while(%t.3), condition=%texts_condition, body=%texts_body
   %while.2 = (f32[4]{0}, s32[]) while(%t.2), condition=%layers_condition, body=%layers_body
   %start.2 = (f32[8]{0}, f32[2]{0}) reduce-scatter-start(%param.0), replica_groups={{0,1,2,3}}, to_apply=%sum.1
   %start.3 = f32[] all-reduce-start(%param.0), channel_id=9, to_apply=%sum.1
@@ -72,7 +83,10 @@ ENTRY %main.1 (param.0: f32[8]) -> f32[8] {
 
 
 def test_collectives_are_counted_as_often_as_they_run():
-    """3 layers; in each a ring of 8 steps, two at a time; and a gather that the ring's work hides."""
+    """3 layers; in each a ring of 8 steps, two at a time, and a gather that the ring's work hides.
+
+    A loop that communicates nothing may run as often as its data say.
+    """
     assert collectives(PROGRAM) == {
         "all-gather": {"number": 3, "bytes": 3 * 2 * 16 * 2},
         "all-reduce": {"number": 3 + 1, "bytes": 3 * (4 * 4 + 3 * 2) + 4},

@@ -10,6 +10,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from support.kernels import define_cudnn, interpret_splash
 from support.models import relative_error
 
+from cepe_jax.model import kernels
 from cepe_jax.model.attention import Mask, attend_partial, merge
 from cepe_jax.model.backends import attend
 from cepe_jax.model.kernels import CausalMask
@@ -219,14 +220,21 @@ def flash(monkeypatch):
         (True, 5, 5, False, 1),
         (True, 5, 5, True, 1),
         (True, 5, 5, False, 2),
+        (True, 29, 29, True, 1),
+        (True, 29, 29, False, 2),
+        (True, 29, 29, True, 2),
         (False, 3, 7, False, 1),
         (False, 3, 7, True, 1),
         (False, 4, 6, False, 1),
         (False, 4, 6, True, 1),
     ],
 )
-def test_cudnn_equals_xla_under_vmap(flash, causal, queries, keys, holes, texts):
-    """Values and gradients: the mapped axis becomes rows, odd lengths are filled, rows without a key are zero."""
+def test_cudnn_equals_xla_under_vmap(flash, monkeypatch, causal, queries, keys, holes, texts):
+    """Values and gradients: the mapped axis becomes rows, odd lengths are filled, rows without a key are zero.
+
+    A window of 29 tokens is read in four chunks, and texts begin within them.
+    """
+    monkeypatch.setattr(kernels, "CHUNK", 8)
     rng = np.random.default_rng(0)
     q, k, v, g = (
         rng.standard_normal((3, B, *shape)).astype(np.float32)
@@ -235,6 +243,11 @@ def test_cudnn_equals_xla_under_vmap(flash, causal, queries, keys, holes, texts)
     valid = rng.random((3, B, keys)) < 0.6
     valid[0, 0] = False
     segments = None if texts == 1 else np.array([[1, 1, 2, 2, 2], [1, 2, 2, 2, 0]])
+    if texts == 2 and queries > 5:
+        segments = np.array([[1] * 13 + [2] * 16, [1] * 3 + [2] * 2 + [3] * 17 + [0] * 7])
+    promised = np.ones((3, B, queries, 1, 1), bool)
+    if texts == 2 and holes:  # nothing is to a query of whose text no key is valid
+        promised[..., 0, 0] = (valid[:, :, None] & np.tril(segments[:, :, None] == segments[:, None])).any(axis=3)
 
     def of(backend):
         def loss(q, k, v, valid):
@@ -242,7 +255,7 @@ def test_cudnn_equals_xla_under_vmap(flash, causal, queries, keys, holes, texts)
                 lambda q, k, v, valid: attend(q, k, v, Mask(causal, valid, segments), backend), (1, 1, 1, 1)
             )
             out = mapped(*(x.swapaxes(0, 1) for x in (q, k, v)), valid if valid is None else valid.swapaxes(0, 1))
-            return (out * g).sum(), out
+            return (out * promised * g).sum(), out * promised
 
         return jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(q, k, v, valid if holes else None)
 

@@ -15,7 +15,10 @@ def interpret_splash(patch: pytest.MonkeyPatch) -> None:
 
 
 def define_cudnn(patch: pytest.MonkeyPatch) -> None:
-    """Define cuDNN's attention by FlashAttention-2: what it refuses, its output, its log-sum-exp, their derivative."""
+    """Define cuDNN's attention by FlashAttention-2: what it refuses, its output, its log-sum-exp, their derivative.
+
+    All are computed in fp32, and the output and gradients have the inputs' dtype.
+    """
 
     def scores_of(q, k, seen):
         k = jnp.repeat(k, q.shape[2] // k.shape[2], axis=2)
@@ -26,14 +29,16 @@ def define_cudnn(patch: pytest.MonkeyPatch) -> None:
         return forward(q, k, v, seen)[0]
 
     def forward(q, k, v, seen):
+        dtype, (q, k, v) = q.dtype, (x.astype(jnp.float32) for x in (q, k, v))
         scores = scores_of(q, k, seen)
         lse = jax.nn.logsumexp(scores, axis=-1)
         weights = jnp.exp(scores - lse[..., None])
-        out = jnp.einsum("bnts,bsnh->btnh", weights, jnp.repeat(v, q.shape[2] // v.shape[2], axis=2))
+        out = jnp.einsum("bnts,bsnh->btnh", weights, jnp.repeat(v, q.shape[2] // v.shape[2], axis=2)).astype(dtype)
         return out, (q, k, v, seen, lse, out)
 
     def backward(residuals, d_out):
         q, k, v, seen, lse, out = residuals
+        dtype, d_out = out.dtype, d_out.astype(jnp.float32)
         repeats = q.shape[2] // k.shape[2]
         weights = jnp.exp(scores_of(q, k, seen) - lse[..., None])
         d_weights = jnp.einsum("btnh,bsnh->bnts", d_out, jnp.repeat(v, repeats, axis=2))
@@ -41,7 +46,7 @@ def define_cudnn(patch: pytest.MonkeyPatch) -> None:
         dq = jnp.einsum("bnts,bsnh->btnh", d_scores, jnp.repeat(k, repeats, axis=2))
         dk, dv = jnp.einsum("bnts,btnh->bsnh", d_scores, q), jnp.einsum("bnts,btnh->bsnh", weights, d_out)
         dk, dv = (x.reshape(*x.shape[:2], k.shape[2], repeats, -1).sum(3) for x in (dk, dv))
-        return dq, dk, dv, None
+        return *(x.astype(dtype) for x in (dq, dk, dv)), None
 
     attention.defvjp(forward, backward)
 

@@ -366,6 +366,20 @@ def test_a_window_that_splash_cannot_share_is_refused():
         settings.compute_of(config, "tpu")
 
 
+@pytest.mark.parametrize(("window", "devices"), [(1 << 19, 1), (1 << 20, 4)])
+def test_the_longest_windows_of_splash(window, devices):
+    """Its tables of blocks fit a chip up to there (tests/benchmarks/test_aot.py)."""
+    shared = {"data": Path("d"), "out": Path("o"), "steps": 1, "batch_size": 4, "decoder": "d"}
+
+    def attention(**sizes) -> str:
+        config = TrainConfig("lm", **shared, mesh=MeshConfig(context=devices), examples=ExampleConfig(**sizes))
+        return settings.compute_of(config, "tpu").attention
+
+    assert attention(window=window) == "splash"
+    with pytest.raises(ValueError, match=f"{window + 4096} .* {devices} devices.*SMEM.*mesh.context.*1024"):
+        attention(window=window + 4096)
+
+
 def test_a_mesh_of_no_devices_is_refused():
     with pytest.raises(ValueError, match="data=0.*devices"):
         MeshConfig(data=0)
