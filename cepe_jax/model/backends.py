@@ -63,7 +63,7 @@ def attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mask, 
         out_BTNH = on_shards(kernel, in_axes, heads)(q_BTNH, k_BSKH, v_BSKH, *segments)
     if mask.valid_BS is None:
         return out_BTNH
-    # The kernels return a mean of values to a query without a valid key.
+    # The kernels return means of values to a query without a valid key.
     any_valid = jnp.cumsum(mask.valid_BS, axis=1) > 0 if mask.causal else mask.valid_BS.any(axis=1, keepdims=True)
     if mask.parts > 1:
         any_valid = balanced(any_valid, mask.parts)

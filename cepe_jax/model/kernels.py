@@ -14,8 +14,10 @@ from cepe_jax.sharding import balanced
 Segments = tuple[jax.Array, jax.Array]
 
 LANES = 128  # a block of splash's is a multiple of it
-BLOCK = 512  # tokens that splash reads at once; in longer windows than LONG twice as many: 2,048 overflow a chip's VMEM
-LONG = 1 << 18  # tokens, whose blocks of a causal mask splash can hold in tables in a chip's SMEM of 1 MiB
+BLOCK, LARGE_BLOCK = 512, 1024  # tokens that splash reads at once; 2,048 overflow a chip's VMEM
+LONG = (
+    1 << 18
+)  # tokens: of a longer window splash's tables of the mask's blocks, in SMEM, have room for large ones alone
 NO_SEGMENT = -1  # of keys that no query sees
 CHUNK = 8192  # tokens, at most, of a causal window that cuDNN reads with a mask: 128 MiB a row
 
@@ -26,7 +28,9 @@ def splash(causal: bool, q_BTNH, k_BSKH, v_BSKH, segments: Segments | None = Non
     Lengths are filled up to whole blocks; a filled key is of another segment.
     """
     T, S = q_BTNH.shape[1], k_BSKH.shape[1]
-    if segments is None and S % LANES and not causal:
+    if causal:
+        check_window(T, 1)
+    if segments is None and S % _whole(S) and not causal:
         segments = tuple(jnp.ones((q_BTNH.shape[0], length), jnp.int32) for length in (T, S))
     q_BTNH, k_BSKH, v_BSKH = (_filled(x, _whole(x.shape[1])) for x in (q_BTNH, k_BSKH, v_BSKH))
     if segments is not None:
@@ -91,12 +95,13 @@ def check_window(length: int, parts: int) -> None:
             f"a window of {length} tokens over {parts} devices: splash reads a multiple of {LANES} tokens on each: "
             f"change examples.window or mesh.context"
         )
-    length += -length % _whole(length)
-    queries = length // parts
-    if (queries // _block(queries, length)) * (length // _block(length, length)) > (LONG // BLOCK) ** 2:
+    keys = length + (-length % _whole(length) if parts == 1 else 0)
+    queries = keys // parts
+    if (queries // _block(queries, keys)) * (keys // _block(keys, keys)) > (LONG // BLOCK) ** 2:
+        whole = f", or give each a multiple of {_whole(length)} tokens" if parts > 1 else ""
         raise ValueError(
-            f"a window of {length} tokens over {parts} devices: splash's tables overflow a chip's SMEM: let more "
-            f"devices share it, by mesh.context, or give each a multiple of {2 * BLOCK} tokens"
+            f"a window of {length} tokens over {parts} devices has more blocks than splash holds in a chip: let more "
+            f"devices share it, by mesh.context{whole}"
         )
 
 
@@ -127,12 +132,12 @@ def _splash_kernel(mask, num_heads: int, parts: int = 1, residuals: bool = False
 
 def _whole(length: int) -> int:
     """Return what a length is filled up to a multiple of, so that its blocks are large where it is long."""
-    return 2 * BLOCK if length > LONG else BLOCK if length > 32 * BLOCK else LANES
+    return LARGE_BLOCK if length > LONG else BLOCK if length > 32 * BLOCK else LANES
 
 
 def _block(length: int, longest: int) -> int:
     """Return the tokens of a block of queries or keys, the longer of which are `longest`."""
-    return next(size for size in (2 * BLOCK if longest > LONG else BLOCK, BLOCK, 256, LANES) if length % size == 0)
+    return next(size for size in (LARGE_BLOCK if longest > LONG else BLOCK, BLOCK, 256, LANES) if length % size == 0)
 
 
 def _filled(x: jax.Array, multiple: int, fill: int = 0) -> jax.Array:
@@ -149,7 +154,8 @@ def cudnn(causal: bool, q_BTNH, k_BSKH, v_BSKH, segments: Segments | None = None
     T, S = q_BTNH.shape[1], k_BSKH.shape[1]
     if S % 2 and segments is None and not causal:  # a causal mask hides the filled key from all real queries
         segments = tuple(jnp.ones((q_BTNH.shape[0], length), jnp.int32) for length in (T, S))
-    multiple = 2 * _num_chunks(causal, T, segments)
+    multiple = 2 * (chunks := _num_chunks(causal, T, segments))
+    assert chunks == 1 or T == S
     if segments is not None:
         segments = tuple(_filled(x, multiple, fill) for x, fill in zip(segments, (1, NO_SEGMENT), strict=True))
     return _cudnn_filled(causal, *(_filled(x, multiple) for x in (q_BTNH, k_BSKH, v_BSKH)), segments)[:, :T]
@@ -230,9 +236,14 @@ def cudnn_of_parts(parts: int, part: jax.Array, q_BTNH, k_BSKH, v_BSKH, segments
 
 
 def _of_parts_forward(parts: int, part: jax.Array, *inputs):
-    places = jnp.stack([part, 2 * parts - 1 - part])
-    kept = _forward_in_chunks(places, *inputs)
-    return kept[0], (places, inputs, kept)
+    T, segments = inputs[0].shape[1], inputs[3]
+    each = _num_chunks(True, T // 2, segments)  # of either half of the device's queries
+    if T % (4 * each):
+        each = 1
+    halves = jnp.stack([part, 2 * parts - 1 - part])
+    places_P = (halves[:, None] * each + jnp.arange(each)).reshape(-1)
+    kept = _forward_in_chunks(places_P, *inputs)
+    return kept[0], (places_P, inputs, kept)
 
 
 def _of_parts_backward(parts: int, residuals, cotangent_BTNH: jax.Array):
@@ -261,7 +272,8 @@ def _forward_in_chunks(places_P, q_BTNH, k_BSKH, v_BSKH, segments: Segments | No
             return out.astype(jnp.float32), lse
 
         def with_earlier(key, state):
-            both = jnp.logaddexp(state[1], (of_key := read(False, key))[1])
+            of_key = read(False, key)
+            both = jnp.logaddexp(state[1], of_key[1])
             weights = (jnp.exp(lse - both).swapaxes(1, 2)[..., None] for _, lse in (state, of_key))
             return sum(out * weight for (out, _), weight in zip((state, of_key), weights, strict=True)), both
 
@@ -308,15 +320,14 @@ def _in_chunks(num_queries: int, q_BTNH, k_BSKH, v_BSKH, segments: Segments | No
 
 
 def _where_texts_meet(step, of_queries: jax.Array | None, of_keys: jax.Array | None):
-    """Return `step` of the chunks of keys that may have a text of the queries, and none of the others."""
+    """Return `step`, left out for a chunk of keys that has no text of the queries in any row, by the texts' numbers."""
     if of_queries is None:
         return step
 
     def step_or_none(key, state):
         texts = of_keys[key]
-        first = jnp.where(texts == NO_SEGMENT, jnp.iinfo(texts.dtype).max, texts).min()
-        meet = (first <= of_queries.max()) & (of_queries.min() <= texts.max())
-        return jax.lax.cond(meet, lambda: step(key, state), lambda: state)
+        meet_B = (texts.min(axis=1) <= of_queries.max(axis=1)) & (of_queries.min(axis=1) <= texts.max(axis=1))
+        return jax.lax.cond(meet_B.any(), lambda: step(key, state), lambda: state)
 
     return step_or_none
 

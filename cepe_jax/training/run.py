@@ -34,6 +34,7 @@ from cepe_jax.training.logs import StepFacts
 from cepe_jax.training.objectives import Batch
 from cepe_jax.training.settings import (
     TrainConfig,
+    check_attention,
     compute_of,
     mesh_of,
     micro_batches,
@@ -91,6 +92,7 @@ def run_stage(config: TrainConfig) -> Path | None:
     unseen = None if config.evaluation.data is None else held_out_examples(config, tokenizer)
     mesh = make_mesh(**dataclasses.asdict(mesh_of(config, jax.device_count())))
     sizes, compute = sizes_of(config, tokenizer.vocab_size), compute_of(config, jax.default_backend())
+    check_attention(config, compute.attention)
     processes = jax.process_count()
     log.info("%s, mesh %s, processes: %d, attention: %s", describe(), dict(mesh.shape), processes, compute.attention)
     shardings_of(abstract_parts(sizes, compute), mesh)  # refused before anything is loaded

@@ -160,9 +160,13 @@ def micro_batches(config: TrainConfig, shares: int) -> int:
 def compute_of(config: TrainConfig, platform: str) -> Compute:
     """Return how the run computes on this platform of JAX's, whose own attention takes the place of `auto`."""
     attention = native_backend(platform, config.dtype) if config.attention == "auto" else config.attention
+    return Compute(config.dtype, attention, config.remat, config.mlp_chunk)
+
+
+def check_attention(config: TrainConfig, attention: Backend) -> None:
+    """Raise ValueError if `attention` cannot read the run's windows on its mesh."""
     if attention == "splash":
         check_window(config.examples.window, config.mesh.context)
-    return Compute(config.dtype, attention, config.remat, config.mlp_chunk)
 
 
 def models_given(config: TrainConfig) -> tuple[str, ...]:

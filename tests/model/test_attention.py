@@ -180,12 +180,18 @@ def test_a_causal_kernel_has_the_blocks_of_the_whole_mask(parts):
         (130, 130, True, True, 1),
         (5, 300, False, True, 1),
         (128, 200, False, False, 1),
+        (5, 900, False, False, 1),
         (130, 130, True, False, 4),
         (140, 140, True, True, 3),
     ],
 )
-def test_splash_equals_xla(interpreted, queries, keys, causal, holes, texts):
-    """Outputs and gradients; lengths that fill no block, rows without a key, grouped heads, left padding, segments."""
+def test_splash_equals_xla(interpreted, monkeypatch, queries, keys, causal, holes, texts):
+    """Outputs and gradients; lengths that fill no block, rows without a key, grouped heads, left padding, segments.
+
+    From 640 tokens on blocks are large, and what is filled up to them is not read.
+    """
+    for name, tokens in {"BLOCK": 256, "LARGE_BLOCK": 512, "LONG": 640}.items():
+        monkeypatch.setattr(kernels, name, tokens)
     rng = np.random.default_rng(2)
     q, k, v = (rng.standard_normal((2, t, n, 8)).astype(np.float32) for t, n in ((queries, 4), (keys, 2), (keys, 2)))
     valid = rng.random((2, keys)) < 0.7
@@ -261,3 +267,20 @@ def test_cudnn_equals_xla_under_vmap(flash, monkeypatch, causal, queries, keys, 
 
     for ours, wanted in zip(jax.tree.leaves(of("cudnn")), jax.tree.leaves(of("xla")), strict=True):
         assert relative_error(ours, wanted) < 1e-5
+
+
+def test_cudnn_passes_over_chunks_of_other_texts(flash, monkeypatch):
+    """In both passes, by the texts of each row: what is not a number in the first text stays there."""
+    monkeypatch.setattr(kernels, "CHUNK", 8)
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((2, 32, heads, H)).astype(np.float32) for heads in (N, K, K))
+    k[:, :16] = np.nan
+    segments = np.repeat([[1, 2], [3, 5]], 16, axis=1)
+
+    def second(*qkv):
+        out = attend(*qkv, Mask(True, segments_BT=segments), "cudnn")[:, 16:]
+        return (out**2).sum(), out
+
+    (dq, *_), out = jax.jit(jax.grad(second, (0, 1, 2), has_aux=True))(q, k, v)
+    assert np.isfinite(out).all()
+    assert np.isfinite(dq[:, 16:]).all()

@@ -361,23 +361,25 @@ def test_a_window_that_splash_cannot_share_is_refused():
     """Before anything is loaded: 128 tokens for each device."""
     shared = {"data": Path("d"), "out": Path("o"), "steps": 1, "batch_size": 4, "decoder": "d"}
     config = TrainConfig("lm", **shared, mesh=MeshConfig(context=4), examples=ExampleConfig(window=768))
-    assert settings.compute_of(config, "gpu").attention == "xla"
+    settings.check_attention(config, "xla")
     with pytest.raises(ValueError, match="768 .* 4 .*128 .*mesh.context"):
-        settings.compute_of(config, "tpu")
+        settings.check_attention(config, "splash")
 
 
-@pytest.mark.parametrize(("window", "devices"), [(1 << 19, 1), (1 << 20, 4)])
+FITS = (1 << 19, 1), (1 << 20, 4), (268_800, 3), (19_200, 3), (20_736, 6)
+TOO_LONG = ((1 << 19) + 12, 1), ((1 << 20) + 4096, 4), (261_888, 2), (266_752, 4)
+
+
+@pytest.mark.parametrize(("window", "devices"), [*FITS, *TOO_LONG])
 def test_the_longest_windows_of_splash(window, devices):
-    """Its tables of blocks fit a chip up to there (tests/benchmarks/test_aot.py)."""
+    """Up to where its tables of blocks fit a chip (tests/benchmarks/test_aot.py); a shared window is not filled up."""
     shared = {"data": Path("d"), "out": Path("o"), "steps": 1, "batch_size": 4, "decoder": "d"}
-
-    def attention(**sizes) -> str:
-        config = TrainConfig("lm", **shared, mesh=MeshConfig(context=devices), examples=ExampleConfig(**sizes))
-        return settings.compute_of(config, "tpu").attention
-
-    assert attention(window=window) == "splash"
-    with pytest.raises(ValueError, match=f"{window + 4096} .* {devices} devices.*SMEM.*mesh.context.*1024"):
-        attention(window=window + 4096)
+    config = TrainConfig("lm", **shared, mesh=MeshConfig(context=devices), examples=ExampleConfig(window=window))
+    if (window, devices) in FITS:
+        settings.check_attention(config, "splash")
+        return
+    with pytest.raises(ValueError, match=f"{window} .* {devices} devices.*mesh.context"):
+        settings.check_attention(config, "splash")
 
 
 def test_a_mesh_of_no_devices_is_refused():
