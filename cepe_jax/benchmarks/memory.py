@@ -43,8 +43,8 @@ class LongestConfig(ShapesConfig):
 def longest_window(needed: Callable[[int], int], room: float, first: int, multiple: int) -> tuple[int, dict[int, int]]:
     """Return the longest window that fits, 0 if none does, and the bytes `needed` for each that was tried.
 
-    Bytes grow with the window. They are nearly linear in it, so that few are tried between one that fits and one that
-    does not.
+    Bytes grow with the window where chunks divide the multiple. They are nearly linear in it, so that few are tried
+    between one that fits and one that does not.
     """
     tried: dict[int, int] = {}
     low, high, window = 0, None, first
