@@ -154,8 +154,9 @@ def cudnn(causal: bool, q_BTNH, k_BSKH, v_BSKH, segments: Segments | None = None
     T, S = q_BTNH.shape[1], k_BSKH.shape[1]
     if S % 2 and segments is None and not causal:  # a causal mask hides the filled key from all real queries
         segments = tuple(jnp.ones((q_BTNH.shape[0], length), jnp.int32) for length in (T, S))
-    multiple = 2 * (chunks := _num_chunks(causal, T, segments))
+    chunks = _num_chunks(causal, T, segments)
     assert chunks == 1 or T == S
+    multiple = 2 * chunks
     if segments is not None:
         segments = tuple(_filled(x, multiple, fill) for x, fill in zip(segments, (1, NO_SEGMENT), strict=True))
     return _cudnn_filled(causal, *(_filled(x, multiple) for x in (q_BTNH, k_BSKH, v_BSKH)), segments)[:, :T]

@@ -218,7 +218,7 @@ def print_rows() -> None:
 
 
 def print_offloaded() -> None:
-    """The memory of a gradient through 8 layers whose inputs are offloaded to the host, and kept."""
+    """Print the memory of a gradient through 8 layers whose inputs are offloaded to the host, and kept."""
     import jax
     import jax.numpy as jnp
     from jax.ad_checkpoint import checkpoint_name

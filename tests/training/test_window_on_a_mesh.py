@@ -173,7 +173,7 @@ def main(cases: str) -> None:
         with pytest.MonkeyPatch.context() as patch:
             interpret_splash(patch)
             define_cudnn(patch)
-            patch.setattr(kernels, "CHUNK", 2)  # of 4 tokens of a text on either side of a device's window
+            patch.setattr(kernels, "CHUNK", 2)  # tokens: either half of a device's 8 is read in two
             if (stage, length) not in wanted:
                 wanted[stage, length] = gradient(stage, length, None)
             loss, gradients = gradient(stage, length, sizes, attention=backend, remat="full", mlp_chunk=CHUNK)
